@@ -1,0 +1,268 @@
+"""The numbers of a run: `metrics.jsonl` and TensorBoard, and the clock behind tokens per second.
+
+Names are paths, one spelling from the trainer to the plots:
+
+    loss/train  loss/answer  loss/valid         mean cross entropy in nats per token
+    loss_by_segment/train                       a vector: entry i is the loss at segment i of the document
+    optimizer/lr  optimizer/grad_norm           optimizer/lr_<group> for further parameter groups
+    speed/tokens_per_s  speed/mfu               of the whole run; MFU is a share, 0..1
+    speed/data_s  speed/forward_backward_s  speed/step_s      mean seconds per step
+    system/memory_bytes                         in use on rank 0
+    data/tokens  data/padded_share              tokens seen since the run began; share of positions that are padding
+    gate/layer_<i>  write_gate/layer_<i>        means of sigmoid(beta) over heads and of the write gate over tokens
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+RESERVED_NAMES = ("step", "time", "nonfinite")
+HISTOGRAM_BINS = 32
+
+
+class MetricsWriter:
+    """Writes each number twice: a line of JSON in `run_dir/metrics.jsonl`, an event under `run_dir/tensorboard`.
+
+    Only rank 0 makes one. A line is `{"step": int, "time": seconds since 1970, name: value, ...}` and reaches the
+    operating system before the call returns, so what a killed process leaves is complete to the last call. JSON knows
+    no NaN: a value that is not finite is written as null and its name is listed under `nonfinite`.
+
+    Args:
+        run_dir: folder of the run; made if missing.
+        tensorboard: write event files as well. Without them `image` and `text` have nowhere to go and do nothing.
+        resume_step: None for a new run. When a run goes on from the checkpoint of step k, k: what was written for
+            later steps is dropped from `metrics.jsonl` and hidden in TensorBoard, since these steps are taken again.
+
+    Raises:
+        ValueError: `resume_step` is None, but the folder has metrics of an earlier run already.
+    """
+
+    def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int | None) -> None:
+        folder = Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / METRICS_FILE
+        if resume_step is not None:
+            _drop_lines_after(self.path, resume_step)
+        elif self.path.exists() and self.path.stat().st_size > 0:
+            raise ValueError(
+                f"{self.path} holds the metrics of an earlier run: resume that run, choose another run_dir, or remove it"
+            )
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._tensorboard = None
+        if tensorboard:
+            # Imported here: it costs a second that a run without TensorBoard need not pay.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(folder / TENSORBOARD_FOLDER),
+                purge_step=None if resume_step is None else resume_step + 1,
+                flush_secs=10,
+            )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line with `values`, numbers or tensors of one element, and one TensorBoard scalar for each."""
+        numbers = {name: _number(value) for name, value in values.items()}
+        self._write_line(step, numbers)
+        if self._tensorboard is not None:
+            for name, number in numbers.items():
+                self._tensorboard.add_scalar(name, number, step)
+
+    def vector(self, step: int, name: str, values: Sequence[float | None]) -> None:
+        """Write numbers that belong together, such as the loss by segment index: a list in the line, and in TensorBoard
+        the scalars `name/0`, `name/1`, ... None stands for an entry without data: null in the list, no scalar."""
+        numbers = [None if value is None else _number(value) for value in values]
+        self._write_line(step, {name: numbers})
+        if self._tensorboard is not None:
+            for index, number in enumerate(numbers):
+                if number is not None:
+                    self._tensorboard.add_scalar(f"{name}/{index}", number, step)
+
+    def histogram(self, step: int, name: str, values: Any) -> None:
+        """Write the distribution of `values` (tensor or array, any shape, not empty). The line holds
+        `{"mean", "min", "max", "edges", "counts"}` of the finite ones; the others are told by `nonfinite`."""
+        array = _array(values).astype(np.float64).ravel()
+        finite = array[np.isfinite(array)]
+        summary: dict[str, Any] = {"mean": None, "min": None, "max": None, "edges": [], "counts": []}
+        if finite.size:
+            counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS)
+            summary = {
+                "mean": float(finite.mean()),
+                "min": float(finite.min()),
+                "max": float(finite.max()),
+                "edges": edges.tolist(),
+                "counts": counts.tolist(),
+            }
+            if self._tensorboard is not None:
+                self._tensorboard.add_histogram(name, finite, step)
+        self._write_line(step, {name: summary}, nonfinite=[name] if finite.size < array.size else [])
+
+    def image(self, step: int, name: str, image: str | Path | np.ndarray) -> None:
+        """Show a PNG file or an array `[height, width, 3]` (uint8, or floats in 0..1) in TensorBoard."""
+        if self._tensorboard is None:
+            return
+        if not isinstance(image, np.ndarray):
+            from PIL import Image
+
+            with Image.open(image) as opened:
+                image = np.asarray(opened.convert("RGB"))
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Show Markdown in TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_text(name, text, step)
+
+    def flush(self) -> None:
+        """Put everything on disk. Call it with each checkpoint: the lines of `metrics.jsonl` survive a killed process
+        as they are, but TensorBoard's queue does not, and a resumed run takes no step again up to its checkpoint."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flush and close the files; more than once does no harm."""
+        if self._file.closed:
+            return
+        self.flush()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write_line(self, step: int, values: Mapping[str, Any], nonfinite: Sequence[str] = ()) -> None:
+        reserved = sorted(set(values).intersection(RESERVED_NAMES))
+        assert not reserved, f"{reserved} are fields of every line, not names of metrics"
+        record: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+        names = list(nonfinite)
+        for name, value in values.items():
+            record[name] = _finite(name, value, names)
+        if names:
+            record["nonfinite"] = names
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in the order written. A last line that is still being written (it has no
+    newline yet) is left out, so the file of a running training can be read.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a complete line is not a record; names the file and the line.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+        record = _parse(line)
+        if record is None:
+            raise ValueError(f"{path}, line {number}: not a JSON object with a step: {line[:80]!r}")
+        records.append(record)
+    return records
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Rewrite `path` without the lines of later steps. Lines that a crash left broken go as well, with a warning: a
+    run should not fail to resume over a line of its log."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    unfinished = lines.pop()
+    records = [_parse(line) for line in lines]
+    broken = sum(record is None for record in records) + bool(unfinished)
+    if broken:
+        logger.warning("%s: dropped %d broken line(s)", path, broken)
+    kept = [line for line, record in zip(lines, records, strict=True) if record is not None and record["step"] <= step]
+    if len(kept) == len(lines) and not unfinished:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.writelines(line + b"\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _number(value: Any) -> int | float:
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) else float(value)
+
+
+def _array(values: Any) -> np.ndarray:
+    # numpy has no bfloat16: a tensor has to become float32 first.
+    return values.detach().float().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
+def _finite(name: str, value: Any, nonfinite: list[str]) -> Any:
+    """`value` with null for each number that is not finite, whose names are added to `nonfinite`."""
+    if isinstance(value, list):
+        return [_finite(f"{name}/{index}", entry, nonfinite) for index, entry in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite.append(name)
+        return None
+    return value
+
+
+class ThroughputMeter:
+    """Tokens per second and the seconds of each phase, over the interval since the last `report`.
+
+    Everything that happens in the interval counts, saving and evaluating too: the rate is what a user gets. Phases are
+    host time; on a GPU work that is only queued falls into the phase that waits for it.
+
+    Args:
+        clock: a monotonic clock in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = self._clock()
+        self._tokens = 0
+        self._steps = 0
+        self._phases: dict[str, float] = {}
+
+    def count_step(self, tokens: int) -> None:
+        """Call once per step with the tokens that all ranks together took in it."""
+        self._tokens += tokens
+        self._steps += 1
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to phase `name` (`data`, `forward_backward`, `step`), also when it raises."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._phases[name] = self._phases.get(name, 0.0) + self._clock() - start
+
+    def report(self) -> dict[str, float]:
+        """`speed/tokens_per_s`, and `speed/<phase>_s` as mean seconds per step, of the interval that ends here; the next
+        one begins. Call it after at least one step."""
+        elapsed_s = self._clock() - self._start
+        assert self._steps > 0 and elapsed_s > 0, "report() needs a step since the last one"
+        values = {"speed/tokens_per_s": self._tokens / elapsed_s}
+        values |= {f"speed/{name}_s": seconds / self._steps for name, seconds in self._phases.items()}
+        self._restart()
+        return values
