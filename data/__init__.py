@@ -1,0 +1,1 @@
+"""Documents -> webdataset shards -> lanes. Knows nothing of models, optimizers or process groups."""

@@ -1,0 +1,206 @@
+"""Text to token ids and back: bytes, a byte-level BPE trained on the sources, or any Hugging Face `tokenizer.json`.
+
+On disk a tokenizer is a folder: `info.json` {kind, vocab_size, eos_id} and, except for bytes, `tokenizer.json`. Its
+hash covers both, so two sets with equal hashes mean the same thing by a token id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EOS_TOKEN = "<|endoftext|>"
+INFO = "info.json"
+TOKENIZER_JSON = "tokenizer.json"
+KINDS = ("byte", "bpe", "hf")
+
+# End tokens to look for in a folder that does not name its own.
+_KNOWN_EOS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>")
+
+# A long text is encoded in pieces, because the library keeps some hundred bytes per token while it works. Between a
+# line that ends in a visible character and one that starts with one, byte-level pre-tokenizers always cut.
+_PIECE_CHARACTERS = 1 << 16
+_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+_PROBE = ("alpha beta.\n", "gamma(1, 'two')\n", "# delta\n", "Epsilon")
+
+
+class Tokenizer:
+    """A tokenizer with an end token. Equal `hash` means equal meaning of every token id.
+
+    Args:
+        kind: `byte` (256 bytes and eos), `bpe` (trained by `train_bpe`) or `hf` (read from somebody's folder).
+        eos_id: id of the token that ends a document.
+        definition: contents of `tokenizer.json`; empty for `byte`.
+    """
+
+    def __init__(self, kind: str, eos_id: int, definition: bytes = b"") -> None:
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of tokenizer {kind!r}; valid are {', '.join(KINDS)}")
+        self.kind = kind
+        self.eos_id = eos_id
+        self._definition = definition
+        self._backend: Any = None
+        if kind == "byte":
+            self.vocab_size = 257
+        else:
+            from tokenizers import Tokenizer as Backend
+
+            self._backend = Backend.from_str(definition.decode("utf-8"))
+            # A text that quotes the end token must not end the document.
+            self._backend.encode_special_tokens = True
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        if not 0 <= eos_id < self.vocab_size:
+            raise ValueError(f"eos id {eos_id} is outside of the vocabulary of {self.vocab_size}")
+
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self.kind, self.eos_id, self._definition)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "eos_id": self.eos_id}
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the definition, the vocabulary size and the end token (how it was made does not matter)."""
+        identity = json.dumps([self.vocab_size, self.eos_id]).encode()
+        return hashlib.sha256(identity + self._definition).hexdigest()
+
+    @cached_property
+    def _encodes_in_pieces(self) -> bool:
+        """Whether lines encoded apart and joined are the text encoded whole (not so where a prefix space is added)."""
+        whole = self._encode_piece("".join(_PROBE))
+        return whole == [token for piece in _PROBE for token in self._encode_piece(piece)]
+
+    def _encode_piece(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without an end token."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Like `encode`, as a numpy array (bytes: uint8, others uint32), for long documents."""
+        if self.kind == "byte":
+            return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        pieces = split_text(text) if self._encodes_in_pieces else [text]
+        arrays = [np.array(self._encode_piece(piece), dtype=np.uint32) for piece in pieces]
+        return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.uint32)
+
+    def decode(self, ids: Any) -> str:
+        """Text of `ids`; end tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
+        ids = [int(token) for token in ids]
+        if self.kind == "byte":
+            return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
+        return self._backend.decode([token for token in ids if token != self.eos_id], skip_special_tokens=False)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer into `folder`, which is made when needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.kind != "byte":
+            (folder / TOKENIZER_JSON).write_bytes(self._definition)
+        (folder / INFO).write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Pieces of some 64K characters that join to `text`, cut only where no pre-tokenizer joins two lines."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        cut = _SAFE_CUT.search(text, start + _PIECE_CHARACTERS)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    if start < len(text):
+        yield text[start:]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The 256 bytes, and 256 as the end token."""
+    return Tokenizer("byte", eos_id=256)
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE with `vocab_size` tokens, the end token included; digits stay single tokens.
+
+    The same texts give the same tokenizer.
+
+    Raises:
+        ValueError: `vocab_size` is too small for the bytes and the end token.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"train:{vocab_size} is too small: a byte-level vocabulary has at least 257 tokens")
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator((piece for text in texts for piece in split_text(text)), trainer)
+    return Tokenizer("bpe", eos_id=backend.token_to_id(EOS_TOKEN), definition=backend.to_str().encode("utf-8"))
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer of a prepared set, or of a folder with a Hugging Face `tokenizer.json`.
+
+    Raises:
+        ValueError: there is none, it is damaged, or its end token is not known.
+    """
+    path = Path(path)
+    folder = path / "tokenizer" if (path / "tokenizer" / INFO).is_file() else path
+    definition = folder / TOKENIZER_JSON
+    try:
+        if (folder / INFO).is_file():
+            info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+            contents = b"" if info["kind"] == "byte" else definition.read_bytes()
+            return Tokenizer(info["kind"], info["eos_id"], contents)
+        if definition.is_file():
+            contents = definition.read_bytes()
+            return Tokenizer("hf", _find_eos(folder, contents), contents)
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises bare Exception for a damaged tokenizer.json
+        raise ValueError(f"the tokenizer in {folder} is damaged: {error!r}") from error
+    raise ValueError(
+        f"{path} holds no tokenizer: neither a prepared set nor a folder with {TOKENIZER_JSON} "
+        "(other choices are `byte` and `train:VOCAB`)"
+    )
+
+
+def _find_eos(folder: Path, definition: bytes) -> int:
+    """The end token that a Hugging Face folder declares, else a well-known one of its vocabulary."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(definition.decode("utf-8"))
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        declared = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        if isinstance(declared, dict):
+            declared = declared.get("content")
+        if declared is not None:
+            token = backend.token_to_id(declared)
+            if token is None:
+                raise ValueError(f"{config} names the end token {declared!r}, which {TOKENIZER_JSON} does not have")
+            return token
+    for candidate in _KNOWN_EOS:
+        token = backend.token_to_id(candidate)
+        if token is not None:
+            return token
+    raise ValueError(f'the tokenizer in {folder} declares no end token; add "eos_token" to {config.name} there')
