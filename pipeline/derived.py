@@ -1,0 +1,42 @@
+"""Quantities that follow from a configuration: pure functions, used where it is checked and where it runs."""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from pipeline.config import Config
+
+
+def num_query_groups(model: ModelConfig) -> int:
+    """Key/value heads of a layer."""
+    return model.num_attention_heads if model.num_query_groups is None else model.num_query_groups
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Dimension of one head."""
+    return model.hidden_size // model.num_attention_heads if model.kv_channels is None else model.kv_channels
+
+
+def model_parallel_size(config: Config) -> int:
+    """Processes that hold one copy of the model: tensor x pipeline."""
+    return config.parallel.tensor * config.parallel.pipeline
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Copies of the model among `world_size` processes."""
+    return world_size // model_parallel_size(config)
+
+
+def lanes_per_rank(config: Config, world_size: int) -> int:
+    """Lanes of one data-parallel rank."""
+    return config.train.lanes // data_parallel_size(config, world_size)
+
+
+def lanes_per_microbatch(config: Config, world_size: int) -> int:
+    """Lanes that one pass through a stage handles.
+
+    By default all lanes of a rank without pipeline stages (the largest matrix products), and one lane with stages (the
+    most microbatches to fill the pipeline with).
+    """
+    if config.train.lanes_per_microbatch is not None:
+        return config.train.lanes_per_microbatch
+    return lanes_per_rank(config, world_size) if config.parallel.pipeline == 1 else 1

@@ -1,0 +1,274 @@
+"""Can this configuration run? Every rule is checked before anything starts; broken ones are reported together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from model.config import MEMORY_RULES, WRITE_GATES
+from pipeline import derived
+from pipeline.config import GRADIENTS, LR_SCHEDULES, PRECISIONS, RECOMPUTE, SCHEDULES, Config
+from pipeline.config_io import ConfigError
+
+
+def validate(config: Config, world_size: int | None = None, *, data_exists: bool = True) -> None:
+    """Refuse a configuration that cannot run.
+
+    Args:
+        config: the configuration to check.
+        world_size: number of processes; None leaves out what depends on it.
+        data_exists: also ask for data sets with a manifest on disk; False for planning without data.
+
+    Raises:
+        ConfigError: names every setting that is wrong and what would be valid.
+    """
+    problems = [*_numbers(config), *_choices(config)]
+    if not problems:  # the rules below divide by these numbers
+        problems += [*_model(config), *_layout(config), *_windows(config), *_optimizer(config), *_memory(config)]
+        problems += [*_lanes(config, world_size)] if world_size is not None else []
+    problems += [*_data(config)] if data_exists else []
+    if problems:
+        raise ConfigError(problems)
+
+
+def _numbers(config: Config) -> Iterator[str]:
+    model, parallel, optimizer, train = config.model, config.parallel, config.optimizer, config.train
+    at_least = {
+        1: {
+            "model.num_layers": model.num_layers,
+            "model.hidden_size": model.hidden_size,
+            "model.num_attention_heads": model.num_attention_heads,
+            "model.num_query_groups": model.num_query_groups,
+            "model.kv_channels": model.kv_channels,
+            "model.ffn_hidden_size": model.ffn_hidden_size,
+            "model.vocab_size": model.vocab_size,
+            "model.vocab_size_multiple": model.vocab_size_multiple,
+            "model.segment_length": model.segment_length,
+            "data.prefetch": config.data.prefetch,
+            "parallel.tensor": parallel.tensor,
+            "parallel.pipeline": parallel.pipeline,
+            "bptt.chunks_per_window": config.bptt.chunks_per_window,
+            "optimizer.decay_steps": optimizer.decay_steps,
+            "train.steps": train.steps,
+            "train.lanes": train.lanes,
+            "train.lanes_per_microbatch": train.lanes_per_microbatch,
+            "train.segments_per_window": train.segments_per_window,
+            "train.max_nonfinite_steps": train.max_nonfinite_steps,
+            "checkpoint.keep": config.checkpoint.keep,
+            "metrics.interval": config.metrics.interval,
+            "metrics.memory_interval": config.metrics.memory_interval,
+            "evaluate.documents": config.evaluate.documents,
+            "evaluate.max_segments": config.evaluate.max_segments,
+            "evaluate.passkey_documents": config.evaluate.passkey_documents,
+            **{f"evaluate.passkey_lengths.{i}": n for i, n in enumerate(config.evaluate.passkey_lengths)},
+            **{f"parallel.layers_per_stage.{i}": n for i, n in enumerate(parallel.layers_per_stage or [])},
+        },
+        0: {
+            "optimizer.weight_decay": optimizer.weight_decay,
+            "optimizer.clip": optimizer.clip,
+            "optimizer.beta_lr_scale": optimizer.beta_lr_scale,
+            "optimizer.write_gate_lr_scale": optimizer.write_gate_lr_scale,
+            "optimizer.warmup_steps": optimizer.warmup_steps,
+            "train.write_gate_penalty": train.write_gate_penalty,
+            "train.seed": train.seed,
+            "checkpoint.interval": config.checkpoint.interval,
+            "evaluate.seed": config.evaluate.seed,
+            **{f"data.sets.{i}.answer_weight": s.answer_weight for i, s in enumerate(config.data.sets)},
+        },
+    }
+    for least, settings in at_least.items():
+        for key, value in settings.items():
+            if value is not None and not least <= value < math.inf:
+                yield f"{key} = {value}: must be at least {least}"
+    positive = {
+        "model.rope_base": model.rope_base,
+        "model.norm_epsilon": model.norm_epsilon,
+        "model.init_std": model.init_std,
+        "model.memory.epsilon": model.memory.epsilon,
+        "parallel.timeout_s": parallel.timeout_s,
+        "optimizer.lr": optimizer.lr,
+        "optimizer.eps": optimizer.eps,
+        **{f"data.sets.{i}.weight": s.weight for i, s in enumerate(config.data.sets)},
+    }
+    for key, value in positive.items():
+        if not 0 < value < math.inf:
+            yield f"{key} = {value}: must be greater than 0"
+    for key, value in {
+        "model.memory.beta_init": model.memory.beta_init,
+        "model.memory.write_gate_bias": model.memory.write_gate_bias,
+    }.items():
+        if not math.isfinite(value):
+            yield f"{key} = {value}: must be a finite number"
+    between = {
+        "optimizer.min_lr_ratio": optimizer.min_lr_ratio,
+        **{f"evaluate.passkey_depths.{i}": depth for i, depth in enumerate(config.evaluate.passkey_depths)},
+    }
+    for key, value in between.items():
+        if not 0 <= value <= 1:
+            yield f"{key} = {value}: must be between 0 and 1"
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield f"optimizer.betas = {optimizer.betas}: must be two numbers, each at least 0 and below 1"
+
+
+def _choices(config: Config) -> Iterator[str]:
+    for key, value, valid in (
+        ("model.memory.rule", config.model.memory.rule, MEMORY_RULES),
+        ("model.memory.write_gate", config.model.memory.write_gate, WRITE_GATES),
+        ("parallel.schedule", config.parallel.schedule, SCHEDULES),
+        ("bptt.gradient", config.bptt.gradient, GRADIENTS),
+        ("bptt.recompute", config.bptt.recompute, RECOMPUTE),
+        ("optimizer.schedule", config.optimizer.schedule, LR_SCHEDULES),
+        ("train.precision", config.train.precision, PRECISIONS),
+    ):
+        if value not in valid:
+            yield f"{key} = {value}: must be one of {', '.join(valid)}"
+    zero = config.parallel.zero_stage
+    if zero == 0:
+        yield (
+            "parallel.zero_stage = 0: must be 1, 2 or 3; DeepSpeed cannot coalesce a step's gradients without ZeRO, "
+            "and on a single data-parallel rank stage 1 costs nothing"
+        )
+    elif zero not in (1, 2, 3):
+        yield f"parallel.zero_stage = {zero}: must be 1, 2 or 3"
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    heads, groups = model.num_attention_heads, derived.num_query_groups(model)
+    if heads % groups:
+        yield (
+            f"model.num_query_groups = {groups}: must divide model.num_attention_heads = {heads}; "
+            f"valid are {_list(_divisors(heads))}"
+        )
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield (
+            f"model.num_attention_heads = {heads}: must divide model.hidden_size = {model.hidden_size}, or "
+            f"model.kv_channels must give the dimension of a head; valid are {_list(_divisors(model.hidden_size))}"
+        )
+    elif (dim := derived.head_dim(model)) % 2:
+        yield (
+            f"{'model.hidden_size / model.num_attention_heads' if model.kv_channels is None else 'model.kv_channels'}"
+            f" = {dim}: the dimension of a head must be even, rotary embeddings turn it in pairs"
+        )
+    if heads % tensor or groups % tensor:
+        what = f"model.num_attention_heads = {heads} and model.num_query_groups = {groups}"
+        yield (
+            f"parallel.tensor = {tensor}: must divide {what}, because a rank owns whole heads and their memory; "
+            f"valid are {_list(_divisors(math.gcd(heads, groups)))}"
+        )
+    if model.ffn_hidden_size % tensor:
+        yield f"model.ffn_hidden_size = {model.ffn_hidden_size}: must be a multiple of parallel.tensor = {tensor}"
+    if model.vocab_size_multiple % tensor:
+        multiple = model.vocab_size_multiple
+        yield f"model.vocab_size_multiple = {multiple}: must be a multiple of parallel.tensor = {tensor}"
+
+
+def _layout(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    stages, per_stage = parallel.pipeline, parallel.layers_per_stage
+    if layers < stages:
+        yield f"parallel.pipeline = {stages}: must not be more than model.num_layers = {layers}"
+    elif per_stage is not None and len(per_stage) != stages:
+        yield (
+            f"parallel.layers_per_stage = {per_stage}: must have one entry per pipeline stage, "
+            f"{len(per_stage)} given for parallel.pipeline = {stages}"
+        )
+    elif per_stage is not None and sum(per_stage) != layers:
+        yield (
+            f"parallel.layers_per_stage = {per_stage}: its entries must sum to model.num_layers = {layers}, "
+            f"not {sum(per_stage)}"
+        )
+    if parallel.zero_stage == 3 and stages > 1:
+        yield (
+            f"parallel.zero_stage = 3 with parallel.pipeline = {stages}: must be 1 or 2 with pipeline stages; ZeRO 3 "
+            "gathers weights by collectives in the middle of a layer, and with stages waiting for one another these deadlock"
+        )
+
+
+def _windows(config: Config) -> Iterator[str]:
+    segments, chunks = config.train.segments_per_window, config.bptt.chunks_per_window
+    if segments % chunks:
+        yield (
+            f"bptt.chunks_per_window = {chunks}: must divide train.segments_per_window = {segments}; "
+            f"valid are {_list(_divisors(segments))}"
+        )
+    if config.parallel.schedule == "1f1b" and chunks > 1:
+        yield (
+            f"parallel.schedule = 1f1b moves whole windows: bptt.chunks_per_window must be 1, not {chunks}; "
+            "segment_1f1b moves chunks"
+        )
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps >= steps:
+        yield f"optimizer.warmup_steps = {optimizer.warmup_steps}: must be less than train.steps = {steps}"
+    elif optimizer.decay_steps is not None:
+        if optimizer.schedule != "wsd":
+            yield (
+                f"optimizer.decay_steps = {optimizer.decay_steps}: must be null with optimizer.schedule = "
+                f"{optimizer.schedule}; only wsd uses it"
+            )
+        elif optimizer.warmup_steps + optimizer.decay_steps > steps:
+            yield (
+                f"optimizer.decay_steps = {optimizer.decay_steps}: must be at most {steps - optimizer.warmup_steps}, "
+                f"what optimizer.warmup_steps = {optimizer.warmup_steps} leaves of train.steps = {steps}"
+            )
+
+
+def _memory(config: Config) -> Iterator[str]:
+    memory = config.model.memory
+    if memory.rule == "none" and memory.write_gate != "none":
+        yield (
+            f"model.memory.write_gate = {memory.write_gate}: must be none with model.memory.rule = none, "
+            "there is nothing to write to"
+        )
+    elif memory.write_gate == "none" and config.train.write_gate_penalty:
+        gates = " or ".join(gate for gate in WRITE_GATES if gate != "none")
+        yield (
+            f"train.write_gate_penalty = {config.train.write_gate_penalty}: must be 0 without a write gate, or "
+            f"model.memory.write_gate must be {gates}"
+        )
+
+
+def _lanes(config: Config, world_size: int) -> Iterator[str]:
+    size, lanes = derived.model_parallel_size(config), config.train.lanes
+    if world_size < size or world_size % size:
+        yield (
+            f"{world_size} process(es) cannot hold parallel.tensor = {config.parallel.tensor} x parallel.pipeline = "
+            f"{config.parallel.pipeline}: the number of processes must be a multiple of {size}"
+        )
+        return
+    copies = derived.data_parallel_size(config, world_size)
+    if lanes % copies:
+        yield (
+            f"train.lanes = {lanes}: must be a multiple of the data-parallel size {copies} "
+            f"({world_size} processes / {size} per copy of the model)"
+        )
+        return
+    per_rank, per_pass = derived.lanes_per_rank(config, world_size), derived.lanes_per_microbatch(config, world_size)
+    if per_rank % per_pass:
+        yield (
+            f"train.lanes_per_microbatch = {per_pass}: must divide the {per_rank} lanes of a data-parallel rank "
+            f"(train.lanes = {lanes} / {copies}); valid are {_list(_divisors(per_rank))}"
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    if not config.data.sets:
+        yield "data.sets is empty: name at least one prepared set (`infini prepare SOURCE... --out DIR` makes one)"
+    for i, prepared in enumerate(config.data.sets):
+        if not Path(prepared.path, "manifest.json").is_file():
+            yield (
+                f"data.sets.{i}.path = {prepared.path}: no prepared set there (manifest.json is missing); "
+                f"make it with `infini prepare SOURCE... --out {prepared.path}`"
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _list(values: list[int]) -> str:
+    return ", ".join(map(str, values))
