@@ -182,7 +182,7 @@ def _layout(config: Config) -> Iterator[str]:
     if parallel.zero_stage == 3 and stages > 1:
         yield (
             f"parallel.zero_stage = 3 with parallel.pipeline = {stages}: must be 1 or 2 with pipeline stages; ZeRO 3 "
-            "gathers weights by collectives in the middle of a layer, and with stages waiting for one another these deadlock"
+            "gathers weights by collectives in the middle of a layer, and stages waiting for one another deadlock on it"
         )
 
 

@@ -156,7 +156,7 @@ def refused(overrides, world_size=None) -> list[str]:
         (
             ["parallel.tensor=2", "model.ffn_hidden_size=343"],
             None,
-            ["model.ffn_hidden_size = 343", "parallel.tensor = 2"],
+            ["model.ffn_hidden_size = 343", "= 2"],
         ),
         (["parallel.tensor=2", "model.vocab_size_multiple=63"], None, ["model.vocab_size_multiple = 63", "= 2"]),
         (["parallel.pipeline=5"], None, ["parallel.pipeline = 5", "model.num_layers = 4"]),
