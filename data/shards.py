@@ -1,4 +1,4 @@
-"""The prepared set on disk: webdataset shards, their index and their manifest; `PreparedSet` reads, `ShardSetWriter` writes.
+"""Prepared sets on disk: webdataset shards, index and manifest. `PreparedSet` reads, `ShardSetWriter` writes.
 
 A prepared set is a folder with
 
@@ -240,7 +240,7 @@ class _HashingFile:
     """A binary file for writing that hashes and counts what passes."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=1 << 20)
+        self._file = path.open("wb", buffering=1 << 20)
         self._sha256 = hashlib.sha256()
         self.bytes = 0
 

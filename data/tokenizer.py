@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,11 @@ class Tokenizer:
         (folder / INFO).write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
 
 
-def split_text(text: str) -> Iterator[str]:
-    """Pieces of some 64K characters that join to `text`, cut only where no pre-tokenizer joins two lines."""
+def split_text(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """Pieces of `characters` or a little more that join to `text`, cut only between lines that encode apart."""
     start = 0
-    while len(text) - start > _PIECE_CHARACTERS:
-        cut = _SAFE_CUT.search(text, start + _PIECE_CHARACTERS)
+    while len(text) - start > characters:
+        cut = _SAFE_CUT.search(text, start + characters)
         if cut is None:
             break
         yield text[start : cut.start()]
@@ -129,7 +129,7 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer("byte", eos_id=256)
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with `vocab_size` tokens, the end token included; digits stay single tokens.
 
     The same texts give the same tokenizer.
