@@ -1,0 +1,258 @@
+"""Which document each lane reads, and when: pure arithmetic over document lengths, nothing is read here.
+
+Lane g of G takes as its k-th document of a set the one at place k * G + g of an endless sequence: the set's documents
+in a new random order for every epoch. So all lanes together see every document once per epoch, also when there are
+fewer documents than lanes; and what a lane reads depends on the sets, their weights, the seed, G and g alone: not on
+ranks, other lanes or timing.
+
+Random numbers are raw bits of PCG64, whose stream numpy guarantees; the streams of `Generator` methods may change with
+a numpy release, and a run resumed after an upgrade would then go on with other documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+# Orders kept in memory, and entries in them (uint32: 128 MiB) while there are more than a few. Lanes straddle two or
+# three epochs of a large set; a document of an order that fell out costs a sort, 0.16 s for a million documents.
+_CACHED_ORDERS = 1024
+_CACHED_ENTRIES = 1 << 25
+_ALWAYS_CACHED_ORDERS = 4
+_ORDER_STREAM, _LANE_STREAM = 1, 2
+
+
+class DocumentSet(Protocol):
+    """What lanes need of a prepared set; `data.shards.PreparedSet` is one."""
+
+    path: Any
+    split: str
+    lengths: np.ndarray
+    tokenizer_hash: str
+    eos_id: int
+
+    def read(self, i: int, start: int, stop: int) -> np.ndarray: ...
+    def answers(self, i: int) -> list[tuple[int, int]]: ...
+    def document_name(self, i: int) -> str: ...
+
+
+@dataclass
+class WeightedSet:
+    """A set in the mixture."""
+
+    set: DocumentSet
+    weight: float
+    """Share of the tokens, relative to the other sets' weights."""
+    answer_weight: float
+    """Loss weight of answer tokens."""
+
+
+@dataclass(frozen=True)
+class LaneCursor:
+    """Where a lane stands. Everything else about a lane follows from its number."""
+
+    taken: tuple[int, ...]
+    """Documents begun, per set. The current one is the last of its set's."""
+    consumed: tuple[int, ...]
+    """Tokens (labels, without padding) given out, per set."""
+    set: int | None = None
+    """Set of the current document; None between documents."""
+    document: int | None = None
+    """Index in its set of the current document."""
+    segment: int = 0
+    """Next segment of the current document."""
+    entered: int = 0
+    """Segment at which the current document was entered: past 0 only for a lane's first document, see `stagger`."""
+    skipped: int = 0
+    """Documents that were dropped because they could not be read."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive segments of one document in one lane."""
+
+    set: int
+    document: int
+    first_segment: int
+    segments: int
+    labels: int
+    """Labels in these segments: segments * segment_length, less in a document's last segment."""
+    starts: bool
+    """The lane enters the document here: reset."""
+    from_beginning: bool
+    """The lane entered the document at its beginning."""
+
+
+class LaneSchedule:
+    """The streams of `lanes` lanes over `sets`, in segments of `segment_length` tokens.
+
+    Methods take a global lane number and a cursor and return new cursors; the object itself only caches epoch orders.
+
+    Raises:
+        ValueError: no sets, weights not positive, different tokenizers, a set without a document of two tokens.
+    """
+
+    def __init__(
+        self, sets: list[WeightedSet], *, lanes: int, segment_length: int, seed: int, stagger: bool = True
+    ) -> None:
+        _check_sets(sets)
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.lanes = lanes
+        self.segment_length = segment_length
+        self.seed = seed
+        self.stagger = stagger
+        self._weights = [entry.weight for entry in sets]
+        self._lengths = [entry.set.lengths for entry in sets]
+        # A document of one token has nothing to predict; indices of the others, None where that is all of them.
+        self._usable: list[np.ndarray | None] = []
+        self._counts: list[int] = []
+        self._mean_labels: list[int] = []
+        for entry in sets:
+            usable = np.flatnonzero(entry.set.lengths >= 2)
+            if len(usable) == 0:
+                raise ValueError(
+                    f"{entry.set.path} ({entry.set.split}) has no document of at least 2 tokens: nothing to train on"
+                )
+            self._usable.append(None if len(usable) == len(entry.set.lengths) else usable)
+            self._counts.append(len(usable))
+            self._mean_labels.append(int((entry.set.lengths[usable] - 1).sum()) // len(usable))
+        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._cached_entries = 0
+        self.fingerprint = self._fingerprint()
+
+    def start(self) -> LaneCursor:
+        """The cursor of any lane before its first document."""
+        return LaneCursor(taken=(0,) * len(self._counts), consumed=(0,) * len(self._counts))
+
+    def next_run(self, lane: int, cursor: LaneCursor, room: int) -> tuple[Run, LaneCursor, LaneCursor]:
+        """The lane's next segments out of one document, at most `room` of them.
+
+        Returns the run, the cursor behind it, and the cursor to go on from if the document turns out unreadable.
+        """
+        if cursor.set is None:
+            cursor = self._take(lane, cursor)
+        labels = int(self._lengths[cursor.set][cursor.document]) - 1
+        segments = -(-labels // self.segment_length)
+        count = min(room, segments - cursor.segment)
+        first = cursor.segment * self.segment_length
+        run = Run(
+            set=cursor.set,
+            document=cursor.document,
+            first_segment=cursor.segment,
+            segments=count,
+            labels=min(labels - first, count * self.segment_length),
+            starts=cursor.segment == cursor.entered,
+            from_beginning=cursor.entered == 0,
+        )
+        finished = cursor.segment + count == segments
+        after = replace(
+            _between_documents(cursor) if finished else replace(cursor, segment=cursor.segment + count),
+            consumed=_add(cursor.consumed, cursor.set, run.labels),
+        )
+        dropped = replace(_between_documents(cursor), skipped=cursor.skipped + 1)
+        return run, after, dropped
+
+    def skip(self, lane: int, cursor: LaneCursor, segments: int) -> LaneCursor:
+        """The cursor `segments` segments further on."""
+        while segments:
+            run, cursor, _ = self.next_run(lane, cursor, segments)
+            segments -= run.segments
+        return cursor
+
+    def document(self, lane: int, number: int, k: int) -> int:
+        """Index in set `number` of the k-th document (from 0) that the lane takes from it."""
+        place = k * self.lanes + lane
+        epoch, offset = divmod(place, self._counts[number])
+        index = int(self._order(number, epoch)[offset])
+        usable = self._usable[number]
+        return index if usable is None else int(usable[index])
+
+    def _take(self, lane: int, cursor: LaneCursor) -> LaneCursor:
+        """Begin the next document: from the set that is farthest behind its share of the tokens.
+
+        Consumed tokens over weight is each set's own clock, and the set whose clock shows least is next: the shares
+        are exact up to one document per set. Each clock begins at a random moment of the set's first document, so that
+        lanes do not read the sets in the same order.
+        """
+        bits = self._lane_bits(lane)
+        clocks = [
+            (consumed + _draw(bits[i + 1], self._mean_labels[i])) / self._weights[i]
+            for i, consumed in enumerate(cursor.consumed)
+        ]
+        number = clocks.index(min(clocks))
+        first = not any(cursor.taken)
+        document = self.document(lane, number, cursor.taken[number])
+        entered = 0
+        if first and self.stagger:
+            labels = int(self._lengths[number][document]) - 1
+            entered = _draw(bits[0], -(-labels // self.segment_length))
+        return replace(
+            cursor,
+            taken=_add(cursor.taken, number, 1),
+            set=number,
+            document=document,
+            segment=entered,
+            entered=entered,
+        )
+
+    def _lane_bits(self, lane: int) -> list[int]:
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(_LANE_STREAM, lane))
+        return np.random.PCG64(sequence).random_raw(1 + len(self._counts)).tolist()
+
+    def _order(self, number: int, epoch: int) -> np.ndarray:
+        key = (number, epoch)
+        order = self._orders.get(key)
+        if order is None:
+            sequence = np.random.SeedSequence(self.seed, spawn_key=(_ORDER_STREAM, number, epoch))
+            order = np.argsort(np.random.PCG64(sequence).random_raw(self._counts[number]), kind="stable")
+            self._orders[key] = order = order.astype(np.uint32)
+            self._cached_entries += len(order)
+            while len(self._orders) > _CACHED_ORDERS or (
+                len(self._orders) > _ALWAYS_CACHED_ORDERS and self._cached_entries > _CACHED_ENTRIES
+            ):
+                self._cached_entries -= len(self._orders.popitem(last=False)[1])
+        self._orders.move_to_end(key)
+        return order
+
+    def _fingerprint(self) -> str:
+        """Hash of all that a cursor's meaning depends on."""
+        facts = [self.seed, self.lanes, self.segment_length, self._weights]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for lengths in self._lengths:
+            digest.update(np.ascontiguousarray(lengths, dtype=np.int64).data)
+        return digest.hexdigest()[:16]
+
+
+def _between_documents(cursor: LaneCursor) -> LaneCursor:
+    return replace(cursor, set=None, document=None, segment=0, entered=0)
+
+
+def _check_sets(sets: list[WeightedSet]) -> None:
+    if not sets:
+        raise ValueError("there is no prepared set to read from: data.sets is empty")
+    for entry in sets:
+        if not (0 < entry.weight < float("inf")):
+            raise ValueError(f"the weight of {entry.set.path} must be positive, got {entry.weight}")
+        if not (0 <= entry.answer_weight < float("inf")):
+            raise ValueError(f"the answer_weight of {entry.set.path} must not be negative, got {entry.answer_weight}")
+        if entry.set.tokenizer_hash != sets[0].set.tokenizer_hash:
+            raise ValueError(
+                f"{sets[0].set.path} and {entry.set.path} were prepared with different tokenizers "
+                f"({sets[0].set.tokenizer_hash[:12]} and {entry.set.tokenizer_hash[:12]}): "
+                f"prepare one with --tokenizer and the path of the other"
+            )
+
+
+def _draw(bits: int, below: int) -> int:
+    """An integer in [0, below) from 64 random bits."""
+    return (bits * below) >> 64
+
+
+def _add(counts: tuple[int, ...], at: int, amount: int) -> tuple[int, ...]:
+    return (*counts[:at], counts[at] + amount, *counts[at + 1 :])

@@ -1,0 +1,662 @@
+"""The lane loader: every lane the same endless stream on any layout, and windows that say what the documents say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import DataConfig, SetConfig
+from data.lane_schedule import LaneSchedule
+from data.lanes import LaneLoader, WeightedSet, WindowBatch, build_loader
+from data.prefetch import Prefetcher
+from data.shards import FORMAT_VERSION, BadDocumentError, ShardSetWriter
+
+EOS = 0
+DOCUMENT_STRIDE = 100_000  # token i of document d is 1 + d * stride + i: a token tells where it comes from
+
+
+class MemorySet:
+    """A prepared set in memory."""
+
+    split = "train"
+    eos_id = EOS
+    vocab_size = 1 << 40
+
+    def __init__(self, lengths: list[int], *, number: int = 0, tokenizer_hash: str = "tokenizer-a") -> None:
+        self.path = f"set-{number}"
+        self.tokenizer_hash = tokenizer_hash
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.first_document = number * 1000
+        self.spans: dict[int, list[tuple[int, int]]] = {}
+        self.bad: dict[int, int] = {}
+        self.on_read: Callable[[int], None] = lambda i: None
+
+    def text(self, i: int) -> np.ndarray:
+        tokens = 1 + (self.first_document + i) * DOCUMENT_STRIDE + np.arange(self.lengths[i])
+        tokens[-1] = EOS
+        return tokens
+
+    def read(self, i: int, start: int, stop: int) -> np.ndarray:
+        self.on_read(i)
+        assert 0 <= start < stop <= self.lengths[i]
+        if i in self.bad and stop > self.bad[i]:
+            raise BadDocumentError(f"document {self.document_name(i)} cannot be read")
+        return self.text(i)[start:stop]
+
+    def answers(self, i: int) -> list[tuple[int, int]]:
+        return self.spans.get(i, [])
+
+    def document_name(self, i: int) -> str:
+        return f"{self.path}:{i}"
+
+
+def sets_of(*lengths: list[int], weights: tuple[float, ...] | None = None) -> list[WeightedSet]:
+    weights = weights or (1.0,) * len(lengths)
+    return [WeightedSet(MemorySet(own, number=i), weights[i], 1.0) for i, own in enumerate(lengths)]
+
+
+def random_sets() -> list[WeightedSet]:
+    draw = np.random.default_rng(5)
+    return sets_of(draw.integers(1, 60, 23).tolist(), draw.integers(1, 200, 5).tolist(), weights=(2.0, 1.0))
+
+
+@pytest.fixture
+def make_loader():
+    """`LaneLoader` with small defaults; closed at the end of the test."""
+    made: list[LaneLoader] = []
+
+    def make(sets: list[WeightedSet], **options) -> LaneLoader:
+        lanes = options.pop("lanes", 4)
+        defaults = {
+            "first_lane": 0,
+            "last_lane": lanes,
+            "segments_per_window": 3,
+            "segment_length": 8,
+            "seed": 7,
+            "prefetch": 0,
+        }
+        made.append(LaneLoader(sets, lanes=lanes, **defaults | options))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def lane_hashes(batch: WindowBatch) -> dict[int, str]:
+    """Per lane a hash over everything in the batch."""
+    hashes = {}
+    for row, lane in enumerate(batch.lane_ids.tolist()):
+        digest = hashlib.sha256(json.dumps(batch.documents[row]).encode())
+        for name in ("tokens", "labels", "loss_weight", "answer_mask", "reset", "position_in_document"):
+            digest.update(getattr(batch, name)[row].contiguous().numpy().tobytes())
+        hashes[lane] = digest.hexdigest()
+    return hashes
+
+
+def windows(loader: LaneLoader, count: int) -> list[dict[int, str]]:
+    return [lane_hashes(loader.next_batch()) for _ in range(count)]
+
+
+def split_windows(make: Callable[[int, int], LaneLoader], lanes: int, ranks: int, count: int) -> list[dict[int, str]]:
+    own = lanes // ranks
+    parts = [windows(make(rank * own, (rank + 1) * own), count) for rank in range(ranks)]
+    return [dict(item for part in parts for item in part[step].items()) for step in range(count)]
+
+
+def segments_of(batch: WindowBatch, row: int):
+    """(document, first token offset, segment, reset) of each segment, from the tokens alone."""
+    for t in range(batch.tokens.shape[1]):
+        document, offset = divmod(int(batch.tokens[row, t, 0]) - 1, DOCUMENT_STRIDE)
+        yield document, offset, t, bool(batch.reset[row, t])
+
+
+def check_against_documents(batch: WindowBatch, sets: list[WeightedSet]) -> None:
+    """Every position of the window, compared with the raw documents in the plainest way."""
+    padded = 0
+    length = batch.tokens.shape[2]
+    for row in range(len(batch.lane_ids)):
+        for document, offset, t, _ in segments_of(batch, row):
+            assert offset == batch.position_in_document[row, t]
+            assert offset % length == 0
+            owner = sets[document // 1000].set
+            text = owner.text(document % 1000).tolist()
+            assert owner.document_name(document % 1000) in batch.documents[row]
+            for position in range(length):
+                here = (row, t, position)
+                if offset + position + 1 < len(text):
+                    assert batch.tokens[here] == text[offset + position]
+                    assert batch.labels[here] == text[offset + position + 1]
+                    assert batch.loss_weight[here] == 1
+                else:
+                    assert batch.tokens[here] == batch.labels[here] == EOS
+                    assert batch.loss_weight[here] == 0
+                    padded += 1
+    assert batch.padded_tokens == padded
+
+
+# The stream
+
+
+def test_a_lane_is_the_same_on_every_split(make_loader):
+    def make(first: int, last: int, prefetch: int = 0) -> LaneLoader:
+        return make_loader(random_sets(), lanes=8, first_lane=first, last_lane=last, prefetch=prefetch)
+
+    whole = split_windows(make, 8, 1, 12)
+    assert len({value for window in whole for value in window.values()}) > 80  # lanes and windows differ
+    for ranks in (2, 4):
+        assert split_windows(lambda first, last: make(first, last, prefetch=2), 8, ranks, 12) == whole
+
+
+@pytest.mark.parametrize("change", ["seed", "weights", "stagger"])
+def test_the_stream_depends_on(make_loader, change):
+    base = windows(make_loader(random_sets()), 4)
+    assert base == windows(make_loader(random_sets()), 4)
+    sets = random_sets()
+    if change == "weights":
+        sets[0].weight = 0.5
+    other = make_loader(sets, **{"seed": {"seed": 8}, "stagger": {"stagger": False}}.get(change, {}))
+    assert windows(other, 4) != base
+
+
+def test_every_document_once_per_epoch_and_reshuffled():
+    lanes, documents = 6, 15
+    schedule = LaneSchedule(sets_of([5] * documents), lanes=lanes, segment_length=8, seed=1)
+    taken = [schedule.document(lane, 0, k) for k in range(10) for lane in range(lanes)]  # 60: four epochs
+    epochs = [taken[start : start + documents] for start in range(0, len(taken), documents)]
+    assert len(epochs) == 4
+    assert all(sorted(epoch) == list(range(documents)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_order_is_fixed_for_all_time():
+    """A resumed run needs it: this changes only with a change of the stream's definition, never with numpy."""
+    schedule = LaneSchedule(sets_of([5] * 7), lanes=2, segment_length=8, seed=1)
+    assert [schedule.document(0, 0, k) for k in range(7)] == [1, 2, 4, 0, 5, 2, 3]
+
+
+def test_an_order_that_left_the_cache_comes_back_the_same(monkeypatch):
+    monkeypatch.setattr("data.lane_schedule._CACHED_ENTRIES", 20)
+    schedule = LaneSchedule(sets_of([5] * 9), lanes=2, segment_length=8, seed=1)
+    first = [schedule.document(0, 0, k) for k in range(200)]
+    assert len(schedule._orders) == 4
+    assert schedule._cached_entries == 36
+    assert [schedule.document(0, 0, k) for k in range(200)] == first
+
+
+def test_the_loader_takes_every_document_once_per_epoch(make_loader):
+    """Through the loader, one-token documents left out: 12 documents, 4 lanes, all of one segment."""
+    loader = make_loader(sets_of([1, 4, 9, 7, 1, 5, 3, 2, 8, 6, 9, 4, 3, 9]), segments_per_window=1)
+    for _ in range(3):
+        seen = Counter(name for _ in range(3) for own in loader.next_batch().documents for name in own)
+        assert seen == {f"set-0:{i}": 1 for i in range(14) if i not in (0, 4)}
+
+
+def test_fewer_documents_than_lanes(make_loader):
+    loader = make_loader(sets_of([9, 9, 9]), lanes=7, segments_per_window=1)
+    seen = Counter(own[0] for _ in range(3) for own in loader.next_batch().documents)
+    assert seen == {"set-0:0": 7, "set-0:1": 7, "set-0:2": 7}
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 1.0), (0.05, 0.95)])
+def test_mixture_shares_are_of_tokens(make_loader, weights):
+    draw = np.random.default_rng(2)
+    sets = sets_of(draw.integers(2, 40, 30).tolist(), draw.integers(100, 300, 9).tolist(), weights=weights)
+    loader = make_loader(sets, segments_per_window=2000, stagger=False)
+    loader.skip_windows(1)
+    for cursor in loader.state_dict()["lanes"].values():
+        expected = weights[0] / sum(weights) * sum(cursor["consumed"])
+        assert abs(cursor["consumed"][0] - expected) <= 2 * 300  # a document of each set
+        assert sum(cursor["consumed"]) > 2000
+
+
+def test_lanes_begin_with_different_sets(make_loader):
+    names = [own[0] for own in make_loader(sets_of([9] * 50, [9] * 50), lanes=64).next_batch().documents]
+    assert 16 < sum(name.startswith("set-0") for name in names) < 48
+
+
+def test_stagger_keeps_resets_apart(make_loader):
+    def resets_together(stagger: bool) -> int:
+        loader = make_loader(sets_of([8 * 40] * 30), lanes=20, segments_per_window=40, stagger=stagger)
+        first = loader.next_batch()
+        assert bool(first.reset[:, 0].all())
+        assert bool((first.position_in_document[:, 0] == 0).all()) is not stagger
+        return int(loader.next_batch().reset.sum(0).max())
+
+    assert resets_together(stagger=False) == 20
+    assert resets_together(stagger=True) <= 5
+
+
+# The windows
+
+
+def test_windows_say_what_the_documents_say(make_loader):
+    sets = random_sets()
+    loader = make_loader(sets, prefetch=2)
+    resets = 0
+    following: dict[int, tuple[int, int]] = {}
+    for step in range(40):
+        batch = loader.next_batch()
+        check_against_documents(batch, sets)
+        assert batch.lane_ids.tolist() == [0, 1, 2, 3]
+        for row in range(4):
+            for document, offset, t, reset in segments_of(batch, row):
+                # A segment without a reset goes on where the lane's last segment ended, and one with a reset begins.
+                if reset:
+                    assert offset == 0 or (step == 0 and t == 0)
+                else:
+                    assert following[row] == (document, offset)
+                following[row] = (document, offset + 8)
+                resets += reset
+    assert resets > 50
+    shapes = {name: tuple(getattr(batch, name).shape) for name in ("tokens", "labels", "loss_weight", "answer_mask")}
+    assert set(shapes.values()) == {(4, 3, 8)}
+    assert batch.tokens.dtype == batch.labels.dtype == batch.position_in_document.dtype == torch.int64
+    assert batch.loss_weight.dtype == torch.float32
+    assert batch.answer_mask.dtype == batch.reset.dtype == torch.bool
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8).filter(lambda own: max(own) > 1),
+    lanes=st.integers(1, 5),
+    segments=st.integers(1, 4),
+    length=st.integers(1, 9),
+    seed=st.integers(0, 2**63),
+    stagger=st.booleans(),
+)
+def test_any_documents(lengths, lanes, segments, length, seed, stagger):
+    sets = sets_of(lengths)
+
+    def make() -> LaneLoader:
+        return LaneLoader(
+            sets,
+            lanes=lanes,
+            first_lane=0,
+            last_lane=lanes,
+            segments_per_window=segments,
+            segment_length=length,
+            seed=seed,
+            stagger=stagger,
+            prefetch=0,
+        )
+
+    loader = make()
+    for _ in range(3):
+        check_against_documents(loader.next_batch(), sets)
+    resumed, jumped = make(), make()
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    jumped.skip_windows(3)
+    assert jumped.state_dict() == loader.state_dict()
+    expected = windows(loader, 2)
+    assert windows(resumed, 2) == expected
+    assert windows(jumped, 2) == expected
+
+
+def answer_tokens(batch: WindowBatch, row: int) -> list[int]:
+    return batch.labels[row][batch.answer_mask[row]].tolist()
+
+
+def test_answers_are_marked_and_weighted(make_loader):
+    sets = sets_of([30])
+    sets[0].answer_weight = 5.0
+    memory: MemorySet = sets[0].set
+    memory.spans[0] = [(0, 1), (1, 2), (7, 11), (28, 30)]  # before any label; first label; over a border; to the end
+    batch = make_loader(sets, lanes=1, segments_per_window=4, stagger=False).next_batch()
+    text = memory.text(0).tolist()
+    assert answer_tokens(batch, 0) == [text[i] for i in (1, 7, 8, 9, 10, 28, 29)]
+    assert torch.equal(batch.loss_weight == 5, batch.answer_mask)
+    assert int((batch.loss_weight == 1).sum()) == 29 - 7
+    assert batch.padded_tokens == int((batch.loss_weight == 0).sum()) == 3
+
+    # The same in windows of one segment: spans are cut where the windows are.
+    loader = make_loader(sets, lanes=1, segments_per_window=1, stagger=False)
+    parts = [loader.next_batch() for _ in range(4)]
+    assert torch.equal(torch.cat([part.answer_mask for part in parts], dim=1), batch.answer_mask)
+    assert torch.equal(torch.cat([part.loss_weight for part in parts], dim=1), batch.loss_weight)
+
+
+def test_answers_weigh_nothing_in_a_document_entered_past_its_beginning(make_loader):
+    sets = sets_of([32])
+    sets[0].answer_weight = 5.0
+    sets[0].set.spans[0] = [(30, 32)]
+    loader = make_loader(sets, lanes=16, segments_per_window=1)
+    entered = loader.next_batch().position_in_document[:, 0] > 0
+    assert 4 < int(entered.sum()) < 16
+    weights: list[list[float]] = [[] for _ in range(16)]
+    loader = make_loader(sets, lanes=16, segments_per_window=1)
+    for _ in range(8):
+        batch = loader.next_batch()
+        for row in range(16):
+            weights[row] += batch.loss_weight[row][batch.answer_mask[row]].tolist()
+    for row in range(16):
+        assert weights[row][:4] == ([0, 0] if entered[row] else [5, 5]) + [5, 5]
+
+
+# State
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("stop", [0, 1, 5])
+def test_resume_on_other_splits(make_loader, prefetch, stop):
+    def make(first: int, last: int) -> LaneLoader:
+        return make_loader(random_sets(), lanes=4, first_lane=first, last_lane=last, prefetch=prefetch)
+
+    expected = split_windows(make, 4, 1, stop + 6)[stop:]
+    merged: dict = {"lanes": {}}
+    for rank in range(2):
+        part = make(2 * rank, 2 * rank + 2)
+        windows(part, stop)
+        merged["lanes"] |= part.state_dict()["lanes"]
+    merged = json.loads(json.dumps(merged))
+    for ranks in (1, 2, 4):
+
+        def resumed(first: int, last: int) -> LaneLoader:
+            loader = make(first, last)
+            windows(loader, 2)  # a loader in use can be set as well
+            loader.load_state_dict(merged)
+            return loader
+
+        assert split_windows(resumed, 4, ranks, 6) == expected
+
+
+def test_a_window_may_change_its_segments_at_a_resume(make_loader):
+    loader = make_loader(random_sets())
+    windows(loader, 2)
+    longer = make_loader(random_sets(), segments_per_window=6)
+    longer.load_state_dict(loader.state_dict())
+    two = [loader.next_batch() for _ in range(2)]
+    one = longer.next_batch()
+    for name in ("tokens", "labels", "loss_weight", "reset", "position_in_document"):
+        assert torch.equal(getattr(one, name), torch.cat([getattr(batch, name) for batch in two], dim=1))
+
+
+def test_prefetching_does_not_move_the_state(make_loader):
+    ahead, plain = make_loader(random_sets(), prefetch=3), make_loader(random_sets())
+    for _ in range(4):
+        assert lane_hashes(ahead.next_batch()) == lane_hashes(plain.next_batch())
+        deadline = time.monotonic() + 10
+        while len(ahead._prefetcher._ready) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert ahead.state_dict() == plain.state_dict()
+
+
+def test_skipping_windows_equals_reading_them(make_loader):
+    read, skipped = make_loader(random_sets(), prefetch=2), make_loader(random_sets(), prefetch=2)
+    windows(read, 13)
+    windows(skipped, 2)
+    reads: list[int] = []
+    skipped.skip_windows(0)
+    skipped._stop_prefetcher()
+    for entry in skipped._sets:
+        entry.set.on_read = reads.append
+    skipped.skip_windows(11)
+    assert reads == []
+    assert skipped.state_dict() == read.state_dict()
+    assert windows(skipped, 3) == windows(read, 3)
+
+
+def test_states_that_do_not_fit_are_refused(make_loader):
+    state = make_loader(random_sets(), lanes=4, last_lane=2).state_dict()
+    with pytest.raises(ValueError, match="lacks lanes 2, 3; it holds lanes 0, 1"):
+        make_loader(random_sets(), lanes=4).load_state_dict(state)
+    full = make_loader(random_sets()).state_dict()
+    changed = random_sets()
+    changed[1].set.lengths[0] += 1
+    for sets, options in (
+        (random_sets(), {"seed": 8}),
+        (random_sets(), {"segment_length": 4}),
+        (random_sets(), {"lanes": 3}),
+        (random_sets()[:1], {}),
+        (changed, {}),
+    ):
+        with pytest.raises(ValueError, match="belongs to another stream"):
+            make_loader(sets, **options).load_state_dict(full)
+    loader = make_loader(random_sets())
+    loader.next_batch()
+    damaged = loader.state_dict()
+    lane = next(lane for lane, cursor in damaged["lanes"].items() if cursor["set"] is not None)
+    damaged["lanes"][lane]["document"] += 1
+    with pytest.raises(ValueError, match=f"state of lane {lane} is damaged"):
+        make_loader(random_sets()).load_state_dict(damaged)
+
+
+# When things go wrong
+
+
+@pytest.mark.parametrize(
+    ("sets", "options", "message"),
+    [
+        ([], {}, "data.sets is empty"),
+        (sets_of([1, 1, 0]), {}, "set-0 .train. has no document of at least 2 tokens"),
+        (sets_of([]), {}, "no document of at least 2 tokens"),
+        (sets_of([9], [9], weights=(1.0, 0.0)), {}, "weight of set-1 must be positive, got 0.0"),
+        (sets_of([9], weights=(float("nan"),)), {}, "weight of set-0 must be positive"),
+        ([WeightedSet(MemorySet([9]), 1.0, -1.0)], {}, "answer_weight of set-0"),
+        (
+            [*sets_of([9]), WeightedSet(MemorySet([9], number=1, tokenizer_hash="tokenizer-b"), 1.0, 1.0)],
+            {},
+            "set-0 and set-1 were prepared with different tokenizers .tokenizer-a and tokenizer-b",
+        ),
+        (sets_of([9]), {"seed": -1}, "seed must not be negative"),
+        (sets_of([9]), {"last_lane": 5}, r"lanes \[0, 5\) are not a part of lanes \[0, 4\)"),
+        (sets_of([9]), {"first_lane": 4}, r"lanes \[4, 4\)"),
+        (sets_of([9]), {"segments_per_window": 0}, "segments_per_window must be at least 1"),
+        (sets_of([9]), {"segment_length": 0}, "segment_length must be at least 1"),
+        (sets_of([9]), {"prefetch": -1}, "prefetch must be at least 0"),
+    ],
+)
+def test_settings_that_cannot_be(make_loader, sets, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loader(sets, **options)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_bad_document_stops_with_its_own_message(make_loader, prefetch):
+    sets = sets_of([9] * 20)
+    loader = make_loader(sets, lanes=2, segments_per_window=1, prefetch=prefetch)
+    names = [loader.next_batch().documents for _ in range(10)]
+    bad = names[6][1][0]
+    sets[0].set.bad[int(bad.split(":")[1])] = 0
+    loader = make_loader(sets, lanes=2, segments_per_window=1, prefetch=prefetch)
+    assert [loader.next_batch().documents for _ in range(6)] == names[:6]
+    state = loader.state_dict()
+    for _ in range(3):
+        with pytest.raises(BadDocumentError, match=f"^document {bad} cannot be read$"):
+            loader.next_batch()
+    assert loader.state_dict() == state
+    loader.skip_windows(1)  # rolling on past the window that cannot be read
+    assert [loader.next_batch().documents for _ in range(3)] == names[7:]
+
+
+def test_skipped_documents_are_counted_and_the_same_on_every_split(make_loader):
+    def sets() -> list[WeightedSet]:
+        made = random_sets()
+        made[0].set.bad = {3: 0, 7: 9, 20: 20}
+        made[1].set.bad = {2: 50}
+        return made
+
+    def make(first: int, last: int) -> LaneLoader:
+        return make_loader(sets(), first_lane=first, last_lane=last, prefetch=2, skip_bad_documents=True)
+
+    whole = make(0, 4)
+    expected = [lane_hashes(whole.next_batch()) for _ in range(20)]
+    plain = make_loader(sets(), skip_bad_documents=True)
+    for _ in range(20):
+        check_against_documents(plain.next_batch(), sets())
+    assert whole.skipped_documents == plain.skipped_documents > 4
+    assert expected != windows(make_loader(random_sets()), 20)
+
+    halves = [make(0, 2), make(2, 4)]
+    first, second = (windows(half, 20) for half in halves)
+    assert [a | b for a, b in zip(first, second, strict=True)] == expected
+    assert sum(half.skipped_documents for half in halves) == whole.skipped_documents
+
+    resumed = make(0, 4)
+    resumed.load_state_dict({"lanes": halves[0].state_dict()["lanes"] | halves[1].state_dict()["lanes"]})
+    assert resumed.skipped_documents == whole.skipped_documents
+    assert windows(resumed, 3) == windows(whole, 3)
+
+
+def test_a_set_that_cannot_be_read_at_all_stops(make_loader):
+    sets = sets_of([9] * 5, [9] * 5)
+    sets[1].set.bad = dict.fromkeys(range(5), 0)
+    loader = make_loader(sets, skip_bad_documents=True)
+    with pytest.raises(
+        ValueError, match="more than 100 documents in a row that cannot be read; the last: document set-1"
+    ):
+        windows(loader, 10)
+
+
+def test_any_error_of_the_background_thread_arrives(make_loader):
+    def fail(i: int) -> None:
+        raise MemoryError("no memory left")
+
+    sets = sets_of([9] * 5)
+    sets[0].set.on_read = fail
+    loader = make_loader(sets, prefetch=2)
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="no memory left") as caught:
+            loader.next_batch()
+        assert caught.traceback[-1].name == "fail"
+    loader.close()
+
+
+def test_close_joins_the_thread(make_loader):
+    loader = make_loader(random_sets(), prefetch=2)
+    loader.next_batch()
+    thread = loader._prefetcher._thread
+    assert thread.is_alive()
+    loader.close()
+    loader.close()
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+
+
+def test_close_wakes_a_waiting_consumer():
+    release, caught = threading.Event(), []
+    prefetcher = Prefetcher(lambda: release.wait(10), 1)
+
+    def consume() -> None:
+        try:
+            prefetcher.next()
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    closer = threading.Thread(target=prefetcher.close)
+    closer.start()
+    consumer.join(5)
+    assert caught == ["the prefetcher is closed"]
+    release.set()
+    closer.join(5)
+    assert not closer.is_alive()
+
+
+def test_prefetcher_keeps_order_and_depth():
+    made: list[int] = []
+
+    def produce() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    prefetcher = Prefetcher(produce, 2)
+    for expected in range(50):
+        assert prefetcher.next() == expected
+        assert len(made) <= expected + 1 + 2 + 1  # taken, ready, and one begun when the consumer took its own
+    prefetcher.close()
+
+
+# A real prepared set
+
+
+def write_set(folder: Path, documents: list[np.ndarray], answers: dict[int, list[tuple[int, int]]]) -> None:
+    folder.mkdir()
+    writer = ShardSetWriter(folder, "train", 257, shard_bytes=4096)
+    for i, document in enumerate(documents):
+        writer.add(document, id=str(i), source="test", answers=answers.get(i))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": {"kind": "byte", "hash": "h", "vocab_size": 257, "eos_id": 256},
+        "splits": {"train": writer.close()},
+    }
+    assert len(manifest["splits"]["train"]["shards"]) > 2
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_prepared_sets_on_disk(tmp_path):
+    draw = np.random.default_rng(3)
+    documents = [np.append(draw.integers(0, 256, n), 256) for n in draw.integers(1, 900, 30)]
+    write_set(tmp_path / "text", documents, {})
+    write_set(tmp_path / "passkeys", documents, {i: [(len(own) - 6, len(own) - 1)] for i, own in enumerate(documents)})
+    config = DataConfig(
+        sets=[SetConfig(str(tmp_path / "text"), 3.0), SetConfig(str(tmp_path / "passkeys"), 1.0, answer_weight=4.0)],
+        stagger=False,
+    )
+    shape = {"lanes": 2, "first_lane": 0, "last_lane": 2, "segments_per_window": 4, "segment_length": 64, "seed": 3}
+    loader = build_loader(config, **shape)
+    streams: list[list[int]] = [[], []]
+    answered = 0
+    for _ in range(100):
+        batch = loader.next_batch()
+        assert torch.equal(batch.loss_weight == 4, batch.answer_mask)
+        answered += int(batch.answer_mask.sum())
+        for row in range(2):
+            # Inputs start a document, labels continue it to its end: together the lane's documents, one after another.
+            for t in range(4):
+                if batch.reset[row, t]:
+                    streams[row].append(int(batch.tokens[row, t, 0]))
+                streams[row] += batch.labels[row, t][batch.loss_weight[row, t] > 0].tolist()
+            assert all(str(tmp_path) in name for name in batch.documents[row])
+    loader.close()
+    assert answered > 50
+    known = {tuple(document.tolist()) for document in documents}
+    for stream in streams:
+        ends = [i + 1 for i, token in enumerate(stream) if token == 256]
+        assert len(ends) > 30
+        for start, end in zip([0, *ends], ends, strict=False):
+            assert tuple(stream[start:end]) in known
+
+    resumed = build_loader(config, **shape)
+    resumed.load_state_dict(loader.state_dict())
+    again = build_loader(config, **shape)
+    again.skip_windows(100)
+    assert windows(resumed, 3) == windows(again, 3)
+    resumed.close()
+    again.close()
+    with pytest.raises(ValueError, match="has no split 'valid'"):
+        build_loader(config, **shape, split="valid")
+
+
+def test_a_damaged_shard_stops_or_is_skipped(tmp_path, caplog):
+    draw = np.random.default_rng(3)
+    documents = [np.append(draw.integers(0, 256, 300), 256) for _ in range(30)]
+    write_set(tmp_path / "text", documents, {})
+    config = DataConfig(sets=[SetConfig(str(tmp_path / "text"))])
+    shape = {"lanes": 2, "first_lane": 0, "last_lane": 2, "segments_per_window": 4, "segment_length": 64, "seed": 3}
+    stopping = build_loader(config, **shape)
+    config.skip_bad_documents = True
+    skipping = build_loader(config, **shape)
+    shard = tmp_path / "text" / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:1500])
+    with pytest.raises(BadDocumentError, match=r"train-000001\.tar:\d+ ends early"):
+        windows(stopping, 40)
+    stopping.close()
+    windows(skipping, 40)
+    skipping.close()
+    assert skipping.skipped_documents > 2
+    assert "train-000001.tar" in caplog.text
