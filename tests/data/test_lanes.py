@@ -415,12 +415,15 @@ def test_states_that_do_not_fit_are_refused(make_loader):
     full = make_loader(random_sets()).state_dict()
     changed = random_sets()
     changed[1].set.lengths[0] += 1
+    reweighted = random_sets()
+    reweighted[0].weight = 1.0
     for sets, options in (
         (random_sets(), {"seed": 8}),
         (random_sets(), {"segment_length": 4}),
         (random_sets(), {"lanes": 3}),
         (random_sets()[:1], {}),
         (changed, {}),
+        (reweighted, {}),
     ):
         with pytest.raises(ValueError, match="belongs to another stream"):
             make_loader(sets, **options).load_state_dict(full)
