@@ -127,8 +127,8 @@ class MetricsWriter:
             self._tensorboard.add_text(name, text, step)
 
     def flush(self) -> None:
-        """Put everything on disk. Call it with each checkpoint: the lines of `metrics.jsonl` survive a killed process
-        as they are, but TensorBoard's queue does not, and a resumed run takes no step again up to its checkpoint."""
+        """Put everything on the disk itself. Call it with each checkpoint: a resumed run does not take again the steps up
+        to it, so what a failing machine loses of them leaves a gap for good."""
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._tensorboard is not None:

@@ -1,0 +1,181 @@
+"""What a model costs, by arithmetic: parameters, FLOPs per token, carried memory. Bytes per rank: `pipeline.footprint`.
+
+Conventions. A multiply-add is 2 FLOPs. Matrix products are counted; norms, softmax, rotary, normalisers and other
+element-wise work are not. What is counted is what the mathematics needs, not what a kernel happens to execute: local attention
+is causal and costs S / 2 keys per query on average (a kernel that computes the masked half too does twice that), and
+`deltanet` is counted in its token-by-token form. Divided into measured time this gives model FLOPs utilisation.
+
+With h hidden size, d head dimension, n query heads, g key/value heads, f MLP width, V padded vocabulary, per token:
+
+    projections       layers * (2 h d (n + 2 g) + 2 n d h)
+    mlp               layers * 6 h f
+    local_attention   layers * 4 n d * S / 2
+    memory            layers * (2 n d^2 read + 2 g d^2 write  [+ 2 g d^2 the value already stored: delta, deltanet]
+                                [+ 2 h g write gate])
+    output            2 h V
+
+With one key/value head per query head, `linear` then costs 4 n d^2 against 2 n d S: d / (S / 2) of the local attention,
+12.5 % at d = 128 and S = 2048, and `delta` 18.8 %. Sharing key/value heads makes writing cheaper: 7.8 % and 9.4 % with
+Llama 3 8B's 8 for 32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from model.config import ModelConfig
+from model.decoder import padded_vocab_size
+from pipeline.derived import head_dim, num_query_groups
+
+
+def embedding_rows(config: ModelConfig, vocab: int | None = None) -> int:
+    """Rows of the embedding, padding included.
+
+    Args:
+        config: the model.
+        vocab: tokens of the tokenizer; None takes `config.vocab_size`.
+
+    Raises:
+        ValueError: neither says how many tokens there are.
+    """
+    vocab = config.vocab_size if vocab is None else vocab
+    if vocab is None:
+        raise ValueError(
+            "model.vocab_size is null, so the vocabulary must come from the tokenizer of the prepared data"
+        )
+    return padded_vocab_size(vocab, config.vocab_size_multiple)
+
+
+def layer_parameters(config: ModelConfig, tensor: int = 1) -> dict[str, int]:
+    """Parameters of one layer on one of `tensor` tensor-parallel ranks: `attention`, `mlp`, `norms` (on every rank
+    alike), `beta` and `write_gate`."""
+    heads, groups, dim = config.num_attention_heads, num_query_groups(config), head_dim(config)
+    hidden, memory = config.hidden_size, config.memory
+    remembers = memory.rule != "none"
+    gated = remembers and memory.write_gate != "none"
+    return {
+        "attention": hidden * dim * (heads + 2 * groups) // tensor + heads * dim * hidden // tensor,
+        "mlp": 3 * hidden * config.ffn_hidden_size // tensor,
+        "norms": 2 * hidden,
+        "beta": heads // tensor if remembers else 0,
+        "write_gate": groups * (hidden + 1) // tensor if gated else 0,
+    }
+
+
+def parameter_count(config: ModelConfig, vocab: int | None = None) -> dict[str, int]:
+    """Exact parameters of the whole model.
+
+    Returns:
+        `embedding`, `output` (0 when tied), `per_layer`, `final_norm`, `total`; and, of all layers together, what only
+        this model has: `beta` and `write_gate` (both are part of `per_layer` too).
+    """
+    embedding = embedding_rows(config, vocab) * config.hidden_size
+    output = 0 if config.tie_embeddings else embedding
+    layer = layer_parameters(config)
+    per_layer = sum(layer.values())
+    return {
+        "embedding": embedding,
+        "output": output,
+        "per_layer": per_layer,
+        "beta": config.num_layers * layer["beta"],
+        "write_gate": config.num_layers * layer["write_gate"],
+        "final_norm": config.hidden_size,
+        "total": embedding + output + config.num_layers * per_layer + config.hidden_size,
+    }
+
+
+def forward_flops_per_token(config: ModelConfig, vocab: int | None = None) -> dict[str, float]:
+    """FLOPs of a forward pass per token: `projections`, `mlp`, `local_attention`, `memory`, `output`, `total`, by the
+    module's conventions. They do not depend on the document's length."""
+    heads, groups, dim = config.num_attention_heads, num_query_groups(config), head_dim(config)
+    hidden, layers = config.hidden_size, config.num_layers
+    memory = 0
+    if config.memory.rule != "none":
+        memory = 2 * heads * dim**2 + 2 * groups * dim**2
+        if config.memory.rule in ("delta", "deltanet"):
+            memory += 2 * groups * dim**2
+        if config.memory.write_gate != "none":
+            memory += 2 * hidden * groups
+    flops = {
+        "projections": layers * (2 * hidden * dim * (heads + 2 * groups) + 2 * heads * dim * hidden),
+        "mlp": layers * 6 * hidden * config.ffn_hidden_size,
+        "local_attention": layers * 4 * heads * dim * config.segment_length / 2,
+        "memory": layers * memory,
+        "output": 2 * hidden * embedding_rows(config, vocab),
+    }
+    return flops | {"total": sum(flops.values())}
+
+
+def train_flops_per_token(config: ModelConfig, vocab: int | None = None, *, recompute: str = "none") -> float:
+    """FLOPs of forward and backward per token: three forward passes, plus what `bptt.recompute` runs once more.
+
+    Model FLOPs utilisation takes `recompute="none"` whatever the run does, since work done twice is not progress; the
+    run's own setting gives the FLOPs that the hardware executes.
+
+    Raises:
+        ValueError: `recompute` is not a setting of `bptt.recompute`.
+    """
+    flops = forward_flops_per_token(config, vocab)
+    again = {
+        "none": 0.0,
+        "selective": flops["local_attention"] + flops["memory"],
+        "layer": flops["total"] - flops["output"],
+        "window": flops["total"],
+    }
+    if recompute not in again:
+        raise ValueError(f"recompute is {recompute!r}, must be one of {', '.join(again)}")
+    return 3 * flops["total"] + again[recompute]
+
+
+def memory_state_bytes(config: ModelConfig, *, bytes_per_number: int = 4) -> int:
+    """Bytes of memory that one lane carries through all layers: M `[d, d]` for each key/value head and, with the
+    normalised rules, z `[d]`. Float32 unless told otherwise."""
+    groups, dim = num_query_groups(config), head_dim(config)
+    numbers = {"none": 0, "linear": dim**2 + dim, "delta": dim**2 + dim, "deltanet": dim**2}[config.memory.rule]
+    return config.num_layers * groups * numbers * bytes_per_number
+
+
+def measured_matmul_peak(
+    dtype: torch.dtype, device: torch.device | str, *, seconds: float = 0.3, sizes: Sequence[int] | None = None
+) -> float:
+    """The best rate in FLOP/s that square matrix products of `dtype` reach on this process's share of `device`: the
+    denominator of model FLOPs utilisation.
+
+    Processes that share a processor should measure at the same time, since they compute at the same time.
+
+    Args:
+        dtype: element type of both factors.
+        device: where to multiply.
+        seconds: about how long the measurement may take in all.
+        sizes: edge lengths to try, ascending; None takes such as saturate the kind of device.
+    """
+    device = torch.device(device)
+    if sizes is None:
+        sizes = (256, 512, 1024) if device.type == "cpu" else (2048, 4096, 8192)
+    budget_s = seconds / len(sizes)
+    best = 0.0
+    for size in sizes:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        _time_products(left, right, 1)  # the first product of a shape also chooses and loads its kernel
+        once_s = _time_products(left, right, 1)
+        repeats = max(1, int(budget_s / once_s))
+        best = max(best, repeats * 2 * size**3 / _time_products(left, right, repeats))
+        if once_s > budget_s:
+            break  # a larger one would take eight times as long
+    return best
+
+
+def _time_products(left: torch.Tensor, right: torch.Tensor, repeats: int) -> float:
+    """Seconds that `repeats` products take, waiting for a device that works in the background."""
+    result = torch.empty_like(left)
+    if left.device.type != "cpu":
+        torch.accelerator.synchronize(left.device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        torch.matmul(left, right, out=result)
+    if left.device.type != "cpu":
+        torch.accelerator.synchronize(left.device)
+    return time.perf_counter() - start

@@ -1,0 +1,182 @@
+"""Bytes that each rank needs, by arithmetic, before anything is built.
+
+Weights. Parameters are float32 under every `train.precision` but fp64, since bfloat16 is a matter of autocast and
+Megatron's linear layers keep no cast copy for the backward pass; gradients likewise: 4 + 4 bytes a parameter. DeepSpeed
+adds its own copy and Adam's two moments, 12 bytes shared out over the data-parallel ranks. Gradients are shared out at no ZeRO
+stage: our schedule feeds them under `coalesce_grad_reduction`, which keeps them whole to the end of the step, so stage 2 saves
+nothing over stage 1 here. Stage 3 shares out the parameters and gathers at least a layer (or embedding) at a time.
+
+Memory state. That of each lane of the rank in the layers of the stage, twice: the one from before a step is kept until
+the step is accepted.
+
+Activations: what autograd keeps from forward to backward. With e bytes per number of the residual stream (2 in bf16), m
+of the memory (4; 8 in fp64) and c = m if e < m else 0 for float32 copies, h hidden size, and of one rank n query and g
+key/value heads of dimension d and an MLP width f, a layer keeps per token
+
+    norms       h (4 m + 2 e)
+    mlp         5 f e
+    attention   d e (4 n + 3 g) + 4 n                      flash-like: no S x S matrix
+    memory      n d (5 m + 1 + c) + g d (2 m + 1 + 2 c)    linear
+                + 4 g d m                                  delta
+                n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet
+                + h c + g d m                              write gate
+    states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (deltanet)
+
+and the last stage h (2 m + e) for the final norm and 4 bytes per logit for the softmax. A **chunk** is one microbatch's
+lanes x segments_per_window / chunks_per_window segments. Stage i of P holds chunks_per_window + P - 1 - i chunks at once (never more
+than a step has). Recomputation leaves less per chunk, and one part at a time in full:
+
+    selective   each layer without its attention, that is h e + h (2 m + e) + 5 f e     one layer's attention in full
+    layer       h e per layer                                                           one layer in full
+    window      the input of the chunk and the memory that each layer carries in        one chunk in full
+
+Not counted: what a kernel uses only inside itself, communication buckets, the allocator's waste, the loader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+from model.decoder import split_layers
+from model.memory import WRITE_BLOCK
+from pipeline.config import Config
+from pipeline.derived import data_parallel_size, head_dim, lanes_per_microbatch, lanes_per_rank, num_query_groups
+from pipeline.flops import embedding_rows, layer_parameters, memory_state_bytes
+
+OPTIMIZER_COPIES = 3
+"""Of every parameter: DeepSpeed's own copy and Adam's two moments."""
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """What each rank of one pipeline stage holds, in bytes."""
+
+    stage: int
+    layers: int
+    """Layers of the stage."""
+    parameter_count: int
+    """Parameters of this rank (its tensor-parallel part of the stage), before ZeRO shares them out."""
+    parameters: int
+    gradients: int
+    optimizer: int
+    memory_state: int
+    live_chunks: int
+    """Chunks whose activations are held at once, at most."""
+    chunk_activations: int
+    """What one live chunk keeps for its backward pass."""
+    recompute_activations: int
+    """What recomputation holds on top, once; 0 without."""
+
+    @property
+    def activations(self) -> int:
+        """All live chunks, and what recomputation holds."""
+        return self.live_chunks * self.chunk_activations + self.recompute_activations
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.memory_state + self.activations
+
+
+def per_rank_bytes(config: Config, world_size: int, vocab: int | None = None) -> list[RankBytes]:
+    """The needs of a rank of every pipeline stage, first to last; the ranks of a stage are alike.
+
+    Args:
+        config: a validated configuration.
+        world_size: processes of the run.
+        vocab: tokens of the tokenizer; None takes `model.vocab_size`.
+    """
+    parallel = config.parallel
+    bounds = split_layers(config.model.num_layers, parallel.pipeline, parallel.layers_per_stage)
+    return [_stage_bytes(config, world_size, vocab, stage, last - first) for stage, (first, last) in enumerate(bounds)]
+
+
+def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int, layers: int) -> RankBytes:
+    model, parallel, train = config.model, config.parallel, config.train
+    number = 8 if train.precision == "fp64" else 4
+    replicas = data_parallel_size(config, world_size)
+
+    layer = sum(layer_parameters(model, parallel.tensor).values())
+    embedding = embedding_rows(model, vocab) * model.hidden_size // parallel.tensor
+    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+    # Tied embeddings on different stages are two copies.
+    matrices = is_first + is_last - (is_first and is_last and model.tie_embeddings)
+    parameters = layers * layer + matrices * embedding + is_last * model.hidden_size
+    held = parameters
+    if parallel.zero_stage == 3:
+        held = -(-parameters // replicas) + max(layer, embedding)
+
+    lanes = lanes_per_microbatch(config, world_size)
+    segments = train.segments_per_window // config.bptt.chunks_per_window
+    microbatches = lanes_per_rank(config, world_size) // lanes
+    chunk, once = _chunk_activations(config, layers, lanes * segments, lanes, is_last, vocab)
+    lane_state = _lane_state_bytes(config, layers)
+    return RankBytes(
+        stage=stage,
+        layers=layers,
+        parameter_count=parameters,
+        parameters=held * number,
+        gradients=parameters * number,
+        optimizer=-(-parameters // replicas) * OPTIMIZER_COPIES * number,
+        memory_state=2 * lanes_per_rank(config, world_size) * lane_state,
+        live_chunks=min(
+            config.bptt.chunks_per_window + parallel.pipeline - 1 - stage, microbatches * config.bptt.chunks_per_window
+        ),
+        chunk_activations=chunk,
+        recompute_activations=once,
+    )
+
+
+def _lane_state_bytes(config: Config, layers: int) -> int:
+    """Memory of one lane in `layers` layers of one tensor-parallel rank."""
+    number = 8 if config.train.precision == "fp64" else 4
+    whole = memory_state_bytes(config.model, bytes_per_number=number)
+    return whole * layers // (config.model.num_layers * config.parallel.tensor)
+
+
+def _chunk_activations(
+    config: Config, layers: int, segments: int, lanes: int, is_last: bool, vocab: int | None
+) -> tuple[int, int]:
+    """Bytes that a chunk of `segments` segments (of `lanes` lanes together) keeps, and what recomputation holds once."""
+    model, tensor = config.model, config.parallel.tensor
+    e = {"bf16": 2, "fp32": 4, "fp64": 8}[config.train.precision]
+    m = max(e, 4)
+    hidden, tokens = model.hidden_size, segments * model.segment_length
+    norm_and_mlp = tokens * (hidden * (2 * m + e) + 5 * model.ffn_hidden_size // tensor * e)
+    attention = tokens * hidden * (2 * m + e) + _attention_bytes(model, tensor, e, m, segments)
+    output = 0
+    if is_last:
+        output = tokens * (hidden * (2 * m + e) + 4 * embedding_rows(model, vocab) // tensor)
+    residual = tokens * hidden * e
+    everything = layers * (attention + norm_and_mlp) + output
+    kinds = {
+        "none": (everything, 0),
+        "selective": (layers * (residual + norm_and_mlp) + output, attention),
+        "layer": (layers * residual + output, attention + norm_and_mlp),
+        "window": (residual + lanes * _lane_state_bytes(config, layers), everything),
+    }
+    return kinds[config.bptt.recompute]
+
+
+def _attention_bytes(model: ModelConfig, tensor: int, e: int, m: int, segments: int) -> int:
+    """The rows `attention`, `memory` and `states` of the module's table, for `segments` segments."""
+    rule, gated = model.memory.rule, model.memory.write_gate != "none"
+    d, length = head_dim(model), model.segment_length
+    n, g = model.num_attention_heads // tensor, num_query_groups(model) // tensor
+    c = m if e < m else 0
+    per_token = d * e * (4 * n + 3 * g) + 4 * n
+    states = 0
+    if rule in ("linear", "delta"):
+        per_token += n * d * (5 * m + 1 + c) + g * d * (2 * m + 1 + 2 * c)
+        states = 1
+    if rule == "delta":
+        per_token += 4 * g * d * m
+        states = 3
+    if rule == "deltanet":
+        # A segment that is no multiple of the block is solved as one block (see `model.memory.DeltaNetRule`).
+        block = WRITE_BLOCK if length % WRITE_BLOCK == 0 else length
+        per_token += n * d * (3 * m + c) + g * d * (4 * m + c) + block * g * m
+        states = 1 + 2 * length // block
+    if gated:
+        per_token += model.hidden_size * c + g * d * m
+    return segments * (length * per_token + states * g * d * d * m)

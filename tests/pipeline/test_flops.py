@@ -1,0 +1,294 @@
+"""Counts by arithmetic agree with published figures, with the built model, and with each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.autograd.graph import saved_tensors_hooks
+
+from model.config import MemoryConfig, ModelConfig
+from model.decoder import DecoderStage, StageOptions
+from model.device import prepare_megatron
+from pipeline.config import BpttConfig, Config, ParallelConfig, TrainConfig
+from pipeline.flops import (
+    forward_flops_per_token,
+    measured_matmul_peak,
+    memory_state_bytes,
+    parameter_count,
+    train_flops_per_token,
+)
+from pipeline.footprint import per_rank_bytes
+
+MEMORY_KINDS = [("none", "none"), ("linear", "none"), ("delta", "none"), ("delta", "hard"), ("deltanet", "hard")]
+
+
+def llama3_8b(rule="linear", **changes):
+    values = dict(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_query_groups=8,
+        ffn_hidden_size=14336,
+        vocab_size=128256,
+        tie_embeddings=False,
+        segment_length=2048,
+        memory=MemoryConfig(rule=rule),
+    )
+    return ModelConfig(**(values | changes))
+
+
+def small(rule="delta", gate="hard", **changes):
+    values = dict(
+        num_layers=3,
+        hidden_size=256,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=688,
+        vocab_size=500,
+        segment_length=256,
+        memory=MemoryConfig(rule=rule, write_gate=gate),
+    )
+    return ModelConfig(**(values | changes))
+
+
+def test_llama3_8b_has_its_published_size():
+    plain = parameter_count(llama3_8b("none"))
+    assert plain["total"] == 8_030_261_248  # Meta's 8.03B, to the last one
+    with_memory = parameter_count(llama3_8b("linear"))
+    assert with_memory["total"] - plain["total"] == with_memory["beta"] == 32 * 32
+    gated = parameter_count(llama3_8b(memory=MemoryConfig(rule="delta", write_gate="hard")))
+    assert gated["total"] - with_memory["total"] == gated["write_gate"] == 32 * 8 * (4096 + 1)
+
+
+def test_smollm2_135m_has_its_published_size():
+    config = llama3_8b(
+        "none",
+        num_layers=30,
+        hidden_size=576,
+        num_attention_heads=9,
+        num_query_groups=3,
+        ffn_hidden_size=1536,
+        vocab_size=49152,
+        tie_embeddings=True,
+    )
+    assert parameter_count(config)["total"] == 134_515_008
+
+
+def test_llama3_8b_carries_16_9_megabytes_per_lane():
+    assert memory_state_bytes(llama3_8b()) == 32 * 8 * (128 * 128 + 128) * 4
+    assert memory_state_bytes(llama3_8b()) / 1e6 == pytest.approx(16.9, abs=0.05)
+    assert memory_state_bytes(llama3_8b("none")) == 0
+    assert memory_state_bytes(llama3_8b("deltanet")) == 32 * 8 * 128 * 128 * 4
+
+
+def test_memory_costs_an_eighth_of_local_attention():
+    """FACTS' 12.5 %: linear, one key/value head per query head, d = 128, S = 2048, causal local attention."""
+
+    def share(rule, groups):
+        flops = forward_flops_per_token(llama3_8b(rule, num_query_groups=groups))
+        return flops["memory"] / flops["local_attention"]
+
+    assert share("linear", 32) == 0.125
+    assert share("delta", 32) == share("deltanet", 32) == 0.1875
+    assert share("linear", 8) == 0.078125
+    assert share("none", 32) == 0
+
+
+def test_training_costs_six_flops_per_parameter():
+    """The 6N rule: N without the input embedding, which is looked up; attention and memory come on top."""
+    config = llama3_8b()
+    counted = parameter_count(config)
+    expected = 6 * (counted["total"] - counted["embedding"])
+    flops = forward_flops_per_token(config)
+    on_top = 3 * (flops["local_attention"] + flops["memory"])
+    assert train_flops_per_token(config) - on_top == pytest.approx(expected, rel=1e-4)
+    assert train_flops_per_token(config) == pytest.approx(expected, rel=0.06)
+
+
+def test_recomputation_adds_what_it_runs_again():
+    config = llama3_8b("delta")
+    forward = forward_flops_per_token(config)
+    assert train_flops_per_token(config) == 3 * forward["total"]
+    assert train_flops_per_token(config, recompute="window") == 4 * forward["total"]
+    assert train_flops_per_token(config, recompute="layer") == 4 * forward["total"] - forward["output"]
+    selective = train_flops_per_token(config, recompute="selective") - 3 * forward["total"]
+    assert selective == forward["local_attention"] + forward["memory"]
+    with pytest.raises(ValueError, match="'all'.*selective"):
+        train_flops_per_token(config, recompute="all")
+
+
+def test_flops_by_counting_matrix_products():
+    """Every weight matrix is 2 FLOPs per entry; attention and memory by hand, for sizes that are all different."""
+    flops = forward_flops_per_token(small())
+    assert flops["projections"] == 3 * 2 * (256 * 64 * (4 + 2 + 2) + 4 * 64 * 256)
+    assert flops["mlp"] == 3 * 2 * (256 * 2 * 688 + 688 * 256)
+    assert flops["local_attention"] == 3 * 2 * (4 * 64 * 128 + 4 * 64 * 128)
+    assert flops["memory"] == 3 * 2 * (4 * 64 * 64 + 2 * 64 * 64 + 2 * 64 * 64 + 256 * 2)
+    assert flops["output"] == 2 * 256 * 512
+    assert flops["total"] == sum(value for name, value in flops.items() if name != "total")
+
+
+def test_vocabulary_comes_from_the_configuration_or_the_tokenizer():
+    config = small(vocab_size=None)
+    assert parameter_count(config, vocab=257)["embedding"] == 320 * 256
+    with pytest.raises(ValueError, match="vocab_size"):
+        parameter_count(config)
+
+
+# The model as built, on one process.
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    prepare_megatron()
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def build(config, *, precision="fp32", recompute="none"):
+    options = StageOptions(precision=precision, recompute=recompute)
+    stage = DecoderStage(
+        config,
+        options,
+        vocab_size=config.vocab_size,
+        first_layer=0,
+        last_layer=config.num_layers,
+        tensor_rank=0,
+        tensor_size=1,
+    )
+    stage.initialize(seed=0)
+    return stage
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("rule", "gate"), MEMORY_KINDS)
+def test_parameters_of_the_built_model(one_process, rule, gate, tied):
+    config = small(rule, gate, tie_embeddings=tied)
+    built = sum(parameter.numel() for parameter in build(config).parameters())
+    assert parameter_count(config)["total"] == built
+    run = Config(model=config, parallel=ParallelConfig(), train=TrainConfig(lanes=1))
+    assert per_rank_bytes(run, world_size=1)[0].parameter_count == built
+
+
+@pytest.mark.parametrize(("rule", "gate"), MEMORY_KINDS)
+def test_carried_state_of_the_built_model(one_process, rule, gate):
+    config = small(rule, gate)
+    states = build(config).initial_memory(1, torch.device("cpu"))
+    built = sum(x.numel() * x.element_size() for state in states if state is not None for x in state)
+    assert memory_state_bytes(config) == built
+
+
+def saved_bytes(stage, inputs, labels, reset):
+    """Bytes that a forward pass keeps for its backward pass, each storage once, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
+    kept = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
+        return x
+
+    memory = stage.initial_memory(reset.shape[0], torch.device("cpu"))
+    with saved_tensors_hooks(pack, lambda x: x):
+        stage(inputs, memory, reset, labels)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
+@pytest.mark.parametrize(("rule", "gate"), MEMORY_KINDS)
+def test_activation_estimate_against_what_autograd_keeps(one_process, rule, gate, recompute, precision):
+    config = small(rule, gate)
+    stage = build(config, precision=precision, recompute=recompute)
+    lanes, segments = 2, 3
+    tokens = torch.randint(0, 500, (lanes, segments, 256))
+    measured = saved_bytes(stage, tokens, tokens, torch.zeros(lanes, segments, dtype=torch.bool))
+    run = Config(
+        model=config,
+        bptt=BpttConfig(recompute=recompute),
+        train=TrainConfig(lanes=lanes, segments_per_window=segments, precision=precision),
+    )
+    (rank,) = per_rank_bytes(run, world_size=1)
+    assert rank.live_chunks == 1
+    assert rank.chunk_activations == pytest.approx(measured, rel=0.05)
+
+
+# Layouts.
+
+
+def run_8b(**parallel):
+    return Config(
+        model=llama3_8b("delta"),
+        parallel=ParallelConfig(**parallel),
+        bptt=BpttConfig(chunks_per_window=4),
+        train=TrainConfig(lanes=8, segments_per_window=8, precision="bf16"),
+    )
+
+
+def test_stages_and_tensor_ranks_hold_the_model_once():
+    whole = parameter_count(llama3_8b("delta"))["total"]
+    stages = per_rank_bytes(run_8b(tensor=8, pipeline=4), world_size=64)
+    replicated = 32 * 2 * 4096 + 4096  # norms, on each of the 8 ranks
+    assert sum(8 * rank.parameter_count for rank in stages) == whole + 7 * replicated
+    assert [rank.layers for rank in stages] == [8, 8, 8, 8]
+    assert [rank.live_chunks for rank in stages] == [7, 6, 5, 4]
+    # Four lanes per data-parallel rank, a quarter of the layers, an eighth of the heads, old and new state.
+    assert stages[0].memory_state == 2 * 4 * memory_state_bytes(llama3_8b("delta")) // 32
+    assert stages[3].total == (
+        stages[3].parameters
+        + stages[3].gradients
+        + stages[3].optimizer
+        + stages[3].memory_state
+        + 4 * stages[3].chunk_activations
+    )
+
+
+def test_tied_embedding_is_held_twice_over_stages():
+    config = run_8b(pipeline=2)
+    untied = per_rank_bytes(config, world_size=2)
+    config.model.tie_embeddings = True
+    assert [rank.parameters for rank in per_rank_bytes(config, 2)] == [rank.parameters for rank in untied]
+    config.parallel.pipeline = 1
+    (tied,) = per_rank_bytes(config, world_size=1)
+    assert tied.parameter_count == parameter_count(config.model)["total"]
+
+
+def test_zero_stages_share_out_what_they_share_out():
+    one, two, three = (per_rank_bytes(run_8b(zero_stage=stage), world_size=8)[0] for stage in (1, 2, 3))
+    count = parameter_count(llama3_8b("delta"))["total"]
+    assert one.parameters == one.gradients == 4 * count
+    assert one.optimizer == pytest.approx(12 * count / 8, rel=1e-6)
+    assert (two.parameters, two.gradients, two.optimizer) == (one.parameters, one.gradients, one.optimizer)
+    assert three.gradients == one.gradients and three.optimizer == one.optimizer
+    assert 4 * count / 8 < three.parameters < one.parameters / 3
+
+
+def test_recomputation_bounds_activations_by_the_chunk():
+    """With window recomputation a longer window costs only the memory at its chunk borders."""
+
+    def activations(recompute, segments):
+        config = run_8b()
+        config.bptt = BpttConfig(recompute=recompute, chunks_per_window=segments)
+        config.train = TrainConfig(lanes=1, segments_per_window=segments, precision="bf16")
+        return per_rank_bytes(config, world_size=1)[0].activations
+
+    assert activations("none", 64) == 16 * activations("none", 4)
+    border = 2048 * 4096 * 2 + memory_state_bytes(llama3_8b("delta"))
+    assert activations("window", 64) - activations("window", 4) == 60 * border
+    assert activations("window", 64) < activations("layer", 64) < activations("selective", 64) < activations("none", 64)
+
+
+def test_measured_peak_is_a_rate_of_this_machine():
+    peak = measured_matmul_peak(torch.float32, "cpu", seconds=0.06, sizes=(128, 256))
+    left, right = torch.randn(256, 256), torch.randn(256, 256)
+    assert 1e8 < peak < 1e14
+    # It must not depend on how long was measured, only noise: a total in place of a rate would grow by five.
+    longer = measured_matmul_peak(torch.float32, "cpu", seconds=0.3, sizes=(128, 256))
+    assert longer == pytest.approx(peak, rel=0.7)
+    assert (left @ right).shape == (256, 256)
