@@ -1,0 +1,175 @@
+"""Is a prepared set what was written? Finds every difference and says what kind it is.
+
+Hashes decide whether a file is intact. A file that is not is then looked into, because a copy that broke off, an edit
+and a lost file call for different remedies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.shards import SPLITS, PreparedSet, index_name, load_manifest, read_index, token_dtype
+from data.tokenizer import load_tokenizer
+
+_BLOCK = 512
+_READ_BYTES = 1 << 20
+
+KINDS = {
+    "manifest": "the manifest is missing or damaged",
+    "tokenizer-missing": "the tokenizer is missing or damaged",
+    "tokenizer-foreign": "the tokenizer is not the one the shards were made with",
+    "index-missing": "an index is missing",
+    "index-changed": "an index is not the one that was written",
+    "shard-missing": "a shard is missing",
+    "shard-truncated": "a shard ends early",
+    "shard-changed": "a shard was changed after indexing, or its data were damaged",
+    "shard-unknown": "there is a shard that the manifest does not know",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    kind: str
+    """A key of `KINDS`."""
+    message: str
+    """Names the file, and what is wrong with it."""
+
+
+def verify_set(path: Path | str, advance: Callable[[int], None] = lambda _: None) -> list[Problem]:
+    """All problems of the prepared set at `path`; an empty list means that every byte is as written.
+
+    `advance` is told the shard bytes that are done.
+    """
+    path = Path(path)
+    try:
+        manifest = load_manifest(path)
+    except ValueError as error:
+        return [Problem("manifest", str(error))]
+    problems = _check_tokenizer(path, manifest["tokenizer"])
+    for split, summary in manifest["splits"].items():
+        problems += _check_index(path, split, summary)
+        for shard in summary["shards"]:
+            file = path / shard["name"]
+            problem = _check_shard(file, shard, token_dtype(manifest["tokenizer"]["vocab_size"]), advance)
+            problems += [problem] if problem else []
+    known = {shard["name"] for summary in manifest["splits"].values() for shard in summary["shards"]}
+    for split in SPLITS:
+        for file in sorted(path.glob(f"{split}-*.tar")):
+            if file.name not in known:
+                problems.append(Problem("shard-unknown", f"{file} is not in the manifest"))
+    return problems or _check_opening(path, manifest)
+
+
+def _check_tokenizer(path: Path, recorded: dict[str, Any]) -> list[Problem]:
+    try:
+        tokenizer = load_tokenizer(path / "tokenizer")
+    except (ValueError, OSError) as error:
+        return [Problem("tokenizer-missing", str(error))]
+    if tokenizer.hash != recorded["hash"]:
+        return [
+            Problem(
+                "tokenizer-foreign",
+                f"{path / 'tokenizer'} has the hash {tokenizer.hash[:12]} ({tokenizer.vocab_size:,} tokens), but the "
+                f"shards were made with {recorded['hash'][:12]} ({recorded['vocab_size']:,} tokens)",
+            )
+        ]
+    return []
+
+
+def _check_index(path: Path, split: str, summary: dict[str, Any]) -> list[Problem]:
+    file = path / index_name(split)
+    if not file.is_file():
+        return [Problem("index-missing", f"{file} is missing")]
+    if hashlib.sha256(file.read_bytes()).hexdigest() == summary["index"]["sha256"]:
+        return []
+    try:
+        table = read_index(path, split)
+    except ValueError as error:
+        return [Problem("index-changed", str(error))]
+    tokens = int(np.sum(table["tokens"].to_numpy()))
+    return [
+        Problem(
+            "index-changed",
+            f"{file} is not the index that the manifest was written with: it lists {table.num_rows:,} documents and "
+            f"{tokens:,} tokens, the manifest {summary['documents']:,} and {summary['tokens']:,}",
+        )
+    ]
+
+
+def _check_shard(file: Path, shard: dict[str, Any], dtype: np.dtype, advance: Callable[[int], None]) -> Problem | None:
+    if not file.is_file():
+        return Problem("shard-missing", f"{file} is missing")
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while data := stream.read(_READ_BYTES):
+            digest.update(data)
+            advance(len(data))
+    if digest.hexdigest() == shard["sha256"]:
+        return None
+    size = file.stat().st_size
+    if size < shard["bytes"] and not _ends_like_a_tar(file):
+        return Problem("shard-truncated", f"{file} is truncated: {size:,} of {shard['bytes']:,} bytes are there")
+    return Problem("shard-changed", f"{file} was changed after indexing: {_what_changed(file, shard, dtype)}")
+
+
+def _ends_like_a_tar(file: Path) -> bool:
+    """A tar ends with two blocks of zeros, at a block border; a copy that broke off hardly ever does."""
+    size = file.stat().st_size
+    if size % _BLOCK or size < 2 * _BLOCK:
+        return False
+    try:
+        with tarfile.open(file, "r:") as tar:
+            end = max((member.offset_data + -(-member.size // _BLOCK) * _BLOCK for member in tar), default=0)
+    except (tarfile.TarError, OSError, EOFError):
+        return False
+    with file.open("rb") as stream:
+        stream.seek(end)
+        return stream.read(2 * _BLOCK) == bytes(2 * _BLOCK)
+
+
+def _what_changed(file: Path, shard: dict[str, Any], dtype: np.dtype) -> str:
+    """The documents whose tokens are not those their metadata tell, as far as the tar can be read."""
+    wrong, documents, tokens = [], 0, 0
+    try:
+        with tarfile.open(file, "r:") as tar:
+            recorded: dict[str, Any] = {}
+            for member in tar:
+                key, _, extension = member.name.rpartition(".")
+                stream = tar.extractfile(member)
+                if stream is None:
+                    continue
+                if extension == "json":
+                    recorded = json.loads(stream.read())
+                elif extension == "npy":
+                    array = np.load(stream, allow_pickle=False)
+                    documents, tokens = documents + 1, tokens + len(array)
+                    same = hashlib.sha256(array.astype(dtype).tobytes()).hexdigest() == recorded.get("hash")
+                    wrong += [] if same else [key]
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        return f"it can no longer be read as a tar past document {documents} ({error})"
+    if wrong:
+        return f"the tokens of {len(wrong)} document(s) do not match their hash, the first is {wrong[0]}"
+    if (documents, tokens) != (shard["documents"], shard["tokens"]):
+        return (
+            f"it is a whole tar of {documents:,} documents with {tokens:,} tokens, where "
+            f"{shard['documents']:,} with {shard['tokens']:,} were written"
+        )
+    return "its documents' tokens match their hashes, so only names or metadata differ"
+
+
+def _check_opening(path: Path, manifest: dict[str, Any]) -> list[Problem]:
+    """Files that are intact, but do not belong together: a manifest from another set, for instance."""
+    for split in manifest["splits"]:
+        try:
+            PreparedSet(path, split)
+        except ValueError as error:
+            return [Problem("manifest", f"{path}: manifest, index and shards do not belong together: {error}")]
+    return []

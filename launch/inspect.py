@@ -1,0 +1,161 @@
+"""`infini inspect`: show what a folder holds, and whether it is intact."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_BAR_CHARACTERS = 40
+_SHARDS_SHOWN = 20
+_EXCERPTS = 3
+_EXCERPT_TOKENS = 200
+_EXCERPT_CHARACTERS = 160
+
+DAMAGED = 1
+"""Exit code when the folder is not what was written."""
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that can be inspected."""
+
+    name: str
+    recognises: Callable[[Path], bool]
+    inspect: Callable[[Path, bool], int]
+    """(folder, verify) -> exit code."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a folder holds, and verify it",
+        description="Show what a folder holds and verify it against its recorded hashes. "
+        f"Exit code {DAMAGED} when it is damaged.",
+    )
+    parser.add_argument("folder", metavar="DIR", help=f"one of: {', '.join(kind.name for kind in KINDS)}")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="only show, do not read every byte")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    for kind in KINDS:
+        if kind.recognises(folder):
+            return kind.inspect(folder, args.verify)
+    raise ValueError(f"{folder} is nothing that can be inspected; valid is: {', '.join(kind.name for kind in KINDS)}")
+
+
+def _is_prepared_set(folder: Path) -> bool:
+    # Any one of its files will do: a set whose manifest was lost is recognised and reported, not passed over.
+    return any(
+        any(folder.glob(pattern)) for pattern in ("manifest.json", "*.index.parquet", "train-*.tar", ".building")
+    )
+
+
+def _inspect_prepared_set(folder: Path, verify: bool) -> int:
+    from rich.console import Console
+
+    from data.shards import load_manifest
+    from data.verify import KINDS as PROBLEMS
+    from data.verify import verify_set
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    try:
+        manifest = load_manifest(folder)
+    except ValueError as error:
+        console.print(f"DAMAGED  {PROBLEMS['manifest']}: {error}")
+        return DAMAGED
+    _print_manifest(console, folder, manifest)
+    for split in manifest["splits"]:
+        _print_excerpts(console, folder, split)
+    if not verify:
+        console.print("\nnot verified (--no-verify)")
+        return 0
+    from rich.progress import Progress
+
+    total = sum(shard["bytes"] for summary in manifest["splits"].values() for shard in summary["shards"])
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("verifying", total=total)
+        problems = verify_set(folder, lambda done: progress.advance(task, done))
+    console.print()
+    for problem in problems:
+        console.print(f"DAMAGED  {PROBLEMS[problem.kind]} [{problem.kind}]: {problem.message}")
+    if problems:
+        return DAMAGED
+    console.print(f"intact: all hashes match ({total:,} bytes of shards)")
+    return 0
+
+
+def _print_manifest(console: Any, folder: Path, manifest: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    tokenizer = manifest["tokenizer"]
+    console.print(f"prepared set {folder}")
+    console.print(
+        f"  tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, end token {tokenizer['eos_id']}, "
+        f"hash {tokenizer['hash'][:12]}"
+    )
+    for source in manifest["sources"]:
+        console.print(
+            f"  source: {source['spec']}: {source['documents']:,} documents, {source['tokens']:,} tokens, "
+            f"{source['too_short']:,} too short, {source['skipped_files']:,} files skipped"
+        )
+    options = ", ".join(f"{name} {value}" for name, value in manifest["options"].items() if name != "text_patterns")
+    console.print(f"  options: {options}")
+    for split, summary in manifest["splits"].items():
+        console.print(f"\n{split}: {summary['documents']:,} documents, {summary['tokens']:,} tokens")
+        table = Table("shard", "documents", "tokens", "bytes", "sha256", box=None, padding=(0, 2, 0, 2))
+        for column in table.columns[1:4]:
+            column.justify = "right"
+        for shard in summary["shards"][:_SHARDS_SHOWN]:
+            numbers = (f"{shard[name]:,}" for name in ("documents", "tokens", "bytes"))
+            table.add_row(shard["name"], *numbers, shard["sha256"][:12])
+        console.print(table)
+        if len(summary["shards"]) > _SHARDS_SHOWN:
+            console.print(f"  ... and {len(summary['shards']) - _SHARDS_SHOWN:,} more shards")
+        console.print("  documents by length in tokens")
+        for line in histogram_lines(summary["length_histogram"]):
+            console.print(f"  {line}")
+
+
+def histogram_lines(histogram: list[list[int]]) -> list[str]:
+    """Text bars for [[lower bound, documents], ...], bounds doubling; empty buckets in between are shown too."""
+    if not histogram:
+        return []
+    counts = dict(map(tuple, histogram))
+    largest = max(counts.values())
+    lines, bound = [], min(counts)
+    while bound <= max(counts):
+        count = counts.get(bound, 0)
+        # A bucket with anything in it shows at least one mark.
+        bar = "#" * -(-count * _BAR_CHARACTERS // largest)
+        lines.append(f"{bound:>11,} .. {2 * bound - 1:<11,} {count:>9,} {bar}".rstrip())
+        bound *= 2
+    return lines
+
+
+def _print_excerpts(console: Any, folder: Path, split: str) -> None:
+    from data.shards import PreparedSet
+    from data.tokenizer import load_tokenizer
+
+    try:
+        prepared, tokenizer = PreparedSet(folder, split), load_tokenizer(folder)
+        console.print(f"\n{split}: how documents begin")
+        for i in sorted({round(k * (len(prepared) - 1) / max(_EXCERPTS - 1, 1)) for k in range(_EXCERPTS)}):
+            tokens = prepared.read(i, 0, min(_EXCERPT_TOKENS, int(prepared.lengths[i])))
+            text = " ".join(tokenizer.decode(tokens).split())[:_EXCERPT_CHARACTERS]
+            metadata = prepared.metadata(i)
+            console.print(f"  {metadata['id']} ({prepared.lengths[i]:,} tokens): {text}")
+            for start, stop in prepared.answers(i)[:1]:
+                console.print(f"    answer [{start}, {stop}): {tokenizer.decode(prepared.read(i, start, stop))!r}")
+        prepared.close()
+    except ValueError as error:
+        console.print(f"\n{split}: documents cannot be shown: {error}")
+
+
+KINDS = (FolderKind("a prepared set", _is_prepared_set, _inspect_prepared_set),)

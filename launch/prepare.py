@@ -1,0 +1,199 @@
+"""`infini prepare`: turn text into a prepared set."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.prepare import Prepared, Report
+
+_SOURCES = """\
+sources:
+  notes.md, book.txt           a text file is one document
+  folder/                      every text and record file in it (see --text-pattern)
+  corpus.jsonl[.gz|.zst]       one document per line, its text in --text-column
+  corpus.parquet               one document per row
+  python:torch,numpy           installed packages' own source code, one document per sub-package
+  passkey:N,length=LO..HI[,depth=A..B][,seed=K]
+                               N synthetic retrieval documents; lengths in tokens (16K is 16,384), drawn
+                               log-uniformly; depth 0..1 unless given
+
+example:
+  infini prepare python:torch,numpy passkey:500,length=512..16K --tokenizer train:4096 --out sets/demo
+
+A set is complete when its manifest.json is there. After an interruption run the same command again."""
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "prepare",
+        help="turn text into tokenised webdataset shards",
+        description="Turn sources into a prepared set: webdataset shards of tokens, an index and a manifest.",
+        epilog=_SOURCES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to read (below)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the set, made when needed")
+    parser.add_argument(
+        "--tokenizer",
+        default="byte",
+        metavar="T",
+        help="byte; train:VOCAB, a byte-level BPE trained on the sources; or a folder: a prepared set, whose tokenizer "
+        "is used again, or one with a Hugging Face tokenizer.json (default: byte)",
+    )
+    parser.add_argument(
+        "--tokenizer-sample",
+        default="8M",
+        metavar="BYTES",
+        help="text that train:VOCAB looks at, sampled over all sources (default: 8M)",
+    )
+    parser.add_argument(
+        "--min-tokens",
+        type=int,
+        default=2,
+        metavar="N",
+        help="leave out shorter documents; the end token counts (default: 2)",
+    )
+    parser.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of the documents held out for evaluation, by a hash of their names (default: 0.05)",
+    )
+    parser.add_argument("--shard-size", default="64M", metavar="BYTES", help="bytes of a shard at most (default: 64M)")
+    parser.add_argument("--processes", type=int, metavar="N", help="encoding processes (default: one per core)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="K", help="for passkey sources and the tokenizer's sample (default: 0)"
+    )
+    parser.add_argument(
+        "--text-column", default="text", metavar="NAME", help="field of .jsonl and .parquet records (default: text)"
+    )
+    parser.add_argument(
+        "--text-pattern",
+        action="append",
+        metavar="GLOB",
+        help="file names that are texts, in folders; may be given several times (default: *.txt, *.md and the like)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace another set in DIR")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from data.prepare import PrepareOptions, prepare
+    from data.sources import TEXT_PATTERNS
+
+    options = PrepareOptions(
+        tokenizer=args.tokenizer,
+        tokenizer_sample_bytes=_size("--tokenizer-sample", args.tokenizer_sample),
+        min_tokens=args.min_tokens,
+        valid_fraction=args.valid_fraction,
+        shard_bytes=_size("--shard-size", args.shard_size),
+        seed=args.seed,
+        text_column=args.text_column,
+        text_patterns=tuple(args.text_pattern) if args.text_pattern else TEXT_PATTERNS,
+    )
+    processes = len(os.sched_getaffinity(0)) if args.processes is None else args.processes
+    started = time.perf_counter()
+    with _progress() as report:
+        prepared = prepare(
+            args.sources, args.out, options, processes=processes, overwrite=args.overwrite, report=report
+        )
+    _print_summary(args.out, prepared, time.perf_counter() - started)
+    return 0
+
+
+def _size(option: str, text: str) -> int:
+    from data.sources import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar with rate and time left in a terminal, a line every ten seconds elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    started: dict[str, float] = {}
+    if not console.is_terminal:
+        printed = time.perf_counter()
+
+        def report_line(phase: str, done: int, total: int, tokens: int) -> None:
+            nonlocal printed
+            now = time.perf_counter()
+            began = started.setdefault(phase, now)
+            if now - printed >= _PLAIN_INTERVAL_S:
+                printed = now
+                left = (now - began) * (total - done) / done if done else 0.0
+                console.print(
+                    f"{phase}  {done / 1e6:,.1f}/{total / 1e6:,.1f} MB  {tokens:,} tokens  {left:,.0f} s left",
+                    highlight=False,
+                )
+
+        yield report_line
+        return
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report_bar(phase: str, done: int, total: int, tokens: int) -> None:
+            if phase not in tasks:
+                started[phase] = time.perf_counter()
+                tasks[phase] = progress.add_task(phase, total=total, rate="")
+            elapsed = max(time.perf_counter() - started[phase], 1e-3)
+            rate = f"{done / 1e6 / elapsed:,.1f} MB/s" + (f", {tokens / elapsed:,.0f} tokens/s" if tokens else "")
+            progress.update(tasks[phase], completed=min(done, total), rate=rate)
+
+        yield report_bar
+
+
+def _print_summary(out: str, prepared: Prepared, elapsed_s: float) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    manifest = prepared.manifest
+    if prepared.built:
+        console.print(f"prepared {out} in {elapsed_s:.1f} s")
+    else:
+        console.print(f"{out} is complete already: same sources, same options; nothing to do")
+    for source in manifest["sources"]:
+        left_out = [
+            f"{source['too_short']:,} documents too short" if source["too_short"] else "",
+            f"{source['skipped_files']:,} files that are not UTF-8" if source["skipped_files"] else "",
+        ]
+        left_out_text = ", ".join(filter(None, left_out))
+        console.print(
+            f"  {source['spec']}: {source['documents']:,} documents, {source['tokens']:,} tokens"
+            + (f" (left out: {left_out_text})" if left_out_text else ""),
+            markup=False,
+        )
+    tokenizer = manifest["tokenizer"]
+    console.print(
+        f"  tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens (hash {tokenizer['hash'][:12]})"
+    )
+    for split, summary in manifest["splits"].items():
+        console.print(
+            f"  {split}: {summary['documents']:,} documents, {summary['tokens']:,} tokens, "
+            f"{len(summary['shards']):,} shards"
+        )
+    if "valid" not in manifest["splits"]:
+        console.print("  valid: no documents are held out")
