@@ -1,9 +1,10 @@
 """What a model costs, by arithmetic: parameters, FLOPs per token, carried memory. Bytes per rank: `pipeline.footprint`.
 
 Conventions. A multiply-add is 2 FLOPs. Matrix products are counted; norms, softmax, rotary, normalisers and other
-element-wise work are not. What is counted is what the mathematics needs, not what a kernel happens to execute: local attention
-is causal and costs S / 2 keys per query on average (a kernel that computes the masked half too does twice that), and
-`deltanet` is counted in its token-by-token form. Divided into measured time this gives model FLOPs utilisation.
+element-wise work are not. What is counted is what the mathematics needs, not what a kernel happens to execute: local
+attention is causal and costs S / 2 keys per query on average (a kernel that computes the masked half too does twice
+that), and `deltanet` is counted in its token-by-token form. Together with the measured time per token this gives model
+FLOPs utilisation.
 
 With h hidden size, d head dimension, n query heads, g key/value heads, f MLP width, V padded vocabulary, per token:
 
@@ -43,9 +44,7 @@ def embedding_rows(config: ModelConfig, vocab: int | None = None) -> int:
     """
     vocab = config.vocab_size if vocab is None else vocab
     if vocab is None:
-        raise ValueError(
-            "model.vocab_size is null, so the vocabulary must come from the tokenizer of the prepared data"
-        )
+        raise ValueError("model.vocab_size is null: set it, or take it from the tokenizer of the prepared data")
     return padded_vocab_size(vocab, config.vocab_size_multiple)
 
 

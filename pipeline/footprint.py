@@ -2,9 +2,10 @@
 
 Weights. Parameters are float32 under every `train.precision` but fp64, since bfloat16 is a matter of autocast and
 Megatron's linear layers keep no cast copy for the backward pass; gradients likewise: 4 + 4 bytes a parameter. DeepSpeed
-adds its own copy and Adam's two moments, 12 bytes shared out over the data-parallel ranks. Gradients are shared out at no ZeRO
-stage: our schedule feeds them under `coalesce_grad_reduction`, which keeps them whole to the end of the step, so stage 2 saves
-nothing over stage 1 here. Stage 3 shares out the parameters and gathers at least a layer (or embedding) at a time.
+adds its own copy and Adam's two moments, 12 bytes shared out over the data-parallel ranks. Gradients are shared out at
+no ZeRO stage: our schedule feeds them under `coalesce_grad_reduction`, which keeps them whole to the end of the step,
+so stage 2 saves nothing over stage 1 here. Stage 3 shares out the parameters and gathers at least a layer (or
+embedding) at a time.
 
 Memory state. That of each lane of the rank in the layers of the stage, twice: the one from before a step is kept until
 the step is accepted.
@@ -23,8 +24,8 @@ key/value heads of dimension d and an MLP width f, a layer keeps per token
     states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (deltanet)
 
 and the last stage h (2 m + e) for the final norm and 4 bytes per logit for the softmax. A **chunk** is one microbatch's
-lanes x segments_per_window / chunks_per_window segments. Stage i of P holds chunks_per_window + P - 1 - i chunks at once (never more
-than a step has). Recomputation leaves less per chunk, and one part at a time in full:
+lanes x segments_per_window / chunks_per_window segments. Stage i of P holds chunks_per_window + P - 1 - i chunks
+(never more than a step has). Recomputation leaves less per chunk, and one part at a time in full:
 
     selective   each layer without its attention, that is h e + h (2 m + e) + 5 f e     one layer's attention in full
     layer       h e per layer                                                           one layer in full
@@ -137,7 +138,7 @@ def _lane_state_bytes(config: Config, layers: int) -> int:
 def _chunk_activations(
     config: Config, layers: int, segments: int, lanes: int, is_last: bool, vocab: int | None
 ) -> tuple[int, int]:
-    """Bytes that a chunk of `segments` segments (of `lanes` lanes together) keeps, and what recomputation holds once."""
+    """Bytes that a chunk of `segments` segments, those of all its lanes, keeps; and what recomputation holds once."""
     model, tensor = config.model, config.parallel.tensor
     e = {"bf16": 2, "fp32": 4, "fp64": 8}[config.train.precision]
     m = max(e, 4)

@@ -59,7 +59,7 @@ class MetricsWriter:
             _drop_lines_after(self.path, resume_step)
         elif self.path.exists() and self.path.stat().st_size > 0:
             raise ValueError(
-                f"{self.path} holds the metrics of an earlier run: resume that run, choose another run_dir, or remove it"
+                f"{self.path} holds the metrics of an earlier run: resume it, choose another run_dir, or remove them"
             )
         self._file = open(self.path, "a", encoding="utf-8")
         self._tensorboard = None
@@ -127,8 +127,8 @@ class MetricsWriter:
             self._tensorboard.add_text(name, text, step)
 
     def flush(self) -> None:
-        """Put everything on the disk itself. Call it with each checkpoint: a resumed run does not take again the steps up
-        to it, so what a failing machine loses of them leaves a gap for good."""
+        """Put everything on the disk itself. Call it with each checkpoint: a resumed run does not take the steps before
+        it again, so what a failing machine loses of them leaves a gap for good."""
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._tensorboard is not None:
@@ -258,8 +258,8 @@ class ThroughputMeter:
             self._phases[name] = self._phases.get(name, 0.0) + self._clock() - start
 
     def report(self) -> dict[str, float]:
-        """`speed/tokens_per_s`, and `speed/<phase>_s` as mean seconds per step, of the interval that ends here; the next
-        one begins. Call it after at least one step."""
+        """`speed/tokens_per_s`, and `speed/<phase>_s` as mean seconds per step, of the interval that ends here; the
+        next one begins. Call it after at least one step."""
         elapsed_s = self._clock() - self._start
         assert self._steps > 0 and elapsed_s > 0, "report() needs a step since the last one"
         values = {"speed/tokens_per_s": self._tokens / elapsed_s}

@@ -25,31 +25,31 @@ MEMORY_KINDS = [("none", "none"), ("linear", "none"), ("delta", "none"), ("delta
 
 
 def llama3_8b(rule="linear", **changes):
-    values = dict(
-        num_layers=32,
-        hidden_size=4096,
-        num_attention_heads=32,
-        num_query_groups=8,
-        ffn_hidden_size=14336,
-        vocab_size=128256,
-        tie_embeddings=False,
-        segment_length=2048,
-        memory=MemoryConfig(rule=rule),
-    )
+    values = {
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "ffn_hidden_size": 14336,
+        "vocab_size": 128256,
+        "tie_embeddings": False,
+        "segment_length": 2048,
+        "memory": MemoryConfig(rule=rule),
+    }
     return ModelConfig(**(values | changes))
 
 
 def small(rule="delta", gate="hard", **changes):
-    values = dict(
-        num_layers=3,
-        hidden_size=256,
-        num_attention_heads=4,
-        num_query_groups=2,
-        ffn_hidden_size=688,
-        vocab_size=500,
-        segment_length=256,
-        memory=MemoryConfig(rule=rule, write_gate=gate),
-    )
+    values = {
+        "num_layers": 3,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 688,
+        "vocab_size": 500,
+        "segment_length": 256,
+        "memory": MemoryConfig(rule=rule, write_gate=gate),
+    }
     return ModelConfig(**(values | changes))
 
 
@@ -284,11 +284,22 @@ def test_recomputation_bounds_activations_by_the_chunk():
     assert activations("window", 64) < activations("layer", 64) < activations("selective", 64) < activations("none", 64)
 
 
-def test_measured_peak_is_a_rate_of_this_machine():
-    peak = measured_matmul_peak(torch.float32, "cpu", seconds=0.06, sizes=(128, 256))
-    left, right = torch.randn(256, 256), torch.randn(256, 256)
-    assert 1e8 < peak < 1e14
-    # It must not depend on how long was measured, only noise: a total in place of a rate would grow by five.
-    longer = measured_matmul_peak(torch.float32, "cpu", seconds=0.3, sizes=(128, 256))
-    assert longer == pytest.approx(peak, rel=0.7)
-    assert (left @ right).shape == (256, 256)
+def test_peak_is_operations_over_seconds_of_the_best_size(monkeypatch):
+    """A clock by the book: 1e9 FLOP/s up to 64 rows, 4e9 above, so 128 wins however long is measured."""
+    seen = []
+
+    def timed(left, right, repeats):
+        size = left.shape[0]
+        seen.append((size, repeats))
+        return repeats * 2 * size**3 / (1e9 if size <= 64 else 4e9)
+
+    monkeypatch.setattr("pipeline.flops._time_products", timed)
+    for seconds in (0.1, 0.4):
+        assert measured_matmul_peak(torch.float32, "cpu", seconds=seconds, sizes=(64, 128)) == pytest.approx(4e9)
+    assert measured_matmul_peak(torch.float32, "cpu", seconds=1e-6, sizes=(64, 128)) == pytest.approx(1e9)
+    assert seen[-1] == (64, 1)  # too slow for its budget already: the larger one is not tried
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_of_this_machine_is_plausible(dtype):
+    assert 1e8 < measured_matmul_peak(dtype, "cpu", seconds=0.05, sizes=(64, 128)) < 1e14
