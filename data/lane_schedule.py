@@ -24,7 +24,8 @@ import numpy as np
 _CACHED_ORDERS = 1024
 _CACHED_ENTRIES = 1 << 25
 _ALWAYS_CACHED_ORDERS = 4
-_ORDER_STREAM, _LANE_STREAM = 1, 2
+_ORDER_STREAM, _LANE_STREAM, _SPREAD_STREAM = 1, 2, 3
+_GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # 2**64 / 1.618...
 
 
 class DocumentSet(Protocol):
@@ -60,6 +61,8 @@ class LaneCursor:
     """Documents begun, per set. The current one is the last of its set's."""
     consumed: tuple[int, ...]
     """Tokens (labels, without padding) given out, per set."""
+    credit: tuple[int, ...]
+    """Tokens by which each set counts as further than `consumed`; drawn with the lane's first document."""
     set: int | None = None
     """Set of the current document; None between documents."""
     document: int | None = None
@@ -128,7 +131,8 @@ class LaneSchedule:
 
     def start(self) -> LaneCursor:
         """The cursor of any lane before its first document."""
-        return LaneCursor(taken=(0,) * len(self._counts), consumed=(0,) * len(self._counts))
+        zeros = (0,) * len(self._counts)
+        return LaneCursor(taken=zeros, consumed=zeros, credit=zeros)
 
     def next_run(self, lane: int, cursor: LaneCursor, room: int) -> tuple[Run, LaneCursor, LaneCursor]:
         """The lane's next segments out of one document, at most `room` of them.
@@ -176,41 +180,57 @@ class LaneSchedule:
     def _take(self, lane: int, cursor: LaneCursor) -> LaneCursor:
         """Begin the next document: from the set that is farthest behind its share of the tokens.
 
-        Consumed tokens over weight is each set's own clock, and the set whose clock shows least is next: the shares
-        are exact up to one document per set. Each clock begins at a random moment of the set's first document, so that
-        lanes do not read the sets in the same order.
+        Consumed tokens over weight is each set's own clock, and the set whose clock shows least is next. So the shares
+        are exact up to some documents of each set.
         """
-        bits = self._lane_bits(lane)
+        if not any(cursor.taken):
+            return self._enter(lane, cursor)
         clocks = [
-            (consumed + _draw(bits[i + 1], self._mean_labels[i])) / self._weights[i]
-            for i, consumed in enumerate(cursor.consumed)
+            (consumed + credit) / weight
+            for consumed, credit, weight in zip(cursor.consumed, cursor.credit, self._weights, strict=True)
         ]
         number = clocks.index(min(clocks))
-        first = not any(cursor.taken)
         document = self.document(lane, number, cursor.taken[number])
+        return replace(cursor, taken=_add(cursor.taken, number, 1), set=number, document=document)
+
+    def _enter(self, lane: int, cursor: LaneCursor) -> LaneCursor:
+        """Begin the lane's first document, as if the lane had been running for long.
+
+        Found at a random moment, a lane reads from a set as often as the set's share of the *tokens* says (otherwise a
+        short run would see few of the long documents), is anywhere in its document, and the other sets' clocks are
+        anywhere between two of their documents. Without `stagger` the document is read from its beginning all the same.
+        """
+        entry, *phases = self._random(_LANE_STREAM, lane).random_raw(1 + len(self._counts)).tolist()
+        # Steps of the golden ratio: any few lanes divide over the sets as the weights say, better than by chance.
+        spread = (int(self._random(_SPREAD_STREAM).random_raw()) + lane * _GOLDEN_RATIO_64) % (1 << 64)
+        shares = np.cumsum(self._weights) / sum(self._weights)
+        number = min(int(np.searchsorted(shares, spread / 2**64, side="right")), len(shares) - 1)
+        document = self.document(lane, number, 0)
         entered = 0
-        if first and self.stagger:
+        if self.stagger:
             labels = int(self._lengths[number][document]) - 1
-            entered = _draw(bits[0], -(-labels // self.segment_length))
+            entered = _draw(entry, -(-labels // self.segment_length))
+        credit = [_draw(phase, mean) for phase, mean in zip(phases, self._mean_labels, strict=True)]
+        credit[number] = entered * self.segment_length
         return replace(
             cursor,
             taken=_add(cursor.taken, number, 1),
+            credit=tuple(credit),
             set=number,
             document=document,
             segment=entered,
             entered=entered,
         )
 
-    def _lane_bits(self, lane: int) -> list[int]:
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(_LANE_STREAM, lane))
-        return np.random.PCG64(sequence).random_raw(1 + len(self._counts)).tolist()
+    def _random(self, *stream: int) -> np.random.PCG64:
+        return np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=stream))
 
     def _order(self, number: int, epoch: int) -> np.ndarray:
         key = (number, epoch)
         order = self._orders.get(key)
         if order is None:
-            sequence = np.random.SeedSequence(self.seed, spawn_key=(_ORDER_STREAM, number, epoch))
-            order = np.argsort(np.random.PCG64(sequence).random_raw(self._counts[number]), kind="stable")
+            bits = self._random(_ORDER_STREAM, number, epoch).random_raw(self._counts[number])
+            order = np.argsort(bits, kind="stable")
             self._orders[key] = order = order.astype(np.uint32)
             self._cached_entries += len(order)
             while len(self._orders) > _CACHED_ORDERS or (

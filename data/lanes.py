@@ -159,9 +159,8 @@ class LaneLoader:
         """
         lanes = {}
         for lane, cursor in zip(self._lane_ids, self._returned, strict=True):
-            state = dataclasses.asdict(cursor)
-            state["taken"], state["consumed"] = list(cursor.taken), list(cursor.consumed)
-            lanes[str(lane)] = state | {"stream": self._schedule.fingerprint}
+            state = dataclasses.asdict(cursor) | {"stream": self._schedule.fingerprint}
+            lanes[str(lane)] = {k: list(v) if isinstance(v, tuple) else v for k, v in state.items()}
         return {"lanes": lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,8 +190,8 @@ class LaneLoader:
                 f"weights, the seed ({schedule.seed}), the number of lanes ({schedule.lanes}) and the segment length "
                 f"({schedule.segment_length}) must be those of the run that saved it"
             )
-        fields = {name: value for name, value in state.items() if name != "stream"}
-        cursor = LaneCursor(**fields | {"taken": tuple(state["taken"]), "consumed": tuple(state["consumed"])})
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items() if k != "stream"}
+        cursor = LaneCursor(**fields)
         if cursor.set is not None:
             expected = schedule.document(lane, cursor.set, cursor.taken[cursor.set] - 1)
             if cursor.document != expected:

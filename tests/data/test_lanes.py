@@ -221,9 +221,31 @@ def test_mixture_shares_are_of_tokens(make_loader, weights):
         assert sum(cursor["consumed"]) > 2000
 
 
-def test_lanes_begin_with_different_sets(make_loader):
-    names = [own[0] for own in make_loader(sets_of([9] * 50, [9] * 50), lanes=64).next_batch().documents]
-    assert 16 < sum(name.startswith("set-0") for name in names) < 48
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.1])
+def test_shares_hold_over_the_lanes_of_a_short_run(make_loader, share):
+    """Also when a set's documents are longer than the run: its tokens must not come last (or first)."""
+    draw = np.random.default_rng(2)
+    sets = sets_of(draw.integers(40, 120, 200).tolist(), [9000, 7000, 12_000] * 70, weights=(1 - share, share))
+    loader = make_loader(sets, lanes=200, segments_per_window=10)
+    for windows_more in (1, 9, 40, 150):  # at the last 16,000 tokens of each lane
+        loader.skip_windows(windows_more)
+        consumed = np.sum([own["consumed"] for own in loader.state_dict()["lanes"].values()], axis=0)
+        assert consumed[1] / consumed.sum() == pytest.approx(share, rel=0.12, abs=0.04)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 13, 64])
+def test_lanes_divide_over_the_sets_at_once(make_loader, lanes):
+    sets = sets_of([900] * 50, [900] * 50, [900] * 50, weights=(2.0, 1.0, 1.0))
+    for seed in range(5):
+        names = [own[0] for own in make_loader(sets, lanes=lanes, seed=seed).next_batch().documents]
+        for number, share in enumerate((0.5, 0.25, 0.25)):
+            assert abs(sum(name.startswith(f"set-{number}") for name in names) - share * lanes) < 2
+
+
+def test_lanes_read_the_sets_in_different_orders(make_loader):
+    loader = make_loader(sets_of([9] * 50, [9] * 50, weights=(4.0, 1.0)), lanes=40, segments_per_window=10)
+    orders = {tuple(name.split(":")[0] for name in own) for own in loader.next_batch().documents}
+    assert len(orders) >= 5
 
 
 def test_stagger_keeps_resets_apart(make_loader):
