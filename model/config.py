@@ -1,0 +1,54 @@
+"""What the model is: the schema of the `model` section of a run's YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MEMORY_RULES = ("none", "linear", "delta", "deltanet")
+WRITE_GATES = ("none", "hard", "sigmoid")
+
+
+@dataclass
+class MemoryConfig:
+    """The compressive memory of every layer (see `model.memory`)."""
+
+    rule: str = "delta"
+    """One of `MEMORY_RULES`. `none` gives a plain transformer whose attention ends at the segment: the baseline."""
+    write_gate: str = "none"
+    """`none` writes every token (the paper). `hard` can be exactly zero or one; `sigmoid` is the smooth form."""
+    write_gate_bias: float = 2.0
+    """Initial bias of the write gate. At +2 the hard gate is exactly 1 everywhere: the paper's rule."""
+    beta_init: float = 0.0
+    """Initial value of beta, one per query head; sigmoid(beta) is the memory's share of the output."""
+    skip_empty: bool = True
+    """Give the local attention all of the output while the memory is empty. `false` is the literal paper."""
+    epsilon: float = 1e-6
+    """A read whose normaliser phi(q) z is not larger than this gives 0."""
+
+
+@dataclass
+class ModelConfig:
+    """A Llama-style decoder whose attention is Infini-attention."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); null means one per attention head."""
+    kv_channels: int | None = None
+    """Dimension of a head; null means hidden_size / num_attention_heads."""
+    ffn_hidden_size: int = 344
+    """Width of the gated MLP (each of its two input halves)."""
+    vocab_size: int | None = None
+    """Number of tokens; null takes the tokenizer's from the prepared data."""
+    vocab_size_multiple: int = 64
+    """The embedding is padded up to a multiple of this, so that it divides by every tensor-parallel size in use."""
+    tie_embeddings: bool = True
+    """Use the input embedding as output matrix."""
+    segment_length: int = 2048
+    """Tokens that the local attention sees (S)."""
+    rope_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 num_layers)."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -1,0 +1,330 @@
+"""One pipeline stage of the decoder: embedding, layers, output, whichever of them the stage owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import InfiniAttention, MemoryStatistics
+from model.config import ModelConfig
+from model.loss import token_correct, token_losses
+from model.memory import State
+from model.sharding import initialize_parameter, output_projection_std
+
+RECOMPUTE_IN_LAYER = ("none", "selective", "layer")
+
+
+class StageOptions(NamedTuple):
+    """What the run, not the model, decides about a stage."""
+
+    precision: str = "fp32"
+    """`fp32`, `bf16` (bfloat16 matrix products and residual stream over float32 parameters) or `fp64`."""
+    recompute: str = "none"
+    """`selective` recomputes attention in the backward pass, `layer` whole layers."""
+    detach_reads: bool = False
+    """Read the memory without gradient."""
+    sequence_parallel: bool = False
+
+
+class StageOutput(NamedTuple):
+    hidden: Tensor | None
+    """`[s, b*t, h]` for the next stage; None on the last one."""
+    token_loss: Tensor | None
+    """Cross entropy `[b, t, s]` on the last stage when labels were given."""
+    token_correct: Tensor | None
+    """Bool `[b, t, s]`: greedy decoding would give the label; only when asked for."""
+    memory: list[State | None]
+    """Memory carried out, per layer of the stage."""
+    gate_sum: Tensor
+    """Sum of the write gates over the stage's layers, this rank's heads and all tokens."""
+    statistics: dict[int, MemoryStatistics]
+    """Per global layer index, when asked for."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dim, computed in float32 at least."""
+
+    def __init__(self, dim: int, epsilon: float, *, dtype: torch.dtype, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=dtype))
+        # Read by the gradient synchronisation: each tensor-parallel rank sees only its part of the sequence.
+        self.weight.sequence_parallel = sequence_parallel
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(self.weight.dtype)
+        return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.epsilon) * self.weight).to(x.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and gated MLP. `layer(hidden, memory, reset) -> (hidden, memory, ...)`: no hidden state."""
+
+    def __init__(
+        self, config: ModelConfig, megatron: TransformerConfig, options: StageOptions, *, tensor_size: int
+    ) -> None:
+        super().__init__()
+        norm = {"dtype": megatron.params_dtype, "sequence_parallel": options.sequence_parallel}
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
+        self.attention = InfiniAttention(
+            config, megatron, tensor_size=tensor_size, detach_reads=options.detach_reads
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
+        backend = LocalSpecProvider()
+        self.mlp = MLP(
+            megatron,
+            MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()),
+            ffn_hidden_size=config.ffn_hidden_size,
+        )
+        self.recompute = options.recompute
+
+    def forward(
+        self,
+        hidden: Tensor,
+        memory: State | None,
+        reset: Tensor,
+        memory_off: bool,
+        statistics: bool,
+    ) -> tuple[Tensor, State | None, Tensor, MemoryStatistics | None]:
+        def attend(hidden: Tensor, *memory_tensors: Tensor):
+            state = None if memory is None else type(memory)(*memory_tensors)
+            return self.attention(
+                self.attention_norm(hidden), state, reset, memory_off=memory_off, statistics=statistics
+            )
+
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            attended = checkpoint(attend, hidden, *(memory or ()), use_reentrant=False)
+        else:
+            attended = attend(hidden, *(memory or ()))
+        hidden = hidden + attended.hidden
+        output, _ = self.mlp(self.mlp_norm(hidden))
+        return hidden + output, attended.memory, attended.gate_sum, attended.statistics
+
+
+class DecoderStage(nn.Module):
+    """Layers `first_layer` to `last_layer` (exclusive) of the decoder, with embedding and output where they belong."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: StageOptions,
+        *,
+        vocab_size: int,
+        first_layer: int,
+        last_layer: int,
+        tensor_rank: int,
+        tensor_size: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.options = options
+        self.vocab_size = padded_vocab_size(vocab_size, config.vocab_size_multiple)
+        self.tensor_rank, self.tensor_size = tensor_rank, tensor_size
+        self.is_first = first_layer == 0
+        self.is_last = last_layer == config.num_layers
+        megatron = megatron_config(config, options, tensor_size=tensor_size)
+        self.compute_dtype = torch.bfloat16 if options.precision == "bf16" else megatron.params_dtype
+        if self.is_first:
+            self.embedding = VocabParallelEmbedding(
+                self.vocab_size,
+                config.hidden_size,
+                init_method=megatron.init_method,
+                config=megatron,
+                reduce_scatter_embeddings=options.sequence_parallel,
+            )
+        # Keyed by the layer's index in the whole model, so that parameter names are the same on every layout.
+        self.layers = nn.ModuleDict(
+            {
+                str(i): DecoderLayer(config, megatron, options, tensor_size=tensor_size)
+                for i in range(first_layer, last_layer)
+            }
+        )
+        if self.is_last:
+            self.final_norm = RMSNorm(
+                config.hidden_size,
+                config.norm_epsilon,
+                dtype=megatron.params_dtype,
+                sequence_parallel=options.sequence_parallel,
+            )
+            self.output = LocalSpecProvider().column_parallel_linear()(
+                config.hidden_size,
+                self.vocab_size,
+                config=megatron,
+                init_method=megatron.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.ties_own_embedding,
+            )
+
+    @property
+    def ties_own_embedding(self) -> bool:
+        """The output matrix is this stage's own embedding."""
+        return self.config.tie_embeddings and self.is_first and self.is_last
+
+    @property
+    def holds_embedding_copy(self) -> bool:
+        """The output matrix is a second copy of the first stage's embedding (tied, several stages)."""
+        return self.config.tie_embeddings and self.is_last and not self.is_first
+
+    def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under the names they have in the whole model; a tied copy has the embedding's name."""
+        for name, parameter in self.named_parameters():
+            if self.holds_embedding_copy and name == "output.weight":
+                name = "embedding.weight"
+            yield name, parameter
+
+    def initialize(self, seed: int) -> None:
+        """Give every parameter its initial value, a function of (seed, name) alone."""
+        config = self.config
+        for name, parameter in self.global_parameters():
+            if name.endswith(("norm.weight", "beta")):
+                continue  # ones, and memory.beta_init: set at construction
+            if ".write_gate." in name:
+                # Weight zero: the gate starts at its bias for every token (+2: exactly the rule without a gate).
+                value = config.memory.write_gate_bias if name.endswith("bias") else 0.0
+                nn.init.constant_(parameter, value)
+                continue
+            std = config.init_std
+            if name.endswith(("attention.projection.weight", "mlp.linear_fc2.weight")):
+                std = output_projection_std(std, config.num_layers)
+            initialize_parameter(
+                name, parameter, std=std, seed=seed, tensor_rank=self.tensor_rank, tensor_size=self.tensor_size
+            )
+
+    def initial_memory(self, lanes: int, device: torch.device) -> list[State | None]:
+        """An empty memory for every layer of the stage."""
+        return [layer.attention.initial_memory(lanes, device) for layer in self.layers.values()]
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision context; backward calls need it too (on a CPU the backward pass runs in the caller's thread)."""
+        enabled = self.options.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        memory: list[State | None],
+        reset: Tensor,
+        labels: Tensor | None = None,
+        *,
+        memory_off: bool = False,
+        statistics: bool = False,
+        correct: bool = False,
+    ) -> StageOutput:
+        """Run the stage over some segments of a window.
+
+        Args:
+            inputs: tokens `[b, t, s]` on the first stage, else hidden states `[s, b*t, h]` (`s/tp` with sequence
+                parallelism) from the stage before.
+            memory: per layer, what `initial_memory` or an earlier call returned.
+            reset: bool `[b, t]`, True where a document starts.
+            labels: `[b, t, s]`; without them the last stage computes no loss.
+            memory_off: control for evaluation, see `InfiniAttention.forward`.
+            statistics: also measure the memory (`StageOutput.statistics`).
+            correct: also say for every label whether greedy decoding would give it.
+        """
+        with self.autocast(inputs.device):
+            hidden = self._embed(inputs) if self.is_first else inputs
+            carried, measured = [], {}
+            gate_sum = hidden.new_zeros((), dtype=torch.float32)
+            for (name, layer), state in zip(self.layers.items(), memory, strict=True):
+                arguments = (hidden, state, reset, memory_off, statistics)
+                if self.options.recompute == "layer" and torch.is_grad_enabled():
+                    result = checkpoint(layer, *arguments, use_reentrant=False)
+                else:
+                    result = layer(*arguments)
+                hidden, state, gates, layer_statistics = result
+                carried.append(state)
+                gate_sum = gate_sum + gates
+                if layer_statistics is not None:
+                    measured[int(name)] = layer_statistics
+            if not self.is_last:
+                return StageOutput(hidden, None, None, carried, gate_sum, measured)
+            loss = hits = None
+            if labels is not None:
+                logits = self._logits(hidden)
+                folded = labels.flatten(0, 1).t().contiguous()  # [s, b*t], as the logits
+                hits = token_correct(logits, folded).t().view(labels.shape) if correct else None
+                loss = token_losses(logits, folded).t().reshape(labels.shape)
+            return StageOutput(None, loss, hits, carried, gate_sum, measured)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens.flatten(0, 1))
+        if not self.options.sequence_parallel:  # Megatron's reduce-scatter has transposed already
+            hidden = hidden.transpose(0, 1).contiguous()
+        return hidden.to(self.compute_dtype)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.ties_own_embedding else None
+        logits, _ = self.output(self.final_norm(hidden), weight=weight)
+        return logits
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """The vocabulary with padding; the same on every layout, since padding takes part in the softmax."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def split_layers(num_layers: int, stages: int, layers_per_stage: list[int] | None) -> list[tuple[int, int]]:
+    """First and last layer (exclusive) of every pipeline stage.
+
+    Without an explicit list the layers are split as evenly as possible, and the middle stages take what is left over:
+    the first and the last one also hold the embedding and the output.
+    """
+    if layers_per_stage is None:
+        base, extra = divmod(num_layers, stages)
+        layers_per_stage = [base] * stages
+        order = sorted(range(stages), key=lambda i: (i in (0, stages - 1), i == stages - 1, i))
+        for i in order[:extra]:
+            layers_per_stage[i] += 1
+    bounds = [sum(layers_per_stage[:i]) for i in range(stages + 1)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def megatron_config(config: ModelConfig, options: StageOptions, *, tensor_size: int) -> TransformerConfig:
+    """Megatron's view of the model. Parameters are float32 (the masters); bfloat16 is a matter of autocast."""
+    dtype = torch.float64 if options.precision == "fp64" else torch.float32
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        kv_channels=config.kv_channels or config.hidden_size // config.num_attention_heads,
+        ffn_hidden_size=config.ffn_hidden_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=config.init_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=tensor_size,
+        sequence_parallel=options.sequence_parallel,
+        # Values come from `DecoderStage.initialize`; parameters are made on the current default device.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+    )
+
+
+def tensor_coordinates() -> tuple[int, int]:
+    """Rank and size of the tensor-parallel group."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )

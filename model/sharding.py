@@ -1,0 +1,84 @@
+"""Which part of a parameter a tensor-parallel rank holds, and initial values that do not depend on the layout.
+
+Megatron marks its parameters with `partition_dim` and `partition_stride`. A stride of 2 (the gated MLP's first matrix,
+[gate; up]) means that the full matrix is two blocks along the dim and a rank holds its part of each. Checkpoints and
+initialisation both go through this module, so a layout is described once.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How a parameter is split over tensor-parallel ranks: along `dim`, in `stride` blocks; `dim` None is replicated."""
+
+    dim: int | None
+    stride: int = 1
+
+
+def partition_of(parameter: nn.Parameter) -> Partition:
+    """The partition that Megatron's attributes describe."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return Partition(None)
+    return Partition(parameter.partition_dim, parameter.partition_stride)
+
+
+def full_shape(local: Sequence[int], partition: Partition, size: int) -> tuple[int, ...]:
+    """Shape of the whole parameter when each of `size` ranks holds `local`."""
+    shape = list(local)
+    if partition.dim is not None:
+        shape[partition.dim] *= size
+    return tuple(shape)
+
+
+def piece_bounds(full: Sequence[int], partition: Partition, rank: int, size: int) -> list[tuple[int, int]]:
+    """The ranges along `partition.dim` of the whole parameter that `rank` holds, in the order it holds them."""
+    assert partition.dim is not None
+    block = full[partition.dim] // partition.stride
+    part = block // size
+    return [(i * block + rank * part, i * block + (rank + 1) * part) for i in range(partition.stride)]
+
+
+def shard(full: Tensor, partition: Partition, rank: int, size: int) -> Tensor:
+    """The part of a whole tensor that `rank` of `size` holds."""
+    if partition.dim is None or size == 1:
+        return full
+    bounds = piece_bounds(full.shape, partition, rank, size)
+    return torch.cat([full.narrow(partition.dim, a, b - a) for a, b in bounds], dim=partition.dim)
+
+
+def unshard(parts: Sequence[Tensor], partition: Partition) -> Tensor:
+    """The whole tensor from the parts of all ranks, in rank order."""
+    if partition.dim is None or len(parts) == 1:
+        return parts[0]
+    blocks = [part.chunk(partition.stride, dim=partition.dim) for part in parts]
+    return torch.cat([blocks[r][i] for i in range(partition.stride) for r in range(len(parts))], dim=partition.dim)
+
+
+def initialize_parameter(
+    name: str, parameter: nn.Parameter, *, std: float, seed: int, tensor_rank: int, tensor_size: int
+) -> None:
+    """Fill `parameter` with the values that belong to its global name, the same on every layout.
+
+    Every parameter draws from its own generator, seeded by (seed, name): neither the order of construction nor the
+    number of ranks or stages changes a value.
+    """
+    partition = partition_of(parameter)
+    shape = full_shape(parameter.shape, partition, tensor_size)
+    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    full = torch.randn(shape, generator=generator, dtype=torch.float32) * std
+    with torch.no_grad():
+        parameter.copy_(shard(full, partition, tensor_rank, tensor_size))
+
+
+def output_projection_std(std: float, num_layers: int) -> float:
+    """Initial standard deviation of matrices that write to the residual stream (GPT-2's scaling by depth)."""
+    return std / math.sqrt(2 * num_layers)

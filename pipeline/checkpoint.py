@@ -1,0 +1,420 @@
+"""Sharded checkpoints that any layout can read.
+
+A checkpoint is a folder `step_00000100` with, for every process, `rank_00000.safetensors` (the tensors it owns) and
+`rank_00000.json` (what they are), and `checkpoint.json`, which is written last and lists every file with its size and
+SHA-256. Nothing in it is pickled. The folder is written under a temporary name and renamed when it is whole; `latest`
+is moved after that.
+
+Each process writes its own ZeRO fragment of the float32 parameters and Adam's moments, and the memory of its own
+lanes and heads. A tensor is described by where it belongs in the whole model (name, range, partition over
+tensor-parallel ranks; layer, lanes, heads), so a reader on another layout puts the parts together one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.decoder import DecoderStage
+from model.sharding import Partition, full_shape, partition_of, shard, unshard
+from pipeline.executor import Memory
+from pipeline.optimizer import ZeroOptimizer
+from pipeline.topology import Topology
+
+FORMAT_VERSION = 1
+SUMMARY = "checkpoint.json"
+LATEST = "latest"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or does not fit; the message names the file."""
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+@dataclass
+class RunState:
+    """What a step moves besides the weights, the optimizer and the memory."""
+
+    step: int
+    tokens: int
+    lanes: dict[str, Any]
+    """Lane cursors by global lane id (`LaneLoader.state_dict()['lanes']`)."""
+
+
+# Writing
+
+
+def collect_tensors(
+    optimizer: ZeroOptimizer, memory: Memory, topology: Topology, lane_range: tuple[int, int]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """This process's tensors, copied to host memory, and their descriptions."""
+    tensors: dict[str, Tensor] = {}
+    entries: list[dict[str, Any]] = []
+    for fragment in optimizer.fragments():
+        if getattr(fragment.parameter, "ds_pipe_replicated", False):
+            continue  # the first stage writes it
+        partition = partition_of(fragment.parameter)
+        if partition.dim is None and topology.tensor_rank > 0:
+            continue  # a copy of tensor-parallel rank 0's
+        for kind, tensor in fragment.tensors.items():
+            key = f"{kind}/{fragment.name}"
+            tensors[key] = tensor.detach().to("cpu", copy=True)
+            entries.append(
+                {
+                    "key": key,
+                    "start": fragment.start,
+                    "count": tensor.numel(),
+                    "local_shape": list(optimizer.local_shape(fragment.parameter)),
+                    "partition_dim": partition.dim,
+                    "partition_stride": partition.stride,
+                    "tensor_rank": topology.tensor_rank if partition.dim is not None else 0,
+                    "tensor_size": topology.tensor_size if partition.dim is not None else 1,
+                }
+            )
+    for layer, state in zip(optimizer.stage.layers, memory, strict=True):
+        for field, tensor in {} if state is None else state._asdict().items():
+            key = f"memory/{layer}/{field}"
+            tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            heads = tensor.shape[1]
+            entries.append(
+                {"key": key, "first_lane": lane_range[0], "first_head": topology.tensor_rank * heads}
+                | {"shape": list(tensor.shape)}
+            )
+    tensors["rng"] = torch.get_rng_state()
+    return tensors, entries
+
+
+def save(
+    folder: Path,
+    state: RunState,
+    optimizer: ZeroOptimizer,
+    memory: Memory,
+    topology: Topology,
+    *,
+    lane_range: tuple[int, int],
+    summary: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint; collective. Returns its folder.
+
+    Args:
+        folder: `checkpoints` of the run.
+        state: step, tokens and this data-parallel rank's lane cursors.
+        optimizer, memory: this process's part.
+        topology: the process grid.
+        lane_range: first and last (exclusive) global lane of this rank.
+        summary: more to record in `checkpoint.json`: layout, configuration, versions.
+        keep: newest checkpoints to keep.
+
+    Raises:
+        OSError: on every process, with the first process's reason, when any of them could not write. Nothing that
+            looks like a checkpoint is left.
+    """
+    name = checkpoint_name(state.step)
+    temporary = folder / f".{name}.partial"
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    written: dict[str, Any] = {}
+    failure = None
+    try:
+        optimizer.set_steps_taken(optimizer.steps_taken())
+        tensors, entries = collect_tensors(optimizer, memory, topology, lane_range)
+        path = temporary / f"rank_{rank:05d}.safetensors"
+        save_file(tensors, path)
+        _sync(path)
+        written[path.name] = _describe(path)
+        owns_lanes = topology.tensor_rank == 0 and topology.pipeline_rank == 0
+        index = {"tensors": entries, "lanes": state.lanes if owns_lanes else {}}
+        path = temporary / f"rank_{rank:05d}.json"
+        write_whole(path, json.dumps(index))
+        written[path.name] = _describe(path)
+    except OSError as error:
+        failure = f"rank {rank} could not write the checkpoint {temporary}: {error}"
+    reports: list[tuple[str | None, dict[str, Any]]] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (failure, written))
+    failures = [report[0] for report in reports if report[0]]
+    if not failures and rank == 0:
+        try:
+            _finish(folder, temporary, name, state, optimizer, reports, summary)
+            _prune(folder, keep)
+        except OSError as error:
+            failures = [f"rank 0 could not finish the checkpoint {temporary}: {error}"]
+    failures = _from_rank_zero(failures)
+    if failures:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(failures[0])
+    return folder / name
+
+
+def _finish(folder, temporary, name, state, optimizer, reports, summary) -> None:
+    files = {file: facts for _, written in reports for file, facts in written.items()}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "tokens": state.tokens,
+        "optimizer_steps": optimizer.steps_taken(),
+        "files": files,
+        **summary,
+    }
+    write_whole(temporary / SUMMARY, json.dumps(content, indent=1))
+    _sync(temporary)
+    final = folder / name
+    if final.exists():
+        shutil.rmtree(final)  # the same step again, after a resume
+    os.rename(temporary, final)
+    _sync(folder)
+    write_whole(folder / LATEST, name + "\n")
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in sorted(folder.glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _from_rank_zero(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is either the old one or all of the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Reading
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint that `latest` names in a run's `checkpoints` folder, or `folder` itself when it is a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / SUMMARY).is_file():
+        return folder
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        raise CheckpointError(f"{folder}: no checkpoint here (no {SUMMARY}, no {LATEST})")
+    found = folder / pointer.read_text(encoding="utf-8").strip()
+    if not (found / SUMMARY).is_file():
+        raise CheckpointError(f"{pointer} names {found.name}, which is not a checkpoint (no {SUMMARY})")
+    return found
+
+
+class CheckpointReader:
+    """Reads a checkpoint from any layout.
+
+    Raises:
+        CheckpointError: a file is missing, has another size than recorded, or cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / SUMMARY}: {error}") from error
+        if self.summary.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder / SUMMARY}: format version {self.summary.get('format_version')}; this program reads "
+                f"version {FORMAT_VERSION}"
+            )
+        self.lanes: dict[str, Any] = {}
+        self._entries: dict[str, list[dict[str, Any]]] = {}
+        for name, facts in self.summary["files"].items():
+            path = folder / name
+            size = path.stat().st_size if path.exists() else None
+            if size != facts["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise CheckpointError(f"{path} {found}; the checkpoint recorded {facts['bytes']} bytes")
+            if name.endswith(".json"):
+                index = json.loads(path.read_text(encoding="utf-8"))
+                self.lanes |= index["lanes"]
+                for entry in index["tensors"]:
+                    file = name.replace(".json", ".safetensors")
+                    self._entries.setdefault(entry["key"], []).append({"file": file, **entry})
+
+    def verify(self) -> None:
+        """Compare the SHA-256 of every file with the recorded one.
+
+        Raises:
+            CheckpointError: names the first file that differs.
+        """
+        for name, facts in self.summary["files"].items():
+            if _file_hash(self.folder / name) != facts["sha256"]:
+                raise CheckpointError(f"{self.folder / name} was changed after it was written (SHA-256 differs)")
+
+    def local_tensor(self, key: str, shape: tuple[int, ...], partition: Partition, rank: int, size: int) -> Tensor:
+        """The part of a parameter-like tensor that tensor-parallel rank `rank` of `size` holds.
+
+        Raises:
+            CheckpointError: the tensor is missing, incomplete or of another shape.
+        """
+        entries = self._entries.get(key)
+        if not entries:
+            raise CheckpointError(f"{self.folder} holds no tensor {key}")
+        written = Partition(entries[0]["partition_dim"], entries[0]["partition_stride"])
+        ranks = {entry["tensor_rank"] for entry in entries}
+        needed = {rank} if len(ranks) == size else ranks
+        parts = [self._assemble(key, [e for e in entries if e["tensor_rank"] == r]) for r in sorted(needed)]
+        if len(needed) == entries[0]["tensor_size"]:
+            local = shard(unshard(parts, written), written, rank, size)
+        else:
+            local = parts[0]
+        if tuple(local.shape) != tuple(shape) or (size > 1 and written != partition):
+            raise CheckpointError(
+                f"{self.folder}: {key} has shape {full_shape(local.shape, written, size)}; the model's has "
+                f"{full_shape(shape, partition, size)}"
+            )
+        return local
+
+    def _assemble(self, key: str, entries: list[dict[str, Any]]) -> Tensor:
+        """One tensor-parallel rank's part from its ZeRO fragments."""
+        shape = entries[0]["local_shape"]
+        flat: Tensor | None = None
+        filled = 0
+        for entry in entries:
+            piece = self._tensor(entry["file"], key)
+            if flat is None:
+                flat = torch.empty(torch.Size(shape).numel(), dtype=piece.dtype)
+            flat[entry["start"] : entry["start"] + entry["count"]] = piece
+            filled += entry["count"]
+        if flat is None or filled != flat.numel():
+            raise CheckpointError(f"{self.folder}: {key} is incomplete ({filled} of {shape} elements)")
+        return flat.view(shape)
+
+    def memory_tensor(self, layer: str, field: str, like: Tensor, first_lane: int, first_head: int) -> Tensor:
+        """The carried memory of some lanes and heads; `like` gives their number (dims 0 and 1).
+
+        Raises:
+            CheckpointError: lanes or heads are not all there.
+        """
+        key = f"memory/{layer}/{field}"
+        result = torch.empty(like.shape, dtype=like.dtype)
+        filled = 0
+        for entry in self._entries.get(key, []):
+            lanes, heads = entry["shape"][:2]
+            if entry["shape"][2:] != list(like.shape[2:]):
+                raise CheckpointError(f"{self.folder}: {key} has shape {entry['shape']}, expected {list(like.shape)}")
+            target_lanes, source_lanes = _overlap(first_lane, like.shape[0], entry["first_lane"], lanes)
+            target_heads, source_heads = _overlap(first_head, like.shape[1], entry["first_head"], heads)
+            if target_lanes.stop <= target_lanes.start or target_heads.stop <= target_heads.start:
+                continue
+            piece = self._tensor(entry["file"], key)[source_lanes, source_heads]
+            result[target_lanes, target_heads] = piece
+            filled += piece.numel()
+        if filled != result.numel():
+            raise CheckpointError(
+                f"{self.folder}: {key} does not hold lanes {first_lane} to {first_lane + like.shape[0] - 1}, heads "
+                f"{first_head} to {first_head + like.shape[1] - 1}; was the run's train.lanes changed?"
+            )
+        return result
+
+    def _tensor(self, file: str, key: str) -> Tensor:
+        try:
+            with safe_open(self.folder / file, framework="pt") as tensors:
+                return tensors.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / file}: cannot read {key}: {error}") from error
+
+    def rng_state(self, rank: int) -> Tensor:
+        return self._tensor(f"rank_{rank:05d}.safetensors", "rng")
+
+
+def _overlap(first: int, count: int, other_first: int, other_count: int) -> tuple[slice, slice]:
+    """Where two ranges overlap, as slices of the one and of the other."""
+    start, stop = max(first, other_first), min(first + count, other_first + other_count)
+    return slice(start - first, stop - first), slice(start - other_first, stop - other_first)
+
+
+def load_training(
+    reader: CheckpointReader,
+    optimizer: ZeroOptimizer,
+    memory: Memory,
+    topology: Topology,
+    *,
+    lane_range: tuple[int, int],
+) -> Memory:
+    """Restore weights, optimizer and random state in place; collective. Returns the carried memory."""
+    optimizer.set_steps_taken(reader.summary["optimizer_steps"])
+    for fragment in optimizer.fragments():
+        shape, partition = optimizer.local_shape(fragment.parameter), partition_of(fragment.parameter)
+        for kind, tensor in fragment.tensors.items():
+            full = reader.local_tensor(
+                f"{kind}/{fragment.name}", shape, partition, topology.tensor_rank, topology.tensor_size
+            )
+            tensor.copy_(full.flatten()[fragment.start : fragment.start + tensor.numel()])
+    optimizer.refresh_parameters()
+    if reader.summary["layout"]["world_size"] == dist.get_world_size():
+        torch.set_rng_state(reader.rng_state(dist.get_rank()))
+    loaded: Memory = []
+    for layer, state in zip(optimizer.stage.layers, memory, strict=True):
+        if state is None:
+            loaded.append(None)
+            continue
+        fields = state._asdict()
+        loaded.append(
+            type(state)(
+                *(
+                    reader.memory_tensor(layer, field, like, lane_range[0], topology.tensor_rank * like.shape[1]).to(
+                        like.device
+                    )
+                    for field, like in fields.items()
+                )
+            )
+        )
+    return loaded
+
+
+def load_weights(reader: CheckpointReader, stage: DecoderStage) -> None:
+    """Load the parameters alone, for evaluation."""
+    for name, parameter in stage.global_parameters():
+        local = reader.local_tensor(
+            f"master/{name}", tuple(parameter.shape), partition_of(parameter), stage.tensor_rank, stage.tensor_size
+        )
+        with torch.no_grad():
+            parameter.copy_(local)
+

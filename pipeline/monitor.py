@@ -1,0 +1,232 @@
+"""Watching a run: gathers numbers from all processes and hands them to the console, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from data.lanes import WindowBatch
+from model.attention import GATE_BINS, MemoryStatistics
+from pipeline import derived
+from pipeline.console import RunConsole, print_table
+from pipeline.executor import StepResult
+from pipeline.flops import measured_matmul_peak, parameter_count, train_flops_per_token
+from pipeline.footprint import per_rank_bytes
+from pipeline.metrics import MetricsWriter, ThroughputMeter
+from pipeline.optimizer import StepOutcome
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+SEGMENT_BUCKETS = 20
+"""Loss by segment index: 0, 1, 2-3, 4-7, ... (powers of two); the last bucket takes the rest."""
+
+
+def segment_bucket(index: torch.Tensor) -> torch.Tensor:
+    """Bucket of a segment's index in its document."""
+    return torch.where(index > 0, torch.log2(index.clamp(min=1).double()).floor() + 1, 0).long().clamp(
+        max=SEGMENT_BUCKETS - 1
+    )
+
+
+def bucket_name(bucket: int) -> str:
+    """`0`, `1`, `2-3`, `4-7`, ..."""
+    if bucket < 2:
+        return str(bucket)
+    first = 2 ** (bucket - 1)
+    return f"{first}-{2 * first - 1}" if bucket < SEGMENT_BUCKETS - 1 else f"{first}+"
+
+
+class Monitor:
+    """The run's numbers. Every process has one and calls the same methods; only the main one writes."""
+
+    def __init__(self, trainer: Trainer, *, resume_step: int | None) -> None:
+        self.trainer = trainer
+        self.topology = trainer.topology
+        self.config = trainer.config
+        self.is_main = self.topology.is_main
+        self.meter = ThroughputMeter()
+        self.writer = self.console = None
+        if self.is_main:
+            self.writer = MetricsWriter(
+                trainer.run_dir, tensorboard=self.config.metrics.tensorboard, resume_step=resume_step
+            )
+            self.console = RunConsole(total_steps=self.config.train.steps, start_step=trainer.step)
+        self.peak_flops = 0.0
+        self.skipped_steps = 0
+        self._clear_interval()
+
+    def _clear_interval(self) -> None:
+        self.interval: dict[str, float] = {}
+        self.by_segment = torch.zeros(2, SEGMENT_BUCKETS, dtype=torch.float64)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the step (`data`, `forward_backward`, `step`)."""
+        with self.meter.phase(name):
+            yield
+
+    def wants_statistics(self, step: int) -> bool:
+        """Whether step number `step` measures the memory."""
+        return step % self.config.metrics.memory_interval == 0 and self.config.model.memory.rule != "none"
+
+    def introduce(self) -> None:
+        """Print every derived number before training starts; collective."""
+        config, world = self.config, dist.get_world_size()
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        dist.barrier()  # all processes measure at once: they share the machine when they train, too
+        own_peak = measured_matmul_peak(dtype, self.topology.device)
+        self.peak_flops = self.topology.all_reduce([own_peak])[0]
+        if not self.is_main:
+            return
+        train, parallel, model = config.train, config.parallel, config.model
+        tokens = train.lanes * train.segments_per_window * model.segment_length
+        count = parameter_count(model, self.trainer.vocab_size)
+        flops = train_flops_per_token(model, self.trainer.vocab_size, recompute=config.bptt.recompute)
+        largest = max(per_rank_bytes(config, world, self.trainer.vocab_size), key=lambda rank: rank.total)
+        lanes_per_rank = derived.lanes_per_rank(config, world)
+        rows = {
+            "layout": f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {self.topology.data_size}, "
+            f"ZeRO {parallel.zero_stage}, {world} processes on {self.topology.device.type}",
+            "precision": train.precision,
+            "memory": f"{model.memory.rule}, write gate {model.memory.write_gate}, "
+            f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
+            "parameters": f"{count['total']:,}",
+            "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "
+            f"{model.segment_length} tokens",
+            "windows per step and rank": f"{lanes_per_rank // self.trainer.lanes_per_microbatch} of "
+            f"{self.trainer.lanes_per_microbatch} lanes, {config.bptt.chunks_per_window} chunks each",
+            "tokens in the run": f"{tokens * train.steps:,} in {train.steps:,} steps",
+            "training FLOPs per token": f"{flops:.3e}",
+            "matrix-product peak": f"{self.peak_flops / 1e9:,.1f} GFLOP/s measured, all processes",
+            "memory per rank, estimated": f"{largest.total / 2**20:,.1f} MiB (stage {largest.stage})",
+            "run folder": str(self.trainer.run_dir),
+        }
+        if self.trainer.step:
+            rows["resumed at step"] = f"{self.trainer.step:,}"
+        print_table(self.config.name, rows)
+        self.writer.text(self.trainer.step, "run", "\n".join(f"- {name}: {value}" for name, value in rows.items()))
+
+    def after_step(
+        self, batch: WindowBatch, result: StepResult, sums: dict[str, float], outcome: StepOutcome, rate: float
+    ) -> None:
+        """Take in a step's numbers; at the end of an interval write them. Collective."""
+        step = self.trainer.step
+        self.meter.count_step(int(sums["tokens"]))
+        if outcome.applied:
+            for name, value in sums.items():
+                self.interval[name] = self.interval.get(name, 0.0) + value
+            self._add_by_segment(batch, result)
+        else:
+            self.skipped_steps += 1
+            if self.is_main:
+                names = "; ".join(
+                    f"lane {int(lane)}: {', '.join(documents)}"
+                    for lane, documents in zip(batch.lane_ids, batch.documents, strict=True)
+                )
+                self.console.message(
+                    f"step {step} skipped: loss {sums['loss'] / max(sums['weight'], 1e-30):.4g}, gradient norm "
+                    f"{outcome.gradient_norm:.4g}; memory rolled back. Documents of rank 0: {names}"
+                )
+        if result.statistics:
+            self._write_statistics(step, result.statistics)
+        if step % self.config.metrics.interval == 0 or step == self.config.train.steps:
+            self._write_interval(step, outcome, rate)
+
+    def _add_by_segment(self, batch: WindowBatch, result: StepResult) -> None:
+        if not (self.topology.is_last_stage and self.topology.tensor_rank == 0):
+            return
+        bucket = segment_bucket(batch.position_in_document // self.config.model.segment_length).flatten()
+        losses = (result.token_loss.double() * batch.loss_weight).sum(dim=-1).flatten()
+        weights = batch.loss_weight.double().sum(dim=-1).flatten()
+        self.by_segment[0].index_add_(0, bucket.cpu(), losses.cpu())
+        self.by_segment[1].index_add_(0, bucket.cpu(), weights.cpu())
+
+    def _write_interval(self, step: int, outcome: StepOutcome, rate: float) -> None:
+        topology = self.topology
+        by_segment = self.by_segment.to(topology.device)
+        dist.all_reduce(by_segment)
+        rss = topology.all_reduce([float(psutil.Process().memory_info().rss)], op=dist.ReduceOp.MAX)[0]
+        totals, by_segment = self.interval, by_segment.cpu()
+        self._clear_interval()
+        speed = self.meter.report()
+        if not self.is_main:
+            return
+        train = self.config.train
+        flops = train_flops_per_token(
+            self.config.model, self.trainer.vocab_size, recompute=self.config.bptt.recompute
+        )
+        values = {
+            "loss/train": totals["loss"] / totals["weight"] if totals else math.nan,
+            "progress/tokens": self.trainer.tokens,
+            "progress/skipped_steps": self.skipped_steps,
+            "optimizer/gradient_norm": outcome.gradient_norm,
+            "optimizer/learning_rate": rate,
+            "optimizer/learning_rate_beta": rate * self.config.optimizer.beta_lr_scale,
+            "optimizer/learning_rate_write_gate": rate * self.config.optimizer.write_gate_lr_scale,
+            "memory/process_bytes": rss,
+            "speed/mfu": speed["speed/tokens_per_s"] * flops / self.peak_flops,
+            **speed,
+        }
+        if totals:
+            seen = totals["tokens"] + totals["padded"]
+            values["data/padded_share"] = totals["padded"] / seen
+            if totals["answers"]:
+                values["loss/answer"] = totals["answer_loss"] / totals["answers"]
+            if self.config.model.memory.write_gate != "none":
+                steps = seen / (train.lanes * train.segments_per_window * self.config.model.segment_length)
+                values["memory/write_gate"] = totals["gate"] / (steps * self.trainer.gate_count)
+        for bucket in range(SEGMENT_BUCKETS):
+            loss, weight = by_segment[:, bucket].tolist()
+            if weight:
+                values[f"loss_by_segment/{bucket_name(bucket)}"] = loss / weight
+        self.writer.scalars(step, values)
+        self.console.log(step, values)
+
+    def _write_statistics(self, step: int, statistics: dict[int, MemoryStatistics]) -> None:
+        """Per layer: gates, the memory's share of the output, norms of M and z. Lanes of data-parallel rank 0."""
+        own = statistics if self.topology.data_rank == 0 else None
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (self.topology.tensor_rank, own))
+        if not self.is_main:
+            return
+        by_layer: dict[int, dict[int, MemoryStatistics]] = {}
+        for tensor_rank, layers in gathered:
+            for layer, measured in (layers or {}).items():
+                by_layer.setdefault(layer, {})[tensor_rank] = measured
+        scalars = {}
+        for layer, parts in sorted(by_layer.items()):
+            whole = MemoryStatistics(*(torch.cat(xs) for xs in zip(*(parts[r] for r in sorted(parts)), strict=True)))
+            prefix = f"memory_layer_{layer:02d}"
+            scalars |= {
+                f"{prefix}/mix_gate": float(whole.mix_gate.mean()),
+                f"{prefix}/share_of_output": float(whole.memory_share.mean()),
+                f"{prefix}/norm_M": float(whole.memory_norm.mean()),
+                f"{prefix}/norm_z": float(whole.normaliser_norm.mean()),
+            }
+            self.writer.histogram(step, f"{prefix}/mix_gate_histogram", whole.mix_gate)
+            if self.config.model.memory.write_gate != "none":
+                scalars[f"{prefix}/write_gate"] = float(whole.write_gate.mean())
+                centers = (np.arange(GATE_BINS) + 0.5) / GATE_BINS
+                counts = whole.write_gate_histogram.sum(dim=0).long().numpy()
+                self.writer.histogram(step, f"{prefix}/write_gate_histogram", np.repeat(centers, counts))
+        self.writer.scalars(step, scalars)
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint was written."""
+        if self.is_main:
+            self.writer.flush()
+            self.console.message(f"saved {path}")
+
+    def close(self) -> None:
+        if self.is_main:
+            self.console.close()
+            self.writer.close()

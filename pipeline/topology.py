@@ -1,0 +1,142 @@
+"""The process grid: tensor x pipeline x data parallelism on Megatron-core's process groups."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from model.device import default_device, distributed_backend, prepare_megatron
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands, and the groups it talks in.
+
+    Forward and backward traffic of the pipeline use groups of their own: on NCCL a group is a queue, and a receive
+    that is posted early must not hold up a send in the other direction.
+    """
+
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    previous_rank: int | None
+    """Global rank of the pipeline stage before this one; None on the first."""
+    next_rank: int | None
+    forward_group: dist.ProcessGroup
+    backward_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The process that prints and writes metrics."""
+        return dist.get_rank() == 0
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group()
+
+    @property
+    def embedding_group(self) -> dist.ProcessGroup:
+        """First and last stage, which hold the two copies of a tied embedding."""
+        return parallel_state.get_embedding_group()
+
+    def lanes(self, total: int) -> tuple[int, int]:
+        """First and last (exclusive) global lane of this data-parallel rank: a contiguous block."""
+        size = total // self.data_size
+        return self.data_rank * size, (self.data_rank + 1) * size
+
+    def all_reduce(self, values: list[float], op: dist.ReduceOp = dist.ReduceOp.SUM, group=None) -> list[float]:
+        """Reduce a few numbers in float64 over `group` (default: all processes)."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op, group=group)
+        return tensor.tolist()
+
+
+def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
+    """Join the process group described by torchrun's environment variables and lay out the grid.
+
+    Safe to call again with another layout in the same processes (the tests do).
+
+    Raises:
+        ValueError: the number of processes does not fit the layout.
+    """
+    prepare_megatron()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    device = default_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(distributed_backend(device), timeout=timeout)
+    world = dist.get_world_size()
+    if world % (tensor * pipeline):
+        raise ValueError(
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} needs a multiple of {tensor * pipeline} "
+            f"processes; there are {world}"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    forward_group, backward_group = (_pipeline_groups(stages, timeout) for _ in range(2))
+    position = stages.index(dist.get_rank())
+    return Topology(
+        device=device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=tensor,
+        pipeline_rank=position,
+        pipeline_size=pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        previous_rank=stages[position - 1] if position > 0 else None,
+        next_rank=stages[position + 1] if position + 1 < len(stages) else None,
+        forward_group=forward_group,
+        backward_group=backward_group,
+    )
+
+
+def _pipeline_groups(own: list[int], timeout: datetime.timedelta) -> dist.ProcessGroup:
+    """A fresh group over this process's pipeline stages. Every process creates all of them, in the same order."""
+    everyone: list[list[int]] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    mine = None
+    for ranks in sorted({tuple(ranks) for ranks in everyone}):
+        group = dist.new_group(list(ranks), timeout=timeout)
+        if list(ranks) == own:
+            mine = group
+    return mine
+
+
+def shutdown() -> None:
+    """Leave the process groups (after a run that ended well; a failing process just exits)."""
+    if dist.is_initialized():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
