@@ -1,0 +1,146 @@
+"""Start the ranks of a run on this node: torchrun's agent and options, without its noise, passing signals on.
+
+`python -m launch.agent OPTIONS -m MODULE ARGUMENTS...` takes torchrun's options. torchrun itself buries the reason of a
+failure under a banner whose 'root cause' is a guess among ranks that fail within the same second, and kills the ranks
+30 s after a signal, however long saving takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+
+from launch.worker import FOLLOWED
+from launch.world import LOOPBACK, check_port
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
+SAME_FAILURE_S = 10
+"""A rank that died by itself did so within this time of the first failure; the agent kills blocked ones after 30 s."""
+
+
+def launch_workers(module: str, arguments: Sequence[str], nproc: int, master_port: int | None = None) -> int:
+    """Run `python -m module arguments...` as `nproc` ranks on this machine and wait for them.
+
+    Args:
+        master_port: port on which the ranks meet; None takes a free one.
+
+    Returns:
+        See `run_agent`.
+
+    Raises:
+        ValueError: the port is in use.
+    """
+    port = 0 if master_port is None else check_port(master_port)
+    options = ["--nproc-per-node", str(nproc), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:{port}"]
+    options += ["--rdzv-id", uuid.uuid4().hex, "--local-addr", LOOPBACK]
+    return run_agent([*options, "-m", module, *arguments])
+
+
+def run_agent(torchrun_arguments: Sequence[str]) -> int:
+    """Run this node's ranks, as many nodes as the options say, and wait for them.
+
+    Signals are passed on to the ranks, which may finish their step and leave; a second one that ends kills them. When a
+    rank fails, the others are ended.
+
+    Returns:
+        0 when every rank returned 0, else the exit code of the rank that failed first, or 128 + the signal's number.
+
+    Raises:
+        ValueError: the nodes cannot meet.
+    """
+    # One thread per rank: ranks on one machine share its cores. The libraries' own warnings about a peer that is gone
+    # would bury the reason.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if os.environ.get("INFINI_DEBUG") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    passer = _SignalPasser()
+    with tempfile.TemporaryDirectory(prefix="infini-") as logs, passer:
+        # The agent would kill the ranks 30 s after any other signal; those are passed on instead.
+        options = ["--log-dir", logs, "--signals-to-handle", "SIGQUIT"]
+        args = parse_args([*options, *torchrun_arguments])
+        config, entrypoint, entrypoint_arguments = config_from_args(args)
+        try:
+            elastic_launch(config, entrypoint)(*entrypoint_arguments)
+        except ChildFailedError as error:
+            return _explain(error, passer.ending)
+        except (RendezvousError, DistNetworkError) as error:
+            raise ValueError(
+                f"the nodes cannot meet at {args.rdzv_endpoint or f'{args.master_addr}:{args.master_port}'}: is the "
+                f"address right, is the port in use or closed, were all {args.nnodes} node(s) started? ({error})"
+            ) from error
+    return 0
+
+
+class _SignalPasser:
+    """Passes signals on to the child processes while it is entered."""
+
+    def __init__(self):
+        self.ending: int | None = None
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._pass_on) for number in FORWARDED}
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        children = psutil.Process().children()
+        if not children and number in ENDING:
+            raise SystemExit(128 + number)
+        kill = number in ENDING and self.ending is not None
+        for child in children:
+            try:
+                child.send_signal(signal.SIGKILL if kill else number)
+            except psutil.NoSuchProcess:
+                pass
+        if number in ENDING:
+            self.ending = number
+
+
+def _explain(error: ChildFailedError, ending: int | None) -> int:
+    """Exit code for failed ranks. They have said why themselves, unless a signal ended them or they only followed."""
+    if ending is not None:
+        return 128 + ending
+    failures = sorted(error.failures.items())
+    first = min(failure.timestamp for _, failure in failures)
+    for rank, failure in failures:
+        died = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        if died and failure.timestamp - first < SAME_FAILURE_S:
+            name = signal.Signals(-failure.exitcode).name
+            hint = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
+            print(f"infini: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+            return 128 - failure.exitcode
+    spoke = [failure.exitcode for _, failure in failures if failure.exitcode > 0 and failure.exitcode != FOLLOWED]
+    if not spoke:
+        print("infini: error: the ranks of this node left because a rank elsewhere failed", file=sys.stderr)
+    return spoke[0] if spoke else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run_agent(sys.argv[1:]))
+    except ValueError as problem:
+        print(f"infini: error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,65 @@
+"""`infini`: a command with sub-commands, each in its own module, which imports heavy libraries only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from launch import __version__
+
+COMMANDS = ("launch.prepare", "launch.inspect", "launch.train")
+"""Modules with `add_parser(subparsers)`, in the order of the help text."""
+
+USER_ERROR = 2
+"""Exit code of everything that the user can put right."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="infini",
+        description="Train language models with Infini-attention on documents of unbounded length.",
+        epilog="`infini COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"infini {__version__}")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error (INFINI_DEBUG=1 does the same)"
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        importlib.import_module(module).add_parser(subparsers)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line on which `key=value` overrides and options may come in any order."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives a list of positionals only what stands before the next option: take the later ones here.
+    if rest and not (hasattr(args, "overrides") and all("=" in r and not r.startswith("-") for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 2 an error the user can put right, 130 interrupted."""
+    args = parse(argv)
+    if args.debug:
+        os.environ["INFINI_DEBUG"] = "1"  # the processes that a command starts see it too
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("INFINI_DEBUG") == "1":
+            raise
+        print(f"infini: error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""`infini train`: check everything, then train in this process or start the processes that do."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+LATEST = "latest"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model",
+        description="Train a model. Under torchrun or srun this process is one rank; --nproc starts the ranks itself; "
+        "otherwise the run has one process.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file's")
+    parser.add_argument("--nproc", type=_positive, metavar="N", help="start N processes on this machine")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="PATH",
+        help="go on from a checkpoint; without PATH from the newest one in the run folder",
+    )
+    parser.add_argument("--master-port", type=_positive, metavar="PORT", help="port for the processes to meet on")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.resume is not None and "=" in args.resume and not Path(args.resume).exists():
+        # `--resume key=value`: argparse took the override for the path.
+        args.overrides, args.resume = [args.resume, *args.overrides], LATEST
+    if args.nproc is not None:
+        return _start(args)
+
+    from launch.worker import run_rank
+    from launch.world import join_world
+
+    world_size = join_world(args.master_port)
+    config = run_rank(lambda: checked_config(args, world_size), None)
+    return run_rank(lambda: _train(config, args.resume), Path(config.run_dir))
+
+
+def checked_config(args: argparse.Namespace, world_size: int) -> Config:
+    """The configuration of `args`, which can run on `world_size` processes.
+
+    Raises:
+        ConfigError: it cannot.
+        OSError: the file cannot be read.
+    """
+    from pipeline.config_io import load_config
+    from pipeline.validate import validate
+
+    config = load_config(args.config, args.overrides)
+    validate(config, world_size)
+    return config
+
+
+def _start(args: argparse.Namespace) -> int:
+    from launch.agent import launch_workers
+
+    if "RANK" in os.environ:
+        raise ValueError("--nproc starts processes, but this one was started by torchrun (RANK is set): leave it out")
+    checked_config(args, args.nproc)  # an error is told once, before any process starts
+    arguments = ["train", args.config, *args.overrides]
+    if args.resume is not None:
+        arguments += ["--resume", args.resume]
+    return launch_workers("launch.cli", arguments, args.nproc, args.master_port)
+
+
+def _train(config: Config, resume: str | None) -> int:
+    from pipeline.trainer import train
+
+    return train(config, resume)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number

@@ -1,0 +1,190 @@
+"""The command line: help, exit codes, one clear message for what the user can put right, before anything starts."""
+
+import os
+import socket
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from launch import __version__, cli, train, world
+from pipeline.config_io import load_config
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """Without a launcher, and with whatever a test sets taken back."""
+    for name in (*LAUNCHER_VARIABLES, "INFINI_DEBUG", "SLURM_STEP_ID"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run_yaml(tmp_path) -> Path:
+    prepared = tmp_path / "set"
+    prepared.mkdir()
+    (prepared / "manifest.json").write_text("{}")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: {tmp_path}/run\ndata: {{sets: [{{path: {prepared}}}]}}\n")
+    return path
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Takes the place of pipeline.trainer; its `calls` are (config, resume)."""
+    module = types.ModuleType("pipeline.trainer")
+    module.calls = []
+    module.error = None
+
+    def fake_train(config, resume):
+        module.calls.append((config, resume))
+        if module.error:
+            raise module.error
+        return 0
+
+    module.train = fake_train
+    monkeypatch.setitem(sys.modules, "pipeline.trainer", module)
+    return module
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Calls of launch_workers, which starts nothing."""
+    from launch import agent
+
+    calls = []
+    monkeypatch.setattr(agent, "launch_workers", lambda *arguments: calls.append(arguments) or 0)
+    return calls
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    for module in cli.COMMANDS:
+        assert f"    {module.removeprefix('launch.')} " in printed
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert (left.value.code, capsys.readouterr().out) == (0, f"infini {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["dance"], ["train"], ["train", "a.yaml", "--fast"], ["train", "a.yaml", "--nproc", "0"]]
+)
+def test_wrong_usage_is_exit_code_2(argv):
+    with pytest.raises(SystemExit) as left:
+        cli.main(argv)
+    assert left.value.code == 2
+
+
+def test_user_error_is_one_message_without_traceback(run_yaml, trainer, capsys):
+    assert cli.main(["train", str(run_yaml), "model.num_layer=3"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("infini: error: command line: unknown key 'model.num_layer'")
+    assert "Traceback" not in printed
+    assert not trainer.calls
+
+
+def test_debug_shows_the_traceback(run_yaml, trainer):
+    with pytest.raises(ValueError, match="num_layer"):
+        cli.main(["--debug", "train", str(run_yaml), "model.num_layer=3"])
+
+
+def test_absent_file(capsys):
+    assert cli.main(["train", "absent.yaml"]) == 2
+    assert "absent.yaml does not exist" in capsys.readouterr().err
+
+
+def test_interrupt_is_exit_code_130(run_yaml, trainer):
+    trainer.error = KeyboardInterrupt()
+    assert cli.main(["train", str(run_yaml)]) == 130
+
+
+def test_alone_the_process_is_a_world_of_one(run_yaml, trainer, monkeypatch):
+    assert cli.main(["train", str(run_yaml), "train.steps=77", "--resume", "train.lanes=4"]) == 0
+    ((config, resume),) = trainer.calls
+    assert (config.train.steps, config.train.lanes, resume) == (77, 4, "latest")
+    assert [os.environ[name] for name in LAUNCHER_VARIABLES[:5]] == ["0", "1", "0", "1", "127.0.0.1"]
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_traceback_of_a_single_process_is_kept(run_yaml, trainer, tmp_path, capsys):
+    trainer.error = OSError(28, "No space left on device", "shard.tar")
+    assert cli.main(["train", str(run_yaml)]) == 2
+    assert capsys.readouterr().err == "infini: error: [Errno 28] No space left on device: 'shard.tar'\n"
+    assert "fake_train" in (tmp_path / "run" / "error-rank0.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "overrides", "resume"),
+    [
+        ([], [], None),
+        (["a.b=1", "--nproc", "2", "c=2"], ["a.b=1", "c=2"], None),
+        (["--resume"], [], "latest"),
+        (["--resume", "runs/x/step-5", "c=2"], ["c=2"], "runs/x/step-5"),
+        (["--resume", "c=2", "d=3"], ["c=2", "d=3"], "latest"),
+    ],
+)
+def test_overrides_and_options_in_any_order(argv, overrides, resume, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "_start", lambda args: seen.append(args) or 0)
+    args = cli.parse(["train", "run.yaml", "--nproc", "2", *argv])
+    assert args.run(args) == 0
+    assert (seen[0].overrides, seen[0].resume) == (overrides, resume)
+
+
+def test_nproc_checks_before_it_starts_anything(run_yaml, launched, capsys):
+    assert cli.main(["train", str(run_yaml), "--nproc", "3", "parallel.tensor=2"]) == 2
+    assert "3 process(es) cannot hold parallel.tensor = 2" in capsys.readouterr().err
+    assert not launched
+    assert cli.main(["train", str(run_yaml), "--nproc", "4", "parallel.tensor=2", "--resume"]) == 0
+    arguments = ["train", str(run_yaml), "parallel.tensor=2", "--resume", "latest"]
+    assert launched == [("launch.cli", arguments, 4, None)]
+
+
+def test_nproc_under_torchrun_is_refused(run_yaml, launched, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["train", str(run_yaml), "--nproc", "2"]) == 2
+    assert "--nproc" in capsys.readouterr().err
+    assert not launched
+
+
+@pytest.mark.parametrize("nproc", [[], ["--nproc", "2"]])
+def test_port_in_use(run_yaml, trainer, nproc, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["train", str(run_yaml), "--master-port", str(port), *nproc]) == 2
+    assert f"--master-port {port} is in use on this machine" in capsys.readouterr().err
+    assert not trainer.calls
+
+
+def test_under_torchrun_the_world_is_taken_as_it_is(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert world.join_world() == 8
+
+
+def test_under_srun_the_world_follows_from_the_step(monkeypatch, tmp_path):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "n[3-4]" ] && printf "n3\\nn4\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    step = {"STEP_ID": "1", "PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
+    for name, value in (step | {"STEP_NODELIST": "n[3-4]", "JOB_ID": "77"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert world.join_world() == 8
+    assert [os.environ[name] for name in LAUNCHER_VARIABLES] == ["5", "8", "1", "4", "n3", "20771"]
+
+
+def test_config_arguments_reach_the_loader(run_yaml):
+    args = cli.parse(["train", str(run_yaml), "name=x"])
+    assert train.checked_config(args, 1) == load_config(run_yaml, ["name=x"])

@@ -1,0 +1,141 @@
+"""Real ranks over gloo: the reason of a failure is told once and last, nobody hangs, signals arrive."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+LAUNCH = (
+    "import sys; from launch.agent import launch_workers; sys.exit(launch_workers('rank_program', sys.argv[1:], 2))"
+)
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]
+
+
+def environment(**settings) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "INFINI_DEBUG")}
+    return inherited | {"PYTHONPATH": f"{ROOT}:{HERE}", "PYTHON": sys.executable} | settings
+
+
+def start(mode: str, run_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", LAUNCH, mode, str(run_dir)]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + 40
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, paths
+        time.sleep(0.05)
+
+
+def test_first_failure_is_the_only_one_told(tmp_path):
+    code, output = finish(start("bad-data", tmp_path))
+    report = tmp_path / "error-rank1.txt"
+    assert output == f"[rank 1] error: shard train-000003.tar is truncated\n(traceback in {report})\n"
+    assert code == 2
+    assert "rank_program.py" in report.read_text()
+    assert not (tmp_path / "error-rank0.txt").exists()
+
+
+def test_same_error_on_every_rank_is_told_once(tmp_path):
+    code, output = finish(start("everywhere", tmp_path))
+    assert code == 2
+    assert output.count("same mistake on every rank") == 1
+
+
+def test_rank_blocked_for_ever_does_not_outlive_the_failure(tmp_path):
+    began = time.monotonic()
+    code, output = finish(start("blocked", tmp_path))
+    assert output.startswith("[rank 1] error: RuntimeError: wrong number\n")
+    assert code == 1
+    assert time.monotonic() - began < 20  # the agent alone takes 30 s to kill a rank that ignores SIGTERM
+
+
+def test_killed_rank_is_named_last(tmp_path):
+    code, output = finish(start("killed", tmp_path))
+    assert output.splitlines()[-1].startswith("infini: error: rank 1 was killed by SIGKILL")
+    assert code == 128 + signal.SIGKILL
+
+
+def test_signals_reach_the_ranks_which_leave_in_their_own_time(tmp_path):
+    process = start("signals", tmp_path)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    process.send_signal(signal.SIGUSR1)
+    wait_for(tmp_path / "usr1-0", tmp_path / "usr1-1")
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (0, "")
+
+
+@pytest.mark.slow
+def test_interrupt_ends_ranks_without_handlers_quietly(tmp_path):
+    process = start("wait", tmp_path)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (128 + signal.SIGINT, "")
+
+
+def torchrun(mode: str, run_dir: Path, **settings) -> subprocess.Popen:
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "torchrun.sh"), mode, str(run_dir)],
+        env=environment(MODULE="rank_program", **settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_two_agents_are_two_nodes_and_tell_one_reason(tmp_path, free_port):
+    nodes = {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": f"127.0.0.1:{free_port}"}
+    # An earlier launch under the same name has left its claim: it must not silence this one.
+    stale = tmp_path / ".first-error-same-name-0-0"
+    stale.touch()
+    os.utime(stale, (time.time() - 60, time.time() - 60))
+    agents = [torchrun("bad-data", tmp_path, RDZV_ID="same-name", **nodes) for _ in range(2)]
+    results = [finish(agent) for agent in agents]
+    assert sorted(code for code, _ in results) == [1, 2]
+    together = "".join(output for _, output in results)
+    assert together.count("shard train-000003.tar is truncated") == 1
+    assert "Connection" not in together and "Traceback" not in together
+
+
+def test_two_numbered_nodes(tmp_path, free_port):
+    nodes = {"NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    agents = [torchrun("fine", tmp_path, NODE_RANK=str(rank), **nodes) for rank in range(2)]
+    assert [finish(agent) for agent in agents] == [(0, ""), (0, "")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fine-0-of-2-threads-1", "fine-1-of-2-threads-1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT"),
+        ({"RDZV_ENDPOINT": "a:1", "NODE_RANK": "0"}, "exclude each other"),
+        ({"RDZV_ENDPOINT": "nowhere"}, "must be host:port"),
+        ({"NODE_RANK": "0"}, "needs MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_torchrun_script_refuses_what_cannot_meet(tmp_path, settings, expected):
+    code, output = finish(torchrun("fine", tmp_path, **settings))
+    assert code == 2
+    assert expected in output
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
