@@ -233,6 +233,17 @@ def test_shares_hold_over_the_lanes_of_a_short_run(make_loader, share):
         assert consumed[1] / consumed.sum() == pytest.approx(share, rel=0.12, abs=0.04)
 
 
+def test_what_stands_before_the_entry_counts_as_read_in_the_mixture(make_loader):
+    """The first document takes its whole length of its set's share, though the lane reads only its end."""
+    loader = make_loader(sets_of([800] * 9, [800] * 9), lanes=20, segments_per_window=1)
+    before = loader.next_batch().position_in_document[:, 0].tolist()
+    assert max(before) > 400
+    for lane, cursor in loader.state_dict()["lanes"].items():
+        first = 0 if cursor["taken"][0] else 1
+        assert cursor["credit"][first] == before[int(lane)]
+        assert 0 <= cursor["credit"][1 - first] < 800
+
+
 @pytest.mark.parametrize("lanes", [4, 8, 13, 64])
 def test_lanes_divide_over_the_sets_at_once(make_loader, lanes):
     sets = sets_of([900] * 50, [900] * 50, [900] * 50, weights=(2.0, 1.0, 1.0))
