@@ -21,7 +21,7 @@ import tarfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -240,7 +240,7 @@ class _HashingFile:
     """A binary file for writing that hashes and counts what passes."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=1 << 20)
+        self._file: BinaryIO = path.open("wb", buffering=1 << 20)
         self._sha256 = hashlib.sha256()
         self.bytes = 0
 
@@ -258,6 +258,12 @@ class _HashingFile:
         finally:
             self._file.close()
         return self._sha256.hexdigest()
+
+    def discard(self) -> None:
+        """Close the file as it is; later writes go nowhere."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._file = io.BytesIO()
 
 
 class ShardSetWriter:
@@ -364,8 +370,10 @@ class ShardSetWriter:
         }
 
     def abandon(self) -> None:
-        """Close files after an error, without finishing anything."""
-        for close in (self._index.close, self._file.close if self._file else None):
-            if close:
-                with contextlib.suppress(OSError, ValueError):
-                    close()
+        """Close files after an error; what was written is of no use."""
+        with contextlib.suppress(OSError, ValueError):
+            self._index.close()
+        if self._file is not None:
+            self._file.discard()
+            self._tar.close()  # else it would try to, and complain, when it is collected
+            self._tar = self._file = None

@@ -24,11 +24,12 @@ KINDS = ("byte", "bpe", "hf")
 # End tokens to look for in a folder that does not name its own.
 _KNOWN_EOS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>")
 
-# A long text is encoded in pieces, because the library keeps some hundred bytes per token while it works. Between a
-# line that ends in a visible character and one that starts with one, byte-level pre-tokenizers always cut.
+# A long text is encoded in pieces, because the library keeps some hundred bytes per token while it works. Byte-level
+# pre-tokenizers always begin a new part at these places: a word's leading space, and a line after a full one. After
+# white space only a letter will do, because digits may be cut off before white space is grouped.
 _PIECE_CHARACTERS = 1 << 16
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
-_PROBE = ("alpha beta.\n", "gamma(1, 'two')\n", "# delta\n", "Epsilon")
+_SAFE_CUT = re.compile(r"(?= [A-Za-z])|(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+_PROBE = ("alpha beta.\n", "gamma(1, 'two')\n   ", " delta = [\n", "Epsilon,", " 3", " +", " zeta")
 
 
 class Tokenizer:
@@ -76,7 +77,7 @@ class Tokenizer:
 
     @cached_property
     def _encodes_in_pieces(self) -> bool:
-        """Whether lines encoded apart and joined are the text encoded whole (not so where a prefix space is added)."""
+        """Whether parts encoded apart and joined are the text encoded whole (not so where a prefix space is added)."""
         whole = self._encode_piece("".join(_PROBE))
         return whole == [token for piece in _PROBE for token in self._encode_piece(piece)]
 
@@ -112,7 +113,7 @@ class Tokenizer:
 
 
 def split_text(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Pieces of `characters` or a little more that join to `text`, cut only between lines that encode apart."""
+    """Pieces of `characters` or a little more that join to `text`, cut only where the parts encode apart."""
     start = 0
     while len(text) - start > characters:
         cut = _SAFE_CUT.search(text, start + characters)

@@ -7,6 +7,7 @@ and a lost file call for different remedies.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -149,7 +150,7 @@ def _what_changed(file: Path, shard: dict[str, Any], dtype: np.dtype) -> str:
                 if extension == "json":
                     recorded = json.loads(stream.read())
                 elif extension == "npy":
-                    array = np.load(stream, allow_pickle=False)
+                    array = np.load(io.BytesIO(stream.read()), allow_pickle=False)
                     documents, tokens = documents + 1, tokens + len(array)
                     same = hashlib.sha256(array.astype(dtype).tobytes()).hexdigest() == recorded.get("hash")
                     wrong += [] if same else [key]

@@ -55,9 +55,18 @@ def test_a_long_text_is_encoded_as_if_whole(bpe: Tokenizer) -> None:
     assert len(list(split_text(text))) > 2
     assert "".join(split_text(text)) == text
     assert bpe.encode(text) == bpe._encode_piece(text)
-    short_pieces = list(split_text(SOURCE_CODE, 50))
-    assert len(short_pieces) > 500
-    assert [token for piece in short_pieces for token in bpe.encode(piece)] == bpe.encode(SOURCE_CODE)
+    assert max(map(len, split_text(text, 1000))) < 1500
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    words=st.lists(st.sampled_from([" ", "\n", "\t", "a", "Wort", "é", "中", "7", "²", "½", "_", "(", "'s", ".", "\r"]))
+)
+def test_pieces_encode_apart_wherever_they_are_cut(bpe: Tokenizer, words: list[str]) -> None:
+    text = "".join(words)
+    pieces = list(split_text(text, 1))
+    assert "".join(pieces) == text
+    assert [token for piece in pieces for token in bpe._encode_piece(piece)] == bpe._encode_piece(text)
 
 
 def test_a_tokenizer_that_prefixes_a_space_is_not_cut() -> None:

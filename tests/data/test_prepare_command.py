@@ -1,0 +1,70 @@
+"""The command line of `infini prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.prepare import PrepareOptions
+from data.shards import PreparedSet
+from launch import cli, prepare
+
+
+def test_the_stated_defaults_are_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PrepareOptions] = []
+
+    def fake(sources: object, out: object, options: PrepareOptions, **_: object) -> None:
+        seen.append(options)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr("data.prepare.prepare", fake)
+    assert cli.main(["prepare", "x.txt", "--out", str(tmp_path)]) == 2
+    assert seen == [PrepareOptions()]
+
+
+def test_prepare_and_prepare_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prepare", "passkey:8,length=512..1K", "python:argparse", "--out", str(tmp_path / "set")]
+    command += ["--processes", "1", "--shard-size", "8K", "--valid-fraction", "0.2", "--seed", "5"]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"prepared {tmp_path / 'set'} in" in shown
+    assert "passkey:8,length=512..1K: 8 documents" in shown
+    prepared = PreparedSet(tmp_path / "set")
+    assert prepared.manifest["options"]["shard_bytes"] == 8192
+    assert prepared.manifest["options"]["seed"] == 5
+    assert f"train: {len(prepared)} documents, {prepared.lengths.sum():,} tokens" in shown
+    assert cli.main(command) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert cli.main([*command, "--min-tokens", "100"]) == 2
+    assert "already holds a different set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.txt"], "source gone.txt does not exist"),
+        (["python:argparse", "--shard-size", "big"], "--shard-size: 'big' is not a size"),
+        (["python:argparse", "--tokenizer-sample", "1.5M"], "--tokenizer-sample: '1.5M' is not a size"),
+        (["python:argparse", "--processes", "0"], "--processes 0"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.main(["prepare", *arguments, "--out", str(tmp_path / "set")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("infini: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "set").exists()
+
+
+def test_progress_lines_tell_the_rest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("launch.prepare.time.perf_counter", lambda: now)
+    with prepare._progress() as report:
+        report("encoding", 0, 40_000_000, 0)
+        now = 120.0
+        report("encoding", 10_000_000, 40_000_000, 3_000_000)
+    assert "encoding  10.0/40.0 MB  3,000,000 tokens  60 s left" in capsys.readouterr().err
