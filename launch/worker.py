@@ -20,6 +20,7 @@ from typing import NoReturn, TypeVar
 
 import psutil
 
+from launch.quiet import quiet_libraries
 from launch.world import attempt_id
 
 Result = TypeVar("Result")
@@ -41,6 +42,7 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
     Args:
         run_dir: folder for `error-rank<r>.txt`, the first failing rank's traceback; None while it is not known yet.
     """
+    quiet_libraries()
     alone = os.environ["WORLD_SIZE"] == "1"
     done = threading.Event()
     if run_dir is not None and not alone:

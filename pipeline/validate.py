@@ -166,6 +166,13 @@ def _model(config: Config) -> Iterator[str]:
 
 def _layout(config: Config) -> Iterator[str]:
     parallel, layers = config.parallel, config.model.num_layers
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        yield "parallel.sequence_parallel = true: must be false with parallel.tensor = 1, there is nobody to share with"
+    elif parallel.sequence_parallel and config.model.segment_length % parallel.tensor:
+        yield (
+            f"model.segment_length = {config.model.segment_length}: must be a multiple of parallel.tensor = "
+            f"{parallel.tensor} with parallel.sequence_parallel = true"
+        )
     stages, per_stage = parallel.pipeline, parallel.layers_per_stage
     if layers < stages:
         yield f"parallel.pipeline = {stages}: must not be more than model.num_layers = {layers}"

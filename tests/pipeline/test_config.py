@@ -166,6 +166,12 @@ def refused(overrides, world_size=None) -> list[str]:
         (["parallel.pipeline=2", "parallel.zero_stage=3"], None, ["parallel.zero_stage = 3", "1 or 2", "deadlock"]),
         (["parallel.zero_stage=0"], None, ["parallel.zero_stage = 0", "1, 2 or 3", "coalesce"]),
         (["parallel.zero_stage=4"], None, ["parallel.zero_stage = 4", "1, 2 or 3"]),
+        (["parallel.sequence_parallel=true"], None, ["parallel.sequence_parallel = true", "parallel.tensor = 1"]),
+        (
+            ["parallel.sequence_parallel=true", "parallel.tensor=2", "model.segment_length=33"],
+            None,
+            ["model.segment_length = 33", "multiple of parallel.tensor = 2"],
+        ),
         (["bptt.chunks_per_window=3"], None, ["bptt.chunks_per_window = 3", "valid are 1, 2, 4, 8"]),
         (["bptt.chunks_per_window=2", "parallel.schedule=1f1b"], None, ["must be 1, not 2", "segment_1f1b"]),
         (["parallel.schedule=gpipe"], None, ["parallel.schedule = gpipe", "segment_1f1b, 1f1b"]),
