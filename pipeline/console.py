@@ -62,11 +62,11 @@ def _three_digits(number: float) -> str:
 FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss/train", lambda value: f"loss {value:.4f}"),
     ("loss/answer", lambda value: f"answer {value:.4f}"),
-    ("optimizer/lr", lambda value: f"lr {value:.1e}"),
-    ("optimizer/grad_norm", lambda value: f"grad {value:.3g}"),
+    ("optimizer/learning_rate", lambda value: f"lr {value:.1e}"),
+    ("optimizer/gradient_norm", lambda value: f"grad {value:.3g}"),
     ("speed/tokens_per_s", lambda value: f"{value:,.0f} tok/s"),
     ("speed/mfu", lambda value: f"mfu {100 * value:.3g} %"),
-    ("system/memory_bytes", lambda value: f"mem {format_bytes(value)}"),
+    ("memory/process_bytes", lambda value: f"mem {format_bytes(value)}"),
 )
 """The metrics that a line shows, in this order, those of them that are given."""
 

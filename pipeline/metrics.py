@@ -2,14 +2,15 @@
 
 Names are paths, one spelling from the trainer to the plots:
 
-    loss/train  loss/answer  loss/valid         mean cross entropy in nats per token
-    loss_by_segment/train                       a vector: entry i is the loss at segment i of the document
-    optimizer/lr  optimizer/grad_norm           optimizer/lr_<group> for further parameter groups
-    speed/tokens_per_s  speed/mfu               of the whole run; MFU is a share, 0..1
+    loss/train  loss/answer                     mean cross entropy in nats per token
+    loss_by_segment/<0, 1, 2-3, 4-7, ...>       the loss at these segments of the documents
+    optimizer/learning_rate  optimizer/learning_rate_<group>  optimizer/gradient_norm
+    speed/tokens_per_s  speed/mfu               of the whole run; utilisation is a share, 0..1
     speed/data_s  speed/forward_backward_s  speed/step_s      mean seconds per step
-    system/memory_bytes                         in use on rank 0
-    data/tokens  data/padded_share              tokens seen since the run began; share of positions that are padding
-    gate/layer_<i>  write_gate/layer_<i>        means of sigmoid(beta) over heads and of the write gate over tokens
+    progress/tokens  progress/skipped_steps     since the run began
+    data/padded_share                           positions that are padding, a share
+    memory/process_bytes                        resident in the largest process
+    memory_layer_<ii>/<mix_gate, share_of_output, norm_M, norm_z, write_gate>     means over heads, lanes and tokens
 """
 
 from __future__ import annotations
@@ -109,6 +110,36 @@ class MetricsWriter:
             if self._tensorboard is not None:
                 self._tensorboard.add_histogram(name, finite, step)
         self._write_line(step, {name: summary}, nonfinite=[name] if finite.size < array.size else [])
+
+    def binned_histogram(self, step: int, name: str, counts: Sequence[float], low: float, high: float) -> None:
+        """The same from counts in equal bins over `low` to `high`, for values that were too many to keep. Mean,
+        minimum and maximum are as good as the bins."""
+        number = np.asarray(_array(counts), dtype=np.float64)
+        edges = np.linspace(low, high, len(number) + 1)
+        centers, total = (edges[:-1] + edges[1:]) / 2, float(number.sum())
+        summary: dict[str, Any] = {"mean": None, "min": None, "max": None, "edges": [], "counts": []}
+        if total > 0:
+            filled = np.flatnonzero(number)
+            summary = {
+                "mean": float((number * centers).sum() / total),
+                "min": float(edges[filled[0]]),
+                "max": float(edges[filled[-1] + 1]),
+                "edges": edges.tolist(),
+                "counts": number.tolist(),
+            }
+            if self._tensorboard is not None:
+                self._tensorboard.add_histogram_raw(
+                    name,
+                    min=summary["min"],
+                    max=summary["max"],
+                    num=total,
+                    sum=float((number * centers).sum()),
+                    sum_squares=float((number * centers**2).sum()),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=number.tolist(),
+                    global_step=step,
+                )
+        self._write_line(step, {name: summary})
 
     def image(self, step: int, name: str, image: str | Path | np.ndarray) -> None:
         """Show a PNG file or an array `[height, width, 3]` (uint8, or floats in 0..1) in TensorBoard."""

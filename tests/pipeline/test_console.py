@@ -21,11 +21,11 @@ from pipeline.console import (
 
 VALUES = {
     "loss/train": 2.34512,
-    "optimizer/lr": 1e-3,
-    "optimizer/grad_norm": 0.5199,
+    "optimizer/learning_rate": 1e-3,
+    "optimizer/gradient_norm": 0.5199,
     "speed/tokens_per_s": 12345.4,
     "speed/mfu": 0.3104,
-    "system/memory_bytes": 1.2 * 2**30,
+    "memory/process_bytes": 1.2 * 2**30,
     "speed/data_s": 0.1,
 }
 
@@ -66,7 +66,7 @@ def test_plain_line_has_everything_once():
 def test_values_that_are_missing_or_not_finite_do_not_break_a_line():
     console = log_file()
     with RunConsole(10, console=console) as run:
-        run.log(1, {"loss/train": math.nan, "optimizer/grad_norm": math.inf, "speed/mfu": math.nan})
+        run.log(1, {"loss/train": math.nan, "optimizer/gradient_norm": math.inf, "speed/mfu": math.nan})
     assert console.file.getvalue() == "step 1/10  loss nan  grad inf  mfu nan %  eta ?\n"
 
 

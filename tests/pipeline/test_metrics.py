@@ -36,13 +36,13 @@ def tensorboard_scalars(run_dir):
 
 def test_same_numbers_in_jsonl_and_tensorboard(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=True, resume_step=None)
-    writer.scalars(1, {"loss/train": torch.tensor(2.5), "data/tokens": 2**40 + 1})
+    writer.scalars(1, {"loss/train": torch.tensor(2.5), "progress/tokens": 2**40 + 1})
     writer.scalars(2, {"loss/train": np.float32(2.25)})
     writer.vector(2, "loss_by_segment/train", [3.0, None, 1.5])
     writer.close()
 
     first, second, third = strict_records(writer.path)
-    assert first["step"] == 1 and first["loss/train"] == 2.5 and first["data/tokens"] == 2**40 + 1
+    assert first["step"] == 1 and first["loss/train"] == 2.5 and first["progress/tokens"] == 2**40 + 1
     assert second["loss/train"] == 2.25 and second["time"] >= first["time"] > 1.6e9
     assert third["loss_by_segment/train"] == [3.0, None, 1.5] and "nonfinite" not in third
     assert read_metrics(writer.path) == [first, second, third]
@@ -102,14 +102,14 @@ def test_new_run_refuses_the_folder_of_an_old_one(tmp_path):
 
 def test_nonfinite_values_stay_valid_json_and_are_named(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=True, resume_step=None)
-    writer.scalars(1, {"loss/train": math.nan, "optimizer/grad_norm": math.inf, "optimizer/lr": 0.1})
+    writer.scalars(1, {"loss/train": math.nan, "optimizer/gradient_norm": math.inf, "optimizer/learning_rate": 0.1})
     writer.vector(1, "v", [1.0, -math.inf])
     writer.histogram(1, "h", [1.0, math.nan])
     writer.histogram(1, "all", [math.nan])
     writer.close()
     scalars, vector, histogram, empty = strict_records(writer.path)
-    assert scalars["loss/train"] is None and scalars["optimizer/lr"] == 0.1
-    assert scalars["nonfinite"] == ["loss/train", "optimizer/grad_norm"]
+    assert scalars["loss/train"] is None and scalars["optimizer/learning_rate"] == 0.1
+    assert scalars["nonfinite"] == ["loss/train", "optimizer/gradient_norm"]
     assert vector["v"] == [1.0, None] and vector["nonfinite"] == ["v/1"]
     assert sum(histogram["h"]["counts"]) == 1 and histogram["nonfinite"] == ["h"]
     assert empty["all"]["mean"] is None and empty["nonfinite"] == ["all"]
@@ -137,6 +137,24 @@ def test_histogram_images_and_text(tmp_path):
     assert (image.width, image.height) == (8, 6)
     assert accumulator.Images("from_array")[0].width == 7
     assert accumulator.Tensors("note/text_summary")[0].tensor_proto.string_val[0] == b"hello"
+
+
+def test_binned_histogram_is_the_histogram_of_its_bins(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=True, resume_step=None)
+    writer.binned_histogram(5, "write_gate", torch.tensor([0.0, 6.0, 2.0, 0.0]), 0.0, 1.0)
+    writer.binned_histogram(5, "empty", [0, 0], 0.0, 1.0)
+    writer.close()
+    first, empty = strict_records(writer.path)
+    assert first["write_gate"] == {
+        "mean": (6 * 0.375 + 2 * 0.625) / 8,
+        "min": 0.25,
+        "max": 0.75,
+        "edges": [0.0, 0.25, 0.5, 0.75, 1.0],
+        "counts": [0.0, 6.0, 2.0, 0.0],
+    }
+    assert empty["empty"]["mean"] is None
+    (event,) = events(tmp_path).Histograms("write_gate")
+    assert event.step == 5 and event.histogram_value.num == 8 and event.histogram_value.sum == 3.5
 
 
 def test_closing_twice_does_no_harm(tmp_path):
