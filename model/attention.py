@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
@@ -80,7 +79,6 @@ class InfiniAttention(nn.Module):
         )
         if self.rule is not None:
             self.beta = nn.Parameter(torch.full((self.heads,), config.memory.beta_init, dtype=megatron.params_dtype))
-            set_tensor_model_parallel_attributes(self.beta, True, 0, 1)
         if config.memory.write_gate != "none":
             self.write_gate = backend.column_parallel_linear()(
                 config.hidden_size, groups, bias=True, gather_output=False, **common

@@ -19,7 +19,7 @@ from model.attention import InfiniAttention, MemoryStatistics
 from model.config import ModelConfig
 from model.loss import token_correct, token_losses
 from model.memory import State
-from model.sharding import initialize_parameter, output_projection_std
+from model.sharding import initialize_parameter, mark_partitions, output_projection_std
 
 RECOMPUTE_IN_LAYER = ("none", "selective", "layer")
 
@@ -75,9 +75,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         norm = {"dtype": megatron.params_dtype, "sequence_parallel": options.sequence_parallel}
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
-        self.attention = InfiniAttention(
-            config, megatron, tensor_size=tensor_size, detach_reads=options.detach_reads
-        )
+        self.attention = InfiniAttention(config, megatron, tensor_size=tensor_size, detach_reads=options.detach_reads)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
         backend = LocalSpecProvider()
         self.mlp = MLP(
@@ -164,6 +162,7 @@ class DecoderStage(nn.Module):
                 gather_output=False,
                 skip_weight_param_allocation=self.ties_own_embedding,
             )
+        mark_partitions(self)
 
     @property
     def ties_own_embedding(self) -> bool:

@@ -26,7 +26,16 @@ def read_normalized(q: Tensor, M: Tensor, z: Tensor, epsilon: float) -> Tensor:
 
 
 def window_normalized(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, M: Tensor, z: Tensor, reset: list[bool], *, delta: bool, epsilon: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    M: Tensor,
+    z: Tensor,
+    reset: list[bool],
+    *,
+    delta: bool,
+    epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear` and `delta` over a window.
 

@@ -24,6 +24,29 @@ class Partition:
     stride: int = 1
 
 
+PARTITIONS: dict[str, Partition] = {
+    "embedding.weight": Partition(0),
+    "output.weight": Partition(0),
+    "attention.qkv.weight": Partition(0),
+    "attention.projection.weight": Partition(1),
+    "attention.beta": Partition(0),
+    "attention.write_gate.weight": Partition(0),
+    "attention.write_gate.bias": Partition(0),
+    "mlp.linear_fc1.weight": Partition(0, stride=2),
+    "mlp.linear_fc2.weight": Partition(1),
+}
+"""By the end of a parameter's name; what is not listed (norms) is replicated."""
+
+
+def mark_partitions(module: nn.Module) -> None:
+    """Put Megatron's attributes on every parameter; its layers do so only when they also initialise."""
+    for name, parameter in module.named_parameters():
+        partition = next((p for suffix, p in PARTITIONS.items() if name.endswith(suffix)), Partition(None))
+        parameter.tensor_model_parallel = partition.dim is not None
+        parameter.partition_dim = -1 if partition.dim is None else partition.dim
+        parameter.partition_stride = partition.stride
+
+
 def partition_of(parameter: nn.Parameter) -> Partition:
     """The partition that Megatron's attributes describe."""
     if not getattr(parameter, "tensor_model_parallel", False):

@@ -417,4 +417,3 @@ def load_weights(reader: CheckpointReader, stage: DecoderStage) -> None:
         )
         with torch.no_grad():
             parameter.copy_(local)
-

@@ -185,9 +185,7 @@ class _Run:
         self.with_gradient = any(o.kind is Kind.BACKWARD for o in operations)
         windows, segments, length = batch.tokens.shape[0] // lanes, batch.tokens.shape[1], batch.tokens.shape[2]
         self.segments_per_chunk = segments // self.chunks
-        self.carried = {
-            w: map_memory(memory, lambda x, w=w: x[w * lanes : (w + 1) * lanes]) for w in range(windows)
-        }
+        self.carried = {w: map_memory(memory, lambda x, w=w: x[w * lanes : (w + 1) * lanes]) for w in range(windows)}
         rows = length // (self.topology.tensor_size if self.stage.options.sequence_parallel else 1)
         shape = (rows, lanes * self.segments_per_chunk, self.stage.config.hidden_size)
         self.traffic = _Traffic(self.topology, shape, self.stage.compute_dtype)

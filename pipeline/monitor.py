@@ -32,8 +32,10 @@ SEGMENT_BUCKETS = 20
 
 def segment_bucket(index: torch.Tensor) -> torch.Tensor:
     """Bucket of a segment's index in its document."""
-    return torch.where(index > 0, torch.log2(index.clamp(min=1).double()).floor() + 1, 0).long().clamp(
-        max=SEGMENT_BUCKETS - 1
+    return (
+        torch.where(index > 0, torch.log2(index.clamp(min=1).double()).floor() + 1, 0)
+        .long()
+        .clamp(max=SEGMENT_BUCKETS - 1)
     )
 
 
@@ -112,7 +114,7 @@ class Monitor:
         }
         if self.trainer.step:
             rows["resumed at step"] = f"{self.trainer.step:,}"
-        print_table(self.config.name, rows)
+        print_table(self.config.name, list(rows.items()))
         self.writer.text(self.trainer.step, "run", "\n".join(f"- {name}: {value}" for name, value in rows.items()))
 
     def after_step(
@@ -161,9 +163,7 @@ class Monitor:
         if not self.is_main:
             return
         train = self.config.train
-        flops = train_flops_per_token(
-            self.config.model, self.trainer.vocab_size, recompute=self.config.bptt.recompute
-        )
+        flops = train_flops_per_token(self.config.model, self.trainer.vocab_size, recompute=self.config.bptt.recompute)
         values = {
             "loss/train": totals["loss"] / totals["weight"] if totals else math.nan,
             "progress/tokens": self.trainer.tokens,

@@ -241,8 +241,9 @@ class Trainer:
         if topology.is_last_stage and topology.tensor_rank == 0:
             losses = result.token_loss.double()
             local["loss"] = float((losses * batch.loss_weight).sum())
-            local["answer_loss"] = float(losses[batch.answer_mask].sum())
-            local["answers"] = float(batch.answer_mask.sum())
+            answers = batch.answer_mask & (batch.loss_weight > 0)  # not those of documents entered past their beginning
+            local["answer_loss"] = float(losses[answers].sum())
+            local["answers"] = float(answers.sum())
             local["padded"] = float(batch.padded_tokens)
             local["tokens"] = float(batch.tokens.numel() - batch.padded_tokens)
         local["gate"] = result.gate_sum
@@ -259,8 +260,7 @@ class Trainer:
 
     def _note_skip(self, batch: WindowBatch) -> None:
         documents = [
-            f"lane {int(lane)}: {', '.join(names)}"
-            for lane, names in zip(batch.lane_ids, batch.documents, strict=True)
+            f"lane {int(lane)}: {', '.join(names)}" for lane, names in zip(batch.lane_ids, batch.documents, strict=True)
         ]
         self.skipped.append((self.step, documents))
 

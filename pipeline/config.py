@@ -1,0 +1,133 @@
+"""The configuration of a run: dataclasses are the schema, YAML files the values, `key=value` the last word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data.config import DataConfig
+from model.config import ModelConfig
+
+GRADIENTS = ("full", "detached")
+RECOMPUTE = ("none", "selective", "layer", "window")
+SCHEDULES = ("segment_1f1b", "1f1b")
+PRECISIONS = ("fp32", "bf16", "fp64")
+LR_SCHEDULES = ("cosine", "wsd", "linear", "constant")
+
+
+@dataclass
+class ParallelConfig:
+    """How the processes are laid out. Data parallelism takes what tensor and pipeline leave."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 1 or 2 everywhere, 3 without pipeline stages."""
+    sequence_parallel: bool = False
+    """Split the norms (and what is between the matrices) along the sequence over the tensor-parallel ranks."""
+    layers_per_stage: list[int] | None = None
+    """Layers of each pipeline stage, first to last; null splits them as evenly as possible."""
+    schedule: str = "segment_1f1b"
+    """`segment_1f1b` moves chunks of a window through the stages, `1f1b` whole windows."""
+    timeout_s: float = 120.0
+    """A collective that waits longer than this ends the run."""
+
+
+@dataclass
+class BpttConfig:
+    """Backpropagation through time, inside one window."""
+
+    gradient: str = "full"
+    """`full`: through the memory inside the window. `detached`: the memory is read without gradient."""
+    chunks_per_window: int = 1
+    """Units of the pipeline schedule in a window; must divide train.segments_per_window."""
+    recompute: str = "none"
+    """`none`; `selective` recomputes attention, `layer` whole layers, `window` whole chunks from their memory."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. Weight decay applies to matrices only; beta and the write gate are groups of their own."""
+
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Global gradient norm; 0 turns clipping off."""
+    beta_lr_scale: float = 10.0
+    """Learning rate of beta (the memory's share per head) relative to lr."""
+    write_gate_lr_scale: float = 3.0
+    """Learning rate of the write gate relative to lr."""
+    schedule: str = "cosine"
+    warmup_steps: int = 50
+    decay_steps: int | None = None
+    """Length of the final decay of `wsd`; null means a fifth of the steps."""
+    min_lr_ratio: float = 0.1
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    """Length of the run; the learning-rate schedule ends here."""
+    lanes: int = 8
+    """G: rows of the global batch, fixed for the life of a run."""
+    lanes_per_microbatch: int | None = None
+    """Lanes that one pass through a stage handles; null means all lanes of a data-parallel rank without pipeline
+    stages, and one otherwise."""
+    segments_per_window: int = 8
+    """T: segments that one step takes from every lane."""
+    seed: int = 0
+    precision: str = "fp32"
+    """`bf16` keeps float32 masters and a float32 memory; `fp64` is for parity tests."""
+    write_gate_penalty: float = 0.0
+    """Weight of the mean write gate in the loss."""
+    max_nonfinite_steps: int = 5
+    """So many skipped steps in a row end the run."""
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+
+
+@dataclass
+class MetricsConfig:
+    interval: int = 10
+    """Steps between console lines and scalar metrics."""
+    memory_interval: int = 100
+    """Steps between the per-layer memory statistics (gate histograms, norms, shares)."""
+    tensorboard: bool = True
+
+
+@dataclass
+class EvaluateConfig:
+    """Defaults of `infini evaluate`."""
+
+    documents: int = 16
+    """Held-out documents for the loss by segment index."""
+    max_segments: int = 32
+    """Segments per held-out document."""
+    passkey_lengths: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
+    """Lengths of the passkey documents, in segments."""
+    passkey_depths: list[float] = field(default_factory=lambda: [0.05, 0.5, 0.95])
+    passkey_documents: int = 20
+    """Documents per cell."""
+    seed: int = 1234
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    run_dir: str = "runs/${name}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    bptt: BpttConfig = field(default_factory=BpttConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

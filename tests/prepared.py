@@ -1,0 +1,37 @@
+"""Small prepared sets for tests, written with the project's own writer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.shards import FORMAT_VERSION, MANIFEST, ShardSetWriter
+from data.tokenizer import byte_tokenizer
+
+
+def write_set(folder: Path, lengths: list[int], *, seed: int = 0, answers: bool = True) -> Path:
+    """A byte-level set whose documents have `lengths` tokens: noise with repeats, so that there is something to learn."""
+    folder.mkdir(parents=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.save(folder / "tokenizer")
+    generator = np.random.default_rng(seed)
+    splits = {}
+    for split in ("train", "valid"):
+        writer = ShardSetWriter(folder, split, tokenizer.vocab_size, 1 << 20)
+        for i, length in enumerate(lengths):
+            words = generator.integers(97, 123, size=(6, 5))
+            tokens = words[generator.integers(0, 6, size=length // 5 + 1)].flatten()[: length - 1]
+            spans = [(length // 2, length // 2 + 3)] if answers and length > 20 else None
+            writer.add(np.append(tokens, tokenizer.eos_id), id=f"{split}-{i}", source="noise", answers=spans)
+        splits[split] = writer.close()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.info | {"hash": tokenizer.hash},
+        "options": {},
+        "sources": ["noise"],
+        "splits": splits,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
