@@ -137,6 +137,8 @@ def test_an_interrupted_run_leaves_nothing_and_a_second_one_finishes(
     process.wait(30)
     assert process.returncode == (130 if blow == signal.SIGINT else -blow)
     _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
     assert not alive
     assert (out / ".building").exists() == (blow == signal.SIGKILL)
     assert not (out / "manifest.json").exists()
