@@ -60,7 +60,11 @@ def test_a_long_text_is_encoded_as_if_whole(bpe: Tokenizer) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(
-    words=st.lists(st.sampled_from([" ", "\n", "\t", "a", "Wort", "é", "中", "7", "²", "½", "_", "(", "'s", ".", "\r"]))
+    words=st.lists(
+        st.sampled_from(
+            [" ", "    ", "\n", "\n       ", "a", "Wort", "é", "中", "7", "²", "½", "_", "(", "'s", ".", "\r"]
+        )
+    )
 )
 def test_pieces_encode_apart_wherever_they_are_cut(bpe: Tokenizer, words: list[str]) -> None:
     text = "".join(words)
