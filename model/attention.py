@@ -65,7 +65,7 @@ class InfiniAttention(nn.Module):
         backend = LocalSpecProvider()
         common = {"config": megatron, "init_method": megatron.init_method}
         heads, groups = megatron.num_attention_heads, megatron.num_query_groups
-        # One block of rows per key/value head: its query heads, its key, its value. A plain split is then a split by head.
+        # One block of rows per key/value head: its query heads, its key, its value. A plain split is a split by head.
         self.qkv = backend.column_parallel_linear()(
             config.hidden_size, (heads + 2 * groups) * self.dim, bias=False, gather_output=False, **common
         )

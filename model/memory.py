@@ -121,7 +121,7 @@ class NormalizedRule:
         transition = None
         if self.delta:
             # The value that the memory already returns for each key is taken off before writing.
-            stored = (key @ z[:, :-1].unsqueeze(-1)).expand_as(key)
+            stored = key @ z[:, :-1].unsqueeze(-1)
             transition = -(written.transpose(-1, -2) @ _divide(key, stored, self.epsilon))
         return NormalizedState(affine_scan(state.M, transition, write, keep), z)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Partition:
-    """How a parameter is split over tensor-parallel ranks: along `dim`, in `stride` blocks; `dim` None is replicated."""
+    """How a parameter is split over tensor-parallel ranks: along `dim`, in `stride` blocks; None: replicated."""
 
     dim: int | None
     stride: int = 1

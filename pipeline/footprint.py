@@ -18,7 +18,7 @@ key/value heads of dimension d and an MLP width f, a layer keeps per token
     mlp         5 f e
     attention   d e (4 n + 3 g) + 4 n                      flash-like: no S x S matrix
     memory      n d (5 m + 1 + c) + g d (2 m + 1 + 2 c)    linear
-                + 4 g d m                                  delta
+                + g d m                                    delta
                 n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet
                 + h c + g d m                              write gate
     states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (deltanet)

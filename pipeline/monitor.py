@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 
 from data.lanes import WindowBatch
-from model.attention import GATE_BINS, MemoryStatistics
+from model.attention import MemoryStatistics
 from pipeline import derived
 from pipeline.console import RunConsole, print_table
 from pipeline.executor import StepResult
@@ -163,7 +162,7 @@ class Monitor:
         if not self.is_main:
             return
         train = self.config.train
-        flops = train_flops_per_token(self.config.model, self.trainer.vocab_size, recompute=self.config.bptt.recompute)
+        flops = train_flops_per_token(self.config.model, self.trainer.vocab_size)  # what the model needs: MFU
         values = {
             "loss/train": totals["loss"] / totals["weight"] if totals else math.nan,
             "progress/tokens": self.trainer.tokens,
@@ -215,9 +214,8 @@ class Monitor:
             self.writer.histogram(step, f"{prefix}/mix_gate_histogram", whole.mix_gate)
             if self.config.model.memory.write_gate != "none":
                 scalars[f"{prefix}/write_gate"] = float(whole.write_gate.mean())
-                centers = (np.arange(GATE_BINS) + 0.5) / GATE_BINS
-                counts = whole.write_gate_histogram.sum(dim=0).long().numpy()
-                self.writer.histogram(step, f"{prefix}/write_gate_histogram", np.repeat(centers, counts))
+                counts = whole.write_gate_histogram.sum(dim=0)
+                self.writer.binned_histogram(step, f"{prefix}/write_gate_histogram", counts, 0.0, 1.0)
         self.writer.scalars(step, scalars)
 
     def saved(self, path: Path) -> None:

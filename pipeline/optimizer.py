@@ -193,7 +193,7 @@ class ZeroOptimizer:
 
         Adam's state must exist: after a step, or `set_steps_taken`.
         """
-        for name, parameter in self.named:
+        for _, parameter in self.named:
             flat, offset, start, count = self._locate(parameter)
             if count <= 0:
                 continue

@@ -12,7 +12,7 @@ from data.tokenizer import byte_tokenizer
 
 
 def write_set(folder: Path, lengths: list[int], *, seed: int = 0, answers: bool = True) -> Path:
-    """A byte-level set whose documents have `lengths` tokens: noise with repeats, so that there is something to learn."""
+    """A byte-level set whose documents have `lengths` tokens: noise with repeats, something to learn."""
     folder.mkdir(parents=True)
     tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
