@@ -1,0 +1,278 @@
+"""The memory rules against the same rules written token by token, in float64: outputs, states and every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import memory
+from model.memory import build_rule, phi, remember, write_gate
+from model.memory_reference import window_deltanet, window_normalized
+
+RULES = ("linear", "delta", "deltanet")
+GATES = ("none", "hard", "sigmoid")
+EPSILON = 1e-6
+
+
+def reference_gate(kind: str, a: torch.Tensor) -> torch.Tensor:
+    """The write gate; the hard one as a clipped line that borrows the logistic's gradient."""
+    smooth = torch.sigmoid(a)
+    if kind == "none":
+        return torch.ones_like(a)
+    return smooth if kind == "sigmoid" else ((a.detach() + 2) / 4).clip(0, 1) + smooth - smooth.detach()
+
+
+def random_window(seed, *, b=2, t=3, n=2, r=2, s=4, d=6, empty=False):
+    """Leaves in float64: q, k, v, the gate's pre-activation, and a memory that has been written to before."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    window = {
+        "q": draw(b, t, n * r, s, d),
+        "k": draw(b, t, n, s, d),
+        "v": draw(b, t, n, s, d),
+        "a": 2.5 * draw(b, t, n, s),  # about half of the hard gates are at one of their ends
+        "M": draw(b, n, d, d),
+        "z": 5 * draw(b, n, d).abs(),
+    }
+    if empty:
+        window["M"], window["z"] = torch.zeros_like(window["M"]), torch.zeros_like(window["z"])
+    reset = torch.rand(b, t, generator=generator) < 0.3
+    return {name: x.requires_grad_() for name, x in window.items()}, reset
+
+
+def state_of(rule_name, window):
+    if rule_name == "deltanet":
+        return memory.MatrixState(window["M"])
+    return memory.NormalizedState(window["M"], window["z"])
+
+
+def fast(rule_name, gate_kind, window, reset, **options):
+    """Read `[b, t, n*r, s, d]` and memory carried out, by `model.memory`."""
+    gate = None if gate_kind == "none" else write_gate(gate_kind, window["a"])
+    rule = build_rule(rule_name, EPSILON)
+    options = {"detach_reads": False} | options
+    read, _, after = remember(
+        rule, window["q"], window["k"], window["v"], gate, state_of(rule_name, window), reset, **options
+    )
+    return read, after
+
+
+def naive(rule_name, gate_kind, window, reset):
+    """The same, lane by lane and head by head."""
+    b, t, n = window["k"].shape[:3]
+    ratio = window["q"].shape[2] // n
+    gate = reference_gate(gate_kind, window["a"])
+    reads, states = [], []
+    for lane in range(b):
+        for head in range(n):
+            q = window["q"][lane, :, head * ratio : (head + 1) * ratio]  # a group's query heads are neighbours
+            k, v, g = window["k"][lane, :, head], window["v"][lane, :, head], gate[lane, :, head]
+            M, z, starts = window["M"][lane, head], window["z"][lane, head], reset[lane].tolist()
+            if rule_name == "deltanet":
+                read, *after = window_deltanet(q, k, v, g, M, starts)
+            else:
+                delta = rule_name == "delta"
+                read, *after = window_normalized(q, k, v, g, M, z, starts, delta=delta, epsilon=EPSILON)
+            reads.append(read)
+            states.append(after)
+    read = torch.stack(reads).unflatten(0, (b, n)).transpose(1, 2).flatten(2, 3)
+    return read, [torch.stack(xs).unflatten(0, (b, n)) for xs in zip(*states, strict=True)]
+
+
+def gradients(outputs, leaves, seed=1):
+    """Gradients of a random projection of the outputs; zeros where an output does not depend on a leaf."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs)
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
+
+
+def assert_close(actual, expected, what):
+    difference = (actual - expected).abs().max().item()
+    assert difference <= 1e-10 * max(1.0, expected.abs().max().item()), f"{what} differs by {difference:.2e}"
+
+
+def assert_same_as_reference(rule_name, gate_kind, window, reset):
+    read, after = fast(rule_name, gate_kind, window, reset)
+    expected_read, expected_after = naive(rule_name, gate_kind, window, reset)
+    assert_close(read, expected_read, "read")
+    for name, x, y in zip(after._fields, after, expected_after, strict=True):
+        assert_close(x, y, name)
+    actual = gradients([read, *after], window)
+    for name, expected in gradients([expected_read, *expected_after], window).items():
+        assert_close(actual[name], expected, f"gradient of {name}")
+    return actual
+
+
+@pytest.mark.parametrize("gate_kind", GATES)
+@pytest.mark.parametrize("rule_name", RULES)
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    b=st.integers(1, 2),
+    t=st.integers(1, 4),
+    n=st.integers(1, 3),
+    r=st.integers(1, 3),
+    s=st.integers(1, 5),
+    d=st.sampled_from([2, 4, 6]),
+    empty=st.booleans(),
+)
+def test_same_as_token_by_token(rule_name, gate_kind, seed, b, t, n, r, s, d, empty):
+    window, reset = random_window(seed, b=b, t=t, n=n, r=r, s=s, d=d, empty=empty)
+    assert_same_as_reference(rule_name, gate_kind, window, reset)
+
+
+@pytest.mark.parametrize("gate_kind", GATES)
+@pytest.mark.parametrize("rule_name", RULES)
+def test_everything_at_once(rule_name, gate_kind):
+    """Carried in and out, a reset in the middle of one lane only, grouped queries; the gradient reaches all of it."""
+    window, reset = random_window(5, b=2, t=4, n=2, r=3)
+    reset[:] = False
+    reset[1, 2] = True
+    found = assert_same_as_reference(rule_name, gate_kind, window, reset)
+    unused = {"a"} if gate_kind == "none" else set()
+    unused |= {"z"} if rule_name == "deltanet" else set()
+    assert {name for name, x in found.items() if not x.any()} == unused
+
+
+@pytest.mark.parametrize("length", [3, 4, 6, 8, 16])
+@pytest.mark.parametrize("gate_kind", GATES)
+def test_deltanet_solves_in_blocks(gate_kind, length, monkeypatch):
+    """Segments shorter than a block, one block, several, and a length that blocks do not divide."""
+    monkeypatch.setattr(memory, "WRITE_BLOCK", 4)
+    window, reset = random_window(7, s=length)
+    reset[0] = torch.tensor([False, True, False])
+    assert_same_as_reference("deltanet", gate_kind, window, reset)
+
+
+@pytest.mark.parametrize("gate_kind", GATES)
+@pytest.mark.parametrize("rule_name", RULES)
+def test_two_windows_are_one_longer_window(rule_name, gate_kind):
+    window, reset = random_window(11, t=5)
+    reset[0, 3] = True
+    read, after = fast(rule_name, gate_kind, window, reset)
+    first = {name: x[:, :2] if name in "qkva" else x for name, x in window.items()}
+    read_first, between = fast(rule_name, gate_kind, first, reset[:, :2])
+    second = {name: x[:, 2:] if name in "qkva" else x for name, x in window.items()} | between._asdict()
+    read_second, after_second = fast(rule_name, gate_kind, second, reset[:, 2:])
+    assert_close(torch.cat([read_first, read_second], dim=1), read, "read")
+    for x, y in zip(after_second, after, strict=True):
+        assert_close(x, y, "memory")
+    split = gradients([torch.cat([read_first, read_second], dim=1), *after_second], window)
+    for name, expected in gradients([read, *after], window).items():
+        assert_close(split[name], expected, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_nothing_crosses_a_reset(rule_name):
+    """Bit for bit: what stands before a document's first segment does not exist for it."""
+    window, reset = random_window(13, b=1, t=4)
+    reset[:] = torch.tensor([[False, False, True, False]])
+    read, after = fast(rule_name, "sigmoid", window, reset)
+    other, _ = random_window(14, b=1, t=4)
+    changed = {
+        name: torch.cat([other[name][:, :2], x[:, 2:]], dim=1) if name in "qkva" else other[name]
+        for name, x in window.items()
+    }
+    read_changed, after_changed = fast(rule_name, "sigmoid", changed, reset)
+    assert torch.equal(read[:, 2:], read_changed[:, 2:])
+    assert all(torch.equal(x, y) for x, y in zip(after, after_changed, strict=True))
+    assert not torch.equal(read[:, :2], read_changed[:, :2])
+    found = gradients([read[:, 2:], *after], window)
+    assert all(not found[name].any() for name in ("M", "z"))
+    assert all(not found[name][:, :2].any() for name in "qkva")
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_detached_reads_teach_the_writes_nothing(rule_name):
+    window, reset = random_window(17)
+    read, _ = fast(rule_name, "hard", window, reset, detach_reads=True)
+    attached, _ = fast(rule_name, "hard", window, reset)
+    assert torch.equal(read, attached)
+    found = gradients([read], window)
+    assert found["q"].any()
+    assert not any(found[name].any() for name in ("k", "v", "a", "M", "z"))
+    found = gradients([attached], window)
+    assert all(found[name].any() for name in "kva")
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_empty_memory_reads_zero_and_says_so(rule_name):
+    window, reset = random_window(19, t=3, empty=True)
+    reset[:] = torch.tensor([[False, False, False], [False, False, True]])
+    rule = build_rule(rule_name, EPSILON)
+    read, present, _ = remember(
+        rule, window["q"], window["k"], window["v"], None, state_of(rule_name, window), reset, detach_reads=False
+    )
+    expected = torch.tensor([[0, 1, 1], [0, 1, 0]])
+    assert torch.equal(present, expected[..., None].expand(2, 3, 2).double())
+    assert not read[expected == 0].any()
+    assert (read[expected == 1] != 0).all()
+    assert all(x.isfinite().all() for x in gradients([read], window).values())
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_closed_gates_leave_the_memory_as_it_is(rule_name):
+    window, reset = random_window(23)
+    reset[:] = False
+    window["a"] = torch.full_like(window["a"], -2.0).requires_grad_()
+    _, after = fast(rule_name, "hard", window, reset)
+    assert all(torch.equal(x, y) for x, y in zip(after, state_of(rule_name, window), strict=True))
+    # ... and an empty one empty, but the gradient reaches the gate: it can reopen.
+    window["M"], window["z"] = (torch.zeros_like(window[name]).requires_grad_() for name in "Mz")
+    _, after = fast(rule_name, "hard", window, reset)
+    assert not build_rule(rule_name, EPSILON).present(after).any()
+    assert gradients(after, window)["a"].any()
+
+
+def test_read_below_epsilon_gives_zero():
+    rule = build_rule("linear", 1e-3)
+    q = torch.zeros(1, 1, 2, 1, 2, dtype=torch.float64)  # phi(0) = 1: the normaliser is the sum of z
+    M = torch.ones(1, 1, 2, 2, 2, dtype=torch.float64)
+    z = torch.tensor([[5e-4, 5e-4], [5e-4, 6e-4]], dtype=torch.float64).view(1, 1, 2, 2)
+    read = rule.read(q, memory.NormalizedState(M, z))
+    assert read[0, 0, 0, 0].tolist() == [0, 0]
+    torch.testing.assert_close(read[0, 0, 1, 0], torch.full((2,), 2 / 1.1e-3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_phi_stays_positive_in_low_precision(dtype):
+    x = torch.tensor([-7.0, -5.0, -1.0, 0.0, 2.0], dtype=dtype)
+    assert (phi(x) > 0).all()
+    torch.testing.assert_close(
+        phi(x).double(), torch.nn.functional.elu(x.double()) + 1, rtol=2 * torch.finfo(dtype).eps, atol=0
+    )
+    assert torch.nn.functional.elu(torch.tensor(-7.0, dtype=torch.bfloat16)) + 1 == 0  # why it is not written so
+
+
+def test_phi_of_large_values_has_finite_gradients():
+    x = torch.tensor([-1e4, -1.0, 1.0, 1e4], dtype=torch.float32, requires_grad=True)
+    phi(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([0.0, torch.e**-1, 1.0, 1.0]))
+
+
+def test_deltanet_survives_a_zero_key():
+    window, reset = random_window(29)
+    window["k"] = torch.zeros_like(window["k"]).requires_grad_()
+    reset[:] = False
+    read, after = fast("deltanet", "none", window, reset)
+    assert torch.equal(after.M, window["M"])
+    assert all(x.isfinite().all() for x in gradients([read, *after], window).values())
+
+
+def test_hard_gate_reaches_both_ends_and_keeps_a_slope():
+    a = torch.tensor([-30.0, -2.0, -1.0, 0.0, 1.0, 2.0, 5.0], dtype=torch.float64, requires_grad=True)
+    gate = write_gate("hard", a)
+    assert gate.tolist() == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    (slope,) = torch.autograd.grad(gate.sum(), a)
+    logistic = 1 / (1 + (-a.detach()).exp())
+    torch.testing.assert_close(slope, logistic * (1 - logistic), rtol=1e-12, atol=0)
+    assert (slope > 0).all()
+
+
+def test_unknown_rule_is_named():
+    with pytest.raises(ValueError, match="no rule 'dleta'; valid: none, linear, delta, deltanet"):
+        build_rule("dleta", EPSILON)
