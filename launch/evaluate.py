@@ -1,0 +1,114 @@
+"""`infini evaluate`: held-out loss and passkey retrieval of one run, or of several side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="evaluate runs",
+        description="Loss on held-out documents by segment index, and passkey retrieval over lengths and depths, with "
+        "the memory on, off, and exchanged between documents. Several runs are evaluated in turn and compared.",
+    )
+    parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folder; key=value settings may follow")
+    parser.add_argument("--nproc", type=_positive, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder; the run's newest by default")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results; RUN/evaluation/CHECKPOINT by default")
+    parser.add_argument("--documents", type=_positive, metavar="N", help="held-out documents (evaluate.documents)")
+    parser.add_argument(
+        "--data", metavar="PATH", action="append", default=[], help="use this prepared set's held-out documents"
+    )
+    parser.add_argument("--no-passkey", action="store_true", help="leave the passkey grid out")
+    parser.add_argument("--no-perplexity", action="store_true", help="leave the held-out loss out")
+    parser.add_argument("--master-port", type=_positive, metavar="PORT", help="port for the processes to meet on")
+    parser.set_defaults(run=run, overrides=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    _sort_arguments(args)
+    if args.nproc is not None:
+        return _start(args)
+
+    from launch.worker import run_rank
+    from launch.world import join_world
+
+    world_size = join_world(args.master_port)
+    run_rank(lambda: _check(args, world_size), None)
+    return run_rank(lambda: _evaluate(args), Path(args.run_dirs[0]))
+
+
+def _sort_arguments(args: argparse.Namespace) -> None:
+    """Tell runs from settings: both are positional."""
+    args.overrides = [a for a in args.run_dirs if _is_override(a)] + args.overrides
+    args.run_dirs = [a for a in args.run_dirs if not _is_override(a)]
+    if args.documents is not None:
+        args.overrides.append(f"evaluate.documents={args.documents}")
+        args.documents = None
+    if not args.run_dirs:
+        raise ValueError("no run folder given")
+    if args.checkpoint is not None and len(args.run_dirs) > 1:
+        raise ValueError("--checkpoint names a checkpoint of one run: with several runs leave it out")
+    if args.no_passkey and args.no_perplexity:
+        raise ValueError("--no-passkey and --no-perplexity together leave nothing to evaluate")
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not Path(argument).exists()
+
+
+def _check(args: argparse.Namespace, world_size: int) -> None:
+    from pipeline.checkpoint import find_checkpoint
+    from pipeline.evaluate import evaluation_config
+
+    for run_dir in args.run_dirs:
+        evaluation_config(Path(run_dir), args.overrides, world_size)
+        find_checkpoint(Path(args.checkpoint or run_dir))
+
+
+def _start(args: argparse.Namespace) -> int:
+    from launch.agent import launch_workers
+
+    if "RANK" in os.environ:
+        raise ValueError("--nproc starts processes, but this one was started by torchrun (RANK is set): leave it out")
+    _check(args, args.nproc)  # an error is told once, before any process starts
+    arguments = ["evaluate", *args.run_dirs, *args.overrides]
+    for option, value in (("--checkpoint", args.checkpoint), ("--out", args.out)):
+        arguments += [option, value] if value is not None else []
+    for path in args.data:
+        arguments += ["--data", path]
+    arguments += ["--no-passkey"] if args.no_passkey else []
+    arguments += ["--no-perplexity"] if args.no_perplexity else []
+    return launch_workers("launch.cli", arguments, args.nproc, args.master_port)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from pipeline.evaluate import evaluate_run
+    from pipeline.topology import shutdown
+
+    results: list[dict[str, Any]] = []
+    for run_dir in args.run_dirs:
+        results.append(
+            evaluate_run(
+                run_dir,
+                overrides=args.overrides,
+                checkpoint=args.checkpoint,
+                out=args.out,
+                data=args.data,
+                with_passkey=not args.no_passkey,
+                with_perplexity=not args.no_perplexity,
+            )
+        )
+    shutdown()
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number

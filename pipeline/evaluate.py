@@ -1,0 +1,293 @@
+"""Evaluation of a run: held-out loss by segment index and passkey retrieval, each with its controls.
+
+Every process of the layout calls `evaluate_run`; the first one writes. The layout is the evaluation's own: a checkpoint
+can be read on any.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data.shards import PreparedSet
+from data.tokenizer import Tokenizer, load_tokenizer
+from pipeline import heldout, passkey, report
+from pipeline.checkpoint import CheckpointReader, find_checkpoint
+from pipeline.config import Config
+from pipeline.config_io import ConfigError, load_config
+from pipeline.console import progress
+from pipeline.derived import model_parallel_size
+from pipeline.streaming import Document, Streamer, open_checkpoint
+from pipeline.topology import Topology, initialize
+from pipeline.trainer import versions
+from pipeline.validate import validate
+
+FORMAT_VERSION = 1
+
+OWN_LAYOUT = [
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.layers_per_stage=null",
+    "parallel.sequence_parallel=false",
+    "parallel.zero_stage=1",
+]
+"""What an evaluation does not take from the run's configuration."""
+
+
+def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) -> Config:
+    """The run's configuration with the layout of an evaluation on `world_size` processes.
+
+    Raises:
+        ConfigError: it cannot run so, or needs data parallelism.
+        OSError: the folder holds no run.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run folder: there is no {path.name}")
+    config = load_config(path, [*OWN_LAYOUT, *overrides])
+    size = model_parallel_size(config)
+    if world_size != size:
+        raise ConfigError(
+            [
+                f"parallel.tensor = {config.parallel.tensor} x parallel.pipeline = {config.parallel.pipeline} on "
+                f"{world_size} process(es): an evaluation has no data parallelism, their product must be the number of "
+                f"processes (give parallel.tensor=... or parallel.pipeline=..., or --nproc {size})"
+            ]
+        )
+    validate(config, world_size, data_exists=False)
+    return config
+
+
+def evaluate_run(
+    run_dir: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    checkpoint: str | Path | None = None,
+    out: str | Path | None = None,
+    data: Sequence[str] = (),
+    with_passkey: bool = True,
+    with_perplexity: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a run; collective. `launch.world.join_world` (or torchrun) must have set the ranks' environment.
+
+    Args:
+        run_dir: the run's folder.
+        overrides: `key=value` settings of the evaluation, such as `evaluate.documents=64` or `parallel.tensor=2`.
+        checkpoint: a checkpoint's folder; None takes the run's newest.
+        out: folder for the results; None is `evaluation/<checkpoint>` in the run's folder.
+        data: prepared sets whose held-out documents are used in place of the run's own.
+        with_passkey, with_perplexity: leave a part out.
+
+    Returns:
+        What `results.json` holds, on every process.
+
+    Raises:
+        ValueError: settings, data or checkpoint do not fit (`ConfigError`, `CheckpointError` and their like).
+        OSError: something cannot be read or written.
+    """
+    run_dir = Path(run_dir)
+    config, topology = _join(run_dir, overrides)
+    path = find_checkpoint(Path(checkpoint) if checkpoint is not None else run_dir)
+    started = time.perf_counter()
+    streamer, reader = open_checkpoint(config, topology, path)
+    _check_model(reader, config)
+    notes: list[str] = []
+    if not streamer.has_memory:
+        notes.append("model.memory.rule is none: there is no memory to turn off or exchange, so there are no controls")
+    evaluate = config.evaluate
+    sets = _held_out_sets(config, data, reader, notes) if with_perplexity else []
+    tasks = [(source, _documents(source, config, notes)) for source in sets]
+    tokenizer = _tokenizer(config, data, reader) if with_passkey else None
+    lengths = _passkey_lengths(config, tokenizer, notes) if tokenizer else []
+    if not tasks and not lengths:
+        raise ValueError("; ".join([f"nothing to evaluate in {run_dir}", *notes]))
+
+    labels = sum(document.length - 1 for _, documents in tasks for document in documents)
+    cells = len(evaluate.passkey_depths) * evaluate.passkey_documents
+    total = labels + sum(lengths) * config.model.segment_length * cells
+    results: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "run": str(run_dir),
+        "name": config.name,
+        "checkpoint": str(path),
+        "step": reader.summary["step"],
+        "training_tokens": reader.summary["tokens"],
+        "layout": {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "world": dist.get_world_size()},
+        "seed": evaluate.seed,
+        "config": asdict(config),
+        "versions": versions(),
+        "notes": notes,
+        "perplexity": {},
+        "passkey": None,
+    }
+    with _progress(topology, total, f"evaluating {config.name} step {results['step']}, tokens") as advance:
+        for source, documents in tasks:
+            results["perplexity"][str(source.path)] = _held_out(streamer, source, documents, evaluate.seed, advance)
+        if lengths:
+            results["passkey"] = passkey.passkey_grid(
+                streamer,
+                tokenizer,
+                lengths=lengths,
+                depths=evaluate.passkey_depths,
+                documents=evaluate.passkey_documents,
+                seed=evaluate.seed,
+                advance=advance,
+            )
+    results["seconds"] = time.perf_counter() - started
+    results["tokens_per_s"] = total / results["seconds"]
+    results = report.without_nan(results)
+    if topology.is_main:
+        folder = Path(out) if out is not None else run_dir / "evaluation" / path.name
+        report.write(results, folder, run_dir, own_folder=out is not None)
+        report.show(results, folder)
+    return results
+
+
+def _join(run_dir: Path, overrides: Sequence[str]) -> tuple[Config, Topology]:
+    config = evaluation_config(run_dir, overrides, int(os.environ.get("WORLD_SIZE", "1")))
+    parallel = config.parallel
+    return config, initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
+
+
+@contextmanager
+def _progress(topology: Topology, total: int, description: str) -> Iterator[Callable[[int], None]]:
+    if not topology.is_main:
+        yield lambda tokens: None
+        return
+    with progress(total, description) as advance:
+        yield advance
+
+
+def _check_model(reader: CheckpointReader, config: Config) -> None:
+    """Refuse another model than the trained one: with some settings the weights load and mean other things."""
+    problems = []
+
+    def compare(key: str, trained: Any, wanted: Any) -> None:
+        if isinstance(trained, dict):
+            for name in trained:
+                compare(f"{key}.{name}", trained[name], wanted.get(name))
+        elif trained != wanted:
+            problems.append(f"{key} is {wanted!r}, but {reader.folder} was trained with {trained!r}")
+
+    compare("model", reader.summary["config"]["model"], asdict(config.model))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _held_out_sets(
+    config: Config, data: Sequence[str], reader: CheckpointReader, notes: list[str]
+) -> list[PreparedSet]:
+    """Sets with held-out documents: those of `data`, else the run's own without the synthetic ones (unless there are
+    only these)."""
+    if data:
+        sets = [PreparedSet(path, "valid") for path in data]
+    else:
+        sets = []
+        for path in dict.fromkeys(entry.path for entry in config.data.sets):
+            if "valid" in PreparedSet(path).manifest["splits"]:
+                sets.append(PreparedSet(path, "valid"))
+            else:
+                notes.append(f"{path} holds no documents out: nothing to evaluate in it")
+        text = [source for source in sets if not _is_passkey(source)]
+        if text:
+            notes.extend(f"{source.path}: passkey documents only, not used" for source in sets if source not in text)
+            sets = text
+    for source in sets:
+        if source.vocab_size > reader.summary["vocab_size"]:
+            raise ConfigError(
+                [f"{source.path} has tokens up to {source.vocab_size}; the model knows {reader.summary['vocab_size']}"]
+            )
+    hashes = {source.tokenizer_hash for source in sets} | _trained_hash(config)
+    if len(hashes) > 1:
+        raise ConfigError(
+            [f"{', '.join(str(source.path) for source in sets)}: not the tokenizer that the run was trained with"]
+        )
+    return sets
+
+
+def _trained_hash(config: Config) -> set[str]:
+    """Hash of the tokenizer of the training data, empty when the data is not there any more."""
+    path = config.data.sets[0].path if config.data.sets else None
+    return {PreparedSet(path).tokenizer_hash} if path and Path(path, "manifest.json").is_file() else set()
+
+
+def _is_passkey(source: PreparedSet) -> bool:
+    specs = [entry["spec"] if isinstance(entry, dict) else entry for entry in source.manifest["sources"]]
+    return bool(specs) and all(spec.startswith("passkey:") for spec in specs)
+
+
+def _documents(source: PreparedSet, config: Config, notes: list[str]) -> list[Document]:
+    evaluate, length = config.evaluate, config.model.segment_length
+    documents = heldout.choose_documents(
+        source,
+        documents=evaluate.documents,
+        max_segments=evaluate.max_segments,
+        segment_length=length,
+        seed=evaluate.seed,
+    )
+    full = sum(document.segments(length) == evaluate.max_segments for document in documents)
+    if full < evaluate.documents:
+        notes.append(
+            f"{source.path}: {len(documents)} held-out documents, {full} of them with the {evaluate.max_segments} "
+            f"segments of {length} tokens asked for"
+        )
+    return documents
+
+
+def _held_out(
+    streamer: Streamer, source: PreparedSet, documents: list[Document], seed: int, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    sums = heldout.segment_losses(streamer, documents, source.eos_id, advance)
+    weight = sums["weight"].sum(axis=1)
+    each = [
+        {
+            "name": document.name,
+            "tokens": int(weight[i]),
+            "loss": {way: float(values[i].sum() / weight[i]) for way, values in sums.items() if way != "weight"},
+        }
+        for i, document in enumerate(documents)
+    ]
+    return heldout.summarize(sums, seed) | {"each_document": each}
+
+
+def _tokenizer(config: Config, data: Sequence[str], reader: CheckpointReader) -> Tokenizer:
+    """The tokenizer of the run's first set, or of the first of `data`."""
+    paths = [entry.path for entry in config.data.sets if Path(entry.path).is_dir()] or list(data)
+    if not paths:
+        raise ConfigError(
+            [
+                "the passkey documents need the run's tokenizer, but none of data.sets is there any more: give a "
+                "prepared set with --data, or leave them out with --no-passkey"
+            ]
+        )
+    tokenizer = load_tokenizer(paths[0])
+    if tokenizer.vocab_size > reader.summary["vocab_size"]:
+        raise ConfigError(
+            [
+                f"the tokenizer of {paths[0]} has {tokenizer.vocab_size} tokens; the model knows "
+                f"{reader.summary['vocab_size']}"
+            ]
+        )
+    return tokenizer
+
+
+def _passkey_lengths(config: Config, tokenizer: Tokenizer, notes: list[str]) -> list[int]:
+    length = config.model.segment_length
+    if not config.evaluate.passkey_depths:
+        return []
+    shortest = passkey.shortest_length(tokenizer, length)
+    lengths = [segments for segments in config.evaluate.passkey_lengths if segments >= shortest]
+    if len(lengths) < len(config.evaluate.passkey_lengths):
+        left_out = [segments for segments in config.evaluate.passkey_lengths if segments < shortest]
+        notes.append(
+            f"passkey lengths {', '.join(map(str, left_out))} left out: with this tokenizer a document needs "
+            f"{shortest} segments of {length} tokens"
+        )
+    return lengths

@@ -1,0 +1,125 @@
+"""Loss on held-out documents by segment index, with the memory on, off, and exchanged between documents.
+
+Segment t of a document is read with
+
+    on          the memory that the document itself has built up
+    off         local attention only
+    shuffled    the memory that the next document of the batch has built up before its segment t (or by its end, when
+                it is shorter); nothing that is computed with it is kept
+
+so `shuffled` sees a memory of the right age and size with the wrong contents: where it does as well as `on`, the
+memory holds nothing about the document. All ways see the same tokens of the same documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from data.shards import PreparedSet
+from pipeline.bootstrap import ratio_intervals, resample_counts
+from pipeline.streaming import Document, Streamer, choose_lanes, roll_lanes
+
+
+def choose_documents(
+    source: PreparedSet, *, documents: int, max_segments: int, segment_length: int, seed: int
+) -> list[Document]:
+    """Documents to evaluate, cut to `max_segments` segments.
+
+    Those that are long enough come first, in an order drawn from `seed`; when they are too few, the longest others.
+
+    Raises:
+        ValueError: no document of the split has two tokens.
+    """
+    full = max_segments * segment_length + 1
+    lengths = np.minimum(source.lengths, full)
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")][:documents]
+    chosen = [
+        Document(
+            source.document_name(int(i)), int(lengths[i]), lambda start, stop, i=int(i): source.read(i, start, stop)
+        )
+        for i in order
+        if lengths[i] >= 2
+    ]
+    if not chosen:
+        raise ValueError(f"{source.path}: the {source.split} split holds no document of two tokens or more")
+    return chosen
+
+
+def segment_losses(
+    streamer: Streamer, documents: list[Document], eos_id: int, advance: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Summed losses and their numbers of tokens; collective, the same result on all ranks.
+
+    Args:
+        advance: called with the number of tokens of each segment that is done.
+
+    Returns:
+        `weight` and one entry per way to evaluate (`on`, `off`, `shuffled`; only `on` without a memory; no `shuffled`
+        for a single document), each `[documents, segments]` in the order given.
+    """
+    ways = ["on", "off", "shuffled"] if streamer.has_memory else ["on"]
+    if len(documents) == 1:
+        ways = [way for way in ways if way != "shuffled"]
+    segments = max(document.segments(streamer.segment_length) for document in documents)
+    sums = {name: np.zeros((len(documents), segments)) for name in (*ways, "weight")}
+    done = 0
+    for batch in streamer.batches(documents):
+        rows = slice(done, done + len(batch))
+        done += len(batch)
+        memory = streamer.empty_memory(len(batch))
+        for segment in range(max(document.segments(streamer.segment_length) for document in batch)):
+            window = streamer.window(batch, segment, 1, eos_id)
+            weight = window.loss_weight.double()
+            outputs = {"on": streamer.run(window, memory)}
+            if "off" in ways:
+                outputs["off"] = streamer.run(window, memory, memory_off=True)
+            if "shuffled" in ways:
+                outputs["shuffled"] = streamer.run(window, roll_lanes(memory))
+            for way, output in outputs.items():
+                if output.loss is not None:
+                    sums[way][rows, segment] = (output.loss.double() * weight).sum(dim=(1, 2)).cpu().numpy()
+            sums["weight"][rows, segment] = weight.sum(dim=(1, 2)).cpu().numpy()
+            # A document that has ended keeps its memory for the one that is to read it.
+            memory = choose_lanes(weight.sum(dim=(1, 2)) > 0, outputs["on"].memory, memory)
+            advance(int(weight.sum()))
+    return streamer.share_from_last_stage(sums)
+
+
+def summarize(sums: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
+    """Means with 95 % bootstrap intervals over documents, all of them and by segment index.
+
+    Returns:
+        `documents`, `tokens`, `by_segment_documents`, `by_segment_tokens`; per way under `ways`: `loss`,
+        `loss_interval`, `perplexity`, `by_segment`, `by_segment_interval` (low ends, high ends); per control under
+        `above_on` how much more it loses, from paired resamples: `loss`, `loss_interval`, `by_segment`,
+        `by_segment_interval`.
+    """
+    weight = sums["weight"]
+    counts = resample_counts(len(weight), seed)
+
+    def summary(values: np.ndarray) -> dict[str, Any]:
+        total = weight.sum(axis=0)
+        by_segment = np.divide(values.sum(axis=0), total, out=np.full(total.shape, np.nan), where=total > 0)
+        return {
+            "loss": float(values.sum() / weight.sum()),
+            "loss_interval": ratio_intervals(values.sum(axis=1), weight.sum(axis=1), counts).tolist(),
+            "by_segment": by_segment.tolist(),
+            "by_segment_interval": ratio_intervals(values, weight, counts).tolist(),
+        }
+
+    ways = {way: summary(values) for way, values in sums.items() if way != "weight"}
+    for facts in ways.values():
+        with np.errstate(over="ignore"):
+            facts["perplexity"] = float(np.exp(np.float64(facts["loss"])))
+    return {
+        "documents": len(weight),
+        "tokens": int(weight.sum()),
+        "by_segment_documents": (weight > 0).sum(axis=0).tolist(),
+        "by_segment_tokens": weight.sum(axis=0).astype(int).tolist(),
+        "ways": ways,
+        "above_on": {way: summary(sums[way] - sums["on"]) for way in ways if way != "on"},
+    }

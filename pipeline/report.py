@@ -1,0 +1,204 @@
+"""What an evaluation leaves behind: `results.json`, plots, TensorBoard, and tables in the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import plots
+from pipeline.checkpoint import write_whole
+from pipeline.console import format_duration, make_console, print_table
+from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER
+
+RESULTS = "results.json"
+COMPARISON = "comparison.json"
+WAY_NAMES = {"on": "memory on", "off": "memory off", "shuffled": "memory of another document"}
+
+Results = dict[str, Any]
+
+
+def without_nan(value: Any) -> Any:
+    """`value` as JSON can hold it: None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) -> None:
+    """Write `results.json` and the plots into `folder`, and both to TensorBoard.
+
+    Args:
+        own_folder: the results do not go into the run's folder; TensorBoard's files then go with them.
+
+    Raises:
+        OSError: something cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images: dict[str, Path] = {}
+    for name, (path, facts) in _set_names(results).items():
+        images[f"loss_by_segment/{name}"] = target = folder / f"loss_by_segment_{name}.png"
+        curves = {WAY_NAMES[way]: _curve(facts, way) for way in facts["ways"]}
+        plots.loss_by_segment(target, curves, f"{results['name']}, step {results['step']}\nheld-out loss, {path}")
+    if results["passkey"]:
+        for control in results["passkey"]["controls"]:
+            images[f"passkey/{control}"] = target = folder / f"passkey_{control}.png"
+            _heatmap(target, results, control)
+    if (run_dir / METRICS_FILE).is_file() and (run_dir / METRICS_FILE).stat().st_size:
+        images["training_curves"] = target = folder / "training_curves.png"
+        plots.training_curves(target, run_dir / METRICS_FILE)
+    if results["config"]["metrics"]["tensorboard"]:
+        parent = folder if own_folder else run_dir
+        _tensorboard(results, images, parent / TENSORBOARD_FOLDER / "evaluation")
+    # Last, so that results stand for a whole evaluation.
+    write_whole(folder / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def _set_names(results: Results) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Short, different names of the evaluated sets, for files."""
+    named: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path, facts in results["perplexity"].items():
+        base = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).name) or "set"
+        name, number = base, 2
+        while name in named:
+            name, number = f"{base}-{number}", number + 1
+        named[name] = (path, facts)
+    return named
+
+
+def _curve(facts: dict[str, Any], way: str) -> plots.Curve:
+    low, high = facts["ways"][way]["by_segment_interval"]
+    widths = [None if a is None or b is None else (b - a) / 2 for a, b in zip(low, high, strict=True)]
+    return facts["ways"][way]["by_segment"], widths, facts["by_segment_documents"]
+
+
+def _cells(results: Results, control: str) -> dict[tuple[int, float], dict[str, Any]]:
+    cells = results["passkey"]["cells"] if results["passkey"] else []
+    return {(cell["segments"], cell["depth"]): cell for cell in cells if cell["control"] == control}
+
+
+def _heatmap(path: Path, results: Results, control: str) -> None:
+    grid, cells = results["passkey"], _cells(results, control)
+    rows = [
+        [cells[segments, depth]["exact_match"] if (segments, depth) in cells else None for segments in grid["lengths"]]
+        for depth in grid["depths"]
+    ]
+    title = f"{results['name']}, step {results['step']}\npasskey exact match, {WAY_NAMES[control]}"
+    plots.passkey_heatmap(path, rows, grid["lengths_tokens"], grid["depths"], title)
+
+
+def _tensorboard(results: Results, images: dict[str, Path], folder: Path) -> None:
+    import numpy as np
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    # All evaluations of a run share a folder, so that they make one curve. An earlier one of the same step goes.
+    step = results["step"]
+    suffix = f".evaluation-{step:08d}"
+    for earlier in folder.glob(f"*{suffix}"):
+        earlier.unlink()
+    with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
+        for name, value in scalars(results).items():
+            writer.add_scalar(name, value, step)
+        for name, path in images.items():
+            with Image.open(path) as image:
+                writer.add_image(f"evaluation/{name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+
+def scalars(results: Results) -> dict[str, float]:
+    """The main numbers under the names they have in TensorBoard."""
+    values = {}
+    for name, (_, facts) in _set_names(results).items():
+        for way, numbers in facts["ways"].items():
+            values[f"evaluation/{name}/loss_{way}"] = numbers["loss"]
+    if results["passkey"]:
+        for control in results["passkey"]["controls"]:
+            for segments in results["passkey"]["lengths"]:
+                value = _mean_exact(results, control, segments)
+                values[f"evaluation/passkey_{control}/segments_{segments}"] = value
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _mean_exact(results: Results, control: str, segments: int) -> float | None:
+    """Exact match over all depths of a length."""
+    values = [cell["exact_match"] for (length, _), cell in _cells(results, control).items() if length == segments]
+    return sum(values) / len(values) if values else None
+
+
+# Tables
+
+
+def show(results: Results, folder: Path) -> None:
+    """Print one run's tables."""
+    console = make_console()
+    for path, facts in results["perplexity"].items():
+        spans = _spans(len(facts["by_segment_tokens"]))
+        header = ["held-out documents", "loss", "95 %", "perplexity", *(f"seg {_span_name(span)}" for span in spans)]
+        rows = []
+        for way, numbers in facts["ways"].items():
+            by_span = [_mean_over(numbers["by_segment"], facts["by_segment_tokens"], span) for span in spans]
+            losses = [_number(numbers["loss"]), _interval(numbers["loss_interval"]), _number(numbers["perplexity"])]
+            rows.append([WAY_NAMES[way], *losses, *map(_number, by_span)])
+        title = f"{path}: loss in nats per token, {facts['documents']} documents, {facts['tokens']:,} tokens"
+        print_table(title, rows, header=header, console=console)
+        for way, difference in facts["above_on"].items():
+            console.print(
+                f"{WAY_NAMES[way]}: {_signed(difference['loss'])} nats per token against memory on "
+                f"(95 %: {_interval(difference['loss_interval'], signed=True)})",
+                markup=False,
+                soft_wrap=True,
+            )
+    if results["passkey"]:
+        grid = results["passkey"]
+        rows = []
+        for segments, tokens in zip(grid["lengths"], grid["lengths_tokens"], strict=True):
+            for control in grid["controls"]:
+                cells = _cells(results, control)
+                found = [cells.get((segments, depth)) for depth in grid["depths"]]
+                texts = [f"{c['exact_match']:.2f} ({c['token_accuracy']:.2f})" if c else "-" for c in found]
+                name = f"{segments} segments, {tokens:,} tokens" if control == grid["controls"][0] else ""
+                rows.append([name, WAY_NAMES[control], *texts, _number(_mean_exact(results, control, segments), 2)])
+        header = ["passkey", "", *(f"depth {depth:g}" for depth in grid["depths"]), "mean exact"]
+        title = f"passkey: exact match (token accuracy), {grid['documents']} documents per cell"
+        print_table(title, rows, header=header, console=console)
+    for note in results["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    took = f"{format_duration(results['seconds'])}, {results['tokens_per_s']:,.0f} tokens/s"
+    console.print(f"{took}; numbers and plots are in {folder}", markup=False, soft_wrap=True)
+
+
+def _spans(segments: int) -> list[tuple[int, int]]:
+    """Segments in spans that double: [0, 1), [1, 2), [2, 4), ... [first, last)."""
+    spans, first, last = [], 0, 1
+    while first < segments:
+        spans.append((first, min(last, segments)))
+        first, last = last, 2 * last
+    return spans
+
+
+def _span_name(span: tuple[int, int]) -> str:
+    return str(span[0]) if span[1] - span[0] == 1 else f"{span[0]}-{span[1] - 1}"
+
+
+def _mean_over(by_segment: Sequence[float | None], tokens: Sequence[int], span: tuple[int, int]) -> float | None:
+    pairs = [(loss, n) for loss, n in zip(by_segment[slice(*span)], tokens[slice(*span)], strict=True) if n]
+    if any(loss is None for loss, _ in pairs) or not pairs:
+        return None
+    return sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
+
+
+def _interval(ends: Sequence[float | None], signed: bool = False) -> str:
+    form = _signed if signed else _number
+    return "-" if None in ends else f"{form(ends[0])} to {form(ends[1])}"

@@ -1,0 +1,215 @@
+"""Forward passes over whole documents, a window at a time: a document of any length costs the memory of one window.
+
+Documents are the lanes of a batch, all entered at their beginning. The memory is an argument and a result, so a caller
+can keep it, exchange it between documents, or run the same window twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.lanes import WindowBatch
+from model.decoder import DecoderStage
+from pipeline.checkpoint import CheckpointReader, load_weights
+from pipeline.config import Config
+from pipeline.executor import Executor, Memory
+from pipeline.schedule import build_forward_schedule
+from pipeline.topology import Topology
+from pipeline.trainer import build_stage
+
+WINDOW_TOKENS = 16_384
+"""Tokens of one window, all lanes together: enough that matrix products, not Python, take the time."""
+LOGITS = 1 << 25
+"""Logits of one window (128 MiB in float32): with a large vocabulary they, not the layers, set the limit."""
+MAX_LANES = 64
+MIN_LANES = 3
+"""An even split into batches of at most this many leaves no document without another to exchange memory with."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document to evaluate."""
+
+    name: str
+    length: int
+    """Tokens n; n - 1 of them are labels."""
+    read: Callable[[int, int], np.ndarray]
+    """Tokens [start, stop)."""
+    answers: Sequence[tuple[int, int]] = ()
+    """Spans [start, stop) of answer tokens."""
+
+    def segments(self, segment_length: int) -> int:
+        return -(-(self.length - 1) // segment_length)
+
+
+class Output(NamedTuple):
+    """What a window gives on the last stage's ranks; on the others only `memory` is set."""
+
+    loss: Tensor | None
+    """`[B, T, S]`, nats."""
+    correct: Tensor | None
+    """Bool `[B, T, S]`: greedy decoding gives the label."""
+    memory: Memory
+
+
+def window(
+    documents: Sequence[Document], first: int, segments: int, segment_length: int, eos_id: int, device: torch.device
+) -> WindowBatch:
+    """Segments [first, first + segments) of every document; past its end a lane is padded with weight 0."""
+    lanes, positions = len(documents), segments * segment_length
+    tokens = np.full((lanes, positions), eos_id, dtype=np.int64)
+    labels = np.full((lanes, positions), eos_id, dtype=np.int64)
+    weight = np.zeros((lanes, positions), dtype=np.float32)
+    answers = np.zeros((lanes, positions), dtype=bool)
+    start = first * segment_length
+    for row, document in enumerate(documents):
+        count = min(positions, document.length - 1 - start)
+        if count <= 0:
+            continue
+        text = document.read(start, start + count + 1)
+        tokens[row, :count], labels[row, :count] = text[:-1], text[1:]
+        weight[row, :count] = 1
+        for answer_start, answer_stop in document.answers:  # token i is the label of position i - 1
+            answers[row, max(answer_start - 1 - start, 0) : max(min(answer_stop - 1 - start, count), 0)] = True
+    shape = (lanes, segments, segment_length)
+    reset = torch.zeros(lanes, segments, dtype=torch.bool)
+    reset[:, 0] = first == 0
+
+    def to_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).view(shape).to(device)
+
+    return WindowBatch(
+        tokens=to_device(tokens),
+        labels=to_device(labels),
+        loss_weight=to_device(weight),
+        answer_mask=to_device(answers),
+        reset=reset.to(device),
+        position_in_document=(start + segment_length * torch.arange(segments)).expand(lanes, segments).to(device),
+        lane_ids=torch.arange(lanes),
+        padded_tokens=int((weight == 0).sum()),
+        documents=[[document.name] for document in documents],
+    )
+
+
+class Streamer:
+    """A trained model that runs forward over documents.
+
+    Args:
+        config: the run's configuration with the layout of the evaluation.
+        topology: a process grid with one data-parallel rank.
+        vocab_size: of the model (not padded).
+    """
+
+    def __init__(self, config: Config, topology: Topology, vocab_size: int) -> None:
+        assert topology.data_size == 1
+        self.topology = topology
+        self.segment_length = config.model.segment_length
+        self.has_memory = config.model.memory.rule != "none"
+        self.stage: DecoderStage = build_stage(config, topology, vocab_size)
+        self.stage.eval()
+        self.executor = Executor(self.stage, topology, chunks=1, carry_gradient=False)
+        self.tokens_per_window = max(self.segment_length, min(WINDOW_TOKENS, LOGITS // self.stage.vocab_size))
+
+    def load(self, reader: CheckpointReader) -> None:
+        """Take the weights of a checkpoint that was written on any layout."""
+        load_weights(reader, self.stage)
+
+    @property
+    def max_lanes(self) -> int:
+        """Documents of one batch at most."""
+        return max(MIN_LANES, min(MAX_LANES, self.tokens_per_window // self.segment_length))
+
+    def batches(self, items: Sequence[Item]) -> list[list[Item]]:
+        """Split documents (or what stands for them), in order, into as few batches as fit, of about equal size."""
+        count = -(-len(items) // self.max_lanes)
+        bounds = [round(i * len(items) / count) for i in range(count + 1)]
+        return [list(items[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def segments_per_window(self, lanes: int) -> int:
+        """Segments of a window that stays within the token limit."""
+        return max(1, self.tokens_per_window // (lanes * self.segment_length))
+
+    def window(self, documents: Sequence[Document], first: int, segments: int, eos_id: int) -> WindowBatch:
+        """See the function `window`."""
+        return window(documents, first, segments, self.segment_length, eos_id, self.topology.device)
+
+    def empty_memory(self, lanes: int) -> Memory:
+        return self.stage.initial_memory(lanes, self.topology.device)
+
+    def run(self, batch: WindowBatch, memory: Memory, *, memory_off: bool = False, correct: bool = False) -> Output:
+        """Run one window of every lane from `memory`, which is not changed; collective.
+
+        Args:
+            memory_off: give the local attention all of the output.
+            correct: also say where greedy decoding gives the label.
+        """
+        lanes = batch.tokens.shape[0]
+        microbatches = _microbatches(lanes, self.topology.pipeline_size)
+        result = self.executor.run(
+            build_forward_schedule(
+                stages=self.topology.pipeline_size, stage=self.topology.pipeline_rank, windows=microbatches, chunks=1
+            ),
+            batch,
+            memory,
+            lanes_per_microbatch=lanes // microbatches,
+            memory_off=memory_off,
+            correct=correct,
+        )
+        return Output(result.token_loss, result.token_correct, result.memory)
+
+    def share_from_last_stage(self, value):
+        """`value` of the last pipeline stage (its first tensor-parallel rank) on every process; collective."""
+        mine = value if self.topology.is_last_stage and self.topology.tensor_rank == 0 else None
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        return next(found for found in gathered if found is not None)
+
+
+def _microbatches(lanes: int, stages: int) -> int:
+    """The largest number of equal microbatches that fills the pipeline without making them small."""
+    most = 1 if stages == 1 else 2 * stages
+    return max(count for count in range(1, most + 1) if lanes % count == 0)
+
+
+def roll_lanes(memory: Memory) -> Memory:
+    """Give every lane the memory of the next one, the last that of the first."""
+    return [None if state is None else type(state)(*(x.roll(-1, dims=0) for x in state)) for state in memory]
+
+
+def choose_lanes(condition: Tensor, then: Memory, otherwise: Memory) -> Memory:
+    """Memory from `then` in lanes where `condition` `[B]` holds, else from `otherwise`."""
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(condition.view(-1, *(1,) * (a.dim() - 1)), a, b)
+
+    return [
+        None if new is None else type(new)(*(choose(a, b) for a, b in zip(new, old, strict=True)))
+        for new, old in zip(then, otherwise, strict=True)
+    ]
+
+
+def array_document(name: str, tokens: np.ndarray, answers: Sequence[tuple[int, int]] = ()) -> Document:
+    """A document whose tokens are in memory."""
+    return Document(name, len(tokens), lambda start, stop: tokens[start:stop], answers)
+
+
+def open_checkpoint(config: Config, topology: Topology, path: Path) -> tuple[Streamer, CheckpointReader]:
+    """The model of the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: it is missing, damaged or does not fit the configuration.
+    """
+    reader = CheckpointReader(path)
+    streamer = Streamer(config, topology, reader.summary["vocab_size"])
+    streamer.load(reader)
+    return streamer, reader
