@@ -96,7 +96,8 @@ def initialize_parameter(
     """
     partition = partition_of(parameter)
     shape = full_shape(parameter.shape, partition, tensor_size)
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    # The generator looks at the low 32 bits of its seed alone: the run's seed has to be mixed into those.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     full = torch.randn(shape, generator=generator, dtype=torch.float32) * std
     with torch.no_grad():
         parameter.copy_(shard(full, partition, tensor_rank, tensor_size))
