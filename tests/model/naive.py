@@ -1,0 +1,103 @@
+"""A decoder with Infini-attention written out densely, lane by lane and head by head: `model.decoder` must equal it."""
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.memory_reference import window_deltanet, window_normalized
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def rotary(x: Tensor, base: float) -> Tensor:
+    """Turn pair (i, i + d/2) of the vector at position p of `[s, d]` by p * base^(-2i/d), as complex numbers."""
+    s, d = x.shape
+    pairs = torch.complex(x[:, : d // 2], x[:, d // 2 :])
+    rate = base ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d)
+    turned = pairs * torch.exp(1j * torch.arange(s, dtype=torch.float64)[:, None] * rate)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, base: float) -> Tensor:
+    """Causal softmax attention of one head inside one segment, `[s, d]`."""
+    scores = rotary(q, base) @ rotary(k, base).T / q.shape[-1] ** 0.5
+    future = torch.ones_like(scores).triu(1).bool()
+    return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
+
+
+def write_gate(kind: str, a: Tensor) -> Tensor:
+    smooth = torch.sigmoid(a)
+    if kind == "sigmoid":
+        return smooth
+    return ((a.detach() + 2) / 4).clip(0, 1) + smooth - smooth.detach()
+
+
+def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, reset: Tensor):
+    """One lane: `x [t, s, h]`, memory `(M, z)` or `(M,)`, `[n, d, d]` and `[n, d]`, reset `[t]`.
+
+    Returns the output and the new memory.
+    """
+    t, s, _ = x.shape
+    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    ratio, d = heads // groups, config.kv_channels or config.hidden_size // heads
+    rule = config.memory.rule
+    rows = p["qkv.weight"].view(groups, ratio + 2, d, -1)  # per key/value head: its query heads, its key, its value
+    outputs: list[list[Tensor]] = [[None] * heads for _ in range(t)]
+    after = []
+    for group in range(groups):
+        q = torch.stack([x @ rows[group, i].T for i in range(ratio)], dim=1)  # [t, r, s, d]
+        k, v = x @ rows[group, ratio].T, x @ rows[group, ratio + 1].T
+        gate = torch.ones(t, s, dtype=x.dtype)
+        if config.memory.write_gate != "none":
+            activation = x @ p["write_gate.weight"][group] + p["write_gate.bias"][group]
+            gate = write_gate(config.memory.write_gate, activation)
+        state = [m[group] for m in memory] if memory else []
+        reads, shown = [], []
+        for i in range(t):  # segment by segment, to see which memory each of them finds
+            if rule == "none":
+                break
+            empty = bool(reset[i]) or not any(bool(m.any()) for m in state)
+            shown.append(not empty)
+            arguments = (q[i : i + 1], k[i : i + 1], v[i : i + 1], gate[i : i + 1], *state, [bool(reset[i])])
+            if rule == "deltanet":
+                read, *state = window_deltanet(*arguments)
+            else:
+                read, *state = window_normalized(*arguments, delta=rule == "delta", epsilon=config.memory.epsilon)
+            reads.append(read[0])
+        after.append(state)
+        for i in range(t):
+            for r in range(ratio):
+                head = group * ratio + r
+                outputs[i][head] = local_attention(q[i, r], k[i], v[i], config.rope_base)
+                if rule != "none" and (shown[i] or not config.memory.skip_empty):
+                    share = torch.sigmoid(p["beta"][head])
+                    outputs[i][head] = share * reads[i][r] + (1 - share) * outputs[i][head]
+    mixed = torch.stack([torch.cat(row, dim=-1) for row in outputs])
+    memory = [torch.stack(m) for m in zip(*after, strict=True)]
+    return mixed @ p["projection.weight"].T, memory
+
+
+def layer(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, reset: Tensor):
+    """One lane through one layer, `x [t, s, h]`."""
+    of_attention = {name.removeprefix("attention."): w for name, w in p.items() if name.startswith("attention.")}
+    normed = rms_norm(x, p["attention_norm.weight"], config.norm_epsilon)
+    attended, memory = attention(config, of_attention, normed, memory, reset)
+    x = x + attended
+    gate, up = (rms_norm(x, p["mlp_norm.weight"], config.norm_epsilon) @ p["mlp.linear_fc1.weight"].T).chunk(2, dim=-1)
+    return x + (gate / (1 + (-gate).exp()) * up) @ p["mlp.linear_fc2.weight"].T, memory
+
+
+def token_losses(config: ModelConfig, p: dict[str, Tensor], tokens: Tensor, memory, reset: Tensor, labels: Tensor):
+    """One lane through the whole model: cross entropy `[t, s]` and the memory of every layer."""
+    x = p["embedding.weight"][tokens]
+    after = []
+    for i in range(config.num_layers):
+        own = {n.removeprefix(f"layers.{i}."): w for n, w in p.items() if n.startswith(f"layers.{i}.")}
+        x, state = layer(config, own, x, memory[i], reset)
+        after.append(state)
+    output = p["embedding.weight" if config.tie_embeddings else "output.weight"]
+    logits = rms_norm(x, p["final_norm.weight"], config.norm_epsilon) @ output.T
+    chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return logits.logsumexp(dim=-1) - chosen, after
