@@ -62,12 +62,10 @@ def _is_override(argument: str) -> bool:
 
 
 def _check(args: argparse.Namespace, world_size: int) -> None:
-    from pipeline.checkpoint import find_checkpoint
-    from pipeline.evaluate import evaluation_config
+    from pipeline.evaluation_config import evaluation_config
 
     for run_dir in args.run_dirs:
         evaluation_config(Path(run_dir), args.overrides, world_size)
-        find_checkpoint(Path(args.checkpoint or run_dir))
 
 
 def _start(args: argparse.Namespace) -> int:

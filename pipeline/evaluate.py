@@ -21,48 +21,14 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from pipeline import heldout, passkey, report
 from pipeline.checkpoint import CheckpointReader, find_checkpoint
 from pipeline.config import Config
-from pipeline.config_io import ConfigError, load_config
+from pipeline.config_io import ConfigError
 from pipeline.console import progress
-from pipeline.derived import model_parallel_size
+from pipeline.evaluation_config import evaluation_config
 from pipeline.streaming import Document, Streamer, open_checkpoint
 from pipeline.topology import Topology, initialize
 from pipeline.trainer import versions
-from pipeline.validate import validate
 
 FORMAT_VERSION = 1
-
-OWN_LAYOUT = [
-    "parallel.tensor=1",
-    "parallel.pipeline=1",
-    "parallel.layers_per_stage=null",
-    "parallel.sequence_parallel=false",
-    "parallel.zero_stage=1",
-]
-"""What an evaluation does not take from the run's configuration."""
-
-
-def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) -> Config:
-    """The run's configuration with the layout of an evaluation on `world_size` processes.
-
-    Raises:
-        ConfigError: it cannot run so, or needs data parallelism.
-        OSError: the folder holds no run.
-    """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is not a run folder: there is no {path.name}")
-    config = load_config(path, [*OWN_LAYOUT, *overrides])
-    size = model_parallel_size(config)
-    if world_size != size:
-        raise ConfigError(
-            [
-                f"parallel.tensor = {config.parallel.tensor} x parallel.pipeline = {config.parallel.pipeline} on "
-                f"{world_size} process(es): an evaluation has no data parallelism, their product must be the number of "
-                f"processes (give parallel.tensor=... or parallel.pipeline=..., or --nproc {size})"
-            ]
-        )
-    validate(config, world_size, data_exists=False)
-    return config
 
 
 def evaluate_run(

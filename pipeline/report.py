@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import plots
-from pipeline.checkpoint import write_whole
 from pipeline.console import format_duration, make_console, print_table
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
@@ -55,7 +55,17 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
         parent = folder if own_folder else run_dir
         _tensorboard(results, images, parent / TENSORBOARD_FOLDER / "evaluation")
     # Last, so that results stand for a whole evaluation.
-    write_whole(folder / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_json(folder / RESULTS, results)
+
+
+def write_json(path: Path, content: Results) -> None:
+    """Write `content` so that the file is the old one or all of the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _set_names(results: Results) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -1,0 +1,44 @@
+"""The configuration of an evaluation: the run's, but for the layout. Light: a launcher checks it before any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.config_io import ConfigError, load_config
+from pipeline.derived import model_parallel_size
+from pipeline.validate import validate
+
+OWN_LAYOUT = [
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.layers_per_stage=null",
+    "parallel.sequence_parallel=false",
+    "parallel.zero_stage=1",
+]
+"""What an evaluation does not take from the run: a checkpoint can be read on any layout."""
+
+
+def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) -> Config:
+    """The run's configuration with the layout of an evaluation on `world_size` processes.
+
+    Raises:
+        ConfigError: it cannot run so, or needs data parallelism.
+        OSError: the folder holds no run.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run folder: there is no {path.name}")
+    config = load_config(path, [*OWN_LAYOUT, *overrides])
+    size = model_parallel_size(config)
+    if world_size != size:
+        raise ConfigError(
+            [
+                f"parallel.tensor = {config.parallel.tensor} x parallel.pipeline = {config.parallel.pipeline} on "
+                f"{world_size} process(es): an evaluation has no data parallelism, their product must be the number of "
+                f"processes (give parallel.tensor=... or parallel.pipeline=..., or --nproc {size})"
+            ]
+        )
+    validate(config, world_size, data_exists=False)
+    return config
