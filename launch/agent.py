@@ -66,13 +66,18 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if os.environ.get("INFINI_DEBUG") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
+
+    if os.environ.get("INFINI_DEBUG") != "1":
+        # Each of these loggers has a level of its own. They also report the store's end when nodes leave one by one.
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("torch.distributed.elastic"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
 
     passer = _SignalPasser()
     with tempfile.TemporaryDirectory(prefix="infini-") as logs, passer:

@@ -85,6 +85,7 @@ def _from_slurm() -> None:
         if listed.returncode or not listed.stdout.split():
             raise ValueError(f"cannot find the first node of {nodes} with scontrol: set MASTER_ADDR")
         env["MASTER_ADDR"] = listed.stdout.split()[0]
-    # Jobs that share a node must not meet: spread them over the ports by job and step.
+    # Jobs that share a node must not meet: spread them over the ports by job and step, below those that the kernel
+    # gives to outgoing connections (32768 and up), where somebody may sit already.
     step = int(env["SLURM_STEP_ID"]) if env["SLURM_STEP_ID"].isdigit() else 0
-    env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 10 + step) % 20000))
+    env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 10 + step) % 10000))

@@ -46,6 +46,8 @@ def main() -> int:
             dist.all_reduce(ones)  # a peer is gone: fails with 'connection closed'
         else:
             (run_dir / f"fine-{rank}-of-{world_size}-threads-{os.environ.get('OMP_NUM_THREADS')}").touch()
+        # Left to the interpreter's exit, gloo's threads now and then abort the process.
+        dist.destroy_process_group()
         return 0
 
     return run_rank(work, run_dir)

@@ -1,6 +1,7 @@
 """Real ranks over gloo: the reason of a failure is told once and last, nobody hangs, signals arrive."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -136,6 +137,10 @@ def test_torchrun_script_refuses_what_cannot_meet(tmp_path, settings, expected):
 
 @pytest.fixture
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    # Not one that the kernel gives to outgoing connections: between this probe and its use another process, or the
+    # waiting node's own connection attempt, may sit on it.
+    for port in random.sample(range(20000, 32000), 50):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise RuntimeError("no free port")
