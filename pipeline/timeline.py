@@ -70,8 +70,11 @@ def _draw(ax, timeline: Timeline, scale: float, inches_per_s: float) -> None:
             send = operation.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
             bottom, height = (stage + 0.36, 0.1) if send else (stage - 0.36, 0.7)
             left, width = scale * (start_s - origin), scale * (end_s - start_s)
+            color = COLORS[operation.kind]
+            # A transfer of microseconds shows as a line of its own colour.
+            edge = color if send else "white"
             ax.broken_barh(
-                [(left, width)], (bottom, height), facecolor=COLORS[operation.kind], edgecolor="white", linewidth=0.4
+                [(left, width)], (bottom, height), facecolor=color, edgecolor=edge, linewidth=0.4 + 0.4 * send
             )
             label = f"{operation.window}.{operation.chunk}"
             if not send and (end_s - start_s) * inches_per_s > LABEL_INCHES * len(label):

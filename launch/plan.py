@@ -1,0 +1,191 @@
+"""`infini plan`: what a configuration costs, before anything is bought or started."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+ASSUMED_VOCAB = 32768
+"""Tokens of a tokenizer that is not there yet; the plan says so when it assumes it."""
+DEFAULT_TFLOPS = 400.0
+DEFAULT_LINK_GB = 50.0
+DRAWN_WINDOWS = 8
+"""Of a longer step only the first windows are drawn: the rest repeats them."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="show what a configuration needs, without data or devices",
+        description="Check a configuration for a number of processes, build all its stages without memory, and print "
+        "parameters, bytes per rank, tokens and FLOPs per step.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file's")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes of the run")
+    parser.add_argument(
+        "--schedule", action="store_true", help="also simulate the pipeline: bubbles, live chunks, bytes"
+    )
+    parser.add_argument("--png", metavar="PATH", help="draw the simulated timeline; implies --schedule")
+    parser.add_argument(
+        "--tflops",
+        type=_positive,
+        default=DEFAULT_TFLOPS,
+        metavar="T",
+        help=f"TFLOP/s that a rank reaches in practice (default {DEFAULT_TFLOPS:g}: an H100 in bf16 at 40 %%)",
+    )
+    parser.add_argument(
+        "--link",
+        type=_positive,
+        default=DEFAULT_LINK_GB,
+        metavar="GB",
+        help=f"GB/s between the ranks of two stages (default {DEFAULT_LINK_GB:g}: 400 Gbit/s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from pipeline.config_io import load_config
+    from pipeline.console import print_table
+    from pipeline.planner import build_stages, check_counts
+    from pipeline.validate import validate
+
+    config = load_config(args.config, args.overrides)
+    validate(config, args.world_size, data_exists=False)
+    vocab, vocab_source = planned_vocabulary(config)
+    stages = build_stages(config, vocab)
+    check_counts(config, args.world_size, vocab, stages)
+    print_table(config.name, _summary(config, args.world_size, vocab, vocab_source))
+    _print_memory(config, args.world_size, vocab)
+    if args.schedule or args.png:
+        _print_schedule(config, args, vocab)
+    return 0
+
+
+def planned_vocabulary(config: Config) -> tuple[int, str]:
+    """The size of the vocabulary, and where it is known from."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size, "model.vocab_size"
+    found = [entry.path for entry in config.data.sets if Path(entry.path, "manifest.json").is_file()]
+    if found:
+        from data.shards import PreparedSet
+
+        sizes = {path: PreparedSet(path).vocab_size for path in found}
+        path = max(sizes, key=sizes.get)
+        return sizes[path], path
+    return ASSUMED_VOCAB, "ASSUMED: model.vocab_size is null and no prepared set is there"
+
+
+def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[tuple[str, str]]:
+    from pipeline import derived
+    from pipeline.console import format_bytes, format_count
+    from pipeline.flops import memory_state_bytes, parameter_count, train_flops_per_token
+
+    model, train, parallel = config.model, config.train, config.parallel
+    count = parameter_count(model, vocab)
+    tokens = train.lanes * train.segments_per_window * model.segment_length
+    flops = train_flops_per_token(model, vocab)
+    executed = train_flops_per_token(model, vocab, recompute=config.bptt.recompute)
+    own = count["beta"] + count["write_gate"]
+    numbers = 8 if train.precision == "fp64" else 4
+    return [
+        (
+            "layout",
+            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+            f"{derived.data_parallel_size(config, world)} = {world} processes, ZeRO {parallel.zero_stage}, "
+            f"{train.precision}",
+        ),
+        ("vocabulary", f"{vocab:,} tokens ({vocab_source})"),
+        ("parameters", f"{count['total']:,}, all stages built and counted; {own:,} of them for the memory"),
+        (
+            "memory state",
+            f"{format_bytes(memory_state_bytes(model, bytes_per_number=numbers))} per lane, rule {model.memory.rule}",
+        ),
+        (
+            "tokens per step",
+            f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x {model.segment_length} tokens",
+        ),
+        ("tokens in the run", f"{tokens * train.steps:,} in {train.steps:,} steps"),
+        (
+            "FLOPs per token",
+            f"{format_count(flops)}, with recompute {config.bptt.recompute} {format_count(executed)} executed",
+        ),
+        ("FLOPs per step and process", format_count(executed * tokens / world)),
+    ]
+
+
+def _print_memory(config: Config, world: int, vocab: int) -> None:
+    from pipeline.console import format_bytes, print_table
+    from pipeline.footprint import per_rank_bytes
+
+    rows = []
+    for needs in per_rank_bytes(config, world, vocab):
+        sizes = (needs.parameters, needs.gradients, needs.optimizer, needs.memory_state, needs.activations, needs.total)
+        rows.append([str(needs.stage), str(needs.layers), f"{needs.parameter_count:,}", *map(format_bytes, sizes)])
+    header = (
+        "stage",
+        "layers",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "memory state",
+        "activations",
+        "total",
+    )
+    print_table("estimated bytes of each rank, by pipeline stage", rows, header=header)
+
+
+def _print_schedule(config: Config, args: argparse.Namespace, vocab: int) -> None:
+    from pipeline import planner
+    from pipeline.console import format_bytes, print_table
+    from pipeline.footprint import per_rank_bytes
+
+    windows, chunks = planner.windows_per_step(config, args.world_size), config.bptt.chunks_per_window
+    rates = {"flops_per_s": args.tflops * 1e12, "bytes_per_s": args.link * 1e9}
+    rows, drawings = [], []
+    for pieces in sorted({1, chunks}, reverse=True):
+        variant = replace(config, bptt=replace(config.bptt, chunks_per_window=pieces))
+        name = "1f1b" if pieces == 1 else f"segment_1f1b, {pieces} chunks per window"
+        costs = planner.estimated_costs(variant, args.world_size, vocab, **rates)
+        timeline = planner.simulate_step(variant, costs, windows)
+        shown = min(windows, DRAWN_WINDOWS)
+        drawings.append((f"{name}, {shown} of {windows} windows", planner.simulate_step(variant, costs, shown)))
+        step = [name, f"{1e3 * timeline.makespan_s:,.1f} ms", f"{100 * timeline.bubble_share:.1f} %"]
+        for needs in per_rank_bytes(variant, args.world_size, vocab):
+            rows.append(
+                [
+                    *(step if needs.stage == 0 else ("", "", "")),
+                    str(needs.stage),
+                    f"{100 * timeline.bubble_shares[needs.stage]:.1f} %",
+                    str(timeline.peak_live_chunks[needs.stage]),
+                    format_bytes(needs.activations),
+                    format_bytes(timeline.messages_sent(needs.stage) * costs.message_bytes),
+                ]
+            )
+    header = ("schedule", "step", "bubbles", "stage", "idle", "live chunks", "activations", "sent per rank")
+    print_table(
+        f"simulated step of {windows} windows: {args.tflops:g} TFLOP/s per rank, {args.link:g} GB/s between stages",
+        rows,
+        header=header,
+    )
+    if args.png:
+        from pipeline.timeline import draw_timelines
+
+        draw_timelines(args.png, drawings)
+        print(f"\ntimeline: {args.png}")
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    return number
