@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.decoder import DecoderStage
@@ -55,174 +52,48 @@ class RunState:
     """Lane cursors by global lane id (`LaneLoader.state_dict()['lanes']`)."""
 
 
-# Writing
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` folder, best first: what `latest` names, then the newest."""
+    found = sorted((path for path in folder.glob("step_*") if (path / SUMMARY).is_file()), reverse=True)
+    pointer = folder / LATEST
+    named = folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    return sorted(found, key=lambda path: path != named)
 
 
-def collect_tensors(
-    optimizer: ZeroOptimizer, memory: Memory, topology: Topology, lane_range: tuple[int, int]
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """This process's tensors, copied to host memory, and their descriptions."""
-    tensors: dict[str, Tensor] = {}
-    entries: list[dict[str, Any]] = []
-    for fragment in optimizer.fragments():
-        if getattr(fragment.parameter, "ds_pipe_replicated", False):
-            continue  # the first stage writes it
-        partition = partition_of(fragment.parameter)
-        if partition.dim is None and topology.tensor_rank > 0:
-            continue  # a copy of tensor-parallel rank 0's
-        for kind, tensor in fragment.tensors.items():
-            key = f"{kind}/{fragment.name}"
-            tensors[key] = tensor.detach().to("cpu", copy=True)
-            entries.append(
-                {
-                    "key": key,
-                    "start": fragment.start,
-                    "count": tensor.numel(),
-                    "local_shape": list(optimizer.local_shape(fragment.parameter)),
-                    "partition_dim": partition.dim,
-                    "partition_stride": partition.stride,
-                    "tensor_rank": topology.tensor_rank if partition.dim is not None else 0,
-                    "tensor_size": topology.tensor_size if partition.dim is not None else 1,
-                }
-            )
-    for layer, state in zip(optimizer.stage.layers, memory, strict=True):
-        for field, tensor in {} if state is None else state._asdict().items():
-            key = f"memory/{layer}/{field}"
-            tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-            heads = tensor.shape[1]
-            entries.append(
-                {"key": key, "first_lane": lane_range[0], "first_head": topology.tensor_rank * heads}
-                | {"shape": list(tensor.shape)}
-            )
-    tensors["rng"] = torch.get_rng_state()
-    return tensors, entries
+def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
+    """The newest whole checkpoint of a run, verified; None when it has none. Collective: the ranks share the hashing.
+
+    A damaged one is passed over, and `warn(message)` is called on rank 0.
+    """
+    box = [candidates(run_dir / "checkpoints") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    for path in box[0]:
+        try:
+            return open_verified(path)
+        except CheckpointError as error:
+            if dist.get_rank() == 0:
+                warn(f"DAMAGED CHECKPOINT, trying an older one: {error}")
+    return None
 
 
-def save(
-    folder: Path,
-    state: RunState,
-    optimizer: ZeroOptimizer,
-    memory: Memory,
-    topology: Topology,
-    *,
-    lane_range: tuple[int, int],
-    summary: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint; collective. Returns its folder.
-
-    Args:
-        folder: `checkpoints` of the run.
-        state: step, tokens and this data-parallel rank's lane cursors.
-        optimizer, memory: this process's part.
-        topology: the process grid.
-        lane_range: first and last (exclusive) global lane of this rank.
-        summary: more to record in `checkpoint.json`: layout, configuration, versions.
-        keep: newest checkpoints to keep.
+def open_verified(path: Path) -> CheckpointReader:
+    """Open a checkpoint and check all its files; collective.
 
     Raises:
-        OSError: on every process, with the first process's reason, when any of them could not write. Nothing that
-            looks like a checkpoint is left.
+        CheckpointError: the same on all ranks.
     """
-    name = checkpoint_name(state.step)
-    temporary = folder / f".{name}.partial"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    written: dict[str, Any] = {}
-    failure = None
+    reader, error = None, None
     try:
-        optimizer.set_steps_taken(optimizer.steps_taken())
-        tensors, entries = collect_tensors(optimizer, memory, topology, lane_range)
-        path = temporary / f"rank_{rank:05d}.safetensors"
-        save_file(tensors, path)
-        _sync(path)
-        written[path.name] = _describe(path)
-        owns_lanes = topology.tensor_rank == 0 and topology.pipeline_rank == 0
-        index = {"tensors": entries, "lanes": state.lanes if owns_lanes else {}}
-        path = temporary / f"rank_{rank:05d}.json"
-        write_whole(path, json.dumps(index))
-        written[path.name] = _describe(path)
-    except OSError as error:
-        failure = f"rank {rank} could not write the checkpoint {temporary}: {error}"
-    reports: list[tuple[str | None, dict[str, Any]]] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (failure, written))
-    failures = [report[0] for report in reports if report[0]]
-    if not failures and rank == 0:
-        try:
-            _finish(folder, temporary, name, state, optimizer, reports, summary)
-            _prune(folder, keep)
-        except OSError as error:
-            failures = [f"rank 0 could not finish the checkpoint {temporary}: {error}"]
-    failures = _from_rank_zero(failures)
-    if failures:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(failures[0])
-    return folder / name
-
-
-def _finish(folder, temporary, name, state, optimizer, reports, summary) -> None:
-    files = {file: facts for _, written in reports for file, facts in written.items()}
-    content = {
-        "format_version": FORMAT_VERSION,
-        "step": state.step,
-        "tokens": state.tokens,
-        "optimizer_steps": optimizer.steps_taken(),
-        "files": files,
-        **summary,
-    }
-    write_whole(temporary / SUMMARY, json.dumps(content, indent=1))
-    _sync(temporary)
-    final = folder / name
-    if final.exists():
-        shutil.rmtree(final)  # the same step again, after a resume
-    os.rename(temporary, final)
-    _sync(folder)
-    write_whole(folder / LATEST, name + "\n")
-
-
-def _prune(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _from_rank_zero(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old one or all of the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Reading
+        reader = CheckpointReader(path)
+        reader.verify(dist.get_rank(), dist.get_world_size())
+    except CheckpointError as problem:
+        error = str(problem)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = next((error for error in errors if error), None)
+    if first:
+        raise CheckpointError(first)
+    return reader
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -242,6 +113,11 @@ def find_checkpoint(folder: Path) -> Path:
     if not (found / SUMMARY).is_file():
         raise CheckpointError(f"{pointer} names {found.name}, which is not a checkpoint (no {SUMMARY})")
     return found
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class CheckpointReader:
@@ -271,20 +147,23 @@ class CheckpointReader:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise CheckpointError(f"{path} {found}; the checkpoint recorded {facts['bytes']} bytes")
             if name.endswith(".json"):
-                index = json.loads(path.read_text(encoding="utf-8"))
+                try:
+                    index = json.loads(path.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise CheckpointError(f"{path} is damaged: {error}") from error
                 self.lanes |= index["lanes"]
                 for entry in index["tensors"]:
                     file = name.replace(".json", ".safetensors")
                     self._entries.setdefault(entry["key"], []).append({"file": file, **entry})
 
-    def verify(self) -> None:
-        """Compare the SHA-256 of every file with the recorded one.
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the SHA-256 of every file (of every `parts`-th, from `part` on) with the recorded one.
 
         Raises:
             CheckpointError: names the first file that differs.
         """
-        for name, facts in self.summary["files"].items():
-            if _file_hash(self.folder / name) != facts["sha256"]:
+        for name, facts in sorted(self.summary["files"].items())[part::parts]:
+            if file_hash(self.folder / name) != facts["sha256"]:
                 raise CheckpointError(f"{self.folder / name} was changed after it was written (SHA-256 differs)")
 
     def local_tensor(self, key: str, shape: tuple[int, ...], partition: Partition, rank: int, size: int) -> Tensor:

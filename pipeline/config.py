@@ -11,6 +11,7 @@ GRADIENTS = ("full", "detached")
 RECOMPUTE = ("none", "selective", "layer", "window")
 SCHEDULES = ("segment_1f1b", "1f1b")
 PRECISIONS = ("fp32", "bf16", "fp64")
+SPIKE_ACTIONS = ("none", "warn", "skip", "rollback")
 LR_SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 
@@ -91,6 +92,12 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Also keep, for good, every checkpoint whose step is a multiple of this; 0 keeps none."""
+    asynchronous: bool = True
+    """Write behind the training: a step waits only for the copy to host memory. One save is in flight at a time."""
+    attempts: int = 3
+    """Failed saves in a row that end the run; before that each is reported and tried again."""
 
 
 @dataclass
@@ -100,6 +107,30 @@ class MetricsConfig:
     memory_interval: int = 100
     """Steps between the per-layer memory statistics (gate histograms, norms, shares)."""
     tensorboard: bool = True
+
+
+@dataclass
+class ResilienceConfig:
+    """Leaving well, dying well, and numbers that go wrong."""
+
+    stop_signal: str = "USR1"
+    """Besides TERM and INT: all ranks finish the step, save and exit with 0. Configurable: libraries use signals."""
+    stop_file: str = "stop"
+    """The same when a file of this name appears in the run folder (it is removed)."""
+    max_minutes: float | None = None
+    """The same after so many minutes: set it below the scheduler's time limit."""
+    hang_timeout_s: float = 1800.0
+    """No progress for so long: every thread's stack is written, the late ranks are named, and the run aborts; 0 is
+    off."""
+    spike_action: str = "warn"
+    """What a loss spike does: `none`, `warn`, `skip` (that step only) or `rollback` (to the last checkpoint, with the
+    lanes moved past the offending window)."""
+    spike_threshold: float = 8.0
+    """Robust z-score of the loss over the recent steps that counts as a spike."""
+    spike_window: int = 100
+    """Recent steps that a loss is compared with; no spike is seen in the first tenth of them."""
+    max_rollbacks: int = 3
+    """So many roll-backs without a new checkpoint in between end the run."""
 
 
 @dataclass
@@ -129,5 +160,6 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -26,7 +26,7 @@ from pipeline.console import progress
 from pipeline.evaluation_config import evaluation_config
 from pipeline.streaming import Document, Streamer, open_checkpoint
 from pipeline.topology import Topology, initialize
-from pipeline.trainer import versions
+from pipeline.setup import versions
 
 FORMAT_VERSION = 1
 
@@ -108,9 +108,9 @@ def evaluate_run(
             )
     results["seconds"] = time.perf_counter() - started
     results["tokens_per_s"] = total / results["seconds"]
-    results = report.without_nan(results)
+    folder = Path(out) if out is not None else run_dir / "evaluation" / path.name
+    results = report.without_nan(results | {"folder": str(folder)})
     if topology.is_main:
-        folder = Path(out) if out is not None else run_dir / "evaluation" / path.name
         report.write(results, folder, run_dir, own_folder=out is not None)
         report.show(results, folder)
     return results

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -21,6 +20,7 @@ from pipeline.flops import measured_matmul_peak, parameter_count, train_flops_pe
 from pipeline.footprint import per_rank_bytes
 from pipeline.metrics import MetricsWriter, ThroughputMeter
 from pipeline.optimizer import StepOutcome
+from pipeline.saving import SaveReport
 
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
@@ -218,11 +218,33 @@ class Monitor:
                 self.writer.binned_histogram(step, f"{prefix}/write_gate_histogram", counts, 0.0, 1.0)
         self.writer.scalars(step, scalars)
 
-    def saved(self, path: Path) -> None:
-        """A checkpoint was written."""
+    def message(self, text: str) -> None:
+        """Print a line, on the main process."""
         if self.is_main:
-            self.writer.flush()
-            self.console.message(f"saved {path}")
+            self.console.message(text)
+
+    def saved(self, report: SaveReport) -> None:
+        """A checkpoint was written, or could not be."""
+        if not self.is_main:
+            return
+        if report.error is not None:
+            self.console.message(f"CHECKPOINT OF STEP {report.step} FAILED, it will be tried again: {report.error}")
+            return
+        self.writer.flush()
+        self.writer.scalars(report.step, {"checkpoint/stall_s": report.stall_s, "checkpoint/write_s": report.write_s})
+        self.console.message(
+            f"saved {report.path} (training waited {report.stall_s:.2f} s, writing took {report.write_s:.2f} s)"
+        )
+
+    def rolled_back(self) -> None:
+        """The run went back to an earlier step: what was written for later ones is taken back."""
+        self.meter, self.skipped_steps = ThroughputMeter(), 0
+        self._clear_interval()
+        if self.is_main:
+            self.writer.close()
+            self.writer = MetricsWriter(
+                self.trainer.run_dir, tensorboard=self.config.metrics.tensorboard, resume_step=self.trainer.step
+            )
 
     def close(self) -> None:
         if self.is_main:

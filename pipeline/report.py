@@ -14,7 +14,6 @@ from pipeline.console import format_duration, make_console, print_table
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
 RESULTS = "results.json"
-COMPARISON = "comparison.json"
 WAY_NAMES = {"on": "memory on", "off": "memory off", "shuffled": "memory of another document"}
 
 Results = dict[str, Any]
@@ -42,7 +41,7 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
     images: dict[str, Path] = {}
     for name, (path, facts) in _set_names(results).items():
         images[f"loss_by_segment/{name}"] = target = folder / f"loss_by_segment_{name}.png"
-        curves = {WAY_NAMES[way]: _curve(facts, way) for way in facts["ways"]}
+        curves = {WAY_NAMES[way]: curve(facts, way) for way in facts["ways"]}
         plots.loss_by_segment(target, curves, f"{results['name']}, step {results['step']}\nheld-out loss, {path}")
     if results["passkey"]:
         for control in results["passkey"]["controls"]:
@@ -72,15 +71,20 @@ def _set_names(results: Results) -> dict[str, tuple[str, dict[str, Any]]]:
     """Short, different names of the evaluated sets, for files."""
     named: dict[str, tuple[str, dict[str, Any]]] = {}
     for path, facts in results["perplexity"].items():
-        base = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).name) or "set"
-        name, number = base, 2
+        base = name = file_name(path)
+        number = 2
         while name in named:
             name, number = f"{base}-{number}", number + 1
         named[name] = (path, facts)
     return named
 
 
-def _curve(facts: dict[str, Any], way: str) -> plots.Curve:
+def file_name(path: str) -> str:
+    """The last part of a set's path as part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).name) or "set"
+
+
+def curve(facts: dict[str, Any], way: str) -> plots.Curve:
     low, high = facts["ways"][way]["by_segment_interval"]
     widths = [None if a is None or b is None else (b - a) / 2 for a, b in zip(low, high, strict=True)]
     return facts["ways"][way]["by_segment"], widths, facts["by_segment_documents"]
@@ -128,12 +132,12 @@ def scalars(results: Results) -> dict[str, float]:
     if results["passkey"]:
         for control in results["passkey"]["controls"]:
             for segments in results["passkey"]["lengths"]:
-                value = _mean_exact(results, control, segments)
+                value = mean_exact(results, control, segments)
                 values[f"evaluation/passkey_{control}/segments_{segments}"] = value
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _mean_exact(results: Results, control: str, segments: int) -> float | None:
+def mean_exact(results: Results, control: str, segments: int) -> float | None:
     """Exact match over all depths of a length."""
     values = [cell["exact_match"] for (length, _), cell in _cells(results, control).items() if length == segments]
     return sum(values) / len(values) if values else None
@@ -150,15 +154,15 @@ def show(results: Results, folder: Path) -> None:
         header = ["held-out documents", "loss", "95 %", "perplexity", *(f"seg {_span_name(span)}" for span in spans)]
         rows = []
         for way, numbers in facts["ways"].items():
-            by_span = [_mean_over(numbers["by_segment"], facts["by_segment_tokens"], span) for span in spans]
-            losses = [_number(numbers["loss"]), _interval(numbers["loss_interval"]), _number(numbers["perplexity"])]
-            rows.append([WAY_NAMES[way], *losses, *map(_number, by_span)])
+            by_span = [mean_over(numbers["by_segment"], facts["by_segment_tokens"], span) for span in spans]
+            losses = [number(numbers["loss"]), interval(numbers["loss_interval"]), number(numbers["perplexity"])]
+            rows.append([WAY_NAMES[way], *losses, *map(number, by_span)])
         title = f"{path}: loss in nats per token, {facts['documents']} documents, {facts['tokens']:,} tokens"
         print_table(title, rows, header=header, console=console)
         for way, difference in facts["above_on"].items():
             console.print(
-                f"{WAY_NAMES[way]}: {_signed(difference['loss'])} nats per token against memory on "
-                f"(95 %: {_interval(difference['loss_interval'], signed=True)})",
+                f"{WAY_NAMES[way]}: {signed(difference['loss'])} nats per token against memory on "
+                f"(95 %: {interval(difference['loss_interval'], signed=True)})",
                 markup=False,
                 soft_wrap=True,
             )
@@ -171,7 +175,7 @@ def show(results: Results, folder: Path) -> None:
                 found = [cells.get((segments, depth)) for depth in grid["depths"]]
                 texts = [f"{c['exact_match']:.2f} ({c['token_accuracy']:.2f})" if c else "-" for c in found]
                 name = f"{segments} segments, {tokens:,} tokens" if control == grid["controls"][0] else ""
-                rows.append([name, WAY_NAMES[control], *texts, _number(_mean_exact(results, control, segments), 2)])
+                rows.append([name, WAY_NAMES[control], *texts, number(mean_exact(results, control, segments), 2)])
         header = ["passkey", "", *(f"depth {depth:g}" for depth in grid["depths"]), "mean exact"]
         title = f"passkey: exact match (token accuracy), {grid['documents']} documents per cell"
         print_table(title, rows, header=header, console=console)
@@ -194,21 +198,21 @@ def _span_name(span: tuple[int, int]) -> str:
     return str(span[0]) if span[1] - span[0] == 1 else f"{span[0]}-{span[1] - 1}"
 
 
-def _mean_over(by_segment: Sequence[float | None], tokens: Sequence[int], span: tuple[int, int]) -> float | None:
+def mean_over(by_segment: Sequence[float | None], tokens: Sequence[int], span: tuple[int, int | None]) -> float | None:
     pairs = [(loss, n) for loss, n in zip(by_segment[slice(*span)], tokens[slice(*span)], strict=True) if n]
     if any(loss is None for loss, _ in pairs) or not pairs:
         return None
     return sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
 
 
-def _number(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4f}"
 
 
-def _interval(ends: Sequence[float | None], signed: bool = False) -> str:
-    form = _signed if signed else _number
+def interval(ends: Sequence[float | None], signed: bool = False) -> str:
+    form = signed if signed else number
     return "-" if None in ends else f"{form(ends[0])} to {form(ends[1])}"

@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.executor import Executor, Memory
 from pipeline.schedule import build_forward_schedule
 from pipeline.topology import Topology
-from pipeline.trainer import build_stage
+from pipeline.setup import build_stage
 
 WINDOW_TOKENS = 16_384
 """Tokens of one window, all lanes together: enough that matrix products, not Python, take the time."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import math
-import platform
+import os
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data.lanes import WindowBatch, build_loader
-from data.shards import PreparedSet
-from model.decoder import DecoderStage, StageOptions, split_layers
 from pipeline import checkpoint, derived
 from pipeline.config import Config
 from pipeline.config_io import ConfigError, save_config
@@ -23,12 +21,19 @@ from pipeline.executor import Executor, Memory, StepResult, map_memory
 from pipeline.learning_rate import learning_rate
 from pipeline.monitor import Monitor
 from pipeline.optimizer import ZeroOptimizer
+from pipeline.resilience import SpikeDetector, StopRequest, Watchdog
+from pipeline.saving import CheckpointSaver, take_snapshot
 from pipeline.schedule import build_schedule
+from pipeline.setup import build_stage, check_same_run, versions, vocabulary
 from pipeline.topology import Topology, initialize, shutdown
 
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class SpikeError(RuntimeError):
+    """The loss jumps again after every roll-back."""
 
 
 def train(config: Config, resume: str | None) -> int:
@@ -47,47 +52,6 @@ def train(config: Config, resume: str | None) -> int:
     trainer.close()
     shutdown()
     return 0
-
-
-def build_stage(config: Config, topology: Topology, vocab_size: int) -> DecoderStage:
-    """This process's part of the model, with its initial values, on its device."""
-    layers = split_layers(config.model.num_layers, topology.pipeline_size, config.parallel.layers_per_stage)
-    first, last = layers[topology.pipeline_rank]
-    options = StageOptions(
-        precision=config.train.precision,
-        recompute="none" if config.bptt.recompute == "window" else config.bptt.recompute,
-        detach_reads=config.bptt.gradient == "detached",
-        sequence_parallel=config.parallel.sequence_parallel,
-    )
-    stage = DecoderStage(
-        config.model,
-        options,
-        vocab_size=vocab_size,
-        first_layer=first,
-        last_layer=last,
-        tensor_rank=topology.tensor_rank,
-        tensor_size=topology.tensor_size,
-    )
-    stage.initialize(config.train.seed)
-    return stage.to(topology.device)
-
-
-def vocabulary(config: Config) -> int:
-    """The model's vocabulary: the configured one, or that of the prepared data.
-
-    Raises:
-        ConfigError: the data has tokens that the model does not know.
-    """
-    sets = {entry.path: PreparedSet(entry.path).vocab_size for entry in config.data.sets}
-    largest = max(sets.values())
-    if config.model.vocab_size is None:
-        return largest
-    if config.model.vocab_size < largest:
-        path = max(sets, key=sets.get)
-        raise ConfigError(
-            [f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {path} has {largest} tokens"]
-        )
-    return config.model.vocab_size
 
 
 class Trainer:
@@ -130,31 +94,58 @@ class Trainer:
         self.tokens = 0
         self.skipped: deque[tuple[int, list[str]]] = deque(maxlen=config.train.max_nonfinite_steps)
         self.monitor: Monitor | None = None
+        self.saver = CheckpointSaver(
+            self.run_dir / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        self.saved_step = 0
+        self.failed_saves = self.rollbacks = 0
+        self.watchdog = Watchdog(config.resilience.hang_timeout_s, self.run_dir)
+        self.spikes = SpikeDetector(config.resilience.spike_window, config.resilience.spike_threshold)
 
     # Starting and ending
 
     def start(self, resume: str | None) -> None:
         """Prepare the run folder, load the checkpoint if one is asked for, and say what is about to run.
 
+        Args:
+            resume: None for a new run; `latest` for the newest whole checkpoint of the run folder, or the beginning
+                while there is none; else the path of a checkpoint. A process that torchrun has restarted takes
+                `latest` by itself.
+
         Raises:
             ConfigError: a new run would overwrite an old one, or the checkpoint does not fit the configuration.
-            CheckpointError: there is no checkpoint, or it is damaged.
+            CheckpointError: the checkpoint asked for is missing or damaged.
         """
+        if resume is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            resume = "latest"
         if resume is None and (self.run_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 [f"run_dir: {self.run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
             )
-        if resume is not None:
-            self.load(self.run_dir if resume == "latest" else Path(resume))
+        notes: list[str] = []
+        if resume == "latest":
+            reader = checkpoint.open_newest(self.run_dir, notes.append)
+            if reader is None:
+                notes.append(f"no whole checkpoint in {self.run_dir} yet: starting from the beginning")
+            else:
+                self.load(reader)
+        elif resume is not None:
+            self.load(checkpoint.open_verified(checkpoint.find_checkpoint(Path(resume))))
         dist.barrier()
         if self.topology.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_dir / "config.yaml")
         self.monitor = Monitor(self, resume_step=self.step if resume is not None else None)
         self.monitor.introduce()
+        for note in notes:
+            self.monitor.message(note)
 
     def close(self) -> None:
         """End the background work of a run that ended well."""
+        self.saver.wait()
         self.loader.close()
         if self.monitor:
             self.monitor.close()
@@ -162,50 +153,88 @@ class Trainer:
     # The loop
 
     def train(self) -> None:
-        """Train to the last step, saving on the way and at the end.
+        """Train to the last step or until asked to stop, saving on the way and at the end.
 
         Raises:
             NonFiniteError: too many steps in a row were skipped.
+            OSError: checkpoints cannot be written.
         """
-        interval = self.config.checkpoint.interval
-        saved = self.step
-        while self.step < self.config.train.steps:
-            self.train_step()
-            if interval and self.step % interval == 0:
+        stop = StopRequest(self.config.resilience, self.run_dir)
+        stop.install()
+        self.watchdog.start()
+        try:
+            while self.step < self.config.train.steps:
+                self.train_step()
+                if self._at_boundary(stop):
+                    break
+            if self.saved_step != self.step:
                 self.save()
-                saved = self.step
-        if saved != self.step:
+            while not self._settle_save():
+                self.save()
+        finally:
+            self.watchdog.stop()
+            stop.uninstall()
+
+    def _at_boundary(self, stop: StopRequest) -> bool:
+        """Between two steps: agree on failed saves and on stopping; save when it is time. True to leave."""
+        reason = stop.reason
+        flags = [float(reason is not None), float(self.saver.has_failed)]
+        stopping, failed = self.topology.all_reduce(flags, op=dist.ReduceOp.MAX)
+        if failed:
+            self._settle_save()
+            self.save()  # again, with what is newest
+        elif self.saver.has_succeeded:
+            self._settle_save()
+        interval = self.config.checkpoint.interval
+        if interval and self.step % interval == 0 and self.saved_step != self.step:
             self.save()
+        if stopping:
+            reasons: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(reasons, reason)
+            first = next(r for r in reasons if r)
+            self.monitor.message(f"stopping after step {self.step}: {first}")
+            if self.topology.is_main:
+                stop.clear_file()
+        return bool(stopping)
 
     def train_step(self) -> None:
-        """One window of every lane: forward, backward, update; or none of it when a number is not finite."""
-        monitor = self.monitor
-        with monitor.phase("data"):
+        """One window of every lane: forward, backward, update; or none of it when a number is wrong."""
+        with self._phase("data"):
             batch = self._to_device(self.loader.next_batch())
-        with_statistics = monitor.wants_statistics(self.step + 1)
-        with monitor.phase("forward_backward"):
+        with_statistics = self.monitor.wants_statistics(self.step + 1)
+        with self._phase("forward_backward"):
             result, sums = self.forward_backward(batch, statistics=with_statistics)
-        with monitor.phase("step"):
+        with self._phase("step"):
             rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
             outcome = self.optimizer.step(rate)
         self.step += 1
+        loss = sums["loss"] / max(sums["weight"], 1e-30)
         if outcome.applied:
             self.memory = result.memory
+            self.spikes.add(loss)
             self.skipped.clear()
         else:
             self.memory = self._memory_after_skip(batch)
             self._note_skip(batch)
         self.tokens += int(sums["tokens"])
-        monitor.after_step(batch, result, sums, outcome, rate)
-        if len(self.skipped) == self.config.train.max_nonfinite_steps:
+        self.monitor.after_step(batch, result, sums, outcome, rate)
+        if sums["spike"]:
+            self._after_spike(loss)
+        elif len(self.skipped) == self.config.train.max_nonfinite_steps:
             self._stop_for_nonfinite()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.watchdog.progress(self.step + 1, name)
+        with self.monitor.phase(name):
+            yield
 
     def forward_backward(self, batch: WindowBatch, *, statistics: bool = False) -> tuple[StepResult, dict[str, float]]:
         """Forward and backward passes of a step; gradients are synchronised afterwards.
 
         Returns:
             This rank's result, and the sums over the whole global batch (the same on all ranks): `loss` (the training
-            objective's token part), `weight`, `answer_loss`, `answers`, `gate`, `tokens`, `padded`.
+            objective's token part), `weight`, `answer_loss`, `answers`, `gate`, `tokens`, `padded`; and `spike`.
         """
         config, topology = self.config, self.topology
         weight = topology.all_reduce([float(batch.loss_weight.double().sum())], group=topology.data_group)[0]
@@ -222,10 +251,13 @@ class Trainer:
                 gate_scale=gate_scale,
                 statistics=statistics,
             )
-            sums = self._sums(batch, result)
-            if not math.isfinite(sums["loss"] + sums["gate"]):
+            sums = self._sums(batch, result) | {"weight": weight}
+            finite = math.isfinite(sums["loss"] + sums["gate"])
+            action = self.config.resilience.spike_action
+            sums["spike"] = finite and action != "none" and self.spikes.is_spike(sums["loss"] / max(weight, 1e-30))
+            if not finite or (sums["spike"] and action != "warn"):
                 self.optimizer.poison()
-        return result, sums | {"weight": weight}
+        return result, sums
 
     @property
     def gate_count(self) -> int:
@@ -255,8 +287,7 @@ class Trainer:
         The lanes have moved on: such a lane is now inside a document whose beginning it has not read, and must not
         read the document before it.
         """
-        keep = (~batch.reset.any(dim=1)).to(self.topology.device)
-        return map_memory(self.memory, lambda x: x * keep.view(-1, *(1,) * (x.dim() - 1)).to(x.dtype))
+        return clear_lanes(self.memory, ~batch.reset.any(dim=1))
 
     def _note_skip(self, batch: WindowBatch) -> None:
         documents = [
@@ -284,84 +315,97 @@ class Trainer:
 
     # Saving and loading
 
-    def save(self) -> Path:
-        """Write a checkpoint; collective."""
+    def save(self) -> None:
+        """Begin a checkpoint (write all of it when saving is synchronous); collective."""
+        self._settle_save()
         topology = self.topology
-        state = checkpoint.RunState(self.step, self.tokens, self.loader.state_dict()["lanes"])
-        path = checkpoint.save(
-            self.run_dir / "checkpoints",
-            state,
-            self.optimizer,
-            self.memory,
-            topology,
-            lane_range=self.lane_range,
-            summary={
-                "layout": {
-                    "tensor": topology.tensor_size,
-                    "pipeline": topology.pipeline_size,
-                    "data": topology.data_size,
-                    "zero_stage": self.config.parallel.zero_stage,
-                    "world_size": dist.get_world_size(),
+        self.saver.save(
+            lambda: take_snapshot(
+                checkpoint.RunState(self.step, self.tokens, self.loader.state_dict()["lanes"]),
+                self.optimizer,
+                self.memory,
+                topology,
+                lane_range=self.lane_range,
+                summary={
+                    "layout": {
+                        "tensor": topology.tensor_size,
+                        "pipeline": topology.pipeline_size,
+                        "data": topology.data_size,
+                        "zero_stage": self.config.parallel.zero_stage,
+                        "world_size": dist.get_world_size(),
+                    },
+                    "vocab_size": self.vocab_size,
+                    "config": asdict(self.config),
+                    "versions": versions(),
                 },
-                "vocab_size": self.vocab_size,
-                "config": asdict(self.config),
-                "versions": versions(),
-            },
-            keep=self.config.checkpoint.keep,
+            )
         )
-        self.monitor.saved(path)
-        return path
+        self.saved_step = self.step
+        if not self.config.checkpoint.asynchronous:
+            self._settle_save()
 
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint (a checkpoint's own folder, or that of a run)."""
-        reader = checkpoint.CheckpointReader(checkpoint.find_checkpoint(folder))
+    def _settle_save(self) -> bool:
+        """Wait for the save in flight and report it; False when it failed.
+
+        Raises:
+            OSError: that was one failure in a row too many.
+        """
+        self.saver.wait()
+        report = self.saver.finished()
+        if report is None:
+            return True
+        self.monitor.saved(report)
+        if report.error is None:
+            self.failed_saves = 0
+            self.rollbacks = 0
+            return True
+        self.failed_saves += 1
+        if self.failed_saves == self.config.checkpoint.attempts:
+            raise OSError(f"{report.error} ({self.failed_saves} attempts in a row)")
+        return False
+
+    def load(self, reader: checkpoint.CheckpointReader) -> None:
+        """Go on from a checkpoint; collective."""
         check_same_run(reader.summary["config"], self.config)
         self.memory = checkpoint.load_training(
             reader, self.optimizer, self.memory, self.topology, lane_range=self.lane_range
         )
         self.loader.load_state_dict({"lanes": reader.lanes})
-        self.step, self.tokens = reader.summary["step"], reader.summary["tokens"]
+        self.step = self.saved_step = reader.summary["step"]
+        self.tokens = reader.summary["tokens"]
+
+    def _after_spike(self, loss: float) -> None:
+        """Say it; roll back where the configuration asks for it."""
+        action, at = self.config.resilience.spike_action, self.step
+        self.monitor.message(
+            f"loss spike at step {at}: {loss:.4g} is {self.spikes.score(loss):.1f} robust deviations above the recent "
+            f"steps; action: {action}"
+        )
+        if action != "rollback":
+            return
+        self._settle_save()
+        if self.rollbacks == self.config.resilience.max_rollbacks:
+            raise SpikeError(f"loss spike at step {at}, after {self.rollbacks} roll-backs to the same checkpoint")
+        reader = checkpoint.open_newest(self.run_dir, self.monitor.message)
+        if reader is None:
+            self.monitor.message("there is no checkpoint to roll back to: the step was skipped")
+            return
+        self.rollbacks += 1
+        windows = at - reader.summary["step"]
+        self.load(reader)
+        self.skip_windows(windows)
+        self.monitor.rolled_back()
+        self.monitor.message(f"rolled back to step {self.step}; the lanes go on {windows} windows later")
+
+    def skip_windows(self, windows: int) -> None:
+        """Move the lanes on without training. Memory stays where a lane is still in the same document."""
+        before = self.loader.state_dict()["lanes"]
+        self.loader.skip_windows(windows)
+        after = self.loader.state_dict()["lanes"]
+        keep = [before[str(lane)]["taken"] == after[str(lane)]["taken"] for lane in range(*self.lane_range)]
+        self.memory = clear_lanes(self.memory, torch.tensor(keep))
 
 
-FIXED_FOR_A_RUN: dict[str, Any] = {
-    "model": None,
-    "train": ("lanes", "segments_per_window", "seed"),
-    "data": ("sets", "stagger"),
-}
-"""Sections (or keys of them) that a resumed run must share with its checkpoint: they decide what the saved numbers
-mean. Everything else (layout, learning rate, intervals, number of steps) may change."""
-
-
-def check_same_run(saved: dict[str, Any], config: Config) -> None:
-    """Refuse to resume with settings that contradict the checkpoint.
-
-    Raises:
-        ConfigError: names every key that differs.
-    """
-    current = asdict(config)
-    problems = []
-
-    def compare(key: str, old: Any, new: Any) -> None:
-        if isinstance(new, dict):
-            for name in new:
-                compare(f"{key}.{name}", old.get(name) if isinstance(old, dict) else None, new[name])
-        elif old != new:
-            problems.append(f"{key} is {new!r}, but the checkpoint was written with {old!r}")
-
-    for section, keys in FIXED_FOR_A_RUN.items():
-        for name in keys or current[section]:
-            compare(f"{section}.{name}", saved[section].get(name), current[section][name])
-    if problems:
-        raise ConfigError(problems)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    packages = ("infini-pretrain", "torch", "megatron-core", "deepspeed", "webdataset")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def clear_lanes(memory: Memory, keep: torch.Tensor) -> Memory:
+    """The memory with the lanes emptied where `keep` (bool `[B]`) is False."""
+    return map_memory(memory, lambda x: x * keep.to(x.device).view(-1, *(1,) * (x.dim() - 1)).to(x.dtype))

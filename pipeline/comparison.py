@@ -1,0 +1,121 @@
+"""Several evaluated runs side by side: one table, one plot for each set, and paired differences of the losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import plots, report
+from pipeline.bootstrap import ratio_intervals, resample_counts
+from pipeline.console import make_console, print_table
+from pipeline.report import Results
+
+COMPARISON = "comparison.json"
+
+
+def compare(results: list[Results], folder: Path) -> dict[str, Any]:
+    """Print and write what several runs' results say next to one another; differences are against the first run.
+
+    Raises:
+        OSError: `folder` cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = run_names(results)
+    common = [path for path in results[0]["perplexity"] if all(path in other["perplexity"] for other in results)]
+    differences = {
+        path: {
+            name: loss_difference(results[0]["perplexity"][path], other["perplexity"][path], other["seed"])
+            for name, other in zip(names[1:], results[1:], strict=True)
+        }
+        for path in common
+    }
+    notes = _notes(results)
+    content = report.without_nan(
+        {"runs": dict(zip(names, results, strict=True)), "loss_above_first": differences, "notes": notes}
+    )
+    for path in common:
+        facts = [other["perplexity"][path] for other in results]
+        curves = {name: report.curve(fact, "on") for name, fact in zip(names, facts, strict=True)}
+        target = folder / f"comparison_loss_{report.file_name(path)}.png"
+        plots.loss_by_segment(target, curves, f"held-out loss, {path}")
+    report.write_json(folder / COMPARISON, content)
+    console = make_console()
+    print_table("side by side", _rows(names, results, common, differences), header=["", *names], console=console)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    console.print(f"comparison in {folder}", markup=False, soft_wrap=True)
+    return content
+
+
+def run_names(results: list[Results]) -> list[str]:
+    """A different name for each: the run's own, its folder where several share that, numbered where it is the same."""
+    names = [other["name"] for other in results]
+    names = [other["run"] if names.count(name) > 1 else name for name, other in zip(names, results, strict=True)]
+    return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def loss_difference(first: dict[str, Any], other: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """How much more `other` loses per token than `first`, paired by document; None unless the texts are the same."""
+
+    def texts(facts: dict[str, Any]) -> list[tuple[str, int]]:
+        return [(document["name"], document["tokens"]) for document in facts["each_document"]]
+
+    if texts(first) != texts(other):
+        return None
+    weight = np.array([tokens for _, tokens in texts(first)], dtype=np.float64)
+
+    def sums(facts: dict[str, Any]) -> np.ndarray:
+        losses = [document["loss"]["on"] for document in facts["each_document"]]
+        return weight * np.array([np.nan if loss is None else loss for loss in losses])
+
+    above = sums(other) - sums(first)
+    interval = ratio_intervals(above, weight, resample_counts(len(weight), seed))
+    return {"loss": float(above.sum() / weight.sum()), "loss_interval": interval.tolist()}
+
+
+def _notes(results: list[Results]) -> list[str]:
+    notes = []
+    lengths = {other["config"]["model"]["segment_length"] for other in results}
+    if len(lengths) > 1:
+        notes.append(f"segments have different lengths ({', '.join(map(str, sorted(lengths)))} tokens)")
+    if len({other["seed"] for other in results}) > 1:
+        notes.append("evaluate.seed differs: the documents are not the same")
+    return notes
+
+
+def _rows(names: list[str], results: list[Results], common: list[str], differences: dict[str, Any]) -> list[list[str]]:
+    models = [other["config"]["model"] for other in results]
+    rows = [
+        ["memory rule", *(model["memory"]["rule"] for model in models)],
+        ["write gate", *(model["memory"]["write_gate"] for model in models)],
+        ["step", *(f"{other['step']:,}" for other in results)],
+        ["tokens trained on", *(f"{other['training_tokens']:,}" for other in results)],
+    ]
+    for path in common:
+        facts = [other["perplexity"][path] for other in results]
+        for way, label in report.WAY_NAMES.items():
+            if any(way in fact["ways"] for fact in facts):
+                found = [fact["ways"].get(way, {}).get("loss") for fact in facts]
+                rows.append([f"{path}: loss, {label}", *map(report.number, found)])
+        later = [
+            report.mean_over(
+                fact["ways"]["on"]["by_segment"], fact["by_segment_tokens"], (len(fact["by_segment_tokens"]) // 2, None)
+            )
+            for fact in facts
+        ]
+        rows.append([f"{path}: loss, later half of the segments", *map(report.number, later)])
+        against = [differences[path][name] for name in names[1:]]
+        texts = [
+            f"{report.signed(d['loss'])} ({report.interval(d['loss_interval'], signed=True)})" if d else "-"
+            for d in against
+        ]
+        rows.append([f"{path}: loss above {names[0]} (95 %)", "", *texts])
+    grids = [other["passkey"] for other in results]
+    for segments in sorted({length for grid in grids if grid for length in grid["lengths"]}):
+        for control, label in report.WAY_NAMES.items():
+            if any(grid and control in grid["controls"] for grid in grids):
+                found = [report.mean_exact(other, control, segments) for other in results]
+                rows.append([f"passkey {segments} segments, {label}", *(report.number(x, 2) for x in found)])
+    return rows

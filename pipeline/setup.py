@@ -1,0 +1,99 @@
+"""What a run is made of before its first step: the stage, the vocabulary, and what a resumed run must not change."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import asdict
+from typing import Any
+
+from data.shards import PreparedSet
+from model.decoder import DecoderStage, StageOptions, split_layers
+from pipeline.config import Config
+from pipeline.config_io import ConfigError
+from pipeline.topology import Topology
+
+
+def build_stage(config: Config, topology: Topology, vocab_size: int) -> DecoderStage:
+    """This process's part of the model, with its initial values, on its device."""
+    layers = split_layers(config.model.num_layers, topology.pipeline_size, config.parallel.layers_per_stage)
+    first, last = layers[topology.pipeline_rank]
+    options = StageOptions(
+        precision=config.train.precision,
+        recompute="none" if config.bptt.recompute == "window" else config.bptt.recompute,
+        detach_reads=config.bptt.gradient == "detached",
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+    stage = DecoderStage(
+        config.model,
+        options,
+        vocab_size=vocab_size,
+        first_layer=first,
+        last_layer=last,
+        tensor_rank=topology.tensor_rank,
+        tensor_size=topology.tensor_size,
+    )
+    stage.initialize(config.train.seed)
+    return stage.to(topology.device)
+
+
+def vocabulary(config: Config) -> int:
+    """The model's vocabulary: the configured one, or that of the prepared data.
+
+    Raises:
+        ConfigError: the data has tokens that the model does not know.
+    """
+    sets = {entry.path: PreparedSet(entry.path).vocab_size for entry in config.data.sets}
+    largest = max(sets.values())
+    if config.model.vocab_size is None:
+        return largest
+    if config.model.vocab_size < largest:
+        path = max(sets, key=sets.get)
+        raise ConfigError(
+            [f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {path} has {largest} tokens"]
+        )
+    return config.model.vocab_size
+
+
+FIXED_FOR_A_RUN: dict[str, Any] = {
+    "model": None,
+    "train": ("lanes", "segments_per_window", "seed"),
+    "data": ("sets", "stagger"),
+}
+"""Sections (or keys of them) that a resumed run must share with its checkpoint: they decide what the saved numbers
+mean. Everything else (layout, learning rate, intervals, number of steps) may change."""
+
+
+def check_same_run(saved: dict[str, Any], config: Config) -> None:
+    """Refuse to resume with settings that contradict the checkpoint.
+
+    Raises:
+        ConfigError: names every key that differs.
+    """
+    current = asdict(config)
+    problems = []
+
+    def compare(key: str, old: Any, new: Any) -> None:
+        if isinstance(new, dict):
+            for name in new:
+                compare(f"{key}.{name}", old.get(name) if isinstance(old, dict) else None, new[name])
+        elif old != new:
+            problems.append(f"{key} is {new!r}, but the checkpoint was written with {old!r}")
+
+    for section, keys in FIXED_FOR_A_RUN.items():
+        for name in keys or current[section]:
+            compare(f"{section}.{name}", saved[section].get(name), current[section][name])
+    if problems:
+        raise ConfigError(problems)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = ("infini-pretrain", "torch", "megatron-core", "deepspeed", "webdataset")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
