@@ -16,8 +16,10 @@ HERE = Path(__file__).parent
 LAUNCH = (
     "import sys; from launch.agent import launch_workers; sys.exit(launch_workers('rank_program', sys.argv[1:], 2))"
 )
+PATIENCE_S = 150
+"""For a busy machine: some four seconds when it is not."""
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2 * PATIENCE_S)]
 
 
 def environment(**settings) -> dict[str, str]:
@@ -31,12 +33,15 @@ def start(mode: str, run_dir: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=60)
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
     return process.returncode, output
 
 
 def wait_for(*paths: Path) -> None:
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + PATIENCE_S
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline, paths
         time.sleep(0.05)
@@ -58,11 +63,11 @@ def test_same_error_on_every_rank_is_told_once(tmp_path):
 
 
 def test_rank_blocked_for_ever_does_not_outlive_the_failure(tmp_path):
-    began = time.monotonic()
     code, output = finish(start("blocked", tmp_path))
     assert output.startswith("[rank 1] error: RuntimeError: wrong number\n")
     assert code == 1
-    assert time.monotonic() - began < 20  # the agent alone takes 30 s to kill a rank that ignores SIGTERM
+    failed_at = (tmp_path / "error-rank1.txt").stat().st_mtime
+    assert time.time() - failed_at < 20  # the agent alone takes 30 s to kill a rank that ignores SIGTERM
 
 
 def test_killed_rank_is_named_last(tmp_path):
