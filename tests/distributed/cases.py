@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from model.sharding import partition_of, unshard
 from pipeline.config_io import load_config
-from pipeline.topology import initialize
 from pipeline.trainer import Trainer
 from pipeline.validate import validate
+from tests.distributed.grid import join
 
 TINY = [
     "model.num_layers=4",
@@ -41,7 +41,7 @@ def make_trainer(folder: str, data: str, overrides: list[str]) -> Trainer:
     sets = [f"data.sets=[{{path: {data}, answer_weight: 3.0}}]"]
     config = load_config(None, [*TINY, *sets, f"run_dir={folder}", *overrides])
     validate(config, dist.get_world_size() if dist.is_initialized() else None)
-    topology = initialize(
+    topology = join(
         tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=config.parallel.timeout_s
     )
     return Trainer(config, topology)
@@ -82,6 +82,25 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return result
 
 
+def full_memory(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The memory carried by all lanes, heads and layers, whole, on every rank."""
+    place = (trainer.topology.data_rank, trainer.topology.tensor_rank)
+    mine = [
+        (f"memory/{layer}/{field}", *place, tensor.clone())
+        for layer, state in zip(trainer.stage.layers, trainer.memory, strict=True)
+        for field, tensor in ({} if state is None else state._asdict()).items()
+    ]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    parts: dict[str, dict[int, dict[int, torch.Tensor]]] = {}
+    for key, data_rank, tensor_rank, tensor in (part for rank in gathered for part in rank):
+        parts.setdefault(key, {}).setdefault(data_rank, {})[tensor_rank] = tensor
+    return {
+        key: torch.cat([torch.cat([heads[r] for r in sorted(heads)], dim=1) for _, heads in sorted(lanes.items())])
+        for key, lanes in parts.items()
+    }
+
+
 def train_steps(
     folder: str,
     data: str,
@@ -91,7 +110,7 @@ def train_steps(
     save: bool = False,
     damage: str | None = None,
 ) -> dict[str, Any]:
-    """Train some steps; returns the losses and gradient norms per step and the final weights.
+    """Train some steps; returns losses and gradient norms per step, final weights, moments and carried memory.
 
     Args:
         damage: break the run on purpose, to see that the comparison notices: `gradient` scales one gradient by 1.01.
@@ -121,14 +140,11 @@ def train_steps(
         trainer.train_step()
     if save:
         trainer.save()
-    weights = full_weights(trainer)
-    memory = [None if state is None else [x.double().sum().item() for x in state] for state in trainer.memory]
+    tensors = full_weights(trainer) | full_memory(trainer)
     trainer.close()
     return {
         "losses": losses,
         "norms": norms,
-        "weights": weights if dist.get_rank() == 0 else {},
-        "memory": memory,
-        "peak": trainer.executor and None,
+        "tensors": tensors if dist.get_rank() == 0 else {},
         "saved": sorted(p.name for p in (Path(folder) / "checkpoints").glob("step_*")),
     }

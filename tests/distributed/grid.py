@@ -1,0 +1,29 @@
+"""Layouts that ranks go back to: one set of process groups per layout instead of one per case.
+
+`pipeline.topology.initialize` makes new groups at every call, for a process that calls it once. Gloo gives each of them
+three threads, which cost processor time even when nobody talks: a hundred cases would leave thousands per rank.
+"""
+
+from __future__ import annotations
+
+from megatron.core import parallel_state
+
+from pipeline.topology import Topology, initialize
+
+_known: dict[tuple[int, int], tuple[Topology, dict[str, object]]] = {}
+
+
+def join(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
+    """As `initialize`, with the groups of an earlier call for the same layout."""
+    layout = (tensor, pipeline)
+    if layout not in _known:
+        topology = initialize(tensor=tensor, pipeline=pipeline, timeout_s=timeout_s)
+        _known[layout] = topology, dict(_megatron_state())
+    topology, state = _known[layout]
+    vars(parallel_state).update(state)
+    return topology
+
+
+def _megatron_state() -> list[tuple[str, object]]:
+    """Megatron keeps its groups in the module's variables, which are written in capitals."""
+    return [(name, value) for name, value in vars(parallel_state).items() if name.startswith("_") and name.isupper()]

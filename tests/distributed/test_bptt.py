@@ -1,0 +1,130 @@
+"""Exact gradients: chunks over pipeline stages against one autograd graph over the whole window, in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from model.sharding import unshard
+from tests.distributed import bptt_cases
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-12
+RULES = {
+    "linear": ["model.memory.rule=linear"],
+    "delta": ["model.memory.rule=delta", "model.memory.write_gate=hard"],
+    "deltanet": ["model.memory.rule=deltanet", "model.memory.write_gate=sigmoid"],
+}
+
+
+def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
+    """Gradients, memory and losses of the whole model from those of the ranks."""
+    sizes = [max(rank["place"][axis] for rank in ranks) + 1 for axis in range(3)]
+    found: dict[str, torch.Tensor] = {}
+    at = {rank["place"]: rank for rank in ranks}
+    lanes: dict[tuple, list] = {}
+    for data in range(sizes[0]):
+        for stage in range(sizes[1]):
+            group = [at[data, stage, tensor] for tensor in range(sizes[2])]
+            for name, (_, partition, summed) in group[0]["gradients"].items():
+                parts = [member["gradients"][name][0] for member in group]
+                if partition.dim is not None:
+                    gradient = unshard(parts, partition)
+                elif summed:
+                    gradient = sum(parts)
+                else:
+                    gradient = parts[0]
+                    assert all(torch.equal(gradient, part) for part in parts), name
+                # Sums over data parallelism, and over the two copies of a tied embedding.
+                found[name] = found[name] + gradient if name in found else gradient
+            for layer, field in group[0]["memory"]:
+                parts = [member["memory"][layer, field] for member in group]
+                lanes.setdefault(("memory", layer, field), []).append(torch.cat(parts, dim=1))
+            if group[0]["loss"] is not None:
+                lanes.setdefault(("loss",), []).append(group[0]["loss"])
+    return found | {" ".join(map(str, key)): torch.cat(parts) for key, parts in lanes.items()}
+
+
+@pytest.fixture(scope="module")
+def reference(pools):
+    @functools.cache
+    def reference(settings: tuple[str, ...]):
+        return whole(pools.run(1, bptt_cases.one_graph, overrides=list(settings)))
+
+    return reference
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.norm() > 0, f"{name} is zero: nothing is compared"
+        difference = ((found[name] - value).norm() / value.norm()).item()
+        assert difference <= TOLERANCE, f"{name} differs by {difference:.1e}"
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "layer", "window"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_chunks_and_stages_give_the_gradients_of_one_graph(pools, reference, stages, rule, recompute):
+    expected = reference(tuple(RULES[rule]))
+    overrides = [*RULES[rule], f"parallel.pipeline={stages}", f"bptt.recompute={recompute}"]
+    chunk_counts = [1, 2, 4, 8]
+    per_rank = pools.run(stages, bptt_cases.by_schedule, overrides=overrides, chunk_counts=chunk_counts)
+    for ranks in zip(*per_rank, strict=True):
+        assert_same(whole(list(ranks)), expected)
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, ["train.lanes_per_microbatch=1"]),
+        (1, ["train.lanes_per_microbatch=2", "model.tie_embeddings=false"]),
+        (2, ["parallel.tensor=2"]),
+        (2, ["parallel.tensor=2", "parallel.sequence_parallel=true", "bptt.recompute=window"]),
+        (2, ["parallel.tensor=2", "parallel.sequence_parallel=true", "bptt.recompute=layer"]),
+        (2, []),
+        (2, ["parallel.pipeline=2", "parallel.layers_per_stage=[1,3]", "model.tie_embeddings=false"]),
+        (2, ["parallel.pipeline=2", "train.lanes_per_microbatch=2", "bptt.recompute=window"]),
+        (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true"]),
+        (4, ["parallel.pipeline=2", "model.memory.skip_empty=false"]),
+    ],
+)
+def test_other_layouts_give_the_gradients_of_one_graph(pools, reference, world, overrides):
+    settings = [*RULES["delta"], *overrides]
+    expected = reference((*RULES["delta"], *(s for s in overrides if s.startswith("model."))))
+    per_rank = pools.run(world, bptt_cases.by_schedule, overrides=settings, chunk_counts=[1, 4])
+    for ranks in zip(*per_rank, strict=True):
+        assert_same(whole(list(ranks)), expected)
+
+
+def test_plain_transformer_too(pools, reference):
+    settings = ["model.memory.rule=none"]
+    ranks = pools.run(2, bptt_cases.by_schedule, overrides=[*settings, "parallel.pipeline=2"], chunk_counts=[4])
+    assert_same(whole([rank[0] for rank in ranks]), reference(tuple(settings)))
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_cutting_the_gradient_would_show(pools, reference, chunks):
+    """The comparison has teeth: with reads that are detached the gradients are wrong."""
+    overrides = [*RULES["delta"], "bptt.gradient=detached"]
+    (rank,) = pools.run(1, bptt_cases.by_schedule, overrides=overrides, chunk_counts=[chunks])
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_same(whole([rank[0]]), reference(tuple(RULES["delta"])))
+
+
+@pytest.mark.parametrize("recompute", ["none", "window"])
+@pytest.mark.parametrize("chunks", [1, 2, 8])
+@pytest.mark.parametrize("gradient", ["full", "detached"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+def test_truncation_is_exact(pools, rule, gradient, chunks, recompute):
+    """The last segment's loss reaches the inputs of its own window with `full`, its own alone with `detached`, and
+    never those of the window before, whose memory it reads."""
+    overrides = [*RULES[rule], f"bptt.gradient={gradient}", f"bptt.recompute={recompute}"]
+    overrides += [f"bptt.chunks_per_window={chunks}"]
+    (found,) = pools.run(1, bptt_cases.input_gradients, overrides=overrides)
+    assert not found["carries_graph"]
+    reached = [largest > 0 for largest in found["largest"]]
+    assert reached == [False] * 8 + ([True] * 8 if gradient == "full" else [False] * 7 + [True])
