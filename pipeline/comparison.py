@@ -108,7 +108,7 @@ def _rows(names: list[str], results: list[Results], common: list[str], differenc
         rows.append([f"{path}: loss, later half of the segments", *map(report.number, later)])
         against = [differences[path][name] for name in names[1:]]
         texts = [
-            f"{report.signed(d['loss'])} ({report.interval(d['loss_interval'], signed=True)})" if d else "-"
+            f"{report.signed(d['loss'])} ({report.interval(d['loss_interval'], plus=True)})" if d else "-"
             for d in against
         ]
         rows.append([f"{path}: loss above {names[0]} (95 %)", "", *texts])

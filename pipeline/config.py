@@ -11,6 +11,7 @@ GRADIENTS = ("full", "detached")
 RECOMPUTE = ("none", "selective", "layer", "window")
 SCHEDULES = ("segment_1f1b", "1f1b")
 PRECISIONS = ("fp32", "bf16", "fp64")
+STOP_SIGNALS = ("USR1", "USR2", "HUP", "ALRM")
 SPIKE_ACTIONS = ("none", "warn", "skip", "rollback")
 LR_SCHEDULES = ("cosine", "wsd", "linear", "constant")
 

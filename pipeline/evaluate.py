@@ -24,9 +24,9 @@ from pipeline.config import Config
 from pipeline.config_io import ConfigError
 from pipeline.console import progress
 from pipeline.evaluation_config import evaluation_config
+from pipeline.setup import versions
 from pipeline.streaming import Document, Streamer, open_checkpoint
 from pipeline.topology import Topology, initialize
-from pipeline.setup import versions
 
 FORMAT_VERSION = 1
 

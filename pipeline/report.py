@@ -162,7 +162,7 @@ def show(results: Results, folder: Path) -> None:
         for way, difference in facts["above_on"].items():
             console.print(
                 f"{WAY_NAMES[way]}: {signed(difference['loss'])} nats per token against memory on "
-                f"(95 %: {interval(difference['loss_interval'], signed=True)})",
+                f"(95 %: {interval(difference['loss_interval'], plus=True)})",
                 markup=False,
                 soft_wrap=True,
             )
@@ -213,6 +213,6 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4f}"
 
 
-def interval(ends: Sequence[float | None], signed: bool = False) -> str:
-    form = signed if signed else number
+def interval(ends: Sequence[float | None], plus: bool = False) -> str:
+    form = signed if plus else number
     return "-" if None in ends else f"{form(ends[0])} to {form(ends[1])}"

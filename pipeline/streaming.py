@@ -22,8 +22,8 @@ from pipeline.checkpoint import CheckpointReader, load_weights
 from pipeline.config import Config
 from pipeline.executor import Executor, Memory
 from pipeline.schedule import build_forward_schedule
-from pipeline.topology import Topology
 from pipeline.setup import build_stage
+from pipeline.topology import Topology
 
 WINDOW_TOKENS = 16_384
 """Tokens of one window, all lanes together: enough that matrix products, not Python, take the time."""

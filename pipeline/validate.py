@@ -8,7 +8,16 @@ from pathlib import Path
 
 from model.config import MEMORY_RULES, WRITE_GATES
 from pipeline import derived
-from pipeline.config import GRADIENTS, LR_SCHEDULES, PRECISIONS, RECOMPUTE, SCHEDULES, Config
+from pipeline.config import (
+    GRADIENTS,
+    LR_SCHEDULES,
+    PRECISIONS,
+    RECOMPUTE,
+    SCHEDULES,
+    SPIKE_ACTIONS,
+    STOP_SIGNALS,
+    Config,
+)
 from pipeline.config_io import ConfigError
 
 
@@ -56,6 +65,8 @@ def _numbers(config: Config) -> Iterator[str]:
             "train.segments_per_window": train.segments_per_window,
             "train.max_nonfinite_steps": train.max_nonfinite_steps,
             "checkpoint.keep": config.checkpoint.keep,
+            "checkpoint.attempts": config.checkpoint.attempts,
+            "resilience.spike_window": config.resilience.spike_window,
             "metrics.interval": config.metrics.interval,
             "metrics.memory_interval": config.metrics.memory_interval,
             "evaluate.documents": config.evaluate.documents,
@@ -73,6 +84,9 @@ def _numbers(config: Config) -> Iterator[str]:
             "train.write_gate_penalty": train.write_gate_penalty,
             "train.seed": train.seed,
             "checkpoint.interval": config.checkpoint.interval,
+            "checkpoint.keep_every": config.checkpoint.keep_every,
+            "resilience.hang_timeout_s": config.resilience.hang_timeout_s,
+            "resilience.max_rollbacks": config.resilience.max_rollbacks,
             "evaluate.seed": config.evaluate.seed,
             **{f"data.sets.{i}.answer_weight": s.answer_weight for i, s in enumerate(config.data.sets)},
         },
@@ -91,6 +105,9 @@ def _numbers(config: Config) -> Iterator[str]:
         "optimizer.eps": optimizer.eps,
         **{f"data.sets.{i}.weight": s.weight for i, s in enumerate(config.data.sets)},
     }
+    positive["resilience.spike_threshold"] = config.resilience.spike_threshold
+    if config.resilience.max_minutes is not None:
+        positive["resilience.max_minutes"] = config.resilience.max_minutes
     for key, value in positive.items():
         if not 0 < value < math.inf:
             yield f"{key} = {value}: must be greater than 0"
@@ -120,6 +137,8 @@ def _choices(config: Config) -> Iterator[str]:
         ("bptt.recompute", config.bptt.recompute, RECOMPUTE),
         ("optimizer.schedule", config.optimizer.schedule, LR_SCHEDULES),
         ("train.precision", config.train.precision, PRECISIONS),
+        ("resilience.spike_action", config.resilience.spike_action, SPIKE_ACTIONS),
+        ("resilience.stop_signal", config.resilience.stop_signal, STOP_SIGNALS),
     ):
         if value not in valid:
             yield f"{key} = {value}: must be one of {', '.join(valid)}"

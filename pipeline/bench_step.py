@@ -1,0 +1,148 @@
+"""Forward and backward of one window without data and optimizer: what the benchmarks of the schedule measure."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from data.lanes import WindowBatch
+from pipeline.config import Config
+from pipeline.executor import Executor, StepResult
+from pipeline.live_bytes import LiveBytes
+from pipeline.schedule import Operation, build_schedule
+from pipeline.setup import build_stage
+from pipeline.topology import Topology
+
+
+def random_batch(config: Config, *, segments: int | None = None) -> WindowBatch:
+    """A window of random tokens in every lane, the same on every rank; each lane is the beginning of one document.
+
+    Args:
+        segments: of the window; None takes `train.segments_per_window`.
+    """
+    lanes, length = config.train.lanes, config.model.segment_length
+    segments = config.train.segments_per_window if segments is None else segments
+    generator = torch.Generator().manual_seed(config.train.seed)
+    text = torch.randint(0, config.model.vocab_size, (lanes, segments * length + 1), generator=generator)
+    shape = (lanes, segments, length)
+    reset = torch.zeros(lanes, segments, dtype=torch.bool)
+    reset[:, 0] = True
+    return WindowBatch(
+        tokens=text[:, :-1].reshape(shape),
+        labels=text[:, 1:].reshape(shape),
+        loss_weight=torch.ones(shape),
+        answer_mask=torch.zeros(shape, dtype=torch.bool),
+        reset=reset,
+        position_in_document=(torch.arange(segments) * length).expand(lanes, segments),
+        lane_ids=torch.arange(lanes),
+        padded_tokens=0,
+        documents=[[] for _ in range(lanes)],
+    )
+
+
+class Step:
+    """One rank's part of a step that can be repeated; gradients add up in the parameters.
+
+    Args:
+        config: decides model, window, chunks and recomputation; data parallelism is not used.
+    """
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        self.stage = build_stage(config, topology, config.model.vocab_size)
+
+    def schedule(self, config: Config) -> list[Operation]:
+        """This stage's operations for `config`."""
+        return build_schedule(
+            stages=self.topology.pipeline_size,
+            stage=self.topology.pipeline_rank,
+            windows=config.train.lanes // self.lanes_per_microbatch,
+            chunks=config.bptt.chunks_per_window,
+            replay=config.bptt.recompute == "window",
+        )
+
+    @property
+    def lanes_per_microbatch(self) -> int:
+        return 1 if self.topology.pipeline_size > 1 else self.config.train.lanes
+
+    def run(self, batch: WindowBatch, config: Config, observer: Callable | None = None) -> StepResult:
+        """Forward and backward of `batch`.
+
+        Args:
+            config: the step's own configuration, in which window length, chunks and window recomputation may differ.
+        """
+        executor = Executor(self.stage, self.topology, chunks=config.bptt.chunks_per_window, carry_gradient=True)
+        memory = self.stage.initial_memory(config.train.lanes, self.topology.device)
+        return executor.run(
+            self.schedule(config),
+            batch,
+            memory,
+            lanes_per_microbatch=self.lanes_per_microbatch,
+            loss_scale=1 / float(batch.loss_weight.sum()),
+            observer=observer,
+        )
+
+
+def tracked_peak(function: Callable[[], Any]) -> int:
+    """Peak bytes of the tensors that `function` makes, gradients that exist already not counted."""
+    with LiveBytes() as live:
+        function()
+    return live.peak
+
+
+def timed(function: Callable[[], Any]) -> dict[str, float]:
+    """Run `function` once: `wall_s`, `cpu_s` of this process, and `rss_bytes`, by how much its resident set grew at most.
+
+    The last one needs a process that has never been larger than it is now.
+    """
+    before = psutil.Process().memory_info().rss
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    result = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    return result | {"rss_bytes": peak_rss_bytes() - before}
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a forked process, whose memory peaks are its own.
+
+    The caller must not have joined a process group.
+
+    Raises:
+        RuntimeError: it failed, with its traceback.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        succeeded, result = ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the measuring process died with exit code {process.exitcode}") from None
+    process.join()
+    if not succeeded:
+        raise RuntimeError(f"a measurement failed:\n{result}")
+    return result
+
+
+def _call(pipe, function: Callable[..., Any], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        answer = (True, function(*arguments))
+    except Exception:
+        answer = (False, traceback.format_exc())
+    pipe.send(answer)
+    pipe.close()
