@@ -85,22 +85,29 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from pipeline.comparison import compare
     from pipeline.evaluate import evaluate_run
     from pipeline.topology import shutdown
 
+    several = len(args.run_dirs) > 1
     results: list[dict[str, Any]] = []
-    for run_dir in args.run_dirs:
+    for number, run_dir in enumerate(args.run_dirs, start=1):
+        out = args.out
+        if several and out is not None:
+            out = Path(out, f"{number}-{Path(run_dir).resolve().name}")
         results.append(
             evaluate_run(
                 run_dir,
                 overrides=args.overrides,
                 checkpoint=args.checkpoint,
-                out=args.out,
+                out=out,
                 data=args.data,
                 with_passkey=not args.no_passkey,
                 with_perplexity=not args.no_perplexity,
             )
         )
+    if several and os.environ["RANK"] == "0":
+        compare(results, Path(args.out) if args.out else Path(results[0]["folder"]))
     shutdown()
     return 0
 

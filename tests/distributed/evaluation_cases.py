@@ -1,0 +1,78 @@
+"""What the ranks run in the tests of the evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data.shards import PreparedSet
+from pipeline import heldout
+from pipeline.checkpoint import CheckpointReader, find_checkpoint
+from pipeline.config import Config
+from pipeline.evaluate import evaluate_run
+from pipeline.evaluation_config import evaluation_config
+from pipeline.streaming import Document, Streamer, open_checkpoint, window
+from pipeline.topology import initialize
+
+
+def evaluate(run: str, **arguments: Any) -> dict[str, Any]:
+    """`evaluate_run` as one of the ranks."""
+    return evaluate_run(run, **arguments)
+
+
+def _open(run: str, **model_memory: Any) -> tuple[Config, Streamer, CheckpointReader]:
+    config = evaluation_config(Path(run), [], dist.get_world_size() if dist.is_initialized() else 1)
+    memory = dataclasses.replace(config.model.memory, **model_memory)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
+    topology = initialize(tensor=1, pipeline=1, timeout_s=60)
+    return config, *open_checkpoint(config, topology, find_checkpoint(Path(run)))
+
+
+def _documents(data: str, segment_length: int) -> tuple[list[Document], int]:
+    source = PreparedSet(data, "valid")
+    chosen = heldout.choose_documents(source, documents=4, max_segments=8, segment_length=segment_length, seed=5)
+    return chosen, source.eos_id
+
+
+def _losses(batch, output) -> torch.Tensor:
+    """Summed loss per document and segment."""
+    return (output.loss.double() * batch.loss_weight).sum(dim=2)
+
+
+def streamed_and_whole(run: str, data: str) -> dict[str, Any]:
+    """The same documents in one window, in windows of 1, 2 and 4 segments, and by `heldout.segment_losses`."""
+    config, streamer, _ = _open(run)
+    documents, eos = _documents(data, config.model.segment_length)
+    results = {}
+    for step in (8, 4, 2, 1):
+        memory, pieces = streamer.empty_memory(len(documents)), []
+        for first in range(0, 8, step):
+            batch = streamer.window(documents, first, step, eos)
+            output = streamer.run(batch, memory)
+            memory = output.memory
+            pieces.append(_losses(batch, output))
+        results[step] = torch.cat(pieces, dim=1)
+    return {"windows": results, "sums": heldout.segment_losses(streamer, documents, eos, lambda tokens: None)}
+
+
+def controls(run: str, data: str) -> dict[str, Any]:
+    """What the controls are said to be, computed another way."""
+    config, streamer, _ = _open(run)
+    documents, eos = _documents(data, config.model.segment_length)
+    sums = heldout.segment_losses(streamer, documents, eos, lambda tokens: None)
+
+    _, plain, _ = _open(run, rule="none")
+    batch = plain.window(documents, 0, 8, eos)
+    without_memory = _losses(batch, plain.run(batch, plain.empty_memory(len(documents))))
+
+    # Segment 3 of document 0 behind the first three segments of document 1.
+    first, second = documents[:2]
+    history = window([second], 0, 3, config.model.segment_length, eos, torch.device("cpu"))
+    memory = streamer.run(history, streamer.empty_memory(1)).memory
+    batch = window([first], 3, 1, config.model.segment_length, eos, torch.device("cpu"))
+    exchanged = _losses(batch, streamer.run(batch, memory))
+    return {"sums": sums, "without_memory": without_memory, "exchanged": float(exchanged)}

@@ -1,0 +1,136 @@
+"""Evaluation with real ranks: streaming, controls, layouts and what is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed import cases, evaluation_cases
+from tests.distributed.pool import CaseFailed
+from tests.prepared import write_set
+
+pytestmark = pytest.mark.distributed
+
+SMALL = [
+    "evaluate.documents=4",
+    "evaluate.max_segments=8",
+    "evaluate.passkey_lengths=[2,16]",
+    "evaluate.passkey_depths=[0.1,0.9]",
+    "evaluate.passkey_documents=3",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return str(write_set(tmp_path_factory.mktemp("data") / "set", [300, 90, 41, 200, 150, 129, 17, 260]))
+
+
+@pytest.fixture(scope="module")
+def run(pools, tmp_path_factory, data) -> str:
+    """A trained run, whose memory makes a difference."""
+    folder = str(tmp_path_factory.mktemp("run") / "run")
+    overrides = ["train.steps=4", "model.memory.beta_init=2.0", "model.init_std=0.2", "metrics.interval=2"]
+    pools.run(1, cases.train_steps, folder=folder, data=data, overrides=overrides, steps=4, save=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(pools, tmp_path_factory, run) -> dict:
+    out = tmp_path_factory.mktemp("out")
+    return pools.run(1, evaluation_cases.evaluate, run=run, overrides=SMALL, out=str(out))[0]
+
+
+def test_streaming_does_not_change_the_losses(pools, run, data):
+    found = pools.run(1, evaluation_cases.streamed_and_whole, run=run, data=data)[0]
+    whole = found["windows"][8].numpy()
+    assert whole.min() > 0
+    for step in (4, 2, 1):
+        np.testing.assert_allclose(found["windows"][step].numpy(), whole, rtol=1e-6)
+    np.testing.assert_allclose(found["sums"]["on"], whole, rtol=1e-6)
+
+
+def test_controls_are_what_they_are_called(pools, run, data):
+    found = pools.run(1, evaluation_cases.controls, run=run, data=data)[0]
+    sums = found["sums"]
+    np.testing.assert_allclose(sums["off"], found["without_memory"].numpy(), rtol=1e-6)
+    assert sums["shuffled"][0, 3] == pytest.approx(found["exchanged"], rel=1e-6)
+    # The first segment has nothing to remember; behind it the ways differ.
+    np.testing.assert_allclose(sums["off"][:, 0], sums["on"][:, 0], rtol=1e-6)
+    np.testing.assert_allclose(sums["shuffled"][:, 0], sums["on"][:, 0], rtol=1e-6)
+    for control in ("off", "shuffled"):
+        assert (np.abs(sums[control][:, 1:] / sums["on"][:, 1:] - 1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+def test_the_layout_does_not_change_the_results(pools, tmp_path, run, single, layout):
+    results = pools.run(2, evaluation_cases.evaluate, run=run, overrides=[*SMALL, layout], out=str(tmp_path))
+    assert results[0] == results[1]
+    ((path, facts),) = results[0]["perplexity"].items()
+    expected = single["perplexity"][path]
+    assert facts["documents"] == expected["documents"] == 4
+    for way in ("on", "off", "shuffled"):
+        assert facts["ways"][way]["loss"] == pytest.approx(expected["ways"][way]["loss"], rel=1e-6)
+        np.testing.assert_allclose(facts["ways"][way]["by_segment"], expected["ways"][way]["by_segment"], rtol=1e-5)
+    assert results[0]["passkey"]["cells"] == single["passkey"]["cells"]
+
+
+def test_results_are_complete_json(run, single):
+    folder = Path(single["folder"])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    written = json.loads((folder / "results.json").read_text(), parse_constant=refuse)
+    assert written == json.loads(json.dumps(single))
+    assert written["step"] == 4 and written["checkpoint"].startswith(run)
+    assert len(written["passkey"]["cells"]) == 1 * 2 * 3  # 2 segments of 16 tokens hold no passkey document
+    assert any("passkey lengths 2 left out" in note for note in written["notes"])
+    (facts,) = written["perplexity"].values()
+    assert len(facts["each_document"]) == 4 and len(facts["above_on"]["off"]["by_segment"]) == 8
+    assert sum(facts["by_segment_tokens"]) == facts["tokens"]
+    for name in ("loss_by_segment_set", "passkey_on", "passkey_off", "passkey_shuffled", "training_curves"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob(".*")) and not list(folder.glob("*.tmp"))
+
+
+def test_tensorboard_has_each_evaluation_once(pools, tmp_path, run):
+    overrides = [*SMALL, "metrics.tensorboard=true"]
+    for _ in range(2):
+        pools.run(1, evaluation_cases.evaluate, run=run, overrides=overrides, out=str(tmp_path), with_perplexity=False)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = (tmp_path / "tensorboard" / "evaluation").iterdir()
+    events = EventAccumulator(str(file)).Reload()
+    (point,) = events.Scalars("evaluation/passkey_on/segments_16")
+    assert point.step == 4 and 0 <= point.value <= 1
+    assert "evaluation/passkey/off" in events.Tags()["images"]
+
+
+def test_without_a_memory_there_are_no_controls(pools, tmp_path, data):
+    folder = str(tmp_path / "plain")
+    overrides = ["train.steps=4", "model.memory.rule=none"]
+    pools.run(1, cases.train_steps, folder=folder, data=data, overrides=overrides, steps=1, save=True)
+    results = pools.run(1, evaluation_cases.evaluate, run=folder, overrides=SMALL)[0]
+    (facts,) = results["perplexity"].values()
+    assert list(facts["ways"]) == results["passkey"]["controls"] == ["on"]
+    assert any("no controls" in note for note in results["notes"])
+    assert os.path.exists(Path(folder, "evaluation", "step_00000001", "results.json"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"overrides": ["model.memory.skip_empty=false"]}, "model.memory.skip_empty is False"),
+        ({"data": ["/nowhere"]}, "/nowhere is not a prepared set"),
+        ({"checkpoint": "/nowhere"}, "no checkpoint here"),
+        ({"with_passkey": False, "with_perplexity": False}, "nothing to evaluate"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(pools, tmp_path, run, arguments, message):
+    with pytest.raises(CaseFailed, match=message):
+        pools.run(1, evaluation_cases.evaluate, run=run, out=str(tmp_path), **arguments)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,336 @@
+"""Evaluation without processes: documents, windows, intervals, passkey scores, and what the command line accepts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import PreparedSet
+from data.synthetic import PasskeyGenerator
+from data.tokenizer import byte_tokenizer, train_bpe
+from launch import cli, evaluate
+from model.memory import MatrixState
+from pipeline import report
+from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
+from pipeline.comparison import compare, loss_difference, run_names
+from pipeline.config_io import ConfigError
+from pipeline.evaluation_config import evaluation_config
+from pipeline.heldout import choose_documents, summarize
+from pipeline.passkey import FIRST_SEED, document_seed, passkey_document, passkey_grid, shortest_length
+from pipeline.streaming import Output, Streamer, array_document, choose_lanes, roll_lanes, window
+from tests.prepared import write_set
+
+CPU = torch.device("cpu")
+BYTES = byte_tokenizer()
+
+
+# Intervals
+
+
+def test_bootstrap_interval_is_that_of_a_mean():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=400)
+    low, high = ratio_intervals(values, np.ones(400), resample_counts(400, seed=1))
+    half = 1.96 * values.std() / math.sqrt(400)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.03)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_bootstrap_weights_tokens_and_keeps_documents_whole():
+    # Every document has the same loss per token: whatever is drawn, the mean is the same.
+    weight = np.array([[10.0, 0.0], [1000.0, 5.0], [3.0, 0.0]])
+    low, high = ratio_intervals(2.5 * weight, weight, resample_counts(3, seed=0))
+    assert low[0] == pytest.approx(2.5) and high[0] == pytest.approx(2.5)
+    assert math.isnan(low[1])  # one document says nothing about others
+    # Two documents: half of the resamples hold both, a quarter each only one of them.
+    low, high = ratio_intervals(np.array([1.0, 3.0]), np.ones(2), resample_counts(2, seed=0))
+    assert (low, high) == (1.0, 3.0)
+
+
+def test_bootstrap_is_seeded():
+    assert (resample_counts(5, seed=3) == resample_counts(5, seed=3)).all()
+    assert (resample_counts(5, seed=3) != resample_counts(5, seed=4)).any()
+    assert (resample_counts(5, seed=3).sum(axis=1) == 5).all()
+
+
+@pytest.mark.parametrize(
+    "successes, trials, expected",  # Newcombe 1998, table I, method 3
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (29, 29, (0.8830, 1.0))],
+)
+def test_wilson_interval(successes, trials, expected):
+    assert wilson_interval(successes, trials) == pytest.approx(expected, abs=1e-4)
+
+
+# Documents and windows
+
+
+def test_window_is_the_document_with_labels_answers_and_padding():
+    documents = [array_document("a", np.arange(12), [(8, 10)]), array_document("b", np.arange(100, 104))]
+    first = window(documents, 0, 2, 4, 999, CPU)
+    assert first.tokens.tolist() == [
+        [[0, 1, 2, 3], [4, 5, 6, 7]],
+        [[100, 101, 102, 999], [999] * 4],
+    ]
+    assert first.labels[0].flatten().tolist() == list(range(1, 9))
+    assert first.loss_weight.sum(dim=2).tolist() == [[4, 4], [3, 0]]
+    assert first.answer_mask.nonzero().tolist() == [[0, 1, 3]]  # label 8
+    assert first.reset.tolist() == [[True, False]] * 2
+    assert first.padded_tokens == 5
+    last = window(documents, 2, 1, 4, 999, CPU)
+    assert last.tokens[0].tolist() == [[8, 9, 10, 999]] and last.labels[0].tolist() == [[9, 10, 11, 999]]
+    assert last.answer_mask.nonzero().tolist() == [[0, 0, 0]]  # label 9
+    assert not last.reset.any() and last.position_in_document[0].tolist() == [8]
+
+
+def test_long_documents_come_first_in_a_drawn_order(tmp_path):
+    source = PreparedSet(write_set(tmp_path / "set", [30, 500, 81, 200, 82, 300, 50]), "valid")
+
+    def chosen(documents: int, seed: int) -> list[int]:
+        found = choose_documents(source, documents=documents, max_segments=5, segment_length=16, seed=seed)
+        for document in found:
+            assert len(document.read(0, document.length)) == document.length
+        return [document.length for document in found]
+
+    assert chosen(5, 0) == [81] * 5
+    assert chosen(7, 0) == [81] * 5 + [50, 30]
+    orders = {
+        tuple(d.name for d in choose_documents(source, documents=5, max_segments=5, segment_length=16, seed=seed))
+        for seed in range(5)
+    }
+    assert len(orders) > 1
+
+
+@pytest.mark.parametrize("number, limit", [(4, 3), (64, 64), (65, 64), (7, 3), (2, 64), (130, 64)])
+def test_batches_are_even_and_leave_nobody_alone(number, limit):
+    batches = Streamer.batches(SimpleNamespace(max_lanes=limit), list(range(number)))
+    assert sum(batches, []) == list(range(number))
+    assert all(2 <= len(batch) <= limit for batch in batches)
+
+
+def test_memory_of_other_lanes():
+    memory = [MatrixState(torch.arange(3.0).view(3, 1, 1, 1)), None]
+    assert roll_lanes(memory)[0].M.flatten().tolist() == [1, 2, 0]
+    zeros = [MatrixState(torch.zeros(3, 1, 1, 1)), None]
+    chosen = choose_lanes(torch.tensor([True, False, True]), memory, zeros)
+    assert chosen[0].M.flatten().tolist() == [0, 0, 2] and chosen[1] is None
+
+
+def test_summary_pairs_the_controls():
+    weight = np.array([[4.0, 4.0], [4.0, 0.0], [4.0, 2.0]])
+    on = np.array([[8.0, 4.0], [40.0, 0.0], [4.0, 2.0]])
+    facts = summarize({"weight": weight, "on": on, "off": on + 0.5 * weight}, seed=0)
+    assert facts["ways"]["on"]["loss"] == pytest.approx(58 / 18)
+    assert facts["ways"]["on"]["by_segment"] == pytest.approx([52 / 12, 1.0])
+    assert facts["by_segment_documents"] == [3, 2] and facts["by_segment_tokens"] == [12, 6]
+    # Documents differ by nats, the control by exactly half a nat everywhere.
+    low, high = facts["ways"]["off"]["loss_interval"]
+    assert high - low > 1
+    assert facts["above_on"]["off"]["loss"] == pytest.approx(0.5)
+    assert facts["above_on"]["off"]["loss_interval"] == pytest.approx([0.5, 0.5])
+
+
+# Passkey
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([BYTES.decode(PasskeyGenerator(BYTES).document(4000, 0.3, 1).tokens)], 300)
+
+
+@pytest.mark.parametrize("segments, length, depth", [(9, 64, 0.0), (16, 64, 0.5), (31, 64, 1.0), (5, 128, 0.31)])
+def test_passkey_documents_fill_their_segments(bpe, segments, length, depth):
+    for tokenizer in (BYTES, bpe):
+        document = passkey_document(tokenizer, segments, length, depth, seed=7)
+        tokens = document.read(0, document.length)
+        assert document.length == segments * length + 1 == len(tokens)
+        ((start, stop),) = document.answers
+        text, answer = tokenizer.decode(tokens), tokenizer.decode(tokens[start:stop]).strip()
+        assert stop == document.length and re.fullmatch(r"\d{5}", answer)
+        assert text.startswith("There is an important info") and f"The pass key is {answer}. Remember it." in text
+        assert text.endswith(f"again. What is the pass key? The pass key is {answer}") or depth == 1.0
+
+
+def test_passkey_seeds_are_nobody_elses():
+    seeds = {document_seed(1, length, depth, i) for length in (2, 4) for depth in (0.0, 0.5) for i in range(50)}
+    assert len(seeds) == 200 and min(seeds) >= FIRST_SEED
+    assert document_seed(1, 2, 0.5, 3) == document_seed(1, 2, 0.5, 3) != document_seed(2, 2, 0.5, 3)
+
+
+class Oracle:
+    """Remembers the text so far, and answers with the first key in it; without memory, with the key in the segment."""
+
+    has_memory = True
+    segment_length = 64
+    capacity = 64 * 16
+
+    def __init__(self, lanes: int, step: int) -> None:
+        self.lanes, self.step = lanes, step
+        self.windows: list[tuple[int, int]] = []
+
+    def batches(self, items):
+        return [items[i : i + self.lanes] for i in range(0, len(items), self.lanes)]
+
+    def segments_per_window(self, lanes):
+        return self.step
+
+    def window(self, documents, first, segments, eos_id):
+        self.windows.append((first, segments))
+        return window(documents, first, segments, self.segment_length, eos_id, CPU)
+
+    def empty_memory(self, lanes):
+        return [MatrixState(torch.full((lanes, 1, self.capacity, 1), 256.0)), None]
+
+    def share_from_last_stage(self, value):
+        return value
+
+    def run(self, batch, memory, *, memory_off=False, correct=False):
+        seen = memory[0].M.flatten(1).long().tolist()
+        correct = torch.zeros_like(batch.answer_mask)
+        carried = []
+        for lane, tokens in enumerate(batch.tokens.flatten(1).tolist()):
+            before = [t for t in seen[lane] if t != 256]
+            text = BYTES.decode(tokens if memory_off else [*before, *tokens])
+            key = re.search(r"The pass key is (\d{5})\. Remember", text)
+            spots = batch.answer_mask[lane].flatten().nonzero().flatten()
+            for spot, digit in zip(spots.tolist(), key[1] if key else "", strict=False):
+                correct[lane].view(-1)[spot] = int(batch.labels[lane].flatten()[spot]) == ord(digit)
+            carried.append((before + tokens + [256] * self.capacity)[: self.capacity])
+        state = MatrixState(torch.tensor(carried, dtype=torch.float32).view(-1, 1, self.capacity, 1))
+        return Output(None, correct, [state, None])
+
+
+def _grid(oracle: Oracle, **options) -> tuple[dict, int]:
+    done = []
+    settings = {"lengths": [6, 12], "depths": [0.0, 0.4], "documents": 4, "seed": 3} | options
+    return passkey_grid(oracle, BYTES, advance=done.append, **settings), sum(done)
+
+
+@pytest.mark.parametrize("lanes, step", [(64, 16), (3, 1), (4, 2)])
+def test_passkey_grid_tells_what_the_memory_does(lanes, step):
+    oracle = Oracle(lanes, step)
+    grid, tokens = _grid(oracle)
+    assert tokens == (6 + 12) * 64 * 2 * 4
+    assert len(grid["cells"]) == 2 * 2 * 3
+    for cell in grid["cells"]:
+        on = cell["control"] == "on"
+        assert cell["documents"] == 4
+        assert cell["exact_match"] == (1.0 if on else 0.0), cell
+        assert cell["token_accuracy"] == 1.0 if on else cell["token_accuracy"] < 0.5
+        assert cell["exact_match_interval"] == pytest.approx([0.5101, 1.0] if on else [0.0, 0.4899], abs=1e-3)
+    # Windows cover the document once, the last segment alone; all controls share them.
+    assert oracle.windows[-1][1] == 1 and max(segments for _, segments in oracle.windows) <= step
+
+
+def test_passkey_grid_sees_a_key_in_the_last_segment_without_memory():
+    class Near(Oracle):
+        segment_length = 256
+
+    grid, _ = _grid(Near(64, 16), lengths=[2], depths=[1.0])
+    assert {cell["control"]: cell["exact_match"] for cell in grid["cells"]}["off"] == 1.0
+
+
+def test_passkey_grid_without_somebody_to_exchange_with():
+    grid, _ = _grid(Oracle(64, 16), depths=[0.4], documents=1)
+    assert {cell["control"] for cell in grid["cells"]} == {"on", "off"}
+    plain = Oracle(64, 16)
+    plain.has_memory = False
+    assert _grid(plain)[0]["controls"] == ["on"]
+
+
+def test_shortest_passkey_document():
+    shortest = shortest_length(BYTES, 64)
+    passkey_document(BYTES, shortest, 64, 0.5, 0)
+    with pytest.raises(ValueError, match="has at least"):
+        passkey_document(BYTES, shortest - 1, 64, 0.5, 0)
+
+
+# Results
+
+
+def test_json_without_nan():
+    value = {"a": [1.0, float("nan"), (float("inf"), 2)], "b": {"c": -math.inf, "d": "text", "e": None, "f": True}}
+    cleaned = report.without_nan(value)
+    assert cleaned == {"a": [1.0, None, [None, 2]], "b": {"c": None, "d": "text", "e": None, "f": True}}
+    json.dumps(cleaned, allow_nan=False)
+
+
+def _results(run: str, losses: list[float], exact: float) -> dict:
+    sums = {"weight": np.full((3, 4), 8.0), "on": 8.0 * np.tile(np.array(losses)[:, None], 4)}
+    each = [{"name": f"d{i}", "tokens": 32, "loss": {"on": loss}} for i, loss in enumerate(losses)]
+    cell = {"segments": 4, "depth": 0.5, "control": "on", "exact_match": exact, "token_accuracy": exact}
+    return {
+        "run": run,
+        "name": "same",
+        "step": 7,
+        "training_tokens": 1000,
+        "seed": 1,
+        "config": {"model": {"segment_length": 64, "memory": {"rule": "delta", "write_gate": "none"}}},
+        "perplexity": {"text": report.without_nan(summarize(sums, 1) | {"each_document": each})},
+        "passkey": {"lengths": [4], "depths": [0.5], "controls": ["on"], "cells": [cell]},
+    }
+
+
+def test_runs_side_by_side(tmp_path, capsys):
+    runs = [_results("a", [1.0, 2.0, 6.0], 0.25), _results("b", [0.9, 1.9, 5.9], 0.75)]
+    assert run_names(runs) == ["a", "b"]
+    content = compare(runs, tmp_path)
+    difference = content["loss_above_first"]["text"]["b"]
+    assert difference["loss"] == pytest.approx(-0.1)
+    assert difference["loss_interval"] == pytest.approx([-0.1, -0.1])
+    assert json.loads((tmp_path / "comparison.json").read_text()) == content
+    assert (tmp_path / "comparison_loss_text.png").exists()
+    printed = capsys.readouterr().out
+    assert re.search(r"text: loss, memory on +3\.0000 +2\.9000", printed)
+    assert re.search(r"text: loss above a \(95 %\) +-0\.1000", printed)
+    assert re.search(r"passkey 4 segments, memory on +0\.25 +0\.75", printed)
+
+
+def test_other_texts_are_not_compared():
+    first, other = (_results(name, [1.0, 2.0, 6.0], 0.0)["perplexity"]["text"] for name in "ab")
+    other["each_document"][0]["name"] = "another"
+    assert loss_difference(first, other, 0) is None
+
+
+# Command line
+
+
+def _parsed(*arguments: str) -> argparse.Namespace:
+    args = cli.parse(["evaluate", *arguments])
+    evaluate._sort_arguments(args)
+    return args
+
+
+def test_runs_and_settings_in_any_order():
+    args = _parsed("a", "b", "evaluate.seed=3", "--nproc", "2", "parallel.tensor=2", "--documents", "5")
+    assert args.run_dirs == ["a", "b"]
+    assert args.overrides == ["evaluate.seed=3", "parallel.tensor=2", "evaluate.documents=5"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["evaluate.seed=3"], "no run folder"),
+        (["a", "b", "--checkpoint", "c"], "one run"),
+        (["a", "--no-passkey", "--no-perplexity"], "nothing to evaluate"),
+    ],
+)
+def test_command_lines_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _parsed(*arguments)
+
+
+def test_the_layout_is_the_evaluations_own(tmp_path):
+    (tmp_path / "config.yaml").write_text("parallel: {tensor: 2, pipeline: 2, zero_stage: 2}\ntrain: {lanes: 6}\n")
+    config = evaluation_config(tmp_path, [], 1)
+    assert (config.parallel.tensor, config.parallel.pipeline) == (1, 1)
+    assert evaluation_config(tmp_path, ["parallel.tensor=2"], 2).parallel.tensor == 2
+    with pytest.raises(ConfigError, match="no data parallelism.*--nproc 2"):
+        evaluation_config(tmp_path, ["parallel.tensor=2"], 4)
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        evaluation_config(tmp_path / "nowhere", [], 1)
