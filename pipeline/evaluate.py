@@ -106,7 +106,9 @@ def evaluate_run(
                 seed=evaluate.seed,
                 advance=advance,
             )
-    results["seconds"] = time.perf_counter() - started
+    seconds = [time.perf_counter() - started]
+    dist.broadcast_object_list(seconds, src=0)
+    results["seconds"] = seconds[0]
     results["tokens_per_s"] = total / results["seconds"]
     folder = Path(out) if out is not None else run_dir / "evaluation" / path.name
     results = report.without_nan(results | {"folder": str(folder)})

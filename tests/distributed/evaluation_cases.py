@@ -24,6 +24,15 @@ def evaluate(run: str, **arguments: Any) -> dict[str, Any]:
     return evaluate_run(run, **arguments)
 
 
+def refusal(run: str, **arguments: Any) -> str:
+    """The message with which `evaluate_run` refuses."""
+    try:
+        evaluate_run(run, **arguments)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it was evaluated")
+
+
 def _open(run: str, **model_memory: Any) -> tuple[Config, Streamer, CheckpointReader]:
     config = evaluation_config(Path(run), [], dist.get_world_size() if dist.is_initialized() else 1)
     memory = dataclasses.replace(config.model.memory, **model_memory)
