@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import io
+import math
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +17,8 @@ import torch.distributed as dist
 
 from model.sharding import partition_of, unshard
 from pipeline.config_io import load_config
-from pipeline.trainer import Trainer
+from pipeline.executor import map_memory
+from pipeline.trainer import NonFiniteError, Trainer
 from pipeline.validate import validate
 from tests.distributed.grid import join
 
@@ -101,27 +109,46 @@ def full_memory(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
+def finish(trainer: Trainer) -> None:
+    """Let go of what a process that trains once would keep until it ends."""
+    trainer.close()
+    dist.destroy_process_group(trainer.saver.group)
+
+
 def train_steps(
     folder: str,
     data: str,
     overrides: list[str],
     steps: int,
-    resume: bool = False,
+    resume: str | None = None,
     save: bool = False,
+    save_at: int | None = None,
     damage: str | None = None,
 ) -> dict[str, Any]:
-    """Train some steps; returns losses and gradient norms per step, final weights, moments and carried memory.
+    """Train some steps.
 
     Args:
+        resume: see `Trainer.start`.
+        save: write a checkpoint at the end.
+        save_at: write one after this step, and go on.
         damage: break the run on purpose, to see that the comparison notices: `gradient` scales one gradient by 1.01.
+
+    Returns:
+        Losses, gradient norms and batches (hashes, by lane) of every step; and on rank 0 the final weights, moments and
+        carried memory.
     """
     trainer = make_trainer(folder, data, overrides)
-    trainer.start("latest" if resume else None)
+    trainer.start(resume)
     losses, norms = [], []
+    batches: dict[int, list[str]] = {}
     forward_backward, step = trainer.forward_backward, trainer.optimizer.step
 
-    def watched_forward_backward(*args, **kwargs):
-        result, sums = forward_backward(*args, **kwargs)
+    def watched_forward_backward(batch, **kwargs):
+        for row, lane in enumerate(batch.lane_ids.tolist()):
+            parts = (batch.tokens, batch.labels, batch.loss_weight, batch.reset, batch.position_in_document)
+            content = b"".join(part[row].numpy().tobytes() for part in parts)
+            batches.setdefault(lane, []).append(hashlib.sha256(content).hexdigest())
+        result, sums = forward_backward(batch, **kwargs)
         losses.append(sums["loss"] / sums["weight"])
         return result, sums
 
@@ -138,13 +165,136 @@ def train_steps(
     last = trainer.step + steps
     while trainer.step < last:
         trainer.train_step()
+        if trainer.step == save_at:
+            trainer.save()
     if save:
         trainer.save()
     tensors = full_weights(trainer) | full_memory(trainer)
-    trainer.close()
+    finish(trainer)
     return {
         "losses": losses,
         "norms": norms,
+        "batches": batches,
         "tensors": tensors if dist.get_rank() == 0 else {},
         "saved": sorted(p.name for p in (Path(folder) / "checkpoints").glob("step_*")),
     }
+
+
+def try_to_resume(folder: str, data: str, overrides: list[str], resume: str) -> dict[str, Any]:
+    """Start from a checkpoint that may be no good: the error, the step reached, what was printed."""
+    trainer = make_trainer(folder, data, overrides)
+    printed, error = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            trainer.start(resume)
+        except ValueError as problem:
+            error = (type(problem).__name__, str(problem))
+    finish(trainer)
+    return {"error": error, "step": trainer.step, "printed": printed.getvalue()}
+
+
+def train_on_full_disk(
+    folder: str, data: str, overrides: list[str], where: str, rank: int, failures: int
+) -> dict[str, Any]:
+    """Train to the end while the disk is full for one rank.
+
+    Args:
+        where: `tensors` limits the size of the rank's files, as a quota would; `fsync` lets the disk refuse later.
+        failures: saves that meet the full disk before there is room again.
+    """
+    trainer = make_trainer(folder, data, overrides)
+    trainer.start(None)
+    run, met, error = trainer.saver._run, 0, None
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save(snapshot):
+        nonlocal met
+        met += 1
+        if met > failures or dist.get_rank() != rank:
+            return run(snapshot)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if where == "tensors":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        fsync, os.fsync = os.fsync, full if where == "fsync" else os.fsync
+        try:
+            return run(snapshot)
+        finally:
+            os.fsync = fsync
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    trainer.saver._run = save
+    try:
+        trainer.train()
+    except OSError as problem:
+        error = str(problem)
+    dist.barrier()
+    left = sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())
+    finish(trainer)
+    return {"error": error, "left": left, "saves": met, "step": trainer.step}
+
+
+def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, first: int, count: int) -> dict[str, Any]:
+    """Train, with numbers that are not finite for `count` steps from step `first` on, on one rank alone.
+
+    Args:
+        poison: `loss` makes the activations NaN, `gradient` their gradient infinite.
+
+    Returns:
+        What was the same after those steps as before, and how training went on; or the message of NonFiniteError.
+    """
+    trainer = make_trainer(folder, data, overrides)
+    trainer.start(None)
+    while trainer.step < first - 1:
+        trainer.train_step()
+    before, lanes = full_weights(trainer), trainer.loader.state_dict()["lanes"]
+    memory = map_memory(trainer.memory, torch.clone)
+    seen: list[torch.Tensor] = []
+    next_batch = trainer.loader.next_batch
+
+    def watched_next_batch():
+        batch = next_batch()
+        seen.append(batch.reset.any(dim=1))
+        return batch
+
+    trainer.loader.next_batch = watched_next_batch
+
+    def hurt(module, inputs, output):
+        if poison == "gradient" and output[0].requires_grad:
+            output[0].register_hook(lambda gradient: gradient * math.inf)
+        return (output[0] * math.nan, output[1]) if poison == "loss" else output
+
+    topology, hook = trainer.topology, None
+    if topology.data_rank == topology.tensor_rank == 0 and "1" in trainer.stage.layers:
+        hook = trainer.stage.layers["1"].mlp.register_forward_hook(hurt)
+    try:
+        for _ in range(count):
+            trainer.train_step()
+    except NonFiniteError as error:
+        finish(trainer)
+        return {"error": str(error)}
+    finally:
+        if hook is not None:
+            hook.remove()
+    after, moved = full_weights(trainer), trainer.loader.state_dict()["lanes"]
+    started = torch.stack(seen).any(dim=0)
+    rolled_back = all(
+        torch.equal(x[~started], y[~started]) and not x[started].any()
+        for state, old in zip(trainer.memory, memory, strict=True)
+        for x, y in zip(state, old, strict=True)
+    )
+    result = {
+        "error": None,
+        "weights_unchanged": before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before),
+        "memory_rolled_back": rolled_back,
+        "lanes_started": started.tolist(),
+        "lanes_moved": all(lanes[lane] != moved[lane] for lane in lanes),
+        "step": trainer.step,
+    }
+    trainer.train_step()
+    later = full_weights(trainer)
+    result["goes_on"] = all(x.isfinite().all() and not torch.equal(x, after[name]) for name, x in later.items())
+    result["optimizer_steps"] = trainer.optimizer.steps_taken()
+    finish(trainer)
+    return result

@@ -1,0 +1,250 @@
+"""A run that stops and goes on is the run that never stopped: bit for bit on its layout, and on any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import cases
+from tests.prepared import write_set
+
+pytestmark = pytest.mark.distributed
+
+MODEL = ["model.memory.write_gate=hard", "model.memory.write_gate_bias=0.5"]
+LAYOUTS = {
+    "1111": (1, 1, 1, 1),
+    "2111": (2, 1, 1, 1),
+    "1212": (1, 2, 1, 2),
+    "1121": (1, 1, 2, 1),
+    "1122": (1, 1, 2, 2),
+    "1123": (1, 1, 2, 3),
+    "1221": (1, 2, 2, 1),
+    "2123": (2, 1, 2, 3),
+}
+"""Tensor, pipeline, data, ZeRO stage."""
+
+
+class Runs:
+    """Runs of 20 steps with a checkpoint in the middle, one per layout, made when first asked for."""
+
+    def __init__(self, pools, folder: Path) -> None:
+        self.pools, self.folder = pools, folder
+        self.data = str(write_set(folder / "set", [37, 500, 130, 64, 250, 90, 17, 400]))
+        self.known: dict[str, dict] = {}
+        self.count = 0
+
+    def run(self, layout: str, **options) -> list[dict]:
+        tensor, pipeline, data, zero = LAYOUTS[layout]
+        overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.zero_stage={zero}"]
+        overrides += [*MODEL, f"bptt.chunks_per_window={2 if pipeline > 1 else 1}"]
+        self.count += 1
+        options = {"folder": str(self.folder / f"run{self.count}")} | options
+        world = tensor * pipeline * data
+        return self.pools.run(world, cases.train_steps, data=self.data, overrides=overrides, **options)
+
+    def whole(self, layout: str) -> dict:
+        if layout not in self.known:
+            folder = self.folder / f"whole-{layout}"
+            ranks = self.run(layout, folder=str(folder), steps=20, save_at=10)
+            checkpoint = folder / "checkpoints" / "step_00000010"
+            self.known[layout] = merged(ranks) | {"checkpoint": str(checkpoint)}
+        return self.known[layout]
+
+
+def merged(ranks: list[dict]) -> dict:
+    """Rank 0's result, with the batches of all lanes."""
+    batches: dict[int, list[str]] = {}
+    for rank in ranks:
+        for lane, hashes in rank["batches"].items():
+            assert batches.setdefault(lane, hashes) == hashes  # all stages see the same batch
+    return ranks[0] | {"batches": batches}
+
+
+@pytest.fixture(scope="module")
+def runs(pools, tmp_path_factory):
+    return Runs(pools, tmp_path_factory.mktemp("resume"))
+
+
+def assert_bitwise(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(tensors[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_layout_goes_on_bit_for_bit(runs, layout):
+    """Losses, gradient norms, batches, weights, moments and memory of steps 11 to 20."""
+    whole = runs.whole(layout)
+    resumed = merged(runs.run(layout, steps=10, resume=whole["checkpoint"]))
+    assert resumed["losses"] == whole["losses"][10:]
+    assert resumed["norms"] == whole["norms"][10:]
+    assert resumed["batches"] == {lane: hashes[10:] for lane, hashes in whole["batches"].items()}
+    assert_bitwise(resumed["tensors"], whole["tensors"])
+
+
+def test_new_processes_go_on_bit_for_bit(runs):
+    """Nothing that matters lives in the process: the ranks that saved are dead when others resume."""
+    whole = runs.whole("1212")
+    runs.pools.pools[2].close()
+    resumed = merged(runs.run("1212", steps=10, resume=whole["checkpoint"]))
+    assert resumed["losses"] == whole["losses"][10:]
+    assert_bitwise(resumed["tensors"], whole["tensors"])
+
+
+PAIRED = ("1111", "2111", "1212", "1123", "1221", "2123")
+
+
+@pytest.mark.parametrize("source", PAIRED)
+def test_every_layout_reads_what_another_wrote(runs, source):
+    """Without a step in between: weights, moments and memory bit for bit, whoever wrote and whoever reads."""
+    checkpoint = runs.whole(source)["checkpoint"]
+    own = merged(runs.run(source, steps=0, resume=checkpoint))["tensors"]
+    assert len(own) > 30
+    for target in PAIRED:
+        if target != source:
+            assert_bitwise(merged(runs.run(target, steps=0, resume=checkpoint))["tensors"], own)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("1111", "2123"), ("2111", "1212"), ("1212", "1123"), ("1123", "1221"), ("1221", "2111"), ("2123", "1122")],
+)
+def test_another_layout_goes_on(runs, source, target):
+    """The same batches, losses to 1e-6, and what Adam makes of rounding in weights, moments and memory."""
+    whole = runs.whole(source)
+    resumed = merged(runs.run(target, steps=10, resume=whole["checkpoint"]))
+    assert resumed["batches"] == {lane: hashes[10:] for lane, hashes in whole["batches"].items()}
+    assert resumed["losses"] == pytest.approx(whole["losses"][10:], rel=1e-6)
+    for name, expected in whole["tensors"].items():
+        difference = ((resumed["tensors"][name] - expected).norm() / expected.norm()).item()
+        assert difference <= 2e-5, f"{name} differs by {difference:.1e} of its norm"
+
+
+# When things go wrong
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(pools, tmp_path_factory):
+    """A run on two pipeline stages with checkpoints of steps 1 and 2; never changed."""
+    folder = tmp_path_factory.mktemp("two")
+    data = str(write_set(folder / "set", [300, 500]))
+    overrides = ["parallel.pipeline=2", "train.steps=5"]
+    arguments = {"folder": str(folder / "run"), "data": data, "overrides": overrides}
+    pools.run(2, cases.train_steps, **arguments, steps=2, save_at=1, save=True)
+    return folder / "run", data
+
+
+@pytest.fixture
+def resume(pools, two_checkpoints, tmp_path):
+    """A copy of the run to break, and a function that starts from it."""
+    original, data = two_checkpoints
+    run = tmp_path / "run"
+    shutil.copytree(original, run)
+
+    def resume(path: str, *overrides: str) -> list[dict]:
+        arguments = {"folder": str(run), "data": data, "resume": path}
+        settings = ["parallel.pipeline=2", "train.steps=5", *overrides]
+        return pools.run(2, cases.try_to_resume, **arguments, overrides=settings)
+
+    return run, resume
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def garble_summary(path: Path) -> None:
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"format_version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "reason"),
+    [
+        ("rank_00001.safetensors", truncate, "bytes; the checkpoint recorded"),
+        ("rank_00000.safetensors", Path.unlink, "is missing"),
+        ("rank_00001.safetensors", flip, "was changed after it was written"),
+        ("rank_00000.json", flip, "rank_00000.json"),
+        ("checkpoint.json", truncate, "checkpoint.json"),
+        ("checkpoint.json", garble_summary, "format version 99; this program reads version 1"),
+    ],
+)
+def test_damaged_checkpoint_is_refused_by_name_and_passed_over(resume, file, harm, reason):
+    run, start = resume
+    newest = run / "checkpoints" / "step_00000002"
+    harm(newest / file)
+    for rank in start(str(newest)):
+        kind, message = rank["error"]
+        assert kind == "CheckpointError"
+        assert str(newest / file) in message and reason in message
+    ranks = start("latest")
+    assert [(rank["error"], rank["step"]) for rank in ranks] == [(None, 1)] * 2
+    printed = "".join(ranks[0]["printed"].split())  # the console breaks lines
+    assert "DAMAGEDCHECKPOINT" in printed and "step_00000002" in printed
+
+
+def test_latest_pointing_nowhere(resume):
+    run, start = resume
+    (run / "checkpoints" / "latest").write_text("step_00000007\n")
+    for rank in start(str(run)):
+        assert rank["error"][0] == "CheckpointError"
+        assert "latest names step_00000007, which is not a checkpoint" in rank["error"][1]
+    assert [rank["step"] for rank in start("latest")] == [2, 2]
+
+
+def test_no_checkpoint_at_all(resume):
+    run, start = resume
+    shutil.rmtree(run / "checkpoints")
+    for rank in start(str(run)):
+        assert rank["error"] == (
+            "CheckpointError",
+            f"{run}: no checkpoint here (no checkpoint.json, no latest)",
+        )
+
+
+def test_checkpoint_of_another_run_is_refused_by_key(resume):
+    run, start = resume
+    changed = ["train.lanes=8", "model.ffn_hidden_size=64", "model.memory.rule=linear", "data.stagger=false"]
+    for rank in start(str(run), *changed, "optimizer.lr=1e-4", "train.steps=9"):
+        kind, message = rank["error"]
+        assert kind == "ConfigError"
+        for text in (
+            "train.lanes is 8, but the checkpoint was written with 4",
+            "model.ffn_hidden_size is 64, but the checkpoint was written with 48",
+            "model.memory.rule is 'linear', but the checkpoint was written with 'delta'",
+            "data.stagger is False",
+        ):
+            assert text in message
+        assert "optimizer" not in message and "train.steps" not in message
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize(("where", "rank"), [("tensors", 1), ("fsync", 0), ("fsync", 1)])
+def test_full_disk_leaves_nothing_that_looks_complete(pools, two_checkpoints, tmp_path, where, rank, asynchronous):
+    overrides = ["train.steps=3", "optimizer.warmup_steps=1", "checkpoint.interval=1", "checkpoint.attempts=2"]
+    overrides += [f"checkpoint.asynchronous={asynchronous}"]
+    arguments = {"folder": str(tmp_path / "run"), "data": two_checkpoints[1], "overrides": overrides}
+    ranks = pools.run(2, cases.train_on_full_disk, **arguments, where=where, rank=rank, failures=99)
+    reason = "File too large" if where == "tensors" else "No space left on device"
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert f"rank {rank} could not write the checkpoint" in ranks[0]["error"] and reason in ranks[0]["error"]
+    assert ranks[0]["left"] == []
+
+
+def test_full_disk_that_gets_room_again_costs_one_checkpoint(pools, two_checkpoints, tmp_path):
+    overrides = ["train.steps=3", "optimizer.warmup_steps=1", "checkpoint.interval=1", "checkpoint.attempts=2"]
+    arguments = {"folder": str(tmp_path / "run"), "data": two_checkpoints[1], "overrides": overrides}
+    ranks = pools.run(2, cases.train_on_full_disk, **arguments, where="tensors", rank=1, failures=1)
+    assert [(rank["error"], rank["step"]) for rank in ranks] == [(None, 3)] * 2
+    # Which of the later steps got one depends on how soon the failure was seen.
+    assert {"latest", "step_00000003"} <= set(ranks[0]["left"]) <= {"latest", "step_00000002", "step_00000003"}
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000003\n"
