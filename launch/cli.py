@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from launch import __version__
 
-COMMANDS = ("launch.prepare", "launch.inspect", "launch.plan", "launch.train", "launch.evaluate")
+COMMANDS = ("launch.prepare", "launch.inspect", "launch.plan", "launch.train", "launch.evaluate", "launch.bench")
 """Modules with `add_parser(subparsers)`, in the order of the help text."""
 
 USER_ERROR = 2
