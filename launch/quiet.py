@@ -13,5 +13,7 @@ def quiet_libraries() -> None:
         return
     # Some ten warnings per process about Transformer Engine and Apex, which are optional.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    # DeepSpeed calls collectives by the names they had before torch 2.13.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # A filter outlives the level that DeepSpeed gives its logger when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
