@@ -1,0 +1,182 @@
+"""Training when things go wrong: bad numbers, dead ranks, broken data, settings that cannot run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed import cases
+from tests.prepared import write_set
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(150)]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("failures") / "set", [37, 500, 130, 64, 250, 90, 17, 400])
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, []),
+        (2, ["parallel.tensor=2"]),
+        (2, ["parallel.pipeline=2", "bptt.chunks_per_window=2"]),
+        (2, ["parallel.zero_stage=2"]),
+        (2, ["parallel.zero_stage=3"]),
+    ],
+    ids=["1111", "2111", "1211", "1122", "1123"],
+)
+def test_step_with_bad_numbers_never_happened(pools, data, tmp_path, world, layout, poison):
+    """Skipped on all ranks though one alone is hurt: weights, moments and memory as before, lanes moved on."""
+    arguments = {"folder": str(tmp_path), "data": str(data), "overrides": ["metrics.interval=1", *layout]}
+    ranks = pools.run(world, cases.poisoned_steps, **arguments, poison=poison, first=4, count=2)
+    for rank in ranks:
+        assert rank["error"] is None
+        assert rank["step"] == 5
+        assert rank["optimizer_steps"] == 4  # three before, one after
+        for promise in ("weights_unchanged", "memory_rolled_back", "lanes_moved", "goes_on"):
+            assert rank[promise], promise
+    lanes = [started for rank in ranks for started in rank["lanes_started"]]
+    assert any(lanes) and not all(lanes)  # both kinds of lane were seen
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    skipped = {line["step"]: line["progress/skipped_steps"] for line in lines if "progress/skipped_steps" in line}
+    assert [skipped[step] for step in range(1, 7)] == [0, 0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_too_many_bad_steps_end_the_run_with_their_circumstances(pools, data, tmp_path, poison):
+    arguments = {"folder": str(tmp_path), "data": str(data), "overrides": ["train.max_nonfinite_steps=3"]}
+    ranks = pools.run(2, cases.poisoned_steps, **arguments, poison=poison, first=3, count=9)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    message = ranks[0]["error"]
+    assert "not finite in 3 steps in a row, since step 3;" in message
+    assert re.findall(r"lane (\d+): ", message) == ["0", "1", "2", "3"]
+    assert all("train-000000.tar" in lane for lane in message.split("lane ")[1:])
+
+
+# The real command
+
+
+def environment() -> dict[str, str]:
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "INFINI_DEBUG")
+    return {k: v for k, v in os.environ.items() if k not in launcher} | {"PYTHONPATH": str(ROOT)}
+
+
+def infini_train(folder: Path, data: Path, *arguments: str) -> subprocess.Popen:
+    """`infini train` on the tiny model, in a session of its own."""
+    config = folder / "run.yaml"
+    config.write_text(f"data: {{sets: [{{path: {data}}}]}}\nrun_dir: {folder / 'run'}\n")
+    command = [sys.executable, "-m", "launch.cli", "train", str(config), *cases.TINY, *arguments]
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {timeout} s:\n{output}")
+    return process.returncode, output
+
+
+def wait_for_metrics(process: subprocess.Popen, folder: Path, lines: int = 2) -> None:
+    """Until the run has written some steps."""
+    metrics = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"the run did not get going:\n{process.communicate()[0]}")
+        time.sleep(0.05)
+
+
+def ranks_of(process: subprocess.Popen) -> dict[int, psutil.Process]:
+    """The training processes, by rank."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+
+
+LONG = ["train.steps=100000", "metrics.interval=1", "parallel.pipeline=2"]
+
+
+def test_killed_rank_takes_the_run_down_within_seconds(tmp_path, data):
+    process = infini_train(tmp_path, data, "--nproc", "2", *LONG)
+    wait_for_metrics(process, tmp_path)
+    ranks = ranks_of(process)
+    assert sorted(ranks) == [0, 1]
+    ranks[1].kill()
+    began = time.monotonic()
+    code, output = finish(process)
+    assert time.monotonic() - began < 20
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 was killed by SIGKILL" in output.splitlines()[-1]
+    assert not any(rank.is_running() for rank in ranks.values())
+    assert list((tmp_path / "run").glob("checkpoints/step_*")) == []
+
+
+def test_shard_broken_while_training(tmp_path):
+    """The windows that could be read are trained on; then the run ends with the shard's name, once."""
+    data = write_set(tmp_path / "set", [400] * 40)
+    process = infini_train(tmp_path, data, "--nproc", "2", *LONG)
+    wait_for_metrics(process, tmp_path)
+    shard = data / "train-000000.tar"
+    with open(shard, "r+b") as file:
+        file.truncate(shard.stat().st_size // 4)
+    code, output = finish(process)
+    assert code == 2
+    assert output.count("error:") == 1
+    assert "train-000000.tar" in next(line for line in output.splitlines() if "error:" in line)
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc", "3", "parallel.tensor=2"], "3 process(es) cannot hold parallel.tensor = 2"),
+        (
+            ["--nproc", "2", "parallel.pipeline=2", "parallel.zero_stage=3"],
+            "parallel.zero_stage = 3 with",
+        ),
+        (["--nproc", "2", "data.sets=[{path: nowhere}]"], "data.sets.0.path = nowhere: no prepared set there"),
+        (["train.lanez=3"], "train.lanez"),
+    ],
+)
+def test_settings_that_cannot_run_start_nothing(tmp_path, data, arguments, message):
+    code, output = finish(infini_train(tmp_path, data, *arguments))
+    assert code == 2
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_shard_that_is_gone_is_told_before_training(tmp_path):
+    data = write_set(tmp_path / "set", [400] * 4)
+    (data / "train-000000.tar").unlink()
+    code, output = finish(infini_train(tmp_path, data, "--nproc", "2"))
+    assert code == 2
+    assert output.count("train-000000.tar") == 1 and "error:" in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
