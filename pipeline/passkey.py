@@ -1,8 +1,9 @@
 """Passkey retrieval over a grid of lengths and depths, with the controls that show where an answer comes from.
 
 A document of L segments has exactly L * S + 1 tokens, so that it fills its segments and the answer ends the last one.
-Whole fillers rarely come out even: what is missing is the end of one more filler, put before the first (as the task's
-first authors cut theirs).
+Whole fillers rarely come out even: what is missing is made up with the ends of two fillers, after the introduction and
+after the needle (as the task's first authors cut theirs). How long the first of them is differs from document to
+document: else the needles of a cell would all lie alike to the segment borders, and one that a border cuts is harder.
 
 The answer is right when greedy decoding gives all of its tokens. One forward pass tells: if every answer token has the
 largest logit after the true tokens before it, decoding gives the same tokens one by one; if not, it errs at the first
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from data.lanes import WindowBatch
-from data.synthetic import FILLER, INTRODUCTION, PasskeyGenerator
+from data.synthetic import FILLER, INTRODUCTION, QUESTION, PasskeyGenerator
 from data.tokenizer import Tokenizer
 from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
 from pipeline.streaming import Document, Output, Streamer, array_document, roll_lanes
@@ -44,11 +45,35 @@ def passkey_document(tokenizer: Tokenizer, segments: int, segment_length: int, d
     Raises:
         ValueError: they do not hold a passkey document even without filler.
     """
-    made = PasskeyGenerator(tokenizer).document(segments * segment_length + 1, depth, seed)
-    missing = segments * segment_length + 1 - len(made.tokens)
-    filler, start = tokenizer.encode(FILLER), len(tokenizer.encode(INTRODUCTION))
-    tokens = np.array([*made.tokens[:start], *filler[len(filler) - missing :], *made.tokens[start:]], dtype=np.int32)
-    return array_document(made.key, tokens, [(a + missing, b + missing) for a, b in made.answers])
+    generator, filler = PasskeyGenerator(tokenizer), tokenizer.encode(FILLER)
+    total = segments * segment_length + 1
+    shift = int(np.random.default_rng([seed, 1]).integers(len(filler)))
+    try:
+        made = generator.document(total - shift, depth, seed)
+    except ValueError:  # there is no filler to shift by
+        shift %= total - len(generator.document(total, depth, seed).tokens) + 1
+        made = generator.document(total - shift, depth, seed)
+    start = len(tokenizer.encode(INTRODUCTION))
+    stop = _needle_end(made.tokens, start, filler, tokenizer.encode(QUESTION))
+    pieces = [
+        made.tokens[:start],
+        filler[len(filler) - shift :],
+        made.tokens[start:stop],
+        filler[len(filler) - (total - shift - len(made.tokens)) :],
+        made.tokens[stop:],
+    ]
+    added = total - len(made.tokens)
+    tokens = np.array([token for piece in pieces for token in piece], dtype=np.int32)
+    return array_document(made.key, tokens, [(a + added, b + added) for a, b in made.answers])
+
+
+def _needle_end(tokens: list[int], start: int, filler: list[int], question: list[int]) -> int:
+    """Where the needle ends, in a document whose fillers or needle begin at `start`."""
+    while tokens[start : start + len(filler)] == filler:
+        start += len(filler)
+    while tokens[start : start + len(filler)] != filler and tokens[start : start + len(question)] != question:
+        start += 1
+    return start
 
 
 def shortest_length(tokenizer: Tokenizer, segment_length: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.shards import PreparedSet
-from data.synthetic import PasskeyGenerator
+from data.synthetic import FILLER, PasskeyGenerator
 from data.tokenizer import byte_tokenizer, train_bpe
 from launch import cli, evaluate
 from model.memory import MatrixState
@@ -154,6 +154,22 @@ def test_passkey_documents_fill_their_segments(bpe, segments, length, depth):
         assert stop == document.length and re.fullmatch(r"\d{5}", answer)
         assert text.startswith("There is an important info") and f"The pass key is {answer}. Remember it." in text
         assert text.endswith(f"again. What is the pass key? The pass key is {answer}") or depth == 1.0
+
+
+def test_passkey_needles_lie_anywhere_in_their_segments():
+    places = []
+    for number in range(40):
+        document = passkey_document(BYTES, 12, 64, 0.5, document_seed(1, 12, 0.5, number))
+        tokens = document.read(0, document.length)
+        places.append(BYTES.decode(tokens).index(" The pass key is"))
+    assert len({place % 64 for place in places}) > 20
+    assert max(places) - min(places) < len(FILLER)
+    # Where not even a filler fits, the needle still moves within the room there is.
+    shortest = shortest_length(BYTES, 64)
+    found = {
+        BYTES.decode(passkey_document(BYTES, shortest, 64, 0.5, seed).read(0, 999)).index("pass") for seed in range(9)
+    }
+    assert len(found) > 1
 
 
 def test_passkey_seeds_are_nobody_elses():
