@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from types import FrameType
@@ -31,11 +32,14 @@ SAME_FAILURE_S = 10
 """A rank that died by itself did so within this time of the first failure; the agent kills blocked ones after 30 s."""
 
 
-def launch_workers(module: str, arguments: Sequence[str], nproc: int, master_port: int | None = None) -> int:
+def launch_workers(
+    module: str, arguments: Sequence[str], nproc: int, master_port: int | None = None, max_restarts: int = 0
+) -> int:
     """Run `python -m module arguments...` as `nproc` ranks on this machine and wait for them.
 
     Args:
         master_port: port on which the ranks meet; None takes a free one.
+        max_restarts: when a rank fails, end the others and start all again, so many times at the most.
 
     Returns:
         See `run_agent`.
@@ -45,7 +49,7 @@ def launch_workers(module: str, arguments: Sequence[str], nproc: int, master_por
     """
     port = 0 if master_port is None else check_port(master_port)
     options = ["--nproc-per-node", str(nproc), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:{port}"]
-    options += ["--rdzv-id", uuid.uuid4().hex, "--local-addr", LOOPBACK]
+    options += ["--rdzv-id", uuid.uuid4().hex, "--local-addr", LOOPBACK, "--max-restarts", str(max_restarts)]
     return run_agent([*options, "-m", module, *arguments])
 
 
@@ -64,6 +68,8 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
     # One thread per rank: ranks on one machine share its cores. The libraries' own warnings about a peer that is gone
     # would bury the reason.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A limit on the run's time counts restarts in (`pipeline.resilience.StopRequest`).
+    os.environ["INFINI_LAUNCH_TIME"] = str(time.time())
     if os.environ.get("INFINI_DEBUG") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

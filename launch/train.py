@@ -30,6 +30,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="PATH",
         help="go on from a checkpoint; without PATH from the newest one in the run folder",
     )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="N",
+        help="with --nproc: start all processes again when one fails, from the newest checkpoint, N times at the most",
+    )
     parser.add_argument("--master-port", type=_positive, metavar="PORT", help="port for the processes to meet on")
     parser.set_defaults(run=run)
 
@@ -40,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         args.overrides, args.resume = [args.resume, *args.overrides], LATEST
     if args.nproc is not None:
         return _start(args)
+    if args.max_restarts is not None:
+        raise ValueError("--max-restarts needs --nproc: else torchrun or the scheduler restarts (MAX_RESTARTS=N there)")
 
     from launch.worker import run_rank
     from launch.world import join_world
@@ -73,7 +81,7 @@ def _start(args: argparse.Namespace) -> int:
     arguments = ["train", args.config, *args.overrides]
     if args.resume is not None:
         arguments += ["--resume", args.resume]
-    return launch_workers("launch.cli", arguments, args.nproc, args.master_port)
+    return launch_workers("launch.cli", arguments, args.nproc, args.master_port, args.max_restarts or 0)
 
 
 def _train(config: Config, resume: str | None) -> int:

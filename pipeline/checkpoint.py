@@ -50,14 +50,30 @@ class RunState:
     tokens: int
     lanes: dict[str, Any]
     """Lane cursors by global lane id (`LaneLoader.state_dict()['lanes']`)."""
+    windows: int
+    """Windows by which the lanes have moved: the steps, and what roll-backs left out."""
+    recent_losses: list[float]
+    """What loss spikes are measured against."""
+
+
+def named_by_latest(folder: Path) -> Path | None:
+    """What `latest` in a run's `checkpoints` folder names, be it there or not; None without a `latest`."""
+    pointer = folder / LATEST
+    return folder / pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` folder, best first: what `latest` names, then the newest."""
+    """The checkpoints in a run's `checkpoints` folder, best first: what `latest` names, the ones before it, newest
+    first, and then those after it: a run that went back to an earlier checkpoint has left them aside."""
     found = sorted((path for path in folder.glob("step_*") if (path / SUMMARY).is_file()), reverse=True)
-    pointer = folder / LATEST
-    named = folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-    return sorted(found, key=lambda path: path != named)
+    named = named_by_latest(folder)
+    return sorted(found, key=lambda path: named is not None and path > named)
+
+
+def sealed(summary: dict[str, Any]) -> dict[str, Any]:
+    """The content of `checkpoint.json` with its own SHA-256 in it."""
+    rest = {name: value for name, value in summary.items() if name != "sha256"}
+    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
@@ -109,7 +125,7 @@ def find_checkpoint(folder: Path) -> Path:
     pointer = folder / LATEST
     if not pointer.is_file():
         raise CheckpointError(f"{folder}: no checkpoint here (no {SUMMARY}, no {LATEST})")
-    found = folder / pointer.read_text(encoding="utf-8").strip()
+    found = named_by_latest(folder)
     if not (found / SUMMARY).is_file():
         raise CheckpointError(f"{pointer} names {found.name}, which is not a checkpoint (no {SUMMARY})")
     return found
@@ -129,15 +145,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / SUMMARY}: {error}") from error
-        if self.summary.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{folder / SUMMARY}: format version {self.summary.get('format_version')}; this program reads "
-                f"version {FORMAT_VERSION}"
-            )
+        self.summary = _read_summary(folder / SUMMARY)
         self.lanes: dict[str, Any] = {}
         self._entries: dict[str, list[dict[str, Any]]] = {}
         for name, facts in self.summary["files"].items():
@@ -147,10 +155,8 @@ class CheckpointReader:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise CheckpointError(f"{path} {found}; the checkpoint recorded {facts['bytes']} bytes")
             if name.endswith(".json"):
-                try:
-                    index = json.loads(path.read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise CheckpointError(f"{path} is damaged: {error}") from error
+                self._verify_file(name)
+                index = json.loads(path.read_text(encoding="utf-8"))
                 self.lanes |= index["lanes"]
                 for entry in index["tensors"]:
                     file = name.replace(".json", ".safetensors")
@@ -162,9 +168,17 @@ class CheckpointReader:
         Raises:
             CheckpointError: names the first file that differs.
         """
-        for name, facts in sorted(self.summary["files"].items())[part::parts]:
-            if file_hash(self.folder / name) != facts["sha256"]:
-                raise CheckpointError(f"{self.folder / name} was changed after it was written (SHA-256 differs)")
+        for name in sorted(self.summary["files"])[part::parts]:
+            self._verify_file(name)
+
+    def _verify_file(self, name: str) -> None:
+        path = self.folder / name
+        try:
+            found = file_hash(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if found != self.summary["files"][name]["sha256"]:
+            raise CheckpointError(f"{path} was changed after it was written (SHA-256 differs)")
 
     def local_tensor(self, key: str, shape: tuple[int, ...], partition: Partition, rank: int, size: int) -> Tensor:
         """The part of a parameter-like tensor that tensor-parallel rank `rank` of `size` holds.
@@ -241,6 +255,19 @@ class CheckpointReader:
 
     def rng_state(self, rank: int) -> Tensor:
         return self._tensor(f"rank_{rank:05d}.safetensors", "rng")
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    version = summary.get("format_version") if isinstance(summary, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}; this program reads version {FORMAT_VERSION}")
+    if summary.get("sha256") != sealed(summary)["sha256"]:
+        raise CheckpointError(f"{path} was changed after it was written (its SHA-256 differs)")
+    return summary
 
 
 def _overlap(first: int, count: int, other_first: int, other_count: int) -> tuple[slice, slice]:

@@ -10,22 +10,34 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 
 from pipeline.config import ResilienceConfig
+
+LAUNCHER_STOP_FILE = "INFINI_STOP_FILE"
+"""Environment variable with the path of a second stop file, which belongs to the launcher: a batch script makes it
+beside sending a signal, for ranks that are still starting up and would miss that."""
+LAUNCH_TIME = "INFINI_LAUNCH_TIME"
+"""Environment variable with the Unix time at which the launcher started, restarts included in what it counts."""
 
 
 class StopRequest:
     """Collects reasons to leave at the next step boundary. `reason` is this process's own; all ranks must agree.
 
-    Signals count from `install` on. A second SIGINT leaves at once.
+    Signals count from `install` on. A second SIGINT leaves at once. `max_minutes` counts from the start of the
+    launcher, or of this process where none says.
     """
 
     def __init__(self, config: ResilienceConfig, run_dir: Path) -> None:
-        self.file = run_dir / config.stop_file
-        self.deadline = None if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
+        self.own_file = run_dir / config.stop_file
+        launcher_file = os.environ.get(LAUNCHER_STOP_FILE)
+        self.files = [self.own_file, *([Path(launcher_file)] if launcher_file else [])]
+        start = float(os.environ.get(LAUNCH_TIME) or psutil.Process().create_time())
+        self.deadline = None if config.max_minutes is None else start + 60 * config.max_minutes
         self.signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, f"SIG{config.stop_signal}")}
         self._received: signal.Signals | None = None
         self._before: dict[int, object] = {}
@@ -52,15 +64,15 @@ class StopRequest:
         """Why this process wants to stop; None when it does not."""
         if self._received is not None:
             return f"signal {self._received.name}"
-        if self.deadline is not None and time.monotonic() >= self.deadline:
+        if self.deadline is not None and time.time() >= self.deadline:
             return "resilience.max_minutes is over"
-        if dist.get_rank() == 0 and self.file.exists():
-            return f"stop file {self.file}"
+        if dist.get_rank() == 0:
+            return next((f"stop file {file}" for file in self.files if file.exists()), None)
         return None
 
     def clear_file(self) -> None:
-        """Remove the stop file, so that the next start does not stop at once."""
-        self.file.unlink(missing_ok=True)
+        """Remove the run folder's stop file, so that the next start does not stop at once."""
+        self.own_file.unlink(missing_ok=True)
 
 
 class Watchdog:
@@ -157,9 +169,11 @@ class SpikeDetector:
         deviation = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
         return (loss - median) / max(deviation, 1e-3 * abs(median), 1e-12)
 
-    def is_spike(self, loss: float) -> bool:
-        return self.score(loss) > self.threshold
-
     def add(self, loss: float) -> None:
         """Remember the loss of a step that was applied."""
         self.losses.append(loss)
+
+    def restore(self, losses: Iterable[float]) -> None:
+        """Compare with these losses, oldest first, from now on."""
+        self.losses.clear()
+        self.losses.extend(losses)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.sharding import partition_of
-from pipeline.checkpoint import FORMAT_VERSION, LATEST, SUMMARY, RunState, checkpoint_name, file_hash
+from pipeline.checkpoint import FORMAT_VERSION, LATEST, SUMMARY, RunState, checkpoint_name, file_hash, sealed
 from pipeline.executor import Memory
 from pipeline.optimizer import ZeroOptimizer
 from pipeline.topology import Topology
@@ -221,10 +221,12 @@ class CheckpointSaver:
             "format_version": FORMAT_VERSION,
             "step": snapshot.state.step,
             "tokens": snapshot.state.tokens,
+            "windows": snapshot.state.windows,
+            "recent_losses": snapshot.state.recent_losses,
             "files": files,
             **snapshot.summary,
         }
-        write_whole(temporary / SUMMARY, json.dumps(content, indent=1))
+        write_whole(temporary / SUMMARY, json.dumps(sealed(content), indent=1))
         _sync(temporary)
         if report.path.exists():  # the same step again, after a resume from an earlier one
             discarded = self.folder / f".{report.path.name}.replaced"
@@ -235,12 +237,15 @@ class CheckpointSaver:
         else:
             os.rename(temporary, report.path)
         _sync(self.folder)
-        write_whole(self.folder / LATEST, report.path.name + "\n")
-        self._prune()
+        move_latest(report.path)
+        self._prune(report.path)
 
-    def _prune(self) -> None:
-        """Remove what `keep` and `keep_every` do not hold. Left-overs of killed saves go as well."""
-        for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
+    def _prune(self, newest: Path) -> None:
+        """Remove what `keep` and `keep_every` do not hold. Left-overs of killed saves go as well.
+
+        Checkpoints of later steps than `newest` were left aside when the run went back: they go first.
+        """
+        for old in sorted(self.folder.glob("step_*"), key=lambda path: (path <= newest, path))[: -self.keep]:
             step = int(old.name.removeprefix("step_"))
             if not (self.keep_every and step % self.keep_every == 0):
                 # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name.
@@ -248,6 +253,11 @@ class CheckpointSaver:
                 os.rename(old, discarded)
         for leftover in (*self.folder.glob(".step_*.replaced"), *self.folder.glob(".step_*.partial")):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def move_latest(checkpoint: Path) -> None:
+    """Make a run's `latest` name this one of its checkpoints."""
+    write_whole(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
 def _try(action, folder: Path) -> str | None:

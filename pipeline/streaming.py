@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.lanes import WindowBatch
 from model.decoder import DecoderStage
-from pipeline.checkpoint import CheckpointReader, load_weights
+from pipeline.checkpoint import CheckpointReader, load_weights, open_verified
 from pipeline.config import Config
 from pipeline.executor import Executor, Memory
 from pipeline.schedule import build_forward_schedule
@@ -209,7 +209,7 @@ def open_checkpoint(config: Config, topology: Topology, path: Path) -> tuple[Str
     Raises:
         CheckpointError: it is missing, damaged or does not fit the configuration.
     """
-    reader = CheckpointReader(path)
+    reader = open_verified(path)
     streamer = Streamer(config, topology, reader.summary["vocab_size"])
     streamer.load(reader)
     return streamer, reader

@@ -22,7 +22,7 @@ from pipeline.learning_rate import learning_rate
 from pipeline.monitor import Monitor
 from pipeline.optimizer import ZeroOptimizer
 from pipeline.resilience import SpikeDetector, StopRequest, Watchdog
-from pipeline.saving import CheckpointSaver, take_snapshot
+from pipeline.saving import CheckpointSaver, move_latest, take_snapshot
 from pipeline.schedule import build_schedule
 from pipeline.setup import build_stage, check_same_run, versions, vocabulary
 from pipeline.topology import Topology, initialize, shutdown
@@ -92,6 +92,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.step = 0
         self.tokens = 0
+        self.windows = 0
         self.skipped: deque[tuple[int, list[str]]] = deque(maxlen=config.train.max_nonfinite_steps)
         self.monitor: Monitor | None = None
         self.saver = CheckpointSaver(
@@ -100,8 +101,9 @@ class Trainer:
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
         )
-        self.saved_step = 0
+        self.saved_step: int | None = 0
         self.failed_saves = self.rollbacks = 0
+        self.save_again = False
         self.watchdog = Watchdog(config.resilience.hang_timeout_s, self.run_dir)
         self.spikes = SpikeDetector(config.resilience.spike_window, config.resilience.spike_threshold)
 
@@ -113,19 +115,23 @@ class Trainer:
         Args:
             resume: None for a new run; `latest` for the newest whole checkpoint of the run folder, or the beginning
                 while there is none; else the path of a checkpoint. A process that torchrun has restarted takes
-                `latest` by itself.
+                `latest` by itself, so that it does not fall back to where an earlier attempt began.
 
         Raises:
             ConfigError: a new run would overwrite an old one, or the checkpoint does not fit the configuration.
             CheckpointError: the checkpoint asked for is missing or damaged.
         """
-        if resume is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            resume = "latest"
+        notes: list[str] = []
+        checkpoints = self.run_dir / "checkpoints"
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if restarts != "0":
+            notes.append(f"restart {restarts} after a failure")
+            if resume is None or checkpoint.candidates(checkpoints):
+                resume = "latest"
         if resume is None and (self.run_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 [f"run_dir: {self.run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
             )
-        notes: list[str] = []
         if resume == "latest":
             reader = checkpoint.open_newest(self.run_dir, notes.append)
             if reader is None:
@@ -133,7 +139,10 @@ class Trainer:
             else:
                 self.load(reader)
         elif resume is not None:
-            self.load(checkpoint.open_verified(checkpoint.find_checkpoint(Path(resume))))
+            reader = checkpoint.open_verified(checkpoint.find_checkpoint(Path(resume)))
+            self.load(reader)
+            if self.topology.is_main and reader.folder.resolve().parent == checkpoints.resolve():
+                move_latest(reader.folder)  # the run goes on from here: restarts and roll-backs must not pass it
         dist.barrier()
         if self.topology.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -167,10 +176,10 @@ class Trainer:
                 self.train_step()
                 if self._at_boundary(stop):
                     break
-            if self.saved_step != self.step:
+            self._settle_save()
+            while self.saved_step != self.step:
                 self.save()
-            while not self._settle_save():
-                self.save()
+                self._settle_save()
         finally:
             self.watchdog.stop()
             stop.uninstall()
@@ -180,13 +189,11 @@ class Trainer:
         reason = stop.reason
         flags = [float(reason is not None), float(self.saver.has_failed)]
         stopping, failed = self.topology.all_reduce(flags, op=dist.ReduceOp.MAX)
-        if failed:
-            self._settle_save()
-            self.save()  # again, with what is newest
-        elif self.saver.has_succeeded:
+        if failed or self.saver.has_succeeded:
             self._settle_save()
         interval = self.config.checkpoint.interval
-        if interval and self.step % interval == 0 and self.saved_step != self.step:
+        due = interval > 0 and self.step % interval == 0
+        if (due or self.save_again) and self.saved_step != self.step:
             self.save()
         if stopping:
             reasons: list[str | None] = [None] * dist.get_world_size()
@@ -208,6 +215,7 @@ class Trainer:
             rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
             outcome = self.optimizer.step(rate)
         self.step += 1
+        self.windows += 1
         loss = sums["loss"] / max(sums["weight"], 1e-30)
         if outcome.applied:
             self.memory = result.memory
@@ -219,7 +227,7 @@ class Trainer:
         self.tokens += int(sums["tokens"])
         self.monitor.after_step(batch, result, sums, outcome, rate)
         if sums["spike"]:
-            self._after_spike(loss)
+            self._after_spike(loss, sums["spike"])
         elif len(self.skipped) == self.config.train.max_nonfinite_steps:
             self._stop_for_nonfinite()
 
@@ -234,7 +242,8 @@ class Trainer:
 
         Returns:
             This rank's result, and the sums over the whole global batch (the same on all ranks): `loss` (the training
-            objective's token part), `weight`, `answer_loss`, `answers`, `gate`, `tokens`, `padded`; and `spike`.
+            objective's token part), `weight`, `answer_loss`, `answers`, `gate`, `tokens`, `padded`; and `spike`, the
+            loss's robust z-score where that counts as a spike, else 0.
         """
         config, topology = self.config, self.topology
         weight = topology.all_reduce([float(batch.loss_weight.double().sum())], group=topology.data_group)[0]
@@ -254,7 +263,8 @@ class Trainer:
             sums = self._sums(batch, result) | {"weight": weight}
             finite = math.isfinite(sums["loss"] + sums["gate"])
             action = self.config.resilience.spike_action
-            sums["spike"] = finite and action != "none" and self.spikes.is_spike(sums["loss"] / max(weight, 1e-30))
+            score = self.spikes.score(sums["loss"] / max(weight, 1e-30)) if finite and action != "none" else 0.0
+            sums["spike"] = score if score > self.spikes.threshold else 0.0
             if not finite or (sums["spike"] and action != "warn"):
                 self.optimizer.poison()
         return result, sums
@@ -317,11 +327,19 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint (write all of it when saving is synchronous); collective."""
+        self.watchdog.progress(self.step, "save")
         self._settle_save()
+        self.save_again = False
         topology = self.topology
         self.saver.save(
             lambda: take_snapshot(
-                checkpoint.RunState(self.step, self.tokens, self.loader.state_dict()["lanes"]),
+                checkpoint.RunState(
+                    self.step,
+                    self.tokens,
+                    self.loader.state_dict()["lanes"],
+                    windows=self.windows,
+                    recent_losses=list(self.spikes.losses),
+                ),
                 self.optimizer,
                 self.memory,
                 topology,
@@ -344,8 +362,8 @@ class Trainer:
         if not self.config.checkpoint.asynchronous:
             self._settle_save()
 
-    def _settle_save(self) -> bool:
-        """Wait for the save in flight and report it; False when it failed.
+    def _settle_save(self) -> None:
+        """Wait for the save in flight and report it; one that failed is to be made again, with what is newest then.
 
         Raises:
             OSError: that was one failure in a row too many.
@@ -353,16 +371,16 @@ class Trainer:
         self.saver.wait()
         report = self.saver.finished()
         if report is None:
-            return True
+            return
         self.monitor.saved(report)
         if report.error is None:
             self.failed_saves = 0
             self.rollbacks = 0
-            return True
+            return
+        self.save_again, self.saved_step = True, None
         self.failed_saves += 1
         if self.failed_saves == self.config.checkpoint.attempts:
             raise OSError(f"{report.error} ({self.failed_saves} attempts in a row)")
-        return False
 
     def load(self, reader: checkpoint.CheckpointReader) -> None:
         """Go on from a checkpoint; collective."""
@@ -373,34 +391,50 @@ class Trainer:
         self.loader.load_state_dict({"lanes": reader.lanes})
         self.step = self.saved_step = reader.summary["step"]
         self.tokens = reader.summary["tokens"]
+        self.windows = reader.summary["windows"]
+        self.spikes.restore(reader.summary["recent_losses"])
+        self.skipped.clear()
 
-    def _after_spike(self, loss: float) -> None:
-        """Say it; roll back where the configuration asks for it."""
+    def _after_spike(self, loss: float, score: float) -> None:
+        """Say it; roll back where the configuration asks for it.
+
+        Raises:
+            SpikeError: roll-backs, or skipped steps, lead nowhere.
+        """
         action, at = self.config.resilience.spike_action, self.step
         self.monitor.message(
-            f"loss spike at step {at}: {loss:.4g} is {self.spikes.score(loss):.1f} robust deviations above the recent "
-            f"steps; action: {action}"
+            f"loss spike at step {at}: {loss:.4g} is {score:.1f} robust deviations above the recent steps; "
+            f"action: {action}"
         )
-        if action != "rollback":
-            return
+        if not (action == "rollback" and self._roll_back(at)) and len(self.skipped) == self.skipped.maxlen:
+            raise SpikeError(
+                f"{len(self.skipped)} steps in a row were skipped, the last for its loss of {loss:.4g}: the loss has "
+                "risen for good, or resilience.spike_threshold is too low"
+            )
+
+    def _roll_back(self, at: int) -> bool:
+        """Go back to the last checkpoint, with the lanes moved past the window of step `at`; False without one."""
         self._settle_save()
         if self.rollbacks == self.config.resilience.max_rollbacks:
             raise SpikeError(f"loss spike at step {at}, after {self.rollbacks} roll-backs to the same checkpoint")
         reader = checkpoint.open_newest(self.run_dir, self.monitor.message)
         if reader is None:
             self.monitor.message("there is no checkpoint to roll back to: the step was skipped")
-            return
+            return False
         self.rollbacks += 1
-        windows = at - reader.summary["step"]
+        # Not the steps since then: an earlier roll-back to this checkpoint has left windows out already.
+        windows = self.windows - reader.summary["windows"]
         self.load(reader)
         self.skip_windows(windows)
         self.monitor.rolled_back()
         self.monitor.message(f"rolled back to step {self.step}; the lanes go on {windows} windows later")
+        return True
 
     def skip_windows(self, windows: int) -> None:
         """Move the lanes on without training. Memory stays where a lane is still in the same document."""
         before = self.loader.state_dict()["lanes"]
         self.loader.skip_windows(windows)
+        self.windows += windows
         after = self.loader.state_dict()["lanes"]
         keep = [before[str(lane)]["taken"] == after[str(lane)]["taken"] for lane in range(*self.lane_range)]
         self.memory = clear_lanes(self.memory, torch.tensor(keep))

@@ -146,7 +146,14 @@ def test_nproc_checks_before_it_starts_anything(run_yaml, launched, capsys):
     assert not launched
     assert cli.main(["train", str(run_yaml), "--nproc", "4", "parallel.tensor=2", "--resume"]) == 0
     arguments = ["train", str(run_yaml), "parallel.tensor=2", "--resume", "latest"]
-    assert launched == [("launch.cli", arguments, 4, None)]
+    assert launched == [("launch.cli", arguments, 4, None, 0)]
+
+
+def test_restarts_are_the_launchers(run_yaml, launched, capsys):
+    assert cli.main(["train", str(run_yaml), "--nproc", "2", "--max-restarts", "3"]) == 0
+    assert launched == [("launch.cli", ["train", str(run_yaml)], 2, None, 3)]
+    assert cli.main(["train", str(run_yaml), "--max-restarts", "3"]) == 2
+    assert "--max-restarts needs --nproc" in capsys.readouterr().err
 
 
 def test_nproc_under_torchrun_is_refused(run_yaml, launched, monkeypatch, capsys):
