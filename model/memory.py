@@ -61,7 +61,7 @@ def affine_scan(initial: Tensor, transition: Tensor | None, write: Tensor, keep:
         initial: `[b, n, d, ...]`, the state carried in.
         transition: `[b, t, n, d, d]`, or None for a plain sum.
         write: `[b, t, n, d, ...]`.
-        keep: `[b, t]`, 0 where the state is cleared before segment t, else 1.
+        keep: bool `[b, t]`, False where the state is cleared before segment t.
 
     Returns:
         `[b, t + 1, n, d, ...]`: entry t is the state that segment t reads (after its reset), the last one the state
@@ -71,7 +71,8 @@ def affine_scan(initial: Tensor, transition: Tensor | None, write: Tensor, keep:
     current = initial
     trailing = (1,) * (initial.dim() - 1)
     for t in range(write.shape[1]):
-        current = current * keep[:, t].view(-1, *trailing)
+        # Not a product with 0: what is cleared may have overflowed.
+        current = current.where(keep[:, t].view(-1, *trailing), 0)
         states.append(current)
         update = write[:, t]
         if transition is not None:
@@ -108,7 +109,7 @@ class NormalizedRule:
             k, v: keys (without position encoding) and values, `[b, t, n, s, d]`.
             gate: write gate `[b, t, n, s]`, or None to write every token.
             state: the memory carried in.
-            keep: `[b, t]`, 0 where a document starts.
+            keep: bool `[b, t]`, False where a document starts.
 
         Returns:
             The states at all segment borders, each tensor with a time dim of t + 1 behind the lane dim; entry t is
@@ -221,7 +222,7 @@ def remember(
     """
     b, t, heads, s, d = q.shape
     n = k.shape[2]
-    states = rule.scan(k, v, gate, state, (~reset).to(k.dtype))
+    states = rule.scan(k, v, gate, state, ~reset)
     before = type(states)(*(x[:, :-1].detach() if detach_reads else x[:, :-1] for x in states))
     after = type(states)(*(x[:, -1] for x in states))
     grouped = q.reshape(b, t, n, (heads // n) * s, d)

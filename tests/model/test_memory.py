@@ -276,3 +276,19 @@ def test_hard_gate_reaches_both_ends_and_keeps_a_slope():
 def test_unknown_rule_is_named():
     with pytest.raises(ValueError, match="no rule 'dleta'; valid: none, linear, delta, deltanet"):
         build_rule("dleta", EPSILON)
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_document_starts_afresh_after_a_memory_that_overflowed(rule_name):
+    """Zero times infinity is not a number: clearing must not multiply."""
+    window, reset = random_window(31, b=2)
+    reset[:] = torch.tensor([[True, False, False], [True, False, False]])
+    healthy, _ = fast(rule_name, "none", window, reset)
+    broken = window | {name: x.detach().clone() for name, x in window.items() if name in "Mz"}
+    broken["M"][0], broken["z"][1] = torch.inf, torch.nan
+    if rule_name == "deltanet":
+        broken["M"][1] = torch.nan
+    leaves = {name: x.requires_grad_() for name, x in broken.items()}
+    read, after = fast(rule_name, "none", leaves, reset)
+    assert torch.equal(read, healthy)
+    assert all(x.isfinite().all() for x in [*after, *gradients([read, *after], leaves).values()])
