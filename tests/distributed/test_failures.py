@@ -17,7 +17,7 @@ import pytest
 from tests.distributed import cases
 from tests.prepared import write_set
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,7 +93,7 @@ def infini_train(folder: Path, data: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
