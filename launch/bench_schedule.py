@@ -24,6 +24,9 @@ MILLION_SEGMENTS = 16384
 MILLION_CHUNKS = (64, 128)
 """Segments per chunk in the two computations."""
 
+PACED_CHUNK_S = 0.1
+"""Forward of a quarter of a window. Waking up takes milliseconds on a busy machine, and bubbles are a tenth of a step."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--million", action="store_true", help="also a document of 1,048,576 tokens (some minutes)")
@@ -32,6 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, note: Note) -> None:
     parts = [args.only] if args.only else ["window", "pipeline", *(["million"] if args.million else [])]
+    if args.only:
+        note.name += f"-{args.only}"
     # Measuring processes are forked from this one and join groups of one: the window comes before anything else.
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     if "window" in parts:
@@ -118,7 +123,7 @@ def _pipeline(note: Note, quick: bool) -> None:
     from pipeline.bench_pipeline import MODEL
     from pipeline.timeline import draw_timelines
 
-    chunk_s, repeats = (0.01, 1) if quick else (0.04, 3)
+    chunk_s, repeats = (0.01, 1) if quick else (PACED_CHUNK_S, 3)
     note.text("## The pipeline, measured and simulated")
     note.text(
         f"{_model(MODEL)}; four windows of 16 segments in a step, one lane each. Every stage is a process; messages go "
