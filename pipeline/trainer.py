@@ -442,4 +442,4 @@ class Trainer:
 
 def clear_lanes(memory: Memory, keep: torch.Tensor) -> Memory:
     """The memory with the lanes emptied where `keep` (bool `[B]`) is False."""
-    return map_memory(memory, lambda x: x * keep.to(x.device).view(-1, *(1,) * (x.dim() - 1)).to(x.dtype))
+    return map_memory(memory, lambda x: x.where(keep.to(x.device).view(-1, *(1,) * (x.dim() - 1)), 0))
