@@ -25,7 +25,7 @@ MILLION_CHUNKS = (64, 128)
 """Segments per chunk in the two computations."""
 
 PACED_CHUNK_S = 0.1
-"""Forward of a quarter of a window. Waking up takes milliseconds on a busy machine, and bubbles are a tenth of a step."""
+"""Forward of a quarter of a window: waking up takes milliseconds on a busy machine, and must not pass for a bubble."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
