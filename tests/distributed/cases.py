@@ -9,6 +9,7 @@ import io
 import math
 import os
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def train_steps(
     Args:
         resume: see `Trainer.start`.
         save: write a checkpoint at the end.
-        save_at: write one after this step, and go on.
+        save_at: begin one after this step and go on; it is written to disk only when the last step is over.
         damage: break the run on purpose, to see that the comparison notices: `gradient` scales one gradient by 1.01.
 
     Returns:
@@ -162,11 +163,15 @@ def train_steps(
         parameter = dict(trainer.stage.named_parameters()).get("layers.1.attention.qkv.weight")
         if parameter is not None:
             parameter.register_hook(lambda gradient: gradient * 1.01)
+    # The slowest disk there is: what later steps do must not reach a checkpoint that is still being written.
+    steps_done, write = threading.Event(), trainer.saver._write
+    trainer.saver._write = lambda snapshot: steps_done.wait() and write(snapshot)
     last = trainer.step + steps
     while trainer.step < last:
         trainer.train_step()
         if trainer.step == save_at:
             trainer.save()
+    steps_done.set()
     if save:
         trainer.save()
     tensors = full_weights(trainer) | full_memory(trainer)

@@ -143,6 +143,26 @@ def test_query_heads_read_the_memory_of_their_group(rule):
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+def test_empty_heads_of_the_memory_are_not_mixed_in(rule):
+    """A closed write gate can leave one key/value head empty: its own query heads, 0 and 1, stay local."""
+    config, plain = small_config(rule, num_layers=1), small_config("none", num_layers=1)
+    attention, local = (small_stage(c).layers["0"].attention for c in (config, plain))
+    heads, d = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    hidden, _ = hidden_states(config, b=1, t=1)
+    memory = attention.initial_memory(1, hidden.device)
+    for m in memory:
+        m[:, 1] = 1
+    outputs = []
+    for module, state in ((attention, memory), (local, None)):
+        with torch.no_grad():
+            module.projection.weight.copy_(torch.eye(heads * d))
+        output = module(hidden, state, torch.zeros(1, 1, dtype=torch.bool)).hidden
+        outputs.append(output.unflatten(-1, (heads, d)).flatten(0, 1).transpose(0, 1))
+    assert torch.equal(outputs[0][:2], outputs[1][:2])
+    assert (outputs[0][2:] != outputs[1][2:]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
 def test_first_segment_is_exactly_local_attention(rule):
     """With an empty memory a pretrained model is not damaged at step 0; the literal paper scales it down."""
     outputs = {}
