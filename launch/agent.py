@@ -90,6 +90,10 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         # The agent would kill the ranks 30 s after any other signal; those are passed on instead.
         options = ["--log-dir", logs, "--signals-to-handle", "SIGQUIT"]
         args = parse_args([*options, *torchrun_arguments])
+        if args.max_restarts > 0:
+            # By default all attempts share the agent's store, in which ranks then find the addresses of dead ones
+            # ('connection refused'). Without sharing every attempt has a store of its own.
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         config, entrypoint, entrypoint_arguments = config_from_args(args)
         try:
             elastic_launch(config, entrypoint)(*entrypoint_arguments)

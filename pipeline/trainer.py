@@ -60,6 +60,7 @@ class Trainer:
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config = config
         self.topology = topology
+        torch.manual_seed(config.train.seed)  # else every process would start from a state of its own
         self.vocab_size = vocabulary(config)
         self.lane_range = topology.lanes(config.train.lanes)
         self.loader = build_loader(
@@ -123,8 +124,10 @@ class Trainer:
         """
         notes: list[str] = []
         checkpoints = self.run_dir / "checkpoints"
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if restarts != "0":
+        # Only the node where a rank failed counts the restart.
+        own_restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        restarts = int(self.topology.all_reduce([own_restarts], op=dist.ReduceOp.MAX)[0])
+        if restarts:
             notes.append(f"restart {restarts} after a failure")
             if resume is None or checkpoint.candidates(checkpoints):
                 resume = "latest"
