@@ -232,7 +232,8 @@ class _Run:
         if keep_graph:
             self._make_leaves(record, chunk)
         record.output = self._compute(record, window, chunk, keep_graph, first_time=True)
-        self.carried[window] = map_memory(record.output.memory, torch.Tensor.detach)
+        # A copy: the last entry of the scan's stacked states would keep all of them alive.
+        self.carried[window] = map_memory(record.output.memory, lambda x: x.detach().clone())
         if self.with_gradient or not self.stage.is_last:
             self.live[window, chunk] = record
         if self.stage.is_last and not keep_graph:

@@ -68,7 +68,7 @@ def loss_by_segment(path: str | Path, curves: Mapping[str, Curve], title: str) -
     lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
     for axes in (upper, lower):
         _quiet(axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def passkey_heatmap(
@@ -107,7 +107,7 @@ def passkey_heatmap(
     if len(lengths) <= CELL_TEXT_UP_TO:
         _cell_texts(axes, values, image)
     figure.colorbar(image, ax=axes, label="accuracy", fraction=0.05, pad=0.02)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def training_curves(path: str | Path, metrics_jsonl: str | Path) -> None:
@@ -142,7 +142,7 @@ def training_curves(path: str | Path, metrics_jsonl: str | Path) -> None:
     figure = Figure(figsize=(5.6 * columns, 3.0 * rows), layout="constrained")
     for index, panel in enumerate(panels):
         _draw_panel(figure, figure.add_subplot(rows, columns, index + 1), panel)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def gate_histogram(path: str | Path, values: Mapping[int, Sequence[float]], title: str) -> None:
@@ -198,7 +198,7 @@ def _gate_rows(path: str | Path, counts: Mapping[int, np.ndarray], means: Mappin
     numbers = "numbers: % of the layer's gates; " if len(layers) <= CELL_TEXT_UP_TO else ""
     axes.set(title=title, xlabel=f"gate ({numbers}triangle: mean)", ylabel="layer")
     figure.colorbar(image, ax=axes, label="share", fraction=0.05, pad=0.02, ticks=[0, 0.05, 0.2, 0.5, 1])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 @dataclass
@@ -317,7 +317,7 @@ def _quiet(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from pipeline.plots import _save as save_figure
+from pipeline.plots import save_figure
 from pipeline.schedule import Kind
 from pipeline.simulate import Timeline
 
