@@ -10,6 +10,7 @@ from typing import Any
 
 _BAR_CHARACTERS = 40
 _SHARDS_SHOWN = 20
+_LANES_SHOWN = 32
 _EXCERPTS = 3
 _EXCERPT_TOKENS = 200
 _EXCERPT_CHARACTERS = 160
@@ -158,4 +159,104 @@ def _print_excerpts(console: Any, folder: Path, split: str) -> None:
         console.print(f"\n{split}: documents cannot be shown: {error}")
 
 
-KINDS = (FolderKind("a prepared set", _is_prepared_set, _inspect_prepared_set),)
+def _is_checkpoint(folder: Path) -> bool:
+    # One that has lost its checkpoint.json is recognised by what else it has.
+    return any(any(folder.glob(pattern)) for pattern in ("checkpoint.json", "rank_*.safetensors", "rank_*.json"))
+
+
+def _inspect_checkpoint(folder: Path, verify: bool) -> int:
+    from launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from pipeline.console import make_console, print_table
+    from pipeline.inspect_checkpoint import read_contents
+
+    console = make_console()
+    found = read_contents(folder, verify=verify)
+    if found.damage:
+        return _tell_damage(console, folder, found.damage)
+    summary, layout, config = found.summary, found.summary["layout"], found.summary["config"]
+    model, memory = config["model"], config["model"]["memory"]
+    rows = {
+        "step": f"{summary['step']:,} ({summary['optimizer_steps']:,} of them applied)",
+        "tokens": f"{summary['tokens']:,}",
+        "run": config["name"],
+        "written for": f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}, "
+        f"ZeRO {layout['zero_stage']}, {layout['world_size']} processes; any other layout can read it",
+        "model": f"{model['num_layers']} layers of {model['hidden_size']}, {model['num_attention_heads']} heads, "
+        f"{found.parameters:,} parameters, vocabulary {summary['vocab_size']:,}",
+        "memory": f"{memory['rule']}, write gate {memory['write_gate']}, segments of {model['segment_length']} tokens",
+        "size": f"{found.bytes:,} bytes in {len(summary['files']) + 1} files",
+        "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+    }
+    print_table(f"checkpoint {folder}", list(rows.items()), console=console)
+    lanes = [
+        [str(lane.number), lane.document, f"{lane.segment:,}", f"{lane.begun:,}"] for lane in found.lanes[:_LANES_SHOWN]
+    ]
+    print_table(
+        f"{len(found.lanes)} lanes" + (f", the first {_LANES_SHOWN}" if len(found.lanes) > _LANES_SHOWN else ""),
+        lanes,
+        header=["lane", "document", "next segment", "documents begun"],
+        console=console,
+    )
+    fields = sorted({name for layer in found.layers for name in layer.norms})
+    layers = [
+        [
+            layer.name,
+            " / ".join(f"{share:.3f}" for share in layer.gate) if layer.gate else "-",
+            f"{layer.write_gate_bias:.3f}" if layer.write_gate_bias is not None else "-",
+            *(f"{layer.norms[name]:.4g}" if name in layer.norms else "-" for name in fields),
+        ]
+        for layer in found.layers
+    ]
+    norms = [f"norm of {name}" for name in fields]
+    print_table(
+        "layers: memory's share sigmoid(beta), least / mean / most; means over lanes and heads",
+        layers,
+        header=["layer", "share", "write gate bias", *norms],
+        console=console,
+    )
+    for note in found.notes:
+        print(f"note: {note}")
+    print("whole: all hashes match" if verify else "all files are there; contents not verified (--no-verify)")
+    return 0
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
+
+
+def _inspect_run(folder: Path, verify: bool) -> int:
+    from launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from pipeline.console import make_console, print_table
+    from pipeline.inspect_checkpoint import read_run
+
+    console = make_console()
+    found = read_run(folder, verify=verify)
+    whole = "whole" if verify else "all files there (not verified)"
+    rows = [
+        [path.name, "latest" if path.name == found.latest else "", f"DAMAGED ({len(damage)})" if damage else whole]
+        for path, damage in found.checkpoints
+    ]
+    print_table(f"run {folder}: {len(rows)} checkpoints", rows, console=console)
+    newest = found.newest_whole
+    print(f"newest whole checkpoint: {newest if newest else 'none'}")
+    metrics = [[name, f"{value:.6g}"] for name, value in found.metrics.items() if name != "time"]
+    print_table("last metrics", metrics, console=console)
+    return _tell_damage(console, folder, found.damage) if found.damage else 0
+
+
+def _tell_damage(console: Any, folder: Path, damage: list[str]) -> int:
+    console.print(f"\n{folder} is damaged", soft_wrap=True, markup=False)
+    for message in damage:
+        console.print(f"DAMAGED  {message}", soft_wrap=True, markup=False)
+    return DAMAGED
+
+
+KINDS = (
+    FolderKind("a prepared set", _is_prepared_set, _inspect_prepared_set),
+    FolderKind("a checkpoint", _is_checkpoint, _inspect_checkpoint),
+    FolderKind("a run's folder", _is_run, _inspect_run),
+)

@@ -145,18 +145,14 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.summary = _read_summary(folder / SUMMARY)
+        self.summary = read_summary(folder)
         self.lanes: dict[str, Any] = {}
         self._entries: dict[str, list[dict[str, Any]]] = {}
         for name, facts in self.summary["files"].items():
-            path = folder / name
-            size = path.stat().st_size if path.exists() else None
-            if size != facts["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise CheckpointError(f"{path} {found}; the checkpoint recorded {facts['bytes']} bytes")
-            if name.endswith(".json"):
-                self._verify_file(name)
-                index = json.loads(path.read_text(encoding="utf-8"))
+            index_file = name.endswith(".json")
+            _raise(file_damage(folder / name, facts, contents=index_file))
+            if index_file:
+                index = json.loads((folder / name).read_text(encoding="utf-8"))
                 self.lanes |= index["lanes"]
                 for entry in index["tensors"]:
                     file = name.replace(".json", ".safetensors")
@@ -169,16 +165,33 @@ class CheckpointReader:
             CheckpointError: names the first file that differs.
         """
         for name in sorted(self.summary["files"])[part::parts]:
-            self._verify_file(name)
+            _raise(file_damage(self.folder / name, self.summary["files"][name], contents=True))
 
-    def _verify_file(self, name: str) -> None:
-        path = self.folder / name
-        try:
-            found = file_hash(path)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if found != self.summary["files"][name]["sha256"]:
-            raise CheckpointError(f"{path} was changed after it was written (SHA-256 differs)")
+    def keys(self) -> list[str]:
+        """Names of all tensors but the random states: `master/...`, `exp_avg/...`, `memory/<layer>/<field>`."""
+        return list(self._entries)
+
+    def whole_tensor(self, key: str) -> Tensor:
+        """A parameter-like tensor, put together from all processes' parts.
+
+        Raises:
+            CheckpointError: parts are missing.
+        """
+        entries = self._entries[key]
+        ranks = sorted({entry["tensor_rank"] for entry in entries})
+        parts = [self._assemble(key, [e for e in entries if e["tensor_rank"] == rank]) for rank in ranks]
+        return unshard(parts, Partition(entries[0]["partition_dim"], entries[0]["partition_stride"]))
+
+    def whole_memory(self, layer: str, field: str) -> Tensor:
+        """The carried memory of all lanes and heads.
+
+        Raises:
+            CheckpointError: parts are missing.
+        """
+        entries = self._entries[f"memory/{layer}/{field}"]
+        lanes = max(entry["first_lane"] + entry["shape"][0] for entry in entries)
+        heads = max(entry["first_head"] + entry["shape"][1] for entry in entries)
+        return self.memory_tensor(layer, field, torch.empty(lanes, heads, *entries[0]["shape"][2:]), 0, 0)
 
     def local_tensor(self, key: str, shape: tuple[int, ...], partition: Partition, rank: int, size: int) -> Tensor:
         """The part of a parameter-like tensor that tensor-parallel rank `rank` of `size` holds.
@@ -257,7 +270,13 @@ class CheckpointReader:
         return self._tensor(f"rank_{rank:05d}.safetensors", "rng")
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `checkpoint.json` says.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another version.
+    """
+    path = folder / SUMMARY
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -268,6 +287,30 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if summary.get("sha256") != sealed(summary)["sha256"]:
         raise CheckpointError(f"{path} was changed after it was written (its SHA-256 differs)")
     return summary
+
+
+def file_damage(path: Path, facts: dict[str, Any], *, contents: bool) -> str | None:
+    """What is wrong with a file of a checkpoint; None when it is as recorded.
+
+    Args:
+        facts: the `bytes` and `sha256` that were recorded.
+        contents: compare the hash as well.
+    """
+    try:
+        size = path.stat().st_size if path.exists() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            return f"{path} {found}; the checkpoint recorded {facts['bytes']} bytes"
+        if contents and file_hash(path) != facts["sha256"]:
+            return f"{path} was changed after it was written (SHA-256 differs)"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
+    return None
+
+
+def _raise(damage: str | None) -> None:
+    if damage is not None:
+        raise CheckpointError(damage)
 
 
 def _overlap(first: int, count: int, other_first: int, other_count: int) -> tuple[slice, slice]:

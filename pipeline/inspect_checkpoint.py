@@ -1,0 +1,174 @@
+"""What a checkpoint or a run holds, read by one process without a model: for `infini inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.shards import PreparedSet
+from pipeline.checkpoint import (
+    LATEST,
+    CheckpointError,
+    CheckpointReader,
+    file_damage,
+    named_by_latest,
+    read_summary,
+)
+from pipeline.metrics import METRICS_FILE
+
+
+@dataclass
+class Lane:
+    """Where one lane stands."""
+
+    number: int
+    document: str
+    """Name of its document, `between documents`, or the document's number where the set cannot be opened."""
+    segment: int
+    """Next segment of the document."""
+    begun: int
+    """Documents begun so far."""
+
+
+@dataclass
+class Layer:
+    """What one layer's memory has come to. Norms are Frobenius norms, means over lanes and heads."""
+
+    name: str
+    gate: tuple[float, float, float] | None
+    """Smallest, mean and largest sigmoid(beta) of the query heads."""
+    write_gate_bias: float | None
+    """Mean over the key/value heads; None without a write gate."""
+    norms: dict[str, float]
+    """By field of the memory: M, and z where the rule has it."""
+
+
+@dataclass
+class CheckpointContents:
+    """A checkpoint, as far as it can be read."""
+
+    folder: Path
+    damage: list[str]
+    """One message per damaged file; nothing below is filled in when there are any."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+    parameters: int = 0
+    lanes: list[Lane] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_damage(folder: Path, *, contents: bool) -> list[str]:
+    """One message per damaged file of a checkpoint; with `contents` every byte is read."""
+    try:
+        summary = read_summary(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    damage = (file_damage(folder / name, facts, contents=contents) for name, facts in sorted(summary["files"].items()))
+    return [message for message in damage if message]
+
+
+def read_contents(folder: Path, *, verify: bool) -> CheckpointContents:
+    """Look into a checkpoint; `verify` compares all hashes."""
+    found = CheckpointContents(folder, find_damage(folder, contents=verify))
+    if found.damage:
+        return found
+    try:
+        reader = CheckpointReader(folder)
+        found.summary = reader.summary
+        found.bytes = sum(facts["bytes"] for facts in reader.summary["files"].values())
+        found.lanes = _lanes(reader, found.notes)
+        found.layers, found.parameters = _layers(reader)
+    except CheckpointError as error:
+        found.damage = [str(error)]
+    return found
+
+
+def _lanes(reader: CheckpointReader, notes: list[str]) -> list[Lane]:
+    sets: list[PreparedSet | None] = []
+    for entry in reader.summary["config"]["data"]["sets"]:
+        try:
+            sets.append(PreparedSet(entry["path"]))
+        except (ValueError, OSError) as error:
+            sets.append(None)
+            notes.append(f"documents of {entry['path']} go by number, the set cannot be opened: {error}")
+    lanes = []
+    for number, cursor in sorted((int(number), cursor) for number, cursor in reader.lanes.items()):
+        if cursor["set"] is None:
+            document = "between documents"
+        elif (prepared := sets[cursor["set"]]) is None or cursor["document"] >= len(prepared):
+            document = f"document {cursor['document']} of set {cursor['set']}"
+        else:
+            document = prepared.document_name(cursor["document"])
+        lanes.append(Lane(number, document, cursor["segment"], sum(cursor["taken"])))
+    for prepared in sets:
+        if prepared is not None:
+            prepared.close()
+    return lanes
+
+
+def _layers(reader: CheckpointReader) -> tuple[list[Layer], int]:
+    """The layers, and the number of parameters."""
+    weights = {key.removeprefix("master/"): key for key in reader.keys() if key.startswith("master/")}
+    count = sum(reader.whole_tensor(key).numel() for key in weights.values())
+    layers = []
+    for number in range(reader.summary["config"]["model"]["num_layers"]):
+        prefix = f"layers.{number}.attention."
+        gate = bias = None
+        if prefix + "beta" in weights:
+            share = torch.sigmoid(reader.whole_tensor(weights[prefix + "beta"]))
+            gate = (float(share.min()), float(share.mean()), float(share.max()))
+        if prefix + "write_gate.bias" in weights:
+            bias = float(reader.whole_tensor(weights[prefix + "write_gate.bias"]).mean())
+        norms = {}
+        for key in reader.keys():
+            if key.startswith(f"memory/{number}/"):
+                name = key.rsplit("/", 1)[1]
+                norms[name] = float(reader.whole_memory(str(number), name).flatten(2).norm(dim=2).mean())
+        layers.append(Layer(str(number), gate, bias, norms))
+    return layers, count
+
+
+@dataclass
+class RunContents:
+    """A run's folder."""
+
+    checkpoints: list[tuple[Path, list[str]]]
+    """Oldest first, each with its damage."""
+    latest: str | None
+    """What `latest` names."""
+    damage: list[str]
+    """Of all checkpoints, and a `latest` that points nowhere."""
+    metrics: dict[str, float]
+    """The newest value of every scalar in metrics.jsonl."""
+
+    @property
+    def newest_whole(self) -> Path | None:
+        return next((path for path, damage in reversed(self.checkpoints) if not damage), None)
+
+
+def read_run(folder: Path, *, verify: bool) -> RunContents:
+    """Look at a run's checkpoints and metrics; `verify` compares all hashes."""
+    checkpoints = folder / "checkpoints"
+    found = [(path, find_damage(path, contents=verify)) for path in sorted(checkpoints.glob("step_*"))]
+    damage = [message for _, messages in found for message in messages]
+    named = named_by_latest(checkpoints)
+    if named is not None and named not in [path for path, _ in found]:
+        damage.append(f"{checkpoints / LATEST} names {named.name}, which is not there")
+    return RunContents(found, None if named is None else named.name, damage, _last_metrics(folder / METRICS_FILE))
+
+
+def _last_metrics(path: Path) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the last line of a run that was killed
+            metrics |= {name: value for name, value in record.items() if isinstance(value, int | float)}
+    return metrics
