@@ -65,10 +65,10 @@ ROWS = [
     row((1, 1, 2, 2), "linear-sigmoid-untied", chunks=4),
     row((1, 1, 2, 3), "linear", chunks=4, recompute="window"),
     row((1, 1, 2, 3), "deltanet-hard"),
-    row((2, 2, 1, 1), "delta-untied", chunks=4, **SP),
+    row((2, 2, 1, 1), "delta-untied", chunks=2, **SP),
     row((1, 2, 2, 1), "deltanet-hard", chunks=4, recompute="window"),
     row((1, 2, 2, 2), "delta", recompute="selective"),
-    row((2, 1, 2, 3), "linear-sigmoid-untied", chunks=4),
+    row((2, 1, 2, 3), "linear-sigmoid-untied"),
     row((2, 2, 2, 1), "delta", chunks=4, recompute="window", marks=pytest.mark.slow),
     row((2, 2, 2, 1), "deltanet-hard", marks=pytest.mark.slow, **SP),
 ]
