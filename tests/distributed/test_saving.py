@@ -96,15 +96,11 @@ def test_disk_that_is_really_full(pools, data, small_disk, asynchronous):
     folder, remount = small_disk
     settings = ["train.steps=12", "checkpoint.interval=1", "checkpoint.attempts=99", "checkpoint.keep=1"]
     settings += [f"checkpoint.asynchronous={asynchronous}"]
-    run = {
-        "folder": str(folder.parent),
-        "data": data,
-        "overrides": settings,
-        "stop_at": (0, 5, str(folder.parent / "half")),
-    }
-    enlarge = threading.Thread(target=lambda: _when(folder.parent / "half", lambda: remount("size=20m")))
+    sign = folder.parent / "step-5"
+    enlarge = threading.Thread(target=lambda: _when(sign, lambda: remount("size=20m")))
     enlarge.start()
-    ranks = pools.run(2, saving_cases.train, **run)
+    arguments = {"folder": str(folder.parent), "data": data, "overrides": settings}
+    ranks = pools.run(2, saving_cases.train, **arguments, stop_at=(0, 5, str(sign)))
     enlarge.join()
     assert "CHECKPOINT OF STEP 1 FAILED, it will be tried again: rank" in ranks[0]["printed"]
     assert "o space left on device" in ranks[0]["printed"] or "os error 28" in ranks[0]["printed"]
@@ -158,13 +154,11 @@ SPIKY = ["train.steps=17", "checkpoint.interval=6", "checkpoint.keep=9", "resili
 def assert_same_run(ranks: list[dict], expected: list[dict]) -> None:
     for rank, other in zip(ranks, expected, strict=True):
         assert (rank["error"], other["error"]) == (None, None)
-        assert [rank[key] for key in ("step", "windows", "lanes")] == [
-            other[key] for key in ("step", "windows", "lanes")
-        ]
-        assert rank["tensors"].keys() == other["tensors"].keys()
-        assert [
-            name for name in rank["tensors"] if not torch.equal(rank["tensors"][name], other["tensors"][name])
-        ] == []
+        for key in ("step", "windows", "lanes"):
+            assert rank[key] == other[key]
+        tensors, wanted = rank["tensors"], other["tensors"]
+        assert tensors.keys() == wanted.keys()
+        assert [name for name in tensors if not torch.equal(tensors[name], wanted[name])] == []
 
 
 @pytest.mark.parametrize("layout", ["parallel.zero_stage=2", "parallel.pipeline=2"])
@@ -198,12 +192,8 @@ def test_spikes_without_end_end_the_run(pools, data, tmp_path):
         ("rollback", "SpikeError: loss spike at step 13, after 2 roll-backs to the same checkpoint"),
         ("skip", "SpikeError: 3 steps in a row were skipped"),
     ):
-        settings = [
-            *SPIKY,
-            f"resilience.spike_action={action}",
-            "resilience.max_rollbacks=2",
-            "train.max_nonfinite_steps=3",
-        ]
+        settings = [*SPIKY, f"resilience.spike_action={action}"]
+        settings += ["resilience.max_rollbacks=2", "train.max_nonfinite_steps=3"]
         ranks = pools.run(
             1, saving_cases.train, folder=str(tmp_path / action), data=data, overrides=settings, spikes=spikes
         )
