@@ -91,9 +91,15 @@ class Run:
         """What was printed, without the console's line breaks."""
         return " ".join(self.output.read_text().split())
 
-    def partial(self) -> list[str]:
-        """Folders of saves that are being made, or were cut short."""
-        return [path.name for path in self.checkpoints.glob(".step_*.partial")]
+    def partial(self) -> set[tuple[str, int]]:
+        """Folders of saves that are being made, or were cut short: name, and when the folder was last changed."""
+        found = set()
+        for path in self.checkpoints.glob(".step_*.partial"):
+            try:
+                found.add((path.name, path.stat().st_mtime_ns))
+            except FileNotFoundError:
+                continue
+        return found
 
     def newest(self) -> int:
         """Step of the newest complete checkpoint; -1 without one."""
