@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-BENCHMARKS = {"schedule": "launch.bench_schedule"}
+BENCHMARKS = {"schedule": "launch.bench_schedule", "checkpoint": "launch.bench_checkpoint"}
 """Modules with `HELP`, `add_options(parser)` and `measure(args, note)`."""
 
 
