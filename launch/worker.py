@@ -37,7 +37,8 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
     """Return `function()`; when it fails, report as one rank among many and end the process.
 
     `join_world` must have run. In a world of one the exception is passed on. `function` must not close process groups
-    while an exception passes through it: the other ranks would fail first.
+    while an exception passes through it: the other ranks would fail first. An exception that ends one of the process's
+    threads ends the rank as well: its main thread may wait, for ever, for a rank that waits for that thread.
 
     Args:
         run_dir: folder for `error-rank<r>.txt`, the first failing rank's traceback; None while it is not known yet.
@@ -47,6 +48,8 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
     done = threading.Event()
     if run_dir is not None and not alone:
         threading.Thread(target=_watch, args=(run_dir, done), name="failure-watch", daemon=True).start()
+    if not alone:
+        threading.excepthook = lambda failure: _fail(failure.exc_value, run_dir)
     try:
         return function()
     except KeyboardInterrupt:
@@ -55,38 +58,42 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
         _leave(130)
     except Exception as error:
         if alone:
-            _write_traceback(run_dir)
+            _write_traceback(error, run_dir)
             raise
-        if not _claim(run_dir):
-            _leave(FOLLOWED)
-        _say_why(error, run_dir)
-        _leave(2 if isinstance(error, ValueError | OSError) else 1)
+        _fail(error, run_dir)
     finally:
         done.set()
 
 
-def _say_why(error: Exception, run_dir: Path | None) -> None:
+def _fail(error: BaseException, run_dir: Path | None) -> NoReturn:
+    if not _claim(run_dir):
+        _leave(FOLLOWED)
+    _say_why(error, run_dir)
+    _leave(2 if isinstance(error, ValueError | OSError) else 1)
+
+
+def _say_why(error: BaseException, run_dir: Path | None) -> None:
     expected = isinstance(error, ValueError | OSError)
-    written = _write_traceback(run_dir)
+    written = _write_traceback(error, run_dir)
     reason = str(error) if expected else f"{type(error).__name__}: {error}"
     lines = [f"[rank {os.environ['RANK']}] error: {reason}"]
     if os.environ.get("INFINI_DEBUG") == "1" or not (written or expected):
-        lines.insert(0, traceback.format_exc().rstrip())
+        lines.insert(0, "".join(traceback.format_exception(error)).rstrip())
     if written:
         lines.append(f"(traceback in {written})")
     # One write: the lines of other ranks cannot come in between.
     sys.stderr.write("\n".join(lines) + "\n")
 
 
-def _write_traceback(run_dir: Path | None) -> Path | None:
-    """Where the current traceback now stands, or None: an error report must not fail for want of disk."""
+def _write_traceback(error: BaseException, run_dir: Path | None) -> Path | None:
+    """Where the error's traceback now stands, or None: an error report must not fail for want of disk."""
     if run_dir is None:
         return None
     path = run_dir / f"error-rank{os.environ['RANK']}.txt"
     temporary = path.with_suffix(".tmp")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(traceback.format_exc(), encoding="utf-8")
+        temporary.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         os.replace(temporary, path)
     except OSError:
         return None

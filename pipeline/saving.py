@@ -148,6 +148,11 @@ class CheckpointSaver:
         self._run(snapshot)
         self._report.stall_s = time.perf_counter() - start
 
+    def close(self) -> None:
+        """Wait for the save in flight and give the process group back (its threads cost time even when idle)."""
+        self.wait()
+        dist.destroy_process_group(self.group)
+
     @property
     def has_failed(self) -> bool:
         """A save has ended without a checkpoint, and nobody has fetched the report yet."""
@@ -186,10 +191,11 @@ class CheckpointSaver:
         start = time.perf_counter()
         try:
             self._write(snapshot)
-        except BaseException as failure:  # handed to the training thread, which raises it
+        except BaseException as failure:
+            # The training thread raises it when it looks. It may never come to that, waiting for a rank that waits for
+            # this thread: so the thread fails as well, and whoever watches over the process can end it.
             self._failure = failure
-            if not self.asynchronous:
-                self.wait()
+            raise
         finally:
             self._report.write_s = time.perf_counter() - start
 

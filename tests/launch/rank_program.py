@@ -10,6 +10,10 @@ from launch.worker import run_rank
 from launch.world import join_world
 
 
+def fail(reason: str) -> None:
+    raise ValueError(reason)
+
+
 def main() -> int:
     mode, run_dir = sys.argv[1], Path(sys.argv[2])
     world_size = join_world()
@@ -32,6 +36,9 @@ def main() -> int:
                 raise ValueError("shard train-000003.tar is truncated")
             if mode in ("bug", "blocked"):
                 raise RuntimeError("wrong number")
+            if mode == "bad-thread":
+                threading.Thread(target=fail, args=("the writer's thread failed",)).start()
+                stop.wait()
             if mode == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
         if mode == "everywhere":

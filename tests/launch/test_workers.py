@@ -56,6 +56,13 @@ def test_first_failure_is_the_only_one_told(tmp_path):
     assert not (tmp_path / "error-rank0.txt").exists()
 
 
+def test_failing_thread_ends_a_rank_whose_main_thread_waits(tmp_path):
+    code, output = finish(start("bad-thread", tmp_path))
+    assert output.startswith("[rank 1] error: the writer's thread failed\n")
+    assert code == 2
+    assert "rank_program.py" in (tmp_path / "error-rank1.txt").read_text()
+
+
 def test_same_error_on_every_rank_is_told_once(tmp_path):
     code, output = finish(start("everywhere", tmp_path))
     assert code == 2
