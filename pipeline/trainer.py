@@ -157,7 +157,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the background work of a run that ended well."""
-        self.saver.wait()
+        self.saver.close()
         self.loader.close()
         if self.monitor:
             self.monitor.close()
