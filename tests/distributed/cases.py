@@ -113,7 +113,6 @@ def full_memory(trainer: Trainer) -> dict[str, torch.Tensor]:
 def finish(trainer: Trainer) -> None:
     """Let go of what a process that trains once would keep until it ends."""
     trainer.close()
-    dist.destroy_process_group(trainer.saver.group)
 
 
 def train_steps(
