@@ -1,17 +1,21 @@
 """Processes that stay alive for the whole test session and run test cases as ranks of one process group.
 
 Importing torch, Megatron and DeepSpeed takes seconds of CPU; a pool pays for it once per world size, and joins its
-process group once. A case is a module-level function that every rank calls with the same arguments; it lays out its own
-parallel groups. When a rank fails the pool is thrown away, and the next case gets a fresh one.
+process group once. Between cases the processes are stopped (SIGSTOP): gloo's threads poll, and the idle ranks of a few
+pools would take a core from the tests that need none of them. A case is a module-level function that every rank calls
+with the same arguments; it lays out its own parallel groups. When a rank fails the pool is thrown away, and the next
+case gets a fresh one.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from typing import Any
@@ -75,6 +79,11 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
         self.broken = False
+        atexit.register(self.close)  # a stopped process cannot be asked to end, only killed
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
 
     def run(self, function: Any, **arguments: Any) -> list[Any]:
         """Call `function(**arguments)` on every rank; returns the results in rank order.
@@ -82,6 +91,7 @@ class Pool:
         Raises:
             CaseFailed: with the traceback of the first rank that reported one.
         """
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__name__, arguments))
         results: list[Any] = [None] * len(self.pipes)
@@ -103,10 +113,12 @@ class Pool:
                     raise CaseFailed(f"rank {rank}: {value}")
                 results[rank] = value
                 del waiting[rank]
+        self._signal(signal.SIGSTOP)
         return results
 
     def close(self) -> None:
         self.broken = True
+        atexit.unregister(self.close)
         for process in self.processes:
             process.kill()
         for process in self.processes:

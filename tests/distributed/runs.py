@@ -14,6 +14,7 @@ from typing import TypeVar
 import psutil
 
 from pipeline.checkpoint import SUMMARY, CheckpointReader
+from tests.distributed import saving_cases
 from tests.distributed.cases import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,7 @@ class Run:
 
     def __init__(self, folder: Path, data: Path, *overrides: str, nproc: int = 2) -> None:
         self.folder, self.nproc = folder, nproc
+        self.data, self.own_overrides = data, overrides
         self.checkpoints = folder / "checkpoints"
         self.overrides = [*TINY, f"data.sets=[{{path: {data}, answer_weight: 3.0}}]", f"run_dir={folder}", *overrides]
         self.output = folder.with_suffix(".log")
@@ -55,6 +57,12 @@ class Run:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+
+    def train_in(self, pools) -> None:
+        """The whole run, undisturbed, in ranks that are there already: no start-up to pay for."""
+        arguments = {"folder": str(self.folder), "data": str(self.data), "overrides": list(self.own_overrides)}
+        for rank in pools.run(self.nproc, saving_cases.train, **arguments):
+            assert rank["error"] is None
 
     def ranks(self) -> list[psutil.Process]:
         """The running ranks, in order."""

@@ -83,17 +83,15 @@ def kill_again_and_again(run: Run, moments: list[str], seed: int) -> list[Kill]:
     return kills
 
 
-def check(tmp_path: Path, moments: list[str], seed: int, nproc: int, *overrides: str) -> list[Kill]:
+def check(pools, tmp_path: Path, moments: list[str], seed: int, nproc: int, *overrides: str) -> list[Kill]:
     data = write_set(tmp_path / "set", [37, 500, 130, 64, 250, 90, 17, 400])
     overrides = ("checkpoint.interval=1", "checkpoint.keep=2", "metrics.interval=1", *overrides)
     calm = Run(tmp_path / "calm", data, *overrides, nproc=nproc)
     killed = Run(tmp_path / "killed", data, *overrides, nproc=nproc)
+    calm.train_in(pools)
     try:
-        calm.start()
-        assert calm.wait(600) == 0, calm.text()[-2000:]
         kills = kill_again_and_again(killed, moments, seed)
     finally:
-        calm.kill()
         killed.kill()
     assert killed.result() == calm.result()
     assert killed.losses() == calm.losses()
@@ -101,20 +99,20 @@ def check(tmp_path: Path, moments: list[str], seed: int, nproc: int, *overrides:
     return kills
 
 
-def test_killed_ranks_cost_nothing_but_time(tmp_path):
+def test_killed_ranks_cost_nothing_but_time(pools, tmp_path):
     """A few kills of two processes, each holding half of the optimizer's state and half of the lanes."""
     moments = ["saving", "starting", "training", "saving"]
-    kills = check(tmp_path, moments, 1, 2, "train.steps=60", "parallel.zero_stage=2")
+    kills = check(pools, tmp_path, moments, 1, 2, "train.steps=60", "parallel.zero_stage=2")
     assert all(kill.others_gone_s < 20 for kill in kills)
     assert any(kill.partial for kill in kills)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_thirty_kills_of_four_processes(tmp_path):
+def test_thirty_kills_of_four_processes(pools, tmp_path):
     """Tensor, pipeline stage and moment at random; the kills stand in the test's output (`pytest -s`)."""
     moments = random.Random(7).choices(["starting", "training", "saving"], weights=[1, 2, 2], k=32)
-    kills = check(tmp_path, moments, 7, 4, "train.steps=400", "parallel.pipeline=2", "bptt.chunks_per_window=2")
+    kills = check(pools, tmp_path, moments, 7, 4, "train.steps=400", "parallel.pipeline=2", "bptt.chunks_per_window=2")
     assert len(kills) >= 30
     assert sum(bool(kill.partial) for kill in kills) >= 5
     assert all(kill.others_gone_s < 20 for kill in kills)

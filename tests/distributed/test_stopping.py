@@ -22,10 +22,9 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calm(data, tmp_path_factory) -> Run:
+def calm(pools, data, tmp_path_factory) -> Run:
     run = Run(tmp_path_factory.mktemp("calm") / "run", data, *LONG)
-    run.start()
-    assert run.wait() == 0, run.text()[-2000:]
+    run.train_in(pools)
     return run
 
 
