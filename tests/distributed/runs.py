@@ -18,7 +18,7 @@ from tests.distributed import saving_cases
 from tests.distributed.cases import TINY
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 150
+PATIENCE_S = 240
 """For a busy machine."""
 
 Found = TypeVar("Found")

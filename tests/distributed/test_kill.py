@@ -14,7 +14,7 @@ import pytest
 from tests.distributed.runs import Run, wait_for
 from tests.prepared import write_set
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 @dataclass

@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.runs import PATIENCE_S, ROOT, Run, wait_for
 from tests.prepared import write_set
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(2 * PATIENCE_S)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
