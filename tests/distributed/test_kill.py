@@ -88,10 +88,15 @@ def check(pools, tmp_path: Path, moments: list[str], seed: int, nproc: int, *ove
     overrides = ("checkpoint.interval=1", "checkpoint.keep=2", "metrics.interval=1", *overrides)
     calm = Run(tmp_path / "calm", data, *overrides, nproc=nproc)
     killed = Run(tmp_path / "killed", data, *overrides, nproc=nproc)
-    calm.train_in(pools)
     try:
+        if pools is not None:
+            calm.train_in(pools)
+        else:
+            calm.start()
+            assert calm.wait(600) == 0, calm.text()[-2000:]
         kills = kill_again_and_again(killed, moments, seed)
     finally:
+        calm.kill()
         killed.kill()
     assert killed.result() == calm.result()
     assert killed.losses() == calm.losses()
@@ -109,10 +114,10 @@ def test_killed_ranks_cost_nothing_but_time(pools, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_thirty_kills_of_four_processes(pools, tmp_path):
+def test_thirty_kills_of_four_processes(tmp_path):
     """Tensor, pipeline stage and moment at random; the kills stand in the test's output (`pytest -s`)."""
     moments = random.Random(7).choices(["starting", "training", "saving"], weights=[1, 2, 2], k=32)
-    kills = check(pools, tmp_path, moments, 7, 4, "train.steps=400", "parallel.pipeline=2", "bptt.chunks_per_window=2")
+    kills = check(None, tmp_path, moments, 7, 4, "train.steps=400", "parallel.pipeline=2", "bptt.chunks_per_window=2")
     assert len(kills) >= 30
     assert sum(bool(kill.partial) for kill in kills) >= 5
     assert all(kill.others_gone_s < 20 for kill in kills)
