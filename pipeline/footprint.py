@@ -171,7 +171,7 @@ def _attention_bytes(model: ModelConfig, tensor: int, e: int, m: int, segments: 
         per_token += n * d * (5 * m + 1 + c) + g * d * (2 * m + 1 + 2 * c)
         states = 1
     if rule == "delta":
-        per_token += 4 * g * d * m
+        per_token += g * d * m
         states = 3
     if rule == "deltanet":
         # A segment that is no multiple of the block is solved as one block (see `model.memory.DeltaNetRule`).
