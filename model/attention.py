@@ -11,8 +11,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.memory import State, build_rule, remember, write_gate
+from model.memory import State, build_rule, read_states, remember, write_gate
 from model.rotary import rotary_table, rotate
+from model.segment_cache import SegmentCache, Span, empty_cache, put
 
 GATE_BINS = 20
 """Bins of the write-gate histogram over [0, 1]."""
@@ -114,36 +115,122 @@ class InfiniAttention(nn.Module):
             statistics: also measure what the memory does.
         """
         b, t = reset.shape
-        qkv, _ = self.qkv(hidden)
-        s = qkv.shape[0]
-        ratio = self.heads // self.groups
-        qkv = qkv.view(s, b * t, self.groups, ratio + 2, self.dim).permute(1, 2, 3, 0, 4)  # [b*t, n, r+2, s, d]
-        query = qkv[:, :, :ratio].flatten(1, 2)  # [b*t, n*r, s, d]
-        key, value = qkv[:, :, ratio], qkv[:, :, ratio + 1]
-
+        query, key, value = self._heads(hidden)
+        s = query.shape[2]
         table = rotary_table(s, self.dim, self.rope_base, device=hidden.device, dtype=self.memory_dtype)
         local = F.scaled_dot_product_attention(
-            rotate(query, table), rotate(key, table), value, is_causal=True, enable_gqa=ratio > 1
+            rotate(query, table), rotate(key, table), value, is_causal=True, enable_gqa=self.heads > self.groups
         )
         if self.rule is None:
             return AttentionResult(self._project(local), None, hidden.new_zeros((), dtype=torch.float32), None)
 
         with torch.autocast(hidden.device.type, enabled=False):
             gate = self._write_gate(hidden, b, t)
-            query, key, value = (x.to(self.memory_dtype).unflatten(0, (b, t)) for x in (query, key, value))
-            read, present, memory = remember(
-                self.rule, query, key, value, gate, memory, reset, detach_reads=self.detach_reads
-            )
-            share = torch.sigmoid(self.beta.to(self.memory_dtype)).view(1, 1, -1, 1, 1)
-            if memory_off:
-                share = torch.zeros_like(share)
-            if self.memory_config.skip_empty:
-                share = share * present.repeat_interleave(ratio, dim=2)[..., None, None]
+            q, k, v = (x.to(self.memory_dtype).unflatten(0, (b, t)) for x in (query, key, value))
+            read, present, memory = remember(self.rule, q, k, v, gate, memory, reset, detach_reads=self.detach_reads)
             local = local.to(self.memory_dtype).unflatten(0, (b, t))
-            mixed = share * read + (1 - share) * local
-            measured = self._statistics(share * read, (1 - share) * local, gate, memory) if statistics else None
+            from_memory, from_segment = self._mix(read, local, present, memory_off=memory_off)
+            mixed = from_memory + from_segment
+            measured = self._statistics(from_memory, from_segment, gate, memory) if statistics else None
         gate_sum = hidden.new_zeros((), dtype=torch.float32) if gate is None else gate.sum()
-        return AttentionResult(self._project(mixed.flatten(0, 1).to(qkv.dtype)), memory, gate_sum, measured)
+        return AttentionResult(self._project(mixed.flatten(0, 1).to(query.dtype)), memory, gate_sum, measured)
+
+    def empty_cache(self, lanes: int, device: torch.device, dtype: torch.dtype) -> SegmentCache:
+        """A current segment without tokens, see `extend`."""
+        return empty_cache(
+            lanes,
+            self.groups,
+            self.segment_length,
+            self.dim,
+            dtype=dtype,
+            gate_dtype=self.memory_dtype,
+            device=device,
+        )
+
+    def extend(self, hidden: Tensor, memory: State | None, cache: SegmentCache, span: Span) -> Tensor:
+        """Attend from new tokens of the current segment to the memory before it and to the segment so far.
+
+        The same numbers as `forward` gives for these positions of the whole segment.
+
+        Args:
+            hidden: normalised hidden states of the new tokens, `[c, b, h]`.
+            memory: as it was when the segment began.
+            cache: the segment so far; the new tokens are written into it, in place.
+            span: where the new tokens stand.
+
+        Returns:
+            Hidden states `[c, b, h]`; where a lane does not use a column they mean nothing.
+        """
+        c, b = hidden.shape[:2]
+        query, key, value = self._heads(hidden)  # [b, n, c, d]
+        whole = rotary_table(
+            self.segment_length, self.dim, self.rope_base, device=hidden.device, dtype=self.memory_dtype
+        )
+        positions = span.positions(c)
+        table = tuple(x[positions].unsqueeze(1) for x in whole)
+        with torch.autocast(hidden.device.type, enabled=False):
+            gate = self._write_gate(hidden, b, 1)
+        gate = cache.gate.new_ones(b, self.groups, c) if gate is None else gate.squeeze(1)
+        put(cache, SegmentCache(key, rotate(key, table), value, gate), span)
+        seen = torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)
+        local = F.scaled_dot_product_attention(
+            rotate(query, table),
+            cache.rotated[:, :, : span.stop],
+            cache.value[:, :, : span.stop],
+            attn_mask=seen.unsqueeze(1),
+            enable_gqa=self.heads > self.groups,
+        )
+        if self.rule is None:
+            return self._project(local)
+        with torch.autocast(hidden.device.type, enabled=False):
+            before = type(memory)(*(x.unsqueeze(1) for x in memory))
+            read = read_states(self.rule, query.to(self.memory_dtype).unsqueeze(1), before)
+            local = local.to(self.memory_dtype).unsqueeze(1)
+            mixed = sum(self._mix(read, local, self.rule.present(before)))
+        return self._project(mixed.squeeze(1).to(query.dtype))
+
+    def commit(self, memory: State | None, cache: SegmentCache, lanes: Tensor) -> State | None:
+        """Write the full segment of some lanes to the memory.
+
+        Args:
+            memory: as it was when the segment began, all lanes.
+            cache: full in `lanes`.
+            lanes: int64, the lanes that have filled their segment.
+
+        Returns:
+            The memory after the segment; the other lanes are as before.
+        """
+        if self.rule is None:
+            return None
+        with torch.autocast(lanes.device.type, enabled=False):
+            k, v = (x[lanes].to(self.memory_dtype).unsqueeze(1) for x in (cache.key, cache.value))
+            gate = None if self.memory_config.write_gate == "none" else cache.gate[lanes].unsqueeze(1)
+            carried = type(memory)(*(x[lanes] for x in memory))
+            keep = torch.ones(len(lanes), 1, dtype=torch.bool, device=lanes.device)
+            states = self.rule.scan(k, v, gate, carried, keep)
+        return type(memory)(*(x.index_copy(0, lanes, after[:, -1]) for x, after in zip(memory, states, strict=True)))
+
+    def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[b, n*r, s, d]`, keys and values `[b, n, s, d]` of hidden states `[s, b, h]`, without positions."""
+        qkv, _ = self.qkv(hidden)
+        s, b = qkv.shape[:2]
+        ratio = self.heads // self.groups
+        qkv = qkv.view(s, b, self.groups, ratio + 2, self.dim).permute(1, 2, 3, 0, 4)  # [b, n, r+2, s, d]
+        return qkv[:, :, :ratio].flatten(1, 2), qkv[:, :, ratio], qkv[:, :, ratio + 1]
+
+    def _mix(self, read: Tensor, local: Tensor, present: Tensor, *, memory_off: bool = False) -> tuple[Tensor, Tensor]:
+        """The memory's and the segment's part of the output, `[b, t, n*r, s, d]` each.
+
+        Args:
+            read, local: what both attentions give, in the memory's precision.
+            present: `[b, t, n]`, 0 where the memory is empty.
+        """
+        share = torch.sigmoid(self.beta.to(self.memory_dtype)).view(1, 1, -1, 1, 1)
+        if memory_off:
+            share = torch.zeros_like(share)
+        if self.memory_config.skip_empty:
+            share = share * present.repeat_interleave(self.heads // self.groups, dim=2)[..., None, None]
+        return share * read, (1 - share) * local
 
     def _project(self, attended: Tensor) -> Tensor:
         """`[b*t, heads, s, d]` to hidden states `[s, b*t, h]`."""

@@ -19,6 +19,7 @@ from model.attention import InfiniAttention, MemoryStatistics
 from model.config import ModelConfig
 from model.loss import token_correct, token_losses
 from model.memory import State
+from model.segment_cache import SegmentCache, Span
 from model.sharding import initialize_parameter, mark_partitions, output_projection_std
 
 RECOMPUTE_IN_LAYER = ("none", "selective", "layer")
@@ -103,9 +104,16 @@ class DecoderLayer(nn.Module):
             attended = checkpoint(attend, hidden, *(memory or ()), use_reentrant=False)
         else:
             attended = attend(hidden, *(memory or ()))
-        hidden = hidden + attended.hidden
+        hidden = self._feed_forward(hidden + attended.hidden)
+        return hidden, attended.memory, attended.gate_sum, attended.statistics
+
+    def extend(self, hidden: Tensor, memory: State | None, cache: SegmentCache, span: Span) -> Tensor:
+        """The layer for new tokens of the current segment, see `InfiniAttention.extend`."""
+        return self._feed_forward(hidden + self.attention.extend(self.attention_norm(hidden), memory, cache, span))
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
         output, _ = self.mlp(self.mlp_norm(hidden))
-        return hidden + output, attended.memory, attended.gate_sum, attended.statistics
+        return hidden + output
 
 
 class DecoderStage(nn.Module):
@@ -255,6 +263,41 @@ class DecoderStage(nn.Module):
                 hits = token_correct(logits, folded).t().view(labels.shape) if correct else None
                 loss = token_losses(logits, folded).t().reshape(labels.shape)
             return StageOutput(None, loss, hits, carried, gate_sum, measured)
+
+    def empty_cache(self, lanes: int, device: torch.device) -> list[SegmentCache]:
+        """A current segment without tokens for every layer of the stage, see `extend`."""
+        return [layer.attention.empty_cache(lanes, device, self.compute_dtype) for layer in self.layers.values()]
+
+    def extend(self, inputs: Tensor, memory: list[State | None], cache: list[SegmentCache], span: Span) -> Tensor:
+        """Run the stage over new tokens of the current segment, without a graph; sequence parallelism must be off.
+
+        Args:
+            inputs: tokens `[b, c]` on the first stage, else hidden states `[c, b, h]` from the stage before.
+            memory: per layer, as it was when the segment began.
+            cache: per layer, from `empty_cache`; the new tokens are written into it, in place.
+            span: where the new tokens stand.
+
+        Returns:
+            Hidden states `[c, b, h]`, for the next stage or for `next_token_logits`.
+        """
+        with torch.no_grad(), self.autocast(inputs.device):
+            hidden = self._embed(inputs.unsqueeze(1)) if self.is_first else inputs
+            for layer, state, segment in zip(self.layers.values(), memory, cache, strict=True):
+                hidden = layer.extend(hidden, state, segment, span)
+            return hidden
+
+    def commit(self, memory: list[State | None], cache: list[SegmentCache], lanes: Tensor) -> list[State | None]:
+        """Write the full segments of `lanes` to the memory of every layer, see `InfiniAttention.commit`."""
+        with torch.no_grad():
+            return [
+                layer.attention.commit(state, segment, lanes)
+                for layer, state, segment in zip(self.layers.values(), memory, cache, strict=True)
+            ]
+
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[b, vocabulary / tp]` of this rank for the last stage's hidden states `[b, h]` of one token each."""
+        with torch.no_grad(), self.autocast(hidden.device):
+            return self._logits(hidden.unsqueeze(0)).squeeze(0)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens.flatten(0, 1))

@@ -220,13 +220,21 @@ def remember(
         The read `[b, t, n*r, s, d]`, whether the memory it came from held anything `[b, t, n]` (1 or 0), and the memory
         carried out.
     """
-    b, t, heads, s, d = q.shape
-    n = k.shape[2]
     states = rule.scan(k, v, gate, state, ~reset)
     before = type(states)(*(x[:, :-1].detach() if detach_reads else x[:, :-1] for x in states))
     after = type(states)(*(x[:, -1] for x in states))
-    grouped = q.reshape(b, t, n, (heads // n) * s, d)
-    return rule.read(grouped, before).reshape(b, t, heads, s, d), rule.present(before), after
+    return read_states(rule, q, before), rule.present(before), after
+
+
+def read_states(rule: Rule, q: Tensor, states: State) -> Tensor:
+    """Read `[b, t, n*r, s, d]` for queries of the same shape; query head i reads its own group's memory.
+
+    Args:
+        states: `[b, t, n, ...]`, what each segment reads.
+    """
+    b, t, heads, s, d = q.shape
+    n = states.M.shape[2]
+    return rule.read(q.reshape(b, t, n, (heads // n) * s, d), states).reshape(b, t, heads, s, d)
 
 
 class _HardGate(torch.autograd.Function):

@@ -1,0 +1,71 @@
+"""The segment that is being written: keys and values of its tokens so far, until it is full and goes to the memory.
+
+Generation sees one token at a time, and prompts end anywhere in a segment. What `InfiniAttention.forward` computes from
+a whole segment, `InfiniAttention.extend` computes for some new tokens of it from this cache. Every lane has a position
+of its own. There is no backward pass, so new tokens are written in place: a copy would cost as much as the attention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SegmentCache(NamedTuple):
+    """One layer's current segment: b lanes, n key/value heads of this rank, S positions, of which a lane fills the
+    first ones. The first dim of every tensor is the lane."""
+
+    key: Tensor
+    """Without position encoding, as the memory gets them, `[b, n, S, d]`."""
+    rotated: Tensor
+    """With position encoding, as the local attention sees them, `[b, n, S, d]`."""
+    value: Tensor
+    """`[b, n, S, d]`."""
+    gate: Tensor
+    """Write gate `[b, n, S]` in the memory's precision; not used when every token is written."""
+
+
+class Span(NamedTuple):
+    """New tokens of the current segment: c columns, of which lane i uses the first `count[i]`."""
+
+    start: Tensor
+    """int64 `[b]`: tokens of the segment that the cache holds already."""
+    count: Tensor
+    """int64 `[b]`."""
+    stop: int
+    """The largest `start + count`: cached positions from here on are empty in every lane."""
+
+    @classmethod
+    def build(cls, start: list[int], count: list[int], device: torch.device) -> Span:
+        stop = max(a + n for a, n in zip(start, count, strict=True))
+        return cls(torch.tensor(start, device=device), torch.tensor(count, device=device), stop)
+
+    def positions(self, columns: int) -> Tensor:
+        """Positions in the segment, `[b, c]`; columns that a lane does not use stay inside it."""
+        offsets = torch.arange(columns, device=self.start.device)
+        return (self.start[:, None] + offsets).clamp(max=self.stop - 1)
+
+    def columns(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Lane and column of every new token."""
+        used = torch.arange(columns, device=self.count.device) < self.count[:, None]
+        return used.nonzero(as_tuple=True)
+
+
+def empty_cache(
+    lanes: int, heads: int, length: int, dim: int, *, dtype: torch.dtype, gate_dtype: torch.dtype, device: torch.device
+) -> SegmentCache:
+    """A segment without tokens."""
+    shape = (lanes, heads, length, dim)
+    key, rotated, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
+    return SegmentCache(key, rotated, value, torch.zeros(shape[:3], dtype=gate_dtype, device=device))
+
+
+def put(cache: SegmentCache, new: SegmentCache, span: Span) -> None:
+    """Write new tokens `[b, n, c, ...]` at their positions, in place."""
+    width = new.key.shape[2]
+    lane, column = span.columns(width)
+    position = span.start[lane] + column
+    for target, tensor in zip(cache, new, strict=True):
+        target[lane, :, position] = tensor[lane, :, column]
