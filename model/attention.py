@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.memory import State, build_rule, read_states, remember, write_gate
+from model.norm import RMSNorm
 from model.rotary import rotary_table, rotate
 from model.segment_cache import SegmentCache, Span, empty_cache, put
 
@@ -47,8 +48,9 @@ class AttentionResult(NamedTuple):
 class InfiniAttention(nn.Module):
     """Local causal attention inside the segment, mixed with a read of the compressive memory.
 
-    The rotary encoding touches the local part only; queries and keys reach the memory without position. Query head i
-    reads the memory of its own key/value head. All state is an argument and a result.
+    The rotary encoding touches the local part only; queries and keys reach the memory without position, but after the
+    norms that some models put on them. Query head i reads the memory of its own key/value head. All state is an
+    argument and a result.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class InfiniAttention(nn.Module):
         self.groups = megatron.num_query_groups // tensor_size
         self.dim = megatron.kv_channels
         self.segment_length = config.segment_length
-        self.rope_base = config.rope_base
+        self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
         self.memory_config = config.memory
         self.detach_reads = detach_reads
         self.rule = build_rule(config.memory.rule, config.memory.epsilon)
@@ -68,8 +70,13 @@ class InfiniAttention(nn.Module):
         heads, groups = megatron.num_attention_heads, megatron.num_query_groups
         # One block of rows per key/value head: its query heads, its key, its value. A plain split is a split by head.
         self.qkv = backend.column_parallel_linear()(
-            config.hidden_size, (heads + 2 * groups) * self.dim, bias=False, gather_output=False, **common
+            config.hidden_size, (heads + 2 * groups) * self.dim, bias=config.qkv_bias, gather_output=False, **common
         )
+        if config.qk_norm:
+            norm = {"dtype": megatron.params_dtype, "partial_gradient": tensor_size > 1}
+            self.query_norm = RMSNorm(self.dim, config.norm_epsilon, **norm)
+            self.key_norm = RMSNorm(self.dim, config.norm_epsilon, **norm)
+        self.qk_norm = config.qk_norm
         self.projection = backend.row_parallel_linear()(
             heads * self.dim,
             config.hidden_size,
@@ -116,8 +123,7 @@ class InfiniAttention(nn.Module):
         """
         b, t = reset.shape
         query, key, value = self._heads(hidden)
-        s = query.shape[2]
-        table = rotary_table(s, self.dim, self.rope_base, device=hidden.device, dtype=self.memory_dtype)
+        table = self._rotary_table(query.shape[2], hidden.device)
         local = F.scaled_dot_product_attention(
             rotate(query, table), rotate(key, table), value, is_causal=True, enable_gqa=self.heads > self.groups
         )
@@ -163,9 +169,7 @@ class InfiniAttention(nn.Module):
         """
         c, b = hidden.shape[:2]
         query, key, value = self._heads(hidden)  # [b, n, c, d]
-        whole = rotary_table(
-            self.segment_length, self.dim, self.rope_base, device=hidden.device, dtype=self.memory_dtype
-        )
+        whole = self._rotary_table(self.segment_length, hidden.device)
         positions = span.positions(c)
         table = tuple(x[positions].unsqueeze(1) for x in whole)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -216,7 +220,15 @@ class InfiniAttention(nn.Module):
         s, b = qkv.shape[:2]
         ratio = self.heads // self.groups
         qkv = qkv.view(s, b, self.groups, ratio + 2, self.dim).permute(1, 2, 3, 0, 4)  # [b, n, r+2, s, d]
-        return qkv[:, :, :ratio].flatten(1, 2), qkv[:, :, ratio], qkv[:, :, ratio + 1]
+        query, key, value = qkv[:, :, :ratio].flatten(1, 2), qkv[:, :, ratio], qkv[:, :, ratio + 1]
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value
+
+    def _rotary_table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return rotary_table(
+            length, self.dim, self.rope_base, scaling=self.rope_scaling, device=device, dtype=self.memory_dtype
+        )
 
     def _mix(self, read: Tensor, local: Tensor, present: Tensor, *, memory_off: bool = False) -> tuple[Tensor, Tensor]:
         """The memory's and the segment's part of the output, `[b, t, n*r, s, d]` each.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 MEMORY_RULES = ("none", "linear", "delta", "deltanet")
 WRITE_GATES = ("none", "hard", "sigmoid")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
 @dataclass
@@ -27,6 +28,30 @@ class MemoryConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """Changed rotary frequencies, with the names of Hugging Face's configurations (see `model.rotary`)."""
+
+    type: str = "none"
+    """One of `ROPE_SCALINGS`."""
+    factor: float = 1.0
+    """What frequencies are divided by (`linear`: all; the others: those of long wavelengths)."""
+    original_max_position_embeddings: int = 8192
+    """`llama3` and `yarn`: the context that the model was first trained with."""
+    low_freq_factor: float = 1.0
+    """`llama3`: up to so many turns in that context a frequency is divided."""
+    high_freq_factor: float = 4.0
+    """`llama3`: from so many turns on a frequency is kept."""
+    beta_fast: float = 32.0
+    """`yarn`: as `high_freq_factor`."""
+    beta_slow: float = 1.0
+    """`yarn`: as `low_freq_factor`."""
+    truncate: bool = True
+    """`yarn`: round the ends of the ramp between kept and divided to whole pairs."""
+    attention_factor: float | None = None
+    """`yarn`: factor of the rotated queries and keys; null means 0.1 ln(factor) + 1."""
+
+
+@dataclass
 class ModelConfig:
     """A Llama-style decoder whose attention is Infini-attention."""
 
@@ -45,9 +70,14 @@ class ModelConfig:
     """The embedding is padded up to a multiple of this, so that it divides by every tensor-parallel size in use."""
     tie_embeddings: bool = True
     """Use the input embedding as output matrix."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen 2)."""
+    qk_norm: bool = False
+    """Root-mean-square norms of every head's query and key, each with one weight for all heads (Qwen 3)."""
     segment_length: int = 2048
     """Tokens that the local attention sees (S)."""
     rope_base: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 num_layers)."""

@@ -19,6 +19,7 @@ from model.attention import InfiniAttention, MemoryStatistics
 from model.config import ModelConfig
 from model.loss import token_correct, token_losses
 from model.memory import State
+from model.norm import RMSNorm
 from model.segment_cache import SegmentCache, Span
 from model.sharding import initialize_parameter, mark_partitions, output_projection_std
 
@@ -52,21 +53,6 @@ class StageOutput(NamedTuple):
     """Per global layer index, when asked for."""
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim, computed in float32 at least."""
-
-    def __init__(self, dim: int, epsilon: float, *, dtype: torch.dtype, sequence_parallel: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, dtype=dtype))
-        # Read by the gradient synchronisation: each tensor-parallel rank sees only its part of the sequence.
-        self.weight.sequence_parallel = sequence_parallel
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(self.weight.dtype)
-        return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.epsilon) * self.weight).to(x.dtype)
-
-
 class DecoderLayer(nn.Module):
     """Pre-norm attention and gated MLP. `layer(hidden, memory, reset) -> (hidden, memory, ...)`: no hidden state."""
 
@@ -74,7 +60,7 @@ class DecoderLayer(nn.Module):
         self, config: ModelConfig, megatron: TransformerConfig, options: StageOptions, *, tensor_size: int
     ) -> None:
         super().__init__()
-        norm = {"dtype": megatron.params_dtype, "sequence_parallel": options.sequence_parallel}
+        norm = {"dtype": megatron.params_dtype, "partial_gradient": options.sequence_parallel}
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
         self.attention = InfiniAttention(config, megatron, tensor_size=tensor_size, detach_reads=options.detach_reads)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
@@ -133,6 +119,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.config = config
         self.options = options
+        self.unpadded_vocab_size = vocab_size
         self.vocab_size = padded_vocab_size(vocab_size, config.vocab_size_multiple)
         self.tensor_rank, self.tensor_size = tensor_rank, tensor_size
         self.is_first = first_layer == 0
@@ -159,7 +146,7 @@ class DecoderStage(nn.Module):
                 config.hidden_size,
                 config.norm_epsilon,
                 dtype=megatron.params_dtype,
-                sequence_parallel=options.sequence_parallel,
+                partial_gradient=options.sequence_parallel,
             )
             self.output = LocalSpecProvider().column_parallel_linear()(
                 config.hidden_size,
@@ -195,6 +182,9 @@ class DecoderStage(nn.Module):
         for name, parameter in self.global_parameters():
             if name.endswith(("norm.weight", "beta")):
                 continue  # ones, and memory.beta_init: set at construction
+            if name.endswith("qkv.bias"):
+                nn.init.zeros_(parameter)
+                continue
             if ".write_gate." in name:
                 # Weight zero: the gate starts at its bias for every token (+2: exactly the rule without a gate).
                 value = config.memory.write_gate_bias if name.endswith("bias") else 0.0
@@ -308,11 +298,15 @@ class DecoderStage(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.embedding.weight if self.ties_own_embedding else None
         logits, _ = self.output(self.final_norm(hidden), weight=weight)
+        # Rows that only pad the matrix are no tokens: without them a model with another padding is the same model.
+        known = self.unpadded_vocab_size - self.tensor_rank * logits.shape[-1]
+        if known < logits.shape[-1]:
+            logits[..., max(known, 0) :] = -torch.inf
         return logits
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """The vocabulary with padding; the same on every layout, since padding takes part in the softmax."""
+    """The vocabulary with padding, so that tensor-parallel ranks hold equal parts. Padding has no probability."""
     return -(-vocab_size // multiple) * multiple
 
 

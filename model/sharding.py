@@ -28,6 +28,7 @@ PARTITIONS: dict[str, Partition] = {
     "embedding.weight": Partition(0),
     "output.weight": Partition(0),
     "attention.qkv.weight": Partition(0),
+    "attention.qkv.bias": Partition(0),
     "attention.projection.weight": Partition(1),
     "attention.beta": Partition(0),
     "attention.write_gate.weight": Partition(0),

@@ -55,10 +55,11 @@ def layer_parameters(config: ModelConfig, tensor: int = 1) -> dict[str, int]:
     hidden, memory = config.hidden_size, config.memory
     remembers = memory.rule != "none"
     gated = remembers and memory.write_gate != "none"
+    bias = dim * (heads + 2 * groups) // tensor if config.qkv_bias else 0
     return {
-        "attention": hidden * dim * (heads + 2 * groups) // tensor + heads * dim * hidden // tensor,
+        "attention": hidden * dim * (heads + 2 * groups) // tensor + heads * dim * hidden // tensor + bias,
         "mlp": 3 * hidden * config.ffn_hidden_size // tensor,
-        "norms": 2 * hidden,
+        "norms": 2 * hidden + (2 * dim if config.qk_norm else 0),
         "beta": heads // tensor if remembers else 0,
         "write_gate": groups * (hidden + 1) // tensor if gated else 0,
     }

@@ -17,6 +17,7 @@ key/value heads of dimension d and an MLP width f, a layer keeps per token
     norms       h (4 m + 2 e)
     mlp         5 f e
     attention   d e (4 n + 3 g) + 4 n                      flash-like: no S x S matrix
+                + d (n + g) (2 m + e)                      query and key norms
     memory      n d (5 m + 1 + c) + g d (2 m + 1 + 2 c)    linear
                 + g d m                                    delta
                 n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet
@@ -166,6 +167,8 @@ def _attention_bytes(model: ModelConfig, tensor: int, e: int, m: int, segments: 
     n, g = model.num_attention_heads // tensor, num_query_groups(model) // tensor
     c = m if e < m else 0
     per_token = d * e * (4 * n + 3 * g) + 4 * n
+    if model.qk_norm:
+        per_token += d * (n + g) * (2 * m + e)
     states = 0
     if rule in ("linear", "delta"):
         per_token += n * d * (5 * m + 1 + c) + g * d * (2 * m + 1 + 2 * c)

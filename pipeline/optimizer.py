@@ -140,7 +140,7 @@ class ZeroOptimizer:
     def _synchronise_replicas(self) -> None:
         """Sum the gradients of parameters that exist more than once inside one model copy."""
         for name, parameter in self.named:
-            if getattr(parameter, "sequence_parallel", False):
+            if getattr(parameter, "partial_gradient", False):
                 dist.all_reduce(parameter.grad, group=self.topology.tensor_group)
             tied_over_stages = self.stage.config.tie_embeddings and self.topology.pipeline_size > 1
             if tied_over_stages and name in ("embedding.weight", "output.weight"):

@@ -70,19 +70,22 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
     Raises:
         ConfigError: names every key that differs.
     """
-    current = asdict(config)
+    current, default = asdict(config), asdict(Config())
     problems = []
 
-    def compare(key: str, old: Any, new: Any) -> None:
+    def compare(key: str, old: Any, new: Any, default: Any) -> None:
         if isinstance(new, dict):
             for name in new:
-                compare(f"{key}.{name}", old.get(name) if isinstance(old, dict) else None, new[name])
+                # A setting that is younger than the checkpoint: it was trained with what is the default now.
+                fallback = default.get(name) if isinstance(default, dict) else None
+                compare(f"{key}.{name}", old.get(name, fallback), new[name], fallback)
         elif old != new:
             problems.append(f"{key} is {new!r}, but the checkpoint was written with {old!r}")
 
     for section, keys in FIXED_FOR_A_RUN.items():
         for name in keys or current[section]:
-            compare(f"{section}.{name}", saved[section].get(name), current[section][name])
+            fallback = default[section][name]
+            compare(f"{section}.{name}", saved[section].get(name, fallback), current[section][name], fallback)
     if problems:
         raise ConfigError(problems)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.config import MEMORY_RULES, WRITE_GATES
+from model.config import MEMORY_RULES, ROPE_SCALINGS, WRITE_GATES
 from pipeline import derived
 from pipeline.config import (
     GRADIENTS,
@@ -97,6 +97,10 @@ def _numbers(config: Config) -> Iterator[str]:
                 yield f"{key} = {value}: must be at least {least}"
     positive = {
         "model.rope_base": model.rope_base,
+        "model.rope_scaling.factor": model.rope_scaling.factor,
+        "model.rope_scaling.original_max_position_embeddings": model.rope_scaling.original_max_position_embeddings,
+        "model.rope_scaling.low_freq_factor": model.rope_scaling.low_freq_factor,
+        "model.rope_scaling.beta_slow": model.rope_scaling.beta_slow,
         "model.norm_epsilon": model.norm_epsilon,
         "model.init_std": model.init_std,
         "model.memory.epsilon": model.memory.epsilon,
@@ -132,6 +136,7 @@ def _choices(config: Config) -> Iterator[str]:
     for key, value, valid in (
         ("model.memory.rule", config.model.memory.rule, MEMORY_RULES),
         ("model.memory.write_gate", config.model.memory.write_gate, WRITE_GATES),
+        ("model.rope_scaling.type", config.model.rope_scaling.type, ROPE_SCALINGS),
         ("parallel.schedule", config.parallel.schedule, SCHEDULES),
         ("bptt.gradient", config.bptt.gradient, GRADIENTS),
         ("bptt.recompute", config.bptt.recompute, RECOMPUTE),
@@ -170,6 +175,13 @@ def _model(config: Config) -> Iterator[str]:
             f"{'model.hidden_size / model.num_attention_heads' if model.kv_channels is None else 'model.kv_channels'}"
             f" = {dim}: the dimension of a head must be even, rotary embeddings turn it in pairs"
         )
+    rope = model.rope_scaling
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if getattr(rope, low) >= getattr(rope, high):
+            yield (
+                f"model.rope_scaling.{low} = {getattr(rope, low)}: must be less than model.rope_scaling.{high} = "
+                f"{getattr(rope, high)}"
+            )
     if heads % tensor or groups % tensor:
         what = f"model.num_attention_heads = {heads} and model.num_query_groups = {groups}"
         yield (

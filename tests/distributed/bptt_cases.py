@@ -101,7 +101,7 @@ def collect(stage, topology: Topology, loss: Tensor | None, memory: list) -> dic
         "place": (topology.data_rank, topology.pipeline_rank, topology.tensor_rank),
         "loss": loss,
         "gradients": {
-            name: (p.grad, partition_of(p), getattr(p, "sequence_parallel", False))
+            name: (p.grad, partition_of(p), getattr(p, "partial_gradient", False))
             for name, p in stage.global_parameters()
         },
         "memory": {

@@ -29,6 +29,7 @@ MODELS = {
         "train.write_gate_penalty=0.1",
     ],
     "none": ["model.memory.rule=none"],
+    "delta-bias-norms": ["model.qkv_bias=true", "model.qk_norm=true"],
 }
 """What is trained; each is compared with itself on one process."""
 
@@ -52,6 +53,8 @@ ROWS = [
     row((1, 1, 1, 1), "linear-sigmoid-untied", chunks=2, train__lanes_per_microbatch=2),
     row((2, 1, 1, 1), "delta"),
     row((2, 1, 1, 1), "linear", recompute="selective", **SP),
+    row((2, 1, 1, 1), "delta-bias-norms", chunks=4, **SP),
+    row((1, 2, 1, 1), "delta-bias-norms", chunks=2),
     row((2, 1, 1, 1), "deltanet-hard", chunks=4, **SP),
     row((2, 1, 1, 1), "linear-sigmoid-untied", chunks=4, recompute="layer", **SP),
     row((1, 2, 1, 1), "delta", parallel__schedule="1f1b"),

@@ -11,7 +11,7 @@ VOCAB = 40
 def small_config(rule="delta", gate="none", *, skip_empty=True, beta=0.0, **changes) -> ModelConfig:
     memory = MemoryConfig(rule=rule, write_gate=gate, skip_empty=skip_empty, beta_init=beta)
     settings = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
-    settings |= {"ffn_hidden_size": 20, "segment_length": 6, "vocab_size_multiple": 16}
+    settings |= {"ffn_hidden_size": 20, "segment_length": 6, "vocab_size": VOCAB, "vocab_size_multiple": 16}
     return ModelConfig(**settings | changes, memory=memory)
 
 

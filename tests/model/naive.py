@@ -44,11 +44,15 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
     ratio, d = heads // groups, config.kv_channels or config.hidden_size // heads
     rule = config.memory.rule
     rows = p["qkv.weight"].view(groups, ratio + 2, d, -1)  # per key/value head: its query heads, its key, its value
+    bias = p["qkv.bias"].view(groups, ratio + 2, d) if config.qkv_bias else x.new_zeros(groups, ratio + 2, d)
     outputs: list[list[Tensor]] = [[None] * heads for _ in range(t)]
     after = []
     for group in range(groups):
-        q = torch.stack([x @ rows[group, i].T for i in range(ratio)], dim=1)  # [t, r, s, d]
-        k, v = x @ rows[group, ratio].T, x @ rows[group, ratio + 1].T
+        q = torch.stack([x @ rows[group, i].T + bias[group, i] for i in range(ratio)], dim=1)  # [t, r, s, d]
+        k, v = x @ rows[group, ratio].T + bias[group, ratio], x @ rows[group, ratio + 1].T + bias[group, ratio + 1]
+        if config.qk_norm:
+            q = rms_norm(q, p["query_norm.weight"], config.norm_epsilon)
+            k = rms_norm(k, p["key_norm.weight"], config.norm_epsilon)
         gate = torch.ones(t, s, dtype=x.dtype)
         if config.memory.write_gate != "none":
             activation = x @ p["write_gate.weight"][group] + p["write_gate.bias"][group]
@@ -97,7 +101,7 @@ def token_losses(config: ModelConfig, p: dict[str, Tensor], tokens: Tensor, memo
         own = {n.removeprefix(f"layers.{i}."): w for n, w in p.items() if n.startswith(f"layers.{i}.")}
         x, state = layer(config, own, x, memory[i], reset)
         after.append(state)
-    output = p["embedding.weight" if config.tie_embeddings else "output.weight"]
+    output = p["embedding.weight" if config.tie_embeddings else "output.weight"][: config.vocab_size]
     logits = rms_norm(x, p["final_norm.weight"], config.norm_epsilon) @ output.T
     chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return logits.logsumexp(dim=-1) - chosen, after

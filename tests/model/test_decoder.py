@@ -24,10 +24,12 @@ def starts(*segments, t=T, b=1):
     return reset
 
 
+@pytest.mark.parametrize("qwen", [False, True], ids=["llama", "bias-norms"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("rule", RULES)
-def test_model_is_the_dense_model(rule, tied):
-    config = small_config(rule, "none" if rule == "none" else "sigmoid", tie_embeddings=tied)
+def test_model_is_the_dense_model(rule, tied, qwen):
+    family = {"qkv_bias": qwen, "qk_norm": qwen}
+    config = small_config(rule, "none" if rule == "none" else "sigmoid", tie_embeddings=tied, **family)
     stage = small_stage(config)
     tokens, labels = (random_tokens(B, T, config.segment_length, seed=seed) for seed in (0, 1))
     reset = torch.tensor([[False, False, True, False], [True, False, False, False]])

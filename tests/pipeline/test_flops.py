@@ -39,6 +39,9 @@ def llama3_8b(rule="linear", **changes):
     return ModelConfig(**(values | changes))
 
 
+QWEN = {"qkv_bias": True, "qk_norm": True}
+
+
 def small(rule="delta", gate="hard", **changes):
     values = {
         "num_layers": 3,
@@ -166,10 +169,10 @@ def build(config, *, precision="fp32", recompute="none"):
     return stage
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", [{}, {"tie_embeddings": False}, QWEN], ids=["tied", "untied", "bias-norms"])
 @pytest.mark.parametrize(("rule", "gate"), MEMORY_KINDS)
-def test_parameters_of_the_built_model(one_process, rule, gate, tied):
-    config = small(rule, gate, tie_embeddings=tied)
+def test_parameters_of_the_built_model(one_process, rule, gate, family):
+    config = small(rule, gate, **family)
     built = sum(parameter.numel() for parameter in build(config).parameters())
     assert parameter_count(config)["total"] == built
     run = Config(model=config, parallel=ParallelConfig(), train=TrainConfig(lanes=1))
@@ -202,9 +205,9 @@ def saved_bytes(stage, inputs, labels, reset):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
-@pytest.mark.parametrize(("rule", "gate"), MEMORY_KINDS)
-def test_activation_estimate_against_what_autograd_keeps(one_process, rule, gate, recompute, precision):
-    config = small(rule, gate)
+@pytest.mark.parametrize(("rule", "gate", "family"), [*((*kind, {}) for kind in MEMORY_KINDS), ("delta", "none", QWEN)])
+def test_activation_estimate_against_what_autograd_keeps(one_process, rule, gate, family, recompute, precision):
+    config = small(rule, gate, **family)
     stage = build(config, precision=precision, recompute=recompute)
     lanes, segments = 2, 3
     tokens = torch.randint(0, 500, (lanes, segments, 256))
