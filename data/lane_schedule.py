@@ -19,12 +19,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.questions import Question
+
 # Orders kept in memory, and entries in them (uint32: 128 MiB) while there are more than a few. Lanes straddle two or
 # three epochs of a large set; a document of an order that fell out costs a sort, 0.16 s for a million documents.
 _CACHED_ORDERS = 1024
 _CACHED_ENTRIES = 1 << 25
 _ALWAYS_CACHED_ORDERS = 4
-_ORDER_STREAM, _LANE_STREAM, _SPREAD_STREAM = 1, 2, 3
+_ORDER_STREAM, _LANE_STREAM, _SPREAD_STREAM, _PROBE_STREAM = 1, 2, 3, 4
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # 2**64 / 1.618...
 
 
@@ -39,6 +41,9 @@ class DocumentSet(Protocol):
 
     def read(self, i: int, start: int, stop: int) -> np.ndarray: ...
     def answers(self, i: int) -> list[tuple[int, int]]: ...
+    def questions(self, i: int) -> list[Question]: ...
+    @property
+    def has_questions(self) -> bool: ...
     def document_name(self, i: int) -> str: ...
 
 
@@ -209,8 +214,8 @@ class LaneSchedule:
         entered = 0
         if self.stagger:
             labels = int(self._lengths[number][document]) - 1
-            entered = _draw(entry, -(-labels // self.segment_length))
-        credit = [_draw(phase, mean) for phase, mean in zip(phases, self._mean_labels, strict=True)]
+            entered = draw(entry, -(-labels // self.segment_length))
+        credit = [draw(phase, mean) for phase, mean in zip(phases, self._mean_labels, strict=True)]
         credit[number] = entered * self.segment_length
         return replace(
             cursor,
@@ -221,6 +226,10 @@ class LaneSchedule:
             segment=entered,
             entered=entered,
         )
+
+    def probe_bits(self, lane: int, cursor: LaneCursor) -> np.random.PCG64:
+        """Random bits for the probes of the window that begins at `cursor`."""
+        return self._random(_PROBE_STREAM, lane, sum(cursor.taken), cursor.segment)
 
     def _random(self, *stream: int) -> np.random.PCG64:
         return np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=stream))
@@ -269,7 +278,7 @@ def _check_sets(sets: list[WeightedSet]) -> None:
             )
 
 
-def _draw(bits: int, below: int) -> int:
+def draw(bits: int, below: int) -> int:
     """An integer in [0, below) from 64 random bits."""
     return (bits * below) >> 64
 

@@ -15,14 +15,33 @@ import numpy as np
 import torch
 
 from data.config import DataConfig
-from data.lane_schedule import LaneCursor, LaneSchedule, Run, WeightedSet
+from data.lane_schedule import LaneCursor, LaneSchedule, Run, WeightedSet, draw
 from data.prefetch import Prefetcher
+from data.questions import Question, askable
 from data.shards import BadDocumentError, PreparedSet
 
 logger = logging.getLogger(__name__)
 
 # One lane meeting this many unreadable documents one after the other has lost its storage, not some documents.
 _MAX_SKIPPED_IN_A_ROW = 100
+
+
+@dataclass
+class ProbeBatch:
+    """The probes of a window: P read-only segments per lane, evenly spread over the window.
+
+    Probe j reads the memory that a segment of the j-th of P equal parts of the window starts with. A lane without a
+    question there has weight 0 and padding.
+    """
+
+    tokens: torch.Tensor
+    """int64 [B, P, S]."""
+    labels: torch.Tensor
+    """int64 [B, P, S]."""
+    loss_weight: torch.Tensor
+    """float32 [B, P, S]: the set's answer weight on answers, else 0: the text is trained on where it stands."""
+    segment: torch.Tensor
+    """int64 [B, P]: segment of the window, 0 to T - 1, whose starting memory the probe reads."""
 
 
 @dataclass
@@ -47,6 +66,7 @@ class WindowBatch:
     """Positions with padding, of B * T * S."""
     documents: list[list[str]]
     """Per lane the names of the documents in the window, in order."""
+    probes: ProbeBatch | None = None
 
 
 class LaneLoader:
@@ -66,6 +86,7 @@ class LaneLoader:
         first_lane, last_lane: this rank's lanes, last_lane exclusive.
         segments_per_window: T.
         segment_length: S, in tokens.
+        probes_per_window: P, of which T is a multiple; 0 for none.
         prefetch: windows prepared ahead in a background thread; 0 reads in `next_batch`.
 
     Raises:
@@ -82,6 +103,7 @@ class LaneLoader:
         segments_per_window: int,
         segment_length: int,
         seed: int,
+        probes_per_window: int = 0,
         stagger: bool = True,
         prefetch: int = 2,
         skip_bad_documents: bool = False,
@@ -89,6 +111,16 @@ class LaneLoader:
         for name, value in (("segments_per_window", segments_per_window), ("segment_length", segment_length)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if probes_per_window < 0 or (probes_per_window and segments_per_window % probes_per_window):
+            raise ValueError(
+                f"probes_per_window must be 0 or divide segments_per_window ({segments_per_window}), "
+                f"got {probes_per_window}"
+            )
+        if probes_per_window and not any(entry.set.has_questions for entry in sets):
+            raise ValueError(
+                "probes_per_window: no document of the prepared sets has questions "
+                f"({', '.join(str(entry.set.path) for entry in sets)}); synthetic sources have"
+            )
         if prefetch < 0:
             raise ValueError(f"prefetch must be at least 0, got {prefetch}")
         if not 0 <= first_lane < last_lane <= lanes:
@@ -98,6 +130,7 @@ class LaneLoader:
         self._lane_ids = range(first_lane, last_lane)
         self._segments = segments_per_window
         self._segment_length = segment_length
+        self._probes = probes_per_window
         self._depth = prefetch
         self._skip_bad_documents = skip_bad_documents
         # Two sets of cursors: behind the last window returned, which is what is saved, and behind the last one read.
@@ -212,7 +245,7 @@ class LaneLoader:
 
     def _read_window(self) -> tuple[WindowBatch, list[LaneCursor]]:
         """Read the window behind `_ahead`. Lanes move on only when the whole window has been read."""
-        window = _Window(self._sets, len(self._lane_ids), self._segments, self._segment_length)
+        window = _Window(self._sets, len(self._lane_ids), self._segments, self._segment_length, self._probes)
         cursors = [
             self._read_lane(window, row, lane, cursor)
             for row, (lane, cursor) in enumerate(zip(self._lane_ids, self._ahead, strict=True))
@@ -222,6 +255,8 @@ class LaneLoader:
 
     def _read_lane(self, window: _Window, row: int, lane: int, cursor: LaneCursor) -> LaneCursor:
         at = failures = 0
+        runs: list[tuple[int, Run]] = []
+        begin = cursor
         while at < self._segments:
             run, after, dropped = self._schedule.next_run(lane, cursor, self._segments - at)
             try:
@@ -240,14 +275,17 @@ class LaneLoader:
             else:
                 failures = 0
                 cursor = after
+                runs.append((at, run))
                 at += run.segments
+        if self._probes:
+            window.ask(row, runs, self._schedule.probe_bits(lane, begin))
         return cursor
 
 
 class _Window:
     """The arrays of one window while they are filled: [B, T * S] per position and [B, T] per segment."""
 
-    def __init__(self, sets: list[WeightedSet], lanes: int, segments: int, segment_length: int) -> None:
+    def __init__(self, sets: list[WeightedSet], lanes: int, segments: int, segment_length: int, probes: int) -> None:
         self._sets = sets
         self._shape = (lanes, segments, segment_length)
         positions = (lanes, segments * segment_length)
@@ -260,6 +298,12 @@ class _Window:
         self._position = np.zeros((lanes, segments), dtype=np.int64)
         self._documents: list[list[str]] = [[] for _ in range(lanes)]
         self._filled = 0
+        self._probes = _Probes(sets, lanes, segments, segment_length, probes) if probes else None
+
+    def ask(self, row: int, runs: list[tuple[int, Run]], bits: np.random.PCG64) -> None:
+        """Put questions to the documents of lane `row`, whose runs begin at the segments given with them."""
+        assert self._probes is not None
+        self._probes.fill(row, runs, bits)
 
     def read(self, row: int, at: int, run: Run) -> None:
         """Put `run` at segment `at` of lane `row`; nothing is changed when the document cannot be read."""
@@ -294,6 +338,60 @@ class _Window:
             lane_ids=torch.tensor(lane_ids),
             padded_tokens=self._tokens.size - self._filled,
             documents=self._documents,
+            probes=self._probes.batch() if self._probes else None,
+        )
+
+
+class _Probes:
+    """The arrays of a window's probes while they are filled: [B, P, S]."""
+
+    def __init__(self, sets: list[WeightedSet], lanes: int, segments: int, segment_length: int, probes: int) -> None:
+        self._sets = sets
+        self._stride = segments // probes
+        shape = (lanes, probes, segment_length)
+        eos = sets[0].set.eos_id
+        self._tokens = np.full(shape, eos, dtype=np.int64)
+        self._labels = np.full(shape, eos, dtype=np.int64)
+        self._loss_weight = np.zeros(shape, dtype=np.float32)
+        # Where nothing can be asked the memory does not matter; the index must stay inside the probe's part.
+        self._segment = np.broadcast_to(self._stride * np.arange(probes), (lanes, probes)).copy()
+
+    def fill(self, row: int, runs: list[tuple[int, Run]], bits: np.random.PCG64) -> None:
+        length = self._tokens.shape[2]
+        candidates: list[list[tuple[int, Run, int, Question]]] = [[] for _ in self._tokens[row]]
+        for at, run in runs:
+            if not run.from_beginning:  # what is asked for may stand before the entry
+                continue
+            questions = self._sets[run.set].set.questions(run.document)
+            for i in range(run.segments):
+                first = (run.first_segment + i) * length
+                candidates[(at + i) // self._stride] += [
+                    (at + i, run, first, question) for question in questions if askable(question, first, length)
+                ]
+        for probe, (choices, draws) in enumerate(zip(candidates, bits.random_raw(len(candidates)), strict=True)):
+            if choices:
+                self._put(row, probe, *choices[draw(int(draws), len(choices))])
+
+    def _put(self, row: int, probe: int, segment: int, run: Run, first: int, question: Question) -> None:
+        source, length = self._sets[run.set], self._tokens.shape[2]
+        text_length = length + 1 - len(question.tokens)
+        stop = min(first + text_length, int(source.set.lengths[run.document]) - 1)  # not the end token
+        for answer_start, _ in source.set.answers(run.document):  # nor an answer that the document itself gives
+            stop = min(stop, answer_start) if answer_start >= first else stop
+        text = source.set.read(run.document, first, stop)
+        tokens = np.concatenate([text, np.array(question.tokens, dtype=np.int64)])
+        answer_start, answer_stop = (len(text) + edge for edge in question.answer)
+        self._tokens[row, probe, : len(tokens) - 1] = tokens[:-1]
+        self._labels[row, probe, : len(tokens) - 1] = tokens[1:]
+        self._loss_weight[row, probe, answer_start - 1 : answer_stop - 1] = source.answer_weight
+        self._segment[row, probe] = segment
+
+    def batch(self) -> ProbeBatch:
+        return ProbeBatch(
+            tokens=torch.from_numpy(self._tokens),
+            labels=torch.from_numpy(self._labels),
+            loss_weight=torch.from_numpy(self._loss_weight),
+            segment=torch.from_numpy(self._segment),
         )
 
 
@@ -306,6 +404,7 @@ def build_loader(
     segments_per_window: int,
     segment_length: int,
     seed: int,
+    probes_per_window: int = 0,
     split: str = "train",
 ) -> LaneLoader:
     """The loader over the prepared sets that `config` names.
@@ -322,6 +421,7 @@ def build_loader(
         segments_per_window=segments_per_window,
         segment_length=segment_length,
         seed=seed,
+        probes_per_window=probes_per_window,
         stagger=config.stagger,
         prefetch=config.prefetch,
         skip_bad_documents=config.skip_bad_documents,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.questions import Question
 from data.shards import token_dtype
 from data.sources import Job
 from data.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ class EncodedDocument:
     tokens: np.ndarray
     """In the shards' type, the end token included."""
     answers: list[tuple[int, int]]
+    questions: list[Question]
     skipped_files: int
 
 
@@ -91,7 +93,9 @@ def _encode(source: int, job: Job, tokenizer: Tokenizer) -> EncodedDocument:
     encoded = job.encode(tokenizer)
     tokens = np.append(encoded.tokens.astype(token_dtype(tokenizer.vocab_size)), tokenizer.eos_id)
     tokens = tokens.astype(token_dtype(tokenizer.vocab_size), copy=False)
-    return EncodedDocument(job.id, source, job.input_bytes, tokens, encoded.answers, encoded.skipped_files)
+    return EncodedDocument(
+        job.id, source, job.input_bytes, tokens, encoded.answers, encoded.questions, encoded.skipped_files
+    )
 
 
 def _encode_batch(batch: list[tuple[int, Job]]) -> list[EncodedDocument]:

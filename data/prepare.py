@@ -232,7 +232,11 @@ def _build(
 
     def write(split: str, document: EncodedDocument) -> None:
         writers[split].add(
-            document.tokens, id=document.id, source=sources[document.source].spec, answers=document.answers
+            document.tokens,
+            id=document.id,
+            source=sources[document.source].spec,
+            answers=document.answers,
+            questions=document.questions,
         )
 
     assigner = SplitAssigner(options.valid_fraction)

@@ -20,6 +20,7 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FORMAT_VERSION = 1
+from data.questions import COLUMN_TYPE, Question, from_rows, to_rows
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "valid")
 INDEX_SCHEMA = pa.schema(
@@ -37,6 +40,7 @@ INDEX_SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("tokens", pa.int64()),
         ("answers", pa.list_(pa.int64())),
+        ("questions", COLUMN_TYPE),
     ]
 )
 
@@ -134,6 +138,7 @@ class PreparedSet:
         self._offset = table["offset"].to_numpy()
         self.lengths: np.ndarray = table["tokens"].to_numpy()
         self._keys = table["key"].combine_chunks()
+        self._questions = table["questions"].combine_chunks()
         answers = table["answers"].combine_chunks()
         self._answer_values = answers.flatten().to_numpy()
         self._answer_starts = np.concatenate([[0], np.cumsum(answers.value_lengths().to_numpy(), dtype=np.int64)])
@@ -183,6 +188,15 @@ class PreparedSet:
         flat = self._answer_values[self._answer_starts[i] : self._answer_starts[i + 1]].tolist()
         return list(zip(flat[::2], flat[1::2], strict=True))
 
+    def questions(self, i: int) -> list[Question]:
+        """What document `i` can be asked, see `data.questions`."""
+        return from_rows(self._questions[i].as_py())
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether any document can be asked something."""
+        return len(self._questions.flatten()) > 0
+
     def read(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of document `i`, int64; `stop` None reads to the end.
 
@@ -210,7 +224,7 @@ class PreparedSet:
         return tokens
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """The `.json` member of document `i` (id, source, tokens, hash, answers); it stands before the tokens."""
+        """The `.json` member of document `i`: id, source, tokens, hash, answers, questions."""
         shard, key = self._shards[self._shard[i]], self._keys[i].as_py()
         try:
             with tarfile.open(shard, "r:") as tar:
@@ -287,8 +301,22 @@ class ShardSetWriter:
         self.documents = 0
         self.tokens = 0
 
-    def add(self, tokens: np.ndarray, *, id: str, source: str, answers: list[tuple[int, int]] | None = None) -> None:
-        """Append one document; `tokens` end with eos."""
+    def add(
+        self,
+        tokens: np.ndarray,
+        *,
+        id: str,
+        source: str,
+        answers: list[tuple[int, int]] | None = None,
+        questions: Sequence[Question] = (),
+    ) -> None:
+        """Append one document; `tokens` end with eos.
+
+        Raises:
+            ValueError: a question is not well formed.
+        """
+        for question in questions:
+            question.check()
         array = np.ascontiguousarray(tokens, dtype=self._dtype)
         payload = array.tobytes()
         metadata: dict[str, Any] = {
@@ -299,6 +327,8 @@ class ShardSetWriter:
         }
         if answers:
             metadata["answers"] = [list(span) for span in answers]
+        if questions:
+            metadata["questions"] = to_rows(questions)
         text = json.dumps(metadata, ensure_ascii=False).encode()
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
@@ -322,6 +352,7 @@ class ShardSetWriter:
                 "offset": offset,
                 "tokens": len(array),
                 "answers": [edge for span in answers or () for edge in span],
+                "questions": to_rows(questions),
             }
         )
         if len(self._rows) >= _INDEX_ROWS_IN_MEMORY:

@@ -21,12 +21,13 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from data.questions import Question
 from data.records import RECORD_SUFFIXES, is_record_file, open_parquet, read_records
 from data.synthetic import PasskeyGenerator
 from data.tokenizer import Tokenizer, byte_tokenizer
@@ -54,7 +55,8 @@ class Encoded:
     """A document as tokens, without an end token."""
 
     tokens: np.ndarray
-    answers: list[tuple[int, int]]
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
     skipped_files: int = 0
 
 
@@ -78,7 +80,7 @@ class Job(ABC):
 
     def encode(self, tokenizer: Tokenizer) -> Encoded:
         text, skipped = self.load()
-        return Encoded(tokenizer.encode_array(text), [], skipped)
+        return Encoded(tokenizer.encode_array(text), skipped_files=skipped)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class PasskeyJob(Job):
 
     def encode(self, tokenizer: Tokenizer) -> Encoded:
         document = _generator(tokenizer).document(self.length, self.depth, self.seed)
-        return Encoded(np.array(document.tokens, dtype=np.uint32), document.answers)
+        return Encoded(np.array(document.tokens, dtype=np.uint32), document.answers, document.questions)
 
 
 @lru_cache(maxsize=2)

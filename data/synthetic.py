@@ -22,6 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
+from data.questions import Question
+
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
@@ -44,6 +46,8 @@ class SyntheticDocument:
     """Without an end token; the answer is the end."""
     answers: list[tuple[int, int]]
     """Spans [start, stop) of answer tokens."""
+    questions: list[Question]
+    """What can be asked once the needle has been read (see `data.questions`)."""
     key: str
     """Length asked for, depth and seed: names the document."""
 
@@ -91,4 +95,10 @@ class PasskeyGenerator:
             + answer
         )
         span = (len(tokens) - len(answer) + lead, len(tokens))
-        return SyntheticDocument(tokens, [span], f"passkey-{length}-{depth:.4f}-{seed}")
+        asked = (*self._question, *answer)
+        question = Question(
+            asked,
+            (len(self._question) + lead, len(asked)),
+            after=len(self._introduction) + before * len(self._filler) + len(needle),
+        )
+        return SyntheticDocument(tokens, [span], [question], f"passkey-{length}-{depth:.4f}-{seed}")

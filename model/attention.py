@@ -109,19 +109,24 @@ class InfiniAttention(nn.Module):
         memory: State | None,
         reset: Tensor,
         *,
+        probes: Tensor | None = None,
         memory_off: bool = False,
         statistics: bool = False,
     ) -> AttentionResult:
         """Attend over the segments of a window.
 
         Args:
-            hidden: normalised hidden states `[s, b*t, h]` (`[s/tp, b*t, h]` with sequence parallelism).
+            hidden: normalised hidden states `[s, b*(t+p), h]` (`[s/tp, ...]` with sequence parallelism): of every lane
+                its t segments and then its p probes.
             memory: memory carried in, for b lanes.
             reset: bool `[b, t]`, True where a document starts.
+            probes: int64 `[b, p]`, or None where p is 0: the segment whose starting memory each probe reads. Probes
+                are not written to the memory.
             memory_off: write the memory, but give the local attention all of the output (a control in evaluation).
             statistics: also measure what the memory does.
         """
         b, t = reset.shape
+        segments = t if probes is None else t + probes.shape[1]
         query, key, value = self._heads(hidden)
         table = self._rotary_table(query.shape[2], hidden.device)
         local = F.scaled_dot_product_attention(
@@ -131,10 +136,13 @@ class InfiniAttention(nn.Module):
             return AttentionResult(self._project(local), None, hidden.new_zeros((), dtype=torch.float32), None)
 
         with torch.autocast(hidden.device.type, enabled=False):
-            gate = self._write_gate(hidden, b, t)
-            q, k, v = (x.to(self.memory_dtype).unflatten(0, (b, t)) for x in (query, key, value))
-            read, present, memory = remember(self.rule, q, k, v, gate, memory, reset, detach_reads=self.detach_reads)
-            local = local.to(self.memory_dtype).unflatten(0, (b, t))
+            gate = self._write_gate(hidden, b, segments)
+            q, k, v = (x.to(self.memory_dtype).unflatten(0, (b, segments)) for x in (query, key, value))
+            gate, k, v = (None if x is None else x[:, :t] for x in (gate, k, v))  # probes are not written
+            read, present, memory = remember(
+                self.rule, q, k, v, gate, memory, reset, probes=probes, detach_reads=self.detach_reads
+            )
+            local = local.to(self.memory_dtype).unflatten(0, (b, segments))
             from_memory, from_segment = self._mix(read, local, present, memory_off=memory_off)
             mixed = from_memory + from_segment
             measured = self._statistics(from_memory, from_segment, gate, memory) if statistics else None
@@ -245,16 +253,16 @@ class InfiniAttention(nn.Module):
         return share * read, (1 - share) * local
 
     def _project(self, attended: Tensor) -> Tensor:
-        """`[b*t, heads, s, d]` to hidden states `[s, b*t, h]`."""
+        """`[b*(t+p), heads, s, d]` to hidden states `[s, b*(t+p), h]`."""
         output, _ = self.projection(attended.permute(2, 0, 1, 3).flatten(2))
         return output
 
-    def _write_gate(self, hidden: Tensor, b: int, t: int) -> Tensor | None:
-        """The write gate `[b, t, n, s]` in the memory's precision; None when every token is written."""
+    def _write_gate(self, hidden: Tensor, b: int, segments: int) -> Tensor | None:
+        """The write gate `[b, segments, n, s]` in the memory's precision; None when every token is written."""
         if self.memory_config.write_gate == "none":
             return None
         activation, _ = self.write_gate(hidden.to(self.memory_dtype))  # [s, b*t, n]
-        return write_gate(self.memory_config.write_gate, activation.permute(1, 2, 0).unflatten(0, (b, t)))
+        return write_gate(self.memory_config.write_gate, activation.permute(1, 2, 0).unflatten(0, (b, segments)))
 
     @torch.no_grad()
     def _statistics(self, read: Tensor, local: Tensor, gate: Tensor | None, memory: State) -> MemoryStatistics:

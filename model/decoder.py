@@ -40,11 +40,11 @@ class StageOptions(NamedTuple):
 
 class StageOutput(NamedTuple):
     hidden: Tensor | None
-    """`[s, b*t, h]` for the next stage; None on the last one."""
+    """`[s, b*(t+p), h]` for the next stage; None on the last one."""
     token_loss: Tensor | None
-    """Cross entropy `[b, t, s]` on the last stage when labels were given."""
+    """Cross entropy `[b, t+p, s]` on the last stage when labels were given."""
     token_correct: Tensor | None
-    """Bool `[b, t, s]`: greedy decoding would give the label; only when asked for."""
+    """Bool `[b, t+p, s]`: greedy decoding would give the label; only when asked for."""
     memory: list[State | None]
     """Memory carried out, per layer of the stage."""
     gate_sum: Tensor
@@ -79,11 +79,17 @@ class DecoderLayer(nn.Module):
         reset: Tensor,
         memory_off: bool,
         statistics: bool,
+        probes: Tensor | None = None,
     ) -> tuple[Tensor, State | None, Tensor, MemoryStatistics | None]:
         def attend(hidden: Tensor, *memory_tensors: Tensor):
             state = None if memory is None else type(memory)(*memory_tensors)
             return self.attention(
-                self.attention_norm(hidden), state, reset, memory_off=memory_off, statistics=statistics
+                self.attention_norm(hidden),
+                state,
+                reset,
+                probes=probes,
+                memory_off=memory_off,
+                statistics=statistics,
             )
 
         if self.recompute == "selective" and torch.is_grad_enabled():
@@ -213,18 +219,20 @@ class DecoderStage(nn.Module):
         reset: Tensor,
         labels: Tensor | None = None,
         *,
+        probes: Tensor | None = None,
         memory_off: bool = False,
         statistics: bool = False,
         correct: bool = False,
     ) -> StageOutput:
-        """Run the stage over some segments of a window.
+        """Run the stage over some segments of a window and p probes (none without `probes`).
 
         Args:
-            inputs: tokens `[b, t, s]` on the first stage, else hidden states `[s, b*t, h]` (`s/tp` with sequence
-                parallelism) from the stage before.
+            inputs: tokens `[b, t+p, s]` on the first stage, else hidden states `[s, b*(t+p), h]` (`s/tp` with sequence
+                parallelism) from the stage before. Probes stand behind the segments.
             memory: per layer, what `initial_memory` or an earlier call returned.
             reset: bool `[b, t]`, True where a document starts.
-            labels: `[b, t, s]`; without them the last stage computes no loss.
+            labels: `[b, t+p, s]`; without them the last stage computes no loss.
+            probes: int64 `[b, p]`, the segment whose starting memory each probe reads.
             memory_off: control for evaluation, see `InfiniAttention.forward`.
             statistics: also measure the memory (`StageOutput.statistics`).
             correct: also say for every label whether greedy decoding would give it.
@@ -234,7 +242,7 @@ class DecoderStage(nn.Module):
             carried, measured = [], {}
             gate_sum = hidden.new_zeros((), dtype=torch.float32)
             for (name, layer), state in zip(self.layers.items(), memory, strict=True):
-                arguments = (hidden, state, reset, memory_off, statistics)
+                arguments = (hidden, state, reset, memory_off, statistics, probes)
                 if self.options.recompute == "layer" and torch.is_grad_enabled():
                     result = checkpoint(layer, *arguments, use_reentrant=False)
                 else:

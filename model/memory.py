@@ -203,25 +203,39 @@ def build_rule(name: str, epsilon: float) -> Rule | None:
 
 
 def remember(
-    rule: Rule, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, state: State, reset: Tensor, *, detach_reads: bool
+    rule: Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    state: State,
+    reset: Tensor,
+    *,
+    probes: Tensor | None = None,
+    detach_reads: bool,
 ) -> tuple[Tensor, Tensor, State]:
     """Read and write the memory for a window.
 
     Args:
         rule: the memory rule.
-        q: queries without position encoding, `[b, t, n*r, s, d]`; the r heads of a group are neighbours.
+        q: queries without position encoding, `[b, t + p, n*r, s, d]`; the r heads of a group are neighbours.
         k, v: keys without position encoding and values, `[b, t, n, s, d]`.
         gate: write gate `[b, t, n, s]` or None.
         state: memory carried in.
         reset: bool `[b, t]`, True where a document starts.
+        probes: int64 `[b, p]` or None: the last p segments of q only read, each what segment `probes[b, j]` reads.
         detach_reads: read the memory without gradient (truncates backpropagation at every segment).
 
     Returns:
-        The read `[b, t, n*r, s, d]`, whether the memory it came from held anything `[b, t, n]` (1 or 0), and the memory
-        carried out.
+        The read `[b, t + p, n*r, s, d]`, whether the memory it came from held anything (1 or 0) `[b, t + p, n]`, and
+        the memory carried out.
     """
+    b = q.shape[0]
     states = rule.scan(k, v, gate, state, ~reset)
     before = type(states)(*(x[:, :-1].detach() if detach_reads else x[:, :-1] for x in states))
+    if probes is not None:
+        lane = torch.arange(b, device=probes.device).unsqueeze(1)
+        before = type(states)(*(torch.cat([x, x[lane, probes]], dim=1) for x in before))
     after = type(states)(*(x[:, -1] for x in states))
     return read_states(rule, q, before), rule.present(before), after
 

@@ -78,11 +78,16 @@ class TrainConfig:
     stages, and one otherwise."""
     segments_per_window: int = 8
     """T: segments that one step takes from every lane."""
+    probes_per_window: int = 0
+    """P: read-only segments per lane and step that ask a question of the memory (documents with questions only). They
+    are spread evenly: segments_per_window must be a multiple, and P one of bptt.chunks_per_window."""
     seed: int = 0
     precision: str = "fp32"
     """`bf16` keeps float32 masters and a float32 memory; `fp64` is for parity tests."""
     write_gate_penalty: float = 0.0
     """Weight of the mean write gate in the loss."""
+    write_gate_penalty_from: int = 0
+    """First step with that penalty: before there is anything to keep it only closes the gates."""
     max_nonfinite_steps: int = 5
     """So many skipped steps in a row end the run."""
 

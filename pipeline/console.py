@@ -62,6 +62,7 @@ def _three_digits(number: float) -> str:
 FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss/train", lambda value: f"loss {value:.4f}"),
     ("loss/answer", lambda value: f"answer {value:.4f}"),
+    ("loss/probe", lambda value: f"probe {value:.4f}"),
     ("optimizer/learning_rate", lambda value: f"lr {value:.1e}"),
     ("optimizer/gradient_norm", lambda value: f"grad {value:.3g}"),
     ("speed/tokens_per_s", lambda value: f"{value:,.0f} tok/s"),
@@ -70,7 +71,7 @@ FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
 )
 """The metrics that a line shows, in this order, those of them that are given."""
 
-BAR_FIELDS = ("loss/train", "loss/answer", "speed/tokens_per_s")
+BAR_FIELDS = ("loss/train", "loss/answer", "loss/probe", "speed/tokens_per_s")
 """Those that a bar shows: with bar and time left they fit a terminal of 100 columns."""
 
 

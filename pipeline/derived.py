@@ -31,6 +31,11 @@ def lanes_per_rank(config: Config, world_size: int) -> int:
     return config.train.lanes // data_parallel_size(config, world_size)
 
 
+def segments_per_chunk(config: Config) -> int:
+    """Segments of a lane that one pass through a stage handles, its probes included."""
+    return (config.train.segments_per_window + config.train.probes_per_window) // config.bptt.chunks_per_window
+
+
 def lanes_per_microbatch(config: Config, world_size: int) -> int:
     """Lanes that one pass through a stage handles.
 

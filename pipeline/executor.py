@@ -33,6 +33,8 @@ class StepResult:
 
     token_loss: Tensor | None
     """Cross entropy `[B, T, S]` of this rank's lanes; on the last stage only."""
+    probe_loss: Tensor | None
+    """The same of the probes, `[B, P, S]`; None without probes."""
     token_correct: Tensor | None
     memory: Memory
     """Memory carried out, per layer of the stage, all of this rank's lanes."""
@@ -187,13 +189,16 @@ class _Run:
         self.segments_per_chunk = segments // self.chunks
         self.carried = {w: map_memory(memory, lambda x, w=w: x[w * lanes : (w + 1) * lanes]) for w in range(windows)}
         rows = length // (self.topology.tensor_size if self.stage.options.sequence_parallel else 1)
-        shape = (rows, lanes * self.segments_per_chunk, self.stage.config.hidden_size)
+        self.probes_per_chunk = batch.probes.segment.shape[1] // self.chunks if batch.probes else 0
+        folded = lanes * (self.segments_per_chunk + self.probes_per_chunk)
+        shape = (rows, folded, self.stage.config.hidden_size)
         self.traffic = _Traffic(self.topology, shape, self.stage.compute_dtype)
         self.live: dict[tuple[int, int], _Chunk] = {}
         self.received: dict[Operation, Tensor] = {}
         self.memory_gradient: dict[int, list[Tensor | None]] = {}
         self.input_gradient: dict[tuple[int, int], Tensor] = {}
         self.losses: dict[tuple[int, int], Tensor] = {}
+        self.probe_losses: dict[tuple[int, int], Tensor] = {}
         self.hits: dict[tuple[int, int], Tensor] = {}
         self.gate_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         self.measured: list[dict[int, MemoryStatistics]] = []
@@ -218,13 +223,27 @@ class _Run:
             self.traffic.send(operation, self.input_gradient.pop((window, chunk)), tag)
 
     def _slice(self, tensor: Tensor, window: int, chunk: int) -> Tensor:
-        """The part of a `[B, T, ...]` batch tensor that a chunk works on."""
+        """The part of a `[B, T, ...]` (or `[B, P, ...]`) batch tensor that a chunk works on."""
         lanes = tensor[window * self.lanes : (window + 1) * self.lanes]
-        return lanes[:, chunk * self.segments_per_chunk : (chunk + 1) * self.segments_per_chunk]
+        length = tensor.shape[1] // self.chunks
+        return lanes[:, chunk * length : (chunk + 1) * length]
+
+    def _part(self, name: str, window: int, chunk: int) -> Tensor:
+        """Tokens, labels or weights of a chunk: its segments, and behind them its probes."""
+        part = self._slice(getattr(self.batch, name), window, chunk)
+        if self.batch.probes is None:
+            return part
+        return torch.cat([part, self._slice(getattr(self.batch.probes, name), window, chunk)], dim=1)
+
+    def _probes(self, window: int, chunk: int) -> Tensor | None:
+        """`[b, p]`: the segment of the chunk whose starting memory each of its probes reads."""
+        if self.batch.probes is None:
+            return None
+        return self._slice(self.batch.probes.segment, window, chunk) - chunk * self.segments_per_chunk
 
     def _forward(self, window: int, chunk: int) -> None:
         if self.stage.is_first:
-            inputs = self._slice(self.batch.tokens, window, chunk)
+            inputs = self._part("tokens", window, chunk)
         else:
             inputs = self.received.pop(Operation(Kind.WAIT_FORWARD, window, chunk))
         record = _Chunk(inputs, self.carried[window])
@@ -248,11 +267,16 @@ class _Run:
     def _compute(self, record: _Chunk, window: int, chunk: int, keep_graph: bool, first_time: bool) -> StageOutput:
         # A forward that will be replayed leaves the output matrix to the replay.
         labels_needed = self.stage.is_last and (keep_graph or not self.with_gradient)
-        labels = self._slice(self.batch.labels, window, chunk) if labels_needed else None
+        labels = self._part("labels", window, chunk) if labels_needed else None
         flags = dict(self.flags, statistics=self.flags["statistics"] and first_time)
         with torch.set_grad_enabled(keep_graph):
             output = self.stage(
-                record.inputs, record.memory_in, self._slice(self.batch.reset, window, chunk), labels, **flags
+                record.inputs,
+                record.memory_in,
+                self._slice(self.batch.reset, window, chunk),
+                labels,
+                probes=self._probes(window, chunk),
+                **flags,
             )
         if keep_graph:
             self.graphs += 1
@@ -262,9 +286,12 @@ class _Run:
             if output.statistics:
                 self.measured.append(output.statistics)
         if output.token_loss is not None:
-            self.losses[window, chunk] = output.token_loss.detach()
+            losses = output.token_loss.detach()
+            self.losses[window, chunk] = losses[:, : self.segments_per_chunk]
+            if self.probes_per_chunk:
+                self.probe_losses[window, chunk] = losses[:, self.segments_per_chunk :]
         if output.token_correct is not None:
-            self.hits[window, chunk] = output.token_correct
+            self.hits[window, chunk] = output.token_correct[:, : self.segments_per_chunk]
         return output
 
     def _take_hidden(self, window: int, chunk: int) -> Tensor:
@@ -294,7 +321,7 @@ class _Run:
                 gradients.append(gradient)
 
         if self.stage.is_last:
-            weight = self._slice(self.batch.loss_weight, window, chunk).to(output.token_loss.dtype)
+            weight = self._part("loss_weight", window, chunk).to(output.token_loss.dtype)
             add((output.token_loss * weight).sum() * self.loss_scale, None)
         else:
             add(output.hidden, self.received.pop(Operation(Kind.WAIT_BACKWARD, window, chunk)))
@@ -315,6 +342,7 @@ class _Run:
         windows = len(self.carried)
         return StepResult(
             token_loss=self._assemble(self.losses),
+            probe_loss=self._assemble(self.probe_losses),
             token_correct=self._assemble(self.hits),
             memory=join_memory([self.carried[w] for w in range(windows)]),
             gate_sum=float(self.gate_sum),

@@ -43,7 +43,14 @@ from model.config import ModelConfig
 from model.decoder import split_layers
 from model.memory import WRITE_BLOCK
 from pipeline.config import Config
-from pipeline.derived import data_parallel_size, head_dim, lanes_per_microbatch, lanes_per_rank, num_query_groups
+from pipeline.derived import (
+    data_parallel_size,
+    head_dim,
+    lanes_per_microbatch,
+    lanes_per_rank,
+    num_query_groups,
+    segments_per_chunk,
+)
 from pipeline.flops import embedding_rows, layer_parameters, memory_state_bytes
 
 OPTIMIZER_COPIES = 3
@@ -109,7 +116,7 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         held = -(-parameters // replicas) + max(layer, embedding)
 
     lanes = lanes_per_microbatch(config, world_size)
-    segments = train.segments_per_window // config.bptt.chunks_per_window
+    segments = segments_per_chunk(config)
     microbatches = lanes_per_rank(config, world_size) // lanes
     chunk, once = _chunk_activations(config, layers, lanes * segments, lanes, is_last, vocab)
     lane_state = _lane_state_bytes(config, layers)

@@ -2,7 +2,7 @@
 
 Names are paths, one spelling from the trainer to the plots:
 
-    loss/train  loss/answer                     mean cross entropy in nats per token
+    loss/train  loss/answer  loss/probe         mean cross entropy in nats per token
     loss_by_segment/<0, 1, 2-3, 4-7, ...>       the loss at these segments of the documents
     optimizer/learning_rate  optimizer/learning_rate_<group>  optimizer/gradient_norm
     speed/tokens_per_s  speed/mfu               of the whole run; utilisation is a share, 0..1

@@ -102,7 +102,8 @@ class Monitor:
             f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
             "parameters": f"{count['total']:,}",
             "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "
-            f"{model.segment_length} tokens",
+            f"{model.segment_length} tokens"
+            + (f", and {train.probes_per_window} probes per lane" if train.probes_per_window else ""),
             "windows per step and rank": f"{lanes_per_rank // self.trainer.lanes_per_microbatch} of "
             f"{self.trainer.lanes_per_microbatch} lanes, {config.bptt.chunks_per_window} chunks each",
             "tokens in the run": f"{tokens * train.steps:,} in {train.steps:,} steps",
@@ -163,6 +164,7 @@ class Monitor:
             return
         train = self.config.train
         flops = train_flops_per_token(self.config.model, self.trainer.vocab_size)  # what the model needs: MFU
+        flops *= 1 + train.probes_per_window / train.segments_per_window
         values = {
             "loss/train": totals["loss"] / totals["weight"] if totals else math.nan,
             "progress/tokens": self.trainer.tokens,
@@ -180,6 +182,8 @@ class Monitor:
             values["data/padded_share"] = totals["padded"] / seen
             if totals["answers"]:
                 values["loss/answer"] = totals["answer_loss"] / totals["answers"]
+            if totals["probe_answers"]:
+                values["loss/probe"] = totals["probe_loss"] / totals["probe_answers"]
             if self.config.model.memory.write_gate != "none":
                 steps = seen / (train.lanes * train.segments_per_window * self.config.model.segment_length)
                 values["memory/write_gate"] = totals["gate"] / (steps * self.trainer.gate_count)

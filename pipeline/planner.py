@@ -18,7 +18,7 @@ from model.decoder import DecoderStage, StageOptions, split_layers
 from model.device import prepare_megatron
 from model.sharding import full_shape, partition_of
 from pipeline.config import Config
-from pipeline.derived import lanes_per_microbatch, lanes_per_rank, model_parallel_size
+from pipeline.derived import lanes_per_microbatch, lanes_per_rank, model_parallel_size, segments_per_chunk
 from pipeline.flops import forward_flops_per_token, parameter_count
 from pipeline.footprint import per_rank_bytes
 from pipeline.schedule import Kind, build_schedule
@@ -129,7 +129,7 @@ def estimated_costs(config: Config, world_size: int, vocab: int, *, flops_per_s:
         "layer": layers_flops,
         "window": 0.0,
     }[config.bptt.recompute]
-    segments = config.train.segments_per_window // config.bptt.chunks_per_window
+    segments = segments_per_chunk(config)
     tokens = lanes_per_microbatch(config, world_size) * segments * model.segment_length
     per_stage = []
     for stage, (first, last) in enumerate(split_layers(model.num_layers, parallel.pipeline, parallel.layers_per_stage)):

@@ -71,6 +71,7 @@ class Trainer:
             segments_per_window=config.train.segments_per_window,
             segment_length=config.model.segment_length,
             seed=config.train.seed,
+            probes_per_window=config.train.probes_per_window,
         )
         self.stage = build_stage(config, topology, self.vocab_size)
         self.optimizer = ZeroOptimizer(self.stage, topology, config)
@@ -245,14 +246,19 @@ class Trainer:
 
         Returns:
             This rank's result, and the sums over the whole global batch (the same on all ranks): `loss` (the training
-            objective's token part), `weight`, `answer_loss`, `answers`, `gate`, `tokens`, `padded`; and `spike`, the
-            loss's robust z-score where that counts as a spike, else 0.
+            objective's token part), `weight`, `answer_loss`, `answers`, `probe_loss` and `probe_answers` (of the
+            probes' answers), `gate`, `tokens`, `padded`; and `spike`, the loss's robust z-score where that counts as a
+            spike, else 0.
         """
         config, topology = self.config, self.topology
-        weight = topology.all_reduce([float(batch.loss_weight.double().sum())], group=topology.data_group)[0]
+        own_weight = float(batch.loss_weight.double().sum())
+        if batch.probes is not None:
+            own_weight += float(batch.probes.loss_weight.double().sum())
+        weight = topology.all_reduce([own_weight], group=topology.data_group)[0]
         # DeepSpeed averages over data parallelism; the factor makes the average a sum over all lanes.
         scale = topology.data_size / max(weight, 1e-30)
-        gate_scale = config.train.write_gate_penalty * topology.data_size / self.gate_count
+        penalty = config.train.write_gate_penalty if self.step >= config.train.write_gate_penalty_from else 0.0
+        gate_scale = penalty * topology.data_size / self.gate_count
         with self.optimizer.accumulate():
             result = self.executor.run(
                 self.schedule,
@@ -282,13 +288,20 @@ class Trainer:
     def _sums(self, batch: WindowBatch, result: StepResult) -> dict[str, float]:
         """Sums over the global batch, reduced over all processes; each part is contributed by one copy of it."""
         topology = self.topology
-        local = dict.fromkeys(("loss", "answer_loss", "answers", "tokens", "padded"), 0.0)
+        local = dict.fromkeys(
+            ("loss", "answer_loss", "answers", "probe_loss", "probe_answers", "tokens", "padded"), 0.0
+        )
         if topology.is_last_stage and topology.tensor_rank == 0:
             losses = result.token_loss.double()
             local["loss"] = float((losses * batch.loss_weight).sum())
             answers = batch.answer_mask & (batch.loss_weight > 0)  # not those of documents entered past their beginning
             local["answer_loss"] = float(losses[answers].sum())
             local["answers"] = float(answers.sum())
+            if batch.probes is not None:
+                probe_losses, asked = result.probe_loss.double(), batch.probes.loss_weight > 0
+                local["loss"] += float((probe_losses * batch.probes.loss_weight).sum())
+                local["probe_loss"] = float(probe_losses[asked].sum())
+                local["probe_answers"] = float(asked.sum())
             local["padded"] = float(batch.padded_tokens)
             local["tokens"] = float(batch.tokens.numel() - batch.padded_tokens)
         local["gate"] = result.gate_sum
@@ -321,9 +334,10 @@ class Trainer:
     def _to_device(self, batch: WindowBatch) -> WindowBatch:
         if self.topology.device.type == "cpu":
             return batch
-        for name, value in vars(batch).items():
-            if isinstance(value, torch.Tensor):
-                setattr(batch, name, value.to(self.topology.device, non_blocking=True))
+        for part in (batch, batch.probes):
+            for name, value in vars(part).items() if part is not None else ():
+                if isinstance(value, torch.Tensor):
+                    setattr(part, name, value.to(self.topology.device, non_blocking=True))
         return batch
 
     # Saving and loading

@@ -231,6 +231,13 @@ def _windows(config: Config) -> Iterator[str]:
             f"bptt.chunks_per_window = {chunks}: must divide train.segments_per_window = {segments}; "
             f"valid are {_list(_divisors(segments))}"
         )
+    probes = config.train.probes_per_window
+    if probes < 0 or (probes and (segments % probes or probes % chunks)):
+        valid = [n for n in _divisors(segments) if n % chunks == 0]
+        yield (
+            f"train.probes_per_window = {probes}: must be 0, or divide train.segments_per_window = {segments} and be a "
+            f"multiple of bptt.chunks_per_window = {chunks}; valid are {_list([0, *valid])}"
+        )
     if config.parallel.schedule == "1f1b" and chunks > 1:
         yield (
             f"parallel.schedule = 1f1b moves whole windows: bptt.chunks_per_window must be 1, not {chunks}; "

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
+from data.questions import Question
 from data.shards import FORMAT_VERSION, MANIFEST, ShardSetWriter
 from data.tokenizer import byte_tokenizer
 
 
-def write_set(folder: Path, lengths: list[int], *, seed: int = 0, answers: bool = True) -> Path:
-    """A byte-level set whose documents have `lengths` tokens: noise with repeats, something to learn."""
+def write_set(
+    folder: Path, lengths: list[int], *, seed: int = 0, answers: bool = True, questions: bool = False
+) -> Path:
+    """A byte-level set whose documents have `lengths` tokens: noise with repeats, something to learn.
+
+    With `questions` a document can be asked for its first three tokens.
+    """
     folder.mkdir(parents=True)
     tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
@@ -24,7 +30,14 @@ def write_set(folder: Path, lengths: list[int], *, seed: int = 0, answers: bool 
             words = generator.integers(97, 123, size=(6, 5))
             tokens = words[generator.integers(0, 6, size=length // 5 + 1)].flatten()[: length - 1]
             spans = [(length // 2, length // 2 + 3)] if answers and length > 20 else None
-            writer.add(np.append(tokens, tokenizer.eos_id), id=f"{split}-{i}", source="noise", answers=spans)
+            asked = (*b"first?", *(int(token) for token in tokens[:3]))
+            writer.add(
+                np.append(tokens, tokenizer.eos_id),
+                id=f"{split}-{i}",
+                source="noise",
+                answers=spans,
+                questions=[Question(asked, (6, 9), after=3)] if questions else (),
+            )
         splits[split] = writer.close()
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
 import time
@@ -20,6 +21,7 @@ from data.config import DataConfig, SetConfig
 from data.lane_schedule import LaneSchedule
 from data.lanes import LaneLoader, WeightedSet, WindowBatch, build_loader
 from data.prefetch import Prefetcher
+from data.questions import Question
 from data.shards import FORMAT_VERSION, BadDocumentError, ShardSetWriter
 
 EOS = 0
@@ -40,6 +42,7 @@ class MemorySet:
         self.first_document = number * 1000
         self.spans: dict[int, list[tuple[int, int]]] = {}
         self.bad: dict[int, int] = {}
+        self.has_questions = False
         self.on_read: Callable[[int], None] = lambda i: None
 
     def text(self, i: int) -> np.ndarray:
@@ -56,6 +59,9 @@ class MemorySet:
 
     def answers(self, i: int) -> list[tuple[int, int]]:
         return self.spans.get(i, [])
+
+    def questions(self, i: int) -> list[Question]:
+        return []
 
     def document_name(self, i: int) -> str:
         return f"{self.path}:{i}"
@@ -696,3 +702,88 @@ def test_a_damaged_shard_stops_or_is_skipped(tmp_path, caplog):
     skipping.close()
     assert skipping.skipped_documents > 2
     assert "train-000001.tar" in caplog.text
+
+
+def questioned_sets(lengths: list[int]) -> list[WeightedSet]:
+    """Every document can be asked for its third token, and for its tenth."""
+    sets = sets_of(lengths)
+    source = sets[0].set
+    sets[0].answer_weight = 5.0
+
+    def questions(i: int) -> list[Question]:
+        text = source.text(i)
+        return [Question((7, 8, int(text[at])), (2, 3), after=at + 1) for at in (2, 9)]
+
+    source.questions, source.has_questions = questions, True
+    return sets
+
+
+def test_probes_ask_what_has_been_read(make_loader):
+    """Each probe goes on with the document where its segment starts, then asks, and only for what was read by then."""
+    sets = questioned_sets([30, 90, 47, 200])
+    loader = make_loader(sets, segments_per_window=4, probes_per_window=2, stagger=False)
+    asked = 0
+    for _ in range(12):
+        batch = loader.next_batch()
+        probes = batch.probes
+        for row, probe in itertools.product(range(4), range(2)):
+            segment = int(probes.segment[row, probe])
+            assert segment // 2 == probe
+            if not probes.loss_weight[row, probe].any():
+                continue
+            asked += 1
+            # S inputs and labels: 8 + 1 tokens, the last three of them the question.
+            tokens = [int(probes.tokens[row, probe, 0]), *probes.labels[row, probe].tolist()]
+            if EOS in tokens:
+                tokens = tokens[: tokens.index(EOS)]
+            first = int(batch.position_in_document[row, segment])
+            text, question = tokens[:-3], tokens[-3:]
+            assert question[:2] == [7, 8]
+            assert text == batch.tokens[row, segment, : len(text)].tolist()
+            answer_at = question[2] - text[0] + first
+            assert answer_at in (2, 9) and answer_at < first + len(text)
+            weighted = probes.loss_weight[row, probe].nonzero().flatten().tolist()
+            assert weighted == [len(tokens) - 2]
+            assert probes.loss_weight[row, probe, weighted[0]] == 5.0
+            assert probes.labels[row, probe, weighted[0]] == question[2]
+    assert asked > 50
+
+
+def probe_hashes(loader: LaneLoader, count: int) -> list[dict[int, str]]:
+    result = []
+    for _ in range(count):
+        batch = loader.next_batch()
+        fields = vars(batch.probes).values()
+        result.append(
+            {lane: str([x[row].tolist() for x in fields]) for row, lane in enumerate(batch.lane_ids.tolist())}
+        )
+    return result
+
+
+def test_probes_are_the_same_on_any_split_and_after_a_resume(make_loader):
+    def make(first: int, last: int) -> LaneLoader:
+        options = {"first_lane": first, "last_lane": last, "segments_per_window": 4, "probes_per_window": 4}
+        return make_loader(questioned_sets([30, 90, 47, 200]), lanes=4, **options)
+
+    expected = probe_hashes(make(0, 4), 10)
+    parts = [probe_hashes(make(lane, lane + 1), 10) for lane in range(4)]
+    assert [dict(item for part in parts for item in part[step].items()) for step in range(10)] == expected
+    interrupted = make(0, 4)
+    probe_hashes(interrupted, 6)
+    resumed = make(0, 4)
+    resumed.load_state_dict(interrupted.state_dict())
+    assert probe_hashes(resumed, 4) == expected[6:]
+    assert len({h for step in expected for h in step.values()}) > 30
+
+
+def test_probes_do_not_change_the_windows(make_loader):
+    plain = make_loader(questioned_sets([30, 90, 47, 200]), segments_per_window=4)
+    probed = make_loader(questioned_sets([30, 90, 47, 200]), segments_per_window=4, probes_per_window=2)
+    assert windows(plain, 8) == windows(probed, 8)
+
+
+def test_probes_need_questions_and_an_even_spread(make_loader):
+    with pytest.raises(ValueError, match="no document of the prepared sets has questions"):
+        make_loader(sets_of([30]), segments_per_window=4, probes_per_window=2)
+    with pytest.raises(ValueError, match="divide segments_per_window"):
+        make_loader(questioned_sets([30]), segments_per_window=4, probes_per_window=3)

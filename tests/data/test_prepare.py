@@ -271,7 +271,7 @@ def test_options_that_make_no_set_are_refused(tmp_path: Path, change: dict[str, 
 
 def splits(ids: list[str], fraction: float) -> dict[str, str]:
     assigner = SplitAssigner(fraction)
-    documents = [EncodedDocument(id, 0, 0, np.zeros(2), [], 0) for id in ids]
+    documents = [EncodedDocument(id, 0, 0, np.zeros(2), [], [], 0) for id in ids]
     written = [pair for document in documents for pair in assigner.add(document)] + assigner.finish()
     assert sorted(document.id for _, document in written) == sorted(ids)
     return {document.id: split for split, document in written}

@@ -13,7 +13,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.shards import BadDocumentError, PreparedSet, ShardSetWriter
+from data.shards import FORMAT_VERSION, BadDocumentError, PreparedSet, ShardSetWriter
 
 
 def write_set(
@@ -25,7 +25,7 @@ def write_set(
         spans = [(k, k + 1) for k in range(i % 3)] if answers else None
         writer.add(tokens, id=f"document {i} ü", source="test", answers=spans)
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "tokenizer": {"kind": "byte", "hash": "x", "vocab_size": vocab_size, "eos_id": vocab_size - 1},
         "splits": {"train": writer.close()},
     }

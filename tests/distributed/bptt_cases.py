@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.lanes import WindowBatch
+from data.lanes import ProbeBatch, WindowBatch
 from model.memory import NormalizedState
 from model.sharding import partition_of
 from pipeline import derived
@@ -52,6 +52,18 @@ def random_batch(config, first_lane: int, last_lane: int) -> WindowBatch:
     reset = torch.zeros(lanes, segments, dtype=torch.bool)
     reset[0, 3] = reset[1, 0] = reset[2, 1] = reset[2, 6] = True  # lane 3 goes on from carried memory
     own = slice(first_lane, last_lane)
+    count = config.train.probes_per_window
+    probes = None
+    if count:
+        asked = (lanes, count, length)
+        stride = segments // count
+        inside = torch.randint(0, stride, (lanes, count), generator=generator)
+        probes = ProbeBatch(
+            tokens=torch.randint(0, VOCAB, asked, generator=generator)[own],
+            labels=torch.randint(0, VOCAB, asked, generator=generator)[own],
+            loss_weight=torch.randint(0, 4, asked, generator=generator).float()[own],
+            segment=(stride * torch.arange(count) + inside)[own],
+        )
     return WindowBatch(
         tokens=tokens[own],
         labels=labels[own],
@@ -62,6 +74,7 @@ def random_batch(config, first_lane: int, last_lane: int) -> WindowBatch:
         lane_ids=torch.arange(first_lane, last_lane),
         padded_tokens=0,
         documents=[[] for _ in range(first_lane, last_lane)],
+        probes=probes,
     )
 
 
@@ -115,11 +128,20 @@ def collect(stage, topology: Topology, loss: Tensor | None, memory: list) -> dic
 def one_graph(overrides: list[str]) -> dict[str, Any]:
     """The whole window, all lanes, in one autograd graph on one process: the reference."""
     _, topology, stage, batch, memory = prepare(overrides)
-    output = stage(batch.tokens, memory, batch.reset, batch.labels)
-    objective = (output.token_loss * batch.loss_weight).sum() / 100 + GATE_SCALE * output.gate_sum
+    segments, probes = batch.tokens.shape[1], batch.probes
+    if probes is None:
+        output = stage(batch.tokens, memory, batch.reset, batch.labels)
+    else:
+        tokens, labels = (
+            torch.cat([getattr(batch, name), getattr(probes, name)], dim=1) for name in ("tokens", "labels")
+        )
+        output = stage(tokens, memory, batch.reset, labels, probes=probes.segment)
+    objective = (output.token_loss[:, :segments] * batch.loss_weight).sum() / 100 + GATE_SCALE * output.gate_sum
+    if probes is not None:
+        objective = objective + (output.token_loss[:, segments:] * probes.loss_weight).sum() / 100
     objective.backward()
     memory = [None if s is None else type(s)(*(x.detach() for x in s)) for s in output.memory]
-    return collect(stage, topology, output.token_loss.detach(), memory)
+    return collect(stage, topology, output.token_loss[:, :segments].detach(), memory)
 
 
 def by_schedule(overrides: list[str], chunk_counts: list[int]) -> list[dict[str, Any]]:

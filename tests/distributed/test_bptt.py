@@ -90,11 +90,14 @@ def test_chunks_and_stages_give_the_gradients_of_one_graph(pools, reference, sta
         (2, ["parallel.pipeline=2", "train.lanes_per_microbatch=2", "bptt.recompute=window"]),
         (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true"]),
         (4, ["parallel.pipeline=2", "model.memory.skip_empty=false"]),
+        (1, ["train.probes_per_window=4", "bptt.recompute=window"]),
+        (2, ["train.probes_per_window=8", "parallel.pipeline=2", "bptt.recompute=layer"]),
+        (4, ["train.probes_per_window=4", "parallel.tensor=2", "parallel.sequence_parallel=true"]),
     ],
 )
 def test_other_layouts_give_the_gradients_of_one_graph(pools, reference, world, overrides):
     settings = [*RULES["delta"], *overrides]
-    expected = reference((*RULES["delta"], *(s for s in overrides if s.startswith("model."))))
+    expected = reference((*RULES["delta"], *(s for s in overrides if s.startswith(("model.", "train.probes")))))
     per_rank = pools.run(world, bptt_cases.by_schedule, overrides=settings, chunk_counts=[1, 4])
     for ranks in zip(*per_rank, strict=True):
         assert_same(whole(list(ranks)), expected)

@@ -30,6 +30,7 @@ MODELS = {
     ],
     "none": ["model.memory.rule=none"],
     "delta-bias-norms": ["model.qkv_bias=true", "model.qk_norm=true"],
+    "probes": ["model.memory.rule=delta", "train.probes_per_window=4"],
 }
 """What is trained; each is compared with itself on one process."""
 
@@ -72,6 +73,9 @@ ROWS = [
     row((1, 2, 2, 1), "deltanet-hard", chunks=4, recompute="window"),
     row((1, 2, 2, 2), "delta", recompute="selective"),
     row((2, 1, 2, 3), "linear-sigmoid-untied"),
+    row((1, 1, 1, 1), "probes", chunks=4, recompute="window"),
+    row((2, 1, 1, 1), "probes", recompute="layer", **SP),
+    row((1, 2, 2, 1), "probes", chunks=2),
     row((2, 2, 2, 1), "delta", chunks=4, recompute="window", marks=pytest.mark.slow),
     row((2, 2, 2, 1), "deltanet-hard", marks=pytest.mark.slow, **SP),
 ]
@@ -81,7 +85,7 @@ ROWS = [
 def train(pools, tmp_path_factory):
     """Train a model of `MODELS` under some settings; what rank 0 returns."""
     folder = tmp_path_factory.mktemp("layouts")
-    data = write_set(folder / "set", [37, 500, 130, 64, 250, 90, 17, 400])
+    data = write_set(folder / "set", [37, 500, 130, 64, 250, 90, 17, 400], questions=True)
     runs = itertools.count()
 
     def train(world: int, model: str, overrides: list[str] = (), **options):

@@ -128,6 +128,9 @@ class Documents:
     def answers(self, i):
         return []
 
+    def questions(self, i):
+        return []
+
     def document_name(self, i):
         return f"document {i}"
 
@@ -276,3 +279,29 @@ def test_layers_are_split_in_order(layers, stages, explicit, expected):
 
 def test_vocabulary_is_padded_up():
     assert [padded_vocab_size(n, 64) for n in (1, 64, 65, 257)] == [64, 64, 128, 320]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_probe_reads_what_its_segment_reads_and_writes_nothing(rule):
+    """Against a stage without probes: run up to the segment, then the probe's text in its place."""
+    config = small_config(rule, "none" if rule == "none" else "sigmoid")
+    stage = small_stage(config)
+    tokens, labels = (random_tokens(B, 5, config.segment_length, seed=seed) for seed in (0, 1))
+    asked, answers = (random_tokens(B, 2, config.segment_length, seed=seed) for seed in (2, 3))
+    reset = torch.zeros(B, 5, dtype=torch.bool)
+    reset[0, 2] = True
+    at = torch.tensor([[1, 3], [2, 4]])
+    memory = random_memory(stage, B)
+    both, every_label = torch.cat([tokens, asked], dim=1), torch.cat([labels, answers], dim=1)
+    with torch.no_grad():
+        found = stage(both, memory, reset, every_label, probes=at)
+        plain = stage(tokens, memory, reset, labels)
+        for lane in range(B):
+            for probe, segment in enumerate(at[lane].tolist()):
+                before = stage(tokens[:, :segment], memory, reset[:, :segment]).memory
+                text, label = asked[:, probe : probe + 1], answers[:, probe : probe + 1]
+                expected = stage(text, before, reset[:, segment : segment + 1], label).token_loss[lane, 0]
+                torch.testing.assert_close(found.token_loss[lane, 5 + probe], expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.token_loss[:, :5], plain.token_loss, rtol=1e-10, atol=1e-10)
+    for state, other in zip(found.memory, plain.memory, strict=True):
+        torch.testing.assert_close(state, other, rtol=1e-10, atol=1e-10)
