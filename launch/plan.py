@@ -94,7 +94,7 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
     tokens = train.lanes * train.segments_per_window * model.segment_length
     flops = train_flops_per_token(model, vocab)
     executed = train_flops_per_token(model, vocab, recompute=config.bptt.recompute)
-    own = count["beta"] + count["write_gate"]
+    own = count["beta"] + count["write_gate"] + count["rule"]
     numbers = 8 if train.precision == "fp64" else 4
     return [
         (

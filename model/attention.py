@@ -11,9 +11,11 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.memory import State, build_rule, read_states, remember, write_gate
+from model.memory import remember, write_gate
 from model.norm import RMSNorm
 from model.rotary import rotary_table, rotate
+from model.rule_parameters import add_rule_parameters, rule_inputs, rule_weights
+from model.rules import State, Tokens, build_rule, layer_shape
 from model.segment_cache import SegmentCache, Span, empty_cache, put
 
 GATE_BINS = 20
@@ -57,14 +59,13 @@ class InfiniAttention(nn.Module):
         self, config: ModelConfig, megatron: TransformerConfig, *, tensor_size: int, detach_reads: bool = False
     ) -> None:
         super().__init__()
-        self.heads = megatron.num_attention_heads // tensor_size
-        self.groups = megatron.num_query_groups // tensor_size
-        self.dim = megatron.kv_channels
+        self.shape = layer_shape(config, tensor_size)
+        self.heads, self.groups, self.dim = self.shape.heads, self.shape.groups, self.shape.dim
         self.segment_length = config.segment_length
         self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
         self.memory_config = config.memory
         self.detach_reads = detach_reads
-        self.rule = build_rule(config.memory.rule, config.memory.epsilon)
+        self.rule = build_rule(config.memory)
         backend = LocalSpecProvider()
         common = {"config": megatron, "init_method": megatron.init_method}
         heads, groups = megatron.num_attention_heads, megatron.num_query_groups
@@ -87,6 +88,7 @@ class InfiniAttention(nn.Module):
         )
         if self.rule is not None:
             self.beta = nn.Parameter(torch.full((self.heads,), config.memory.beta_init, dtype=megatron.params_dtype))
+            add_rule_parameters(self, self.rule, layer_shape(config), megatron, tensor_size=tensor_size)
         if config.memory.write_gate != "none":
             self.write_gate = backend.column_parallel_linear()(
                 config.hidden_size, groups, bias=True, gather_output=False, **common
@@ -101,7 +103,7 @@ class InfiniAttention(nn.Module):
         """An empty memory for `lanes` lanes and this rank's key/value heads; None without a memory."""
         if self.rule is None:
             return None
-        return self.rule.init(lanes, self.groups, self.dim, dtype=self.memory_dtype, device=device)
+        return self.rule.init(lanes, self.shape, dtype=self.memory_dtype, device=device)
 
     def forward(
         self,
@@ -137,10 +139,18 @@ class InfiniAttention(nn.Module):
 
         with torch.autocast(hidden.device.type, enabled=False):
             gate = self._write_gate(hidden, b, segments)
-            q, k, v = (x.to(self.memory_dtype).unflatten(0, (b, segments)) for x in (query, key, value))
+            inputs = rule_inputs(self, self.rule, hidden, b, segments, self.memory_dtype)
+            q, k, v = (x.unflatten(0, (b, segments)) for x in (query, key, value))
             gate, k, v = (None if x is None else x[:, :t] for x in (gate, k, v))  # probes are not written
+            tokens = self._tokens(q, k, v, gate, {name: x[:, :t] for name, x in inputs.items()})
             read, present, memory = remember(
-                self.rule, q, k, v, gate, memory, reset, probes=probes, detach_reads=self.detach_reads
+                self.rule,
+                tokens,
+                rule_weights(self),
+                memory,
+                reset,
+                probes=probes,
+                detach_reads=self.detach_reads,
             )
             local = local.to(self.memory_dtype).unflatten(0, (b, segments))
             from_memory, from_segment = self._mix(read, local, present, memory_off=memory_off)
@@ -153,9 +163,9 @@ class InfiniAttention(nn.Module):
         """A current segment without tokens, see `extend`."""
         return empty_cache(
             lanes,
-            self.groups,
+            self.shape,
             self.segment_length,
-            self.dim,
+            inputs=0 if self.rule is None else len(self.rule.token_inputs),
             dtype=dtype,
             gate_dtype=self.memory_dtype,
             device=device,
@@ -180,10 +190,14 @@ class InfiniAttention(nn.Module):
         whole = self._rotary_table(self.segment_length, hidden.device)
         positions = span.positions(c)
         table = tuple(x[positions].unsqueeze(1) for x in whole)
+        inputs = cache.inputs.new_empty(b, self.groups, c, 0)
         with torch.autocast(hidden.device.type, enabled=False):
             gate = self._write_gate(hidden, b, 1)
+            if self.rule is not None and self.rule.token_inputs:
+                found = rule_inputs(self, self.rule, hidden, b, 1, self.memory_dtype)
+                inputs = torch.stack([x.squeeze(1) for x in found.values()], dim=-1)
         gate = cache.gate.new_ones(b, self.groups, c) if gate is None else gate.squeeze(1)
-        put(cache, SegmentCache(key, rotate(key, table), value, gate), span)
+        put(cache, SegmentCache(query, key, rotate(key, table), value, gate, inputs), span)
         seen = torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)
         local = F.scaled_dot_product_attention(
             rotate(query, table),
@@ -195,8 +209,11 @@ class InfiniAttention(nn.Module):
         if self.rule is None:
             return self._project(local)
         with torch.autocast(hidden.device.type, enabled=False):
+            so_far = cache.query.to(self.memory_dtype).unflatten(1, (self.groups, -1))
+            memory = self.rule.inside(memory, so_far, span.start)
             before = type(memory)(*(x.unsqueeze(1) for x in memory))
-            read = read_states(self.rule, query.to(self.memory_dtype).unsqueeze(1), before)
+            q = query.to(self.memory_dtype).unflatten(1, (self.groups, -1)).unsqueeze(1)
+            read = self.rule.read(q, rule_weights(self), before).flatten(2, 3)
             local = local.to(self.memory_dtype).unsqueeze(1)
             mixed = sum(self._mix(read, local, self.rule.present(before)))
         return self._project(mixed.squeeze(1).to(query.dtype))
@@ -215,12 +232,20 @@ class InfiniAttention(nn.Module):
         if self.rule is None:
             return None
         with torch.autocast(lanes.device.type, enabled=False):
-            k, v = (x[lanes].to(self.memory_dtype).unsqueeze(1) for x in (cache.key, cache.value))
-            gate = None if self.memory_config.write_gate == "none" else cache.gate[lanes].unsqueeze(1)
+            q, k, v, gate, inputs = (
+                x[lanes].unsqueeze(1) for x in (cache.query, cache.key, cache.value, cache.gate, cache.inputs)
+            )
+            gate = None if self.memory_config.write_gate == "none" else gate
+            tokens = self._tokens(q, k, v, gate, dict(zip(self.rule.token_inputs, inputs.unbind(-1), strict=True)))
             carried = type(memory)(*(x[lanes] for x in memory))
             keep = torch.ones(len(lanes), 1, dtype=torch.bool, device=lanes.device)
-            states = self.rule.scan(k, v, gate, carried, keep)
+            states = self.rule.scan(tokens, rule_weights(self), carried, keep)
         return type(memory)(*(x.index_copy(0, lanes, after[:, -1]) for x, after in zip(memory, states, strict=True)))
+
+    def _tokens(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, inputs: dict[str, Tensor]) -> Tokens:
+        """What the memory gets, in its own precision, of q `[b, t, n*r, s, d]`, k and v `[b, t, n, s, d]`."""
+        wide = (x.to(self.memory_dtype) for x in (q.unflatten(2, (self.groups, -1)), k, v))
+        return Tokens(*wide, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[b, n*r, s, d]`, keys and values `[b, n, s, d]` of hidden states `[s, b, h]`, without positions."""

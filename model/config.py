@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-MEMORY_RULES = ("none", "linear", "delta", "deltanet")
 WRITE_GATES = ("none", "hard", "sigmoid")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
 @dataclass
 class MemoryConfig:
-    """The compressive memory of every layer (see `model.memory`)."""
+    """The compressive memory of every layer (see `model.rules`)."""
 
     rule: str = "delta"
-    """One of `MEMORY_RULES`. `none` gives a plain transformer whose attention ends at the segment: the baseline."""
+    """A name in `model.rules.RULES`. `none` gives a plain transformer, the baseline."""
     write_gate: str = "none"
     """`none` writes every token (the paper). `hard` can be exactly zero or one; `sigmoid` is the smooth form."""
     write_gate_bias: float = 2.0

@@ -18,10 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import InfiniAttention, MemoryStatistics
 from model.config import ModelConfig
 from model.loss import token_correct, token_losses
-from model.memory import State
 from model.norm import RMSNorm
+from model.rules import State, build_rule, layer_shape
 from model.segment_cache import SegmentCache, Span
-from model.sharding import initialize_parameter, mark_partitions, output_projection_std
+from model.sharding import (
+    RULE_PARAMETERS,
+    initialize_parameter,
+    mark_partitions,
+    normal_values,
+    output_projection_std,
+)
 
 RECOMPUTE_IN_LAYER = ("none", "selective", "layer")
 
@@ -185,6 +191,8 @@ class DecoderStage(nn.Module):
     def initialize(self, seed: int) -> None:
         """Give every parameter its initial value, a function of (seed, name) alone."""
         config = self.config
+        rule = build_rule(config.memory)
+        rule_parameters = {} if rule is None else rule.parameters(layer_shape(config))
         for name, parameter in self.global_parameters():
             if name.endswith(("norm.weight", "beta")):
                 continue  # ones, and memory.beta_init: set at construction
@@ -199,8 +207,11 @@ class DecoderStage(nn.Module):
             std = config.init_std
             if name.endswith(("attention.projection.weight", "mlp.linear_fc2.weight")):
                 std = output_projection_std(std, config.num_layers)
+            draw = normal_values(parameter, std, self.tensor_size)
+            if RULE_PARAMETERS in name:
+                draw = rule_parameters[name.split(RULE_PARAMETERS)[1]].initial
             initialize_parameter(
-                name, parameter, std=std, seed=seed, tensor_rank=self.tensor_rank, tensor_size=self.tensor_size
+                name, parameter, draw, seed=seed, tensor_rank=self.tensor_rank, tensor_size=self.tensor_size
             )
 
     def initial_memory(self, lanes: int, device: torch.device) -> list[State | None]:

@@ -1,6 +1,6 @@
-"""The memory rules written token by token, to be believed at sight: what `model.memory` is tested against.
+"""The memory rules written token by token, to be believed at sight: what `model.rules` is tested against.
 
-One lane, one key/value head, plain loops, any dtype. `model.memory` must give the same outputs and gradients.
+One lane, one key/value head, plain loops, any dtype. `model.rules` must give the same outputs and gradients.
 """
 
 from __future__ import annotations
@@ -86,3 +86,45 @@ def window_deltanet(
             key = k[t, i] / k[t, i].norm()
             M = M + gate[t, i] * torch.outer(key, v[t, i] - key @ M)
     return torch.stack(reads).view(segments, queries, tokens, dim), M
+
+
+def window_gated_deltanet(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    log_decay: Tensor,
+    taps: Tensor,
+    M: Tensor,
+    tail: Tensor,
+    reset: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated_deltanet` over a window; arguments as in `window_normalized`, and
+
+    Args:
+        log_decay: log a, `[t, s]`.
+        taps: of the convolutions, `[r + 2, d, width]`: of the query heads, the key and the value, oldest token first.
+        tail: the width - 1 tokens before the window, `[r + 2, width - 1, d]`.
+
+    Returns:
+        Reads `[t, r, s, d]`, M and the tail carried out.
+    """
+    segments, queries, tokens, dim = q.shape
+    reads = [[[] for _ in range(queries)] for _ in range(segments)]
+    past = list(tail.unbind(dim=1))  # every token so far, [r + 2, d] each
+    for t in range(segments):
+        if reset[t]:
+            M, _ = _empty(dim, q)
+            past = [torch.zeros_like(past[0]) for _ in past]
+        before = M
+        for i in range(tokens):
+            past.append(torch.cat([q[t, :, i], k[t, i][None], v[t, i][None]]))
+            summed = sum(taps[:, :, -1 - back] * past[-1 - back] for back in range(taps.shape[-1]))
+            convolved = summed / (1 + (-summed).exp())
+            for r in range(queries):
+                reads[t][r].append((convolved[r] / convolved[r].norm()) @ before)
+            key, value = convolved[-2] / convolved[-2].norm(), convolved[-1]
+            M = log_decay[t, i].exp() * (M - gate[t, i] * torch.outer(key, key @ M))
+            M = M + gate[t, i] * torch.outer(key, value)
+        past = past[-tail.shape[1] :]
+    return torch.stack([torch.stack([torch.stack(row) for row in rows]) for rows in reads]), M, torch.stack(past, dim=1)

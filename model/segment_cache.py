@@ -12,11 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.rules import LayerShape
+
 
 class SegmentCache(NamedTuple):
     """One layer's current segment: b lanes, n key/value heads of this rank, S positions, of which a lane fills the
     first ones. The first dim of every tensor is the lane."""
 
+    query: Tensor
+    """Without position encoding, `[b, n*r, S, d]`: a rule may carry the last ones on."""
     key: Tensor
     """Without position encoding, as the memory gets them, `[b, n, S, d]`."""
     rotated: Tensor
@@ -25,6 +29,8 @@ class SegmentCache(NamedTuple):
     """`[b, n, S, d]`."""
     gate: Tensor
     """Write gate `[b, n, S]` in the memory's precision; not used when every token is written."""
+    inputs: Tensor
+    """The memory rule's `token_inputs`, `[b, n, S, how many]`, in the memory's precision."""
 
 
 class Span(NamedTuple):
@@ -54,12 +60,21 @@ class Span(NamedTuple):
 
 
 def empty_cache(
-    lanes: int, heads: int, length: int, dim: int, *, dtype: torch.dtype, gate_dtype: torch.dtype, device: torch.device
+    lanes: int,
+    layer: LayerShape,
+    length: int,
+    *,
+    inputs: int,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    device: torch.device,
 ) -> SegmentCache:
-    """A segment without tokens."""
-    shape = (lanes, heads, length, dim)
+    """A segment of `length` positions without tokens, for a rule with `inputs` numbers per token."""
+    shape = (lanes, layer.groups, length, layer.dim)
+    query = torch.zeros(lanes, layer.heads, length, layer.dim, dtype=dtype, device=device)
     key, rotated, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(3))
-    return SegmentCache(key, rotated, value, torch.zeros(shape[:3], dtype=gate_dtype, device=device))
+    gate = torch.zeros(shape[:3], dtype=gate_dtype, device=device)
+    return SegmentCache(query, key, rotated, value, gate, gate.new_zeros(*shape[:3], inputs))
 
 
 def put(cache: SegmentCache, new: SegmentCache, span: Span) -> None:

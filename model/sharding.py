@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,16 @@ PARTITIONS: dict[str, Partition] = {
 }
 """By the end of a parameter's name; what is not listed (norms) is replicated."""
 
+RULE_PARAMETERS = ".attention.memory_"
+"""Before the name of a parameter that the memory rule adds. The first dim of each goes by key/value head."""
+
 
 def mark_partitions(module: nn.Module) -> None:
     """Put Megatron's attributes on every parameter; its layers do so only when they also initialise."""
     for name, parameter in module.named_parameters():
         partition = next((p for suffix, p in PARTITIONS.items() if name.endswith(suffix)), Partition(None))
+        if RULE_PARAMETERS in name:
+            partition = Partition(0)
         parameter.tensor_model_parallel = partition.dim is not None
         parameter.partition_dim = -1 if partition.dim is None else partition.dim
         parameter.partition_stride = partition.stride
@@ -88,20 +93,32 @@ def unshard(parts: Sequence[Tensor], partition: Partition) -> Tensor:
 
 
 def initialize_parameter(
-    name: str, parameter: nn.Parameter, *, std: float, seed: int, tensor_rank: int, tensor_size: int
+    name: str,
+    parameter: nn.Parameter,
+    draw: Callable[[torch.Generator], Tensor],
+    *,
+    seed: int,
+    tensor_rank: int,
+    tensor_size: int,
 ) -> None:
     """Fill `parameter` with the values that belong to its global name, the same on every layout.
 
     Every parameter draws from its own generator, seeded by (seed, name): neither the order of construction nor the
     number of ranks or stages changes a value.
+
+    Args:
+        draw: gives the whole parameter, float32, from a generator.
     """
-    partition = partition_of(parameter)
-    shape = full_shape(parameter.shape, partition, tensor_size)
     # The generator looks at the low 32 bits of its seed alone: the run's seed has to be mixed into those.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    full = torch.randn(shape, generator=generator, dtype=torch.float32) * std
     with torch.no_grad():
-        parameter.copy_(shard(full, partition, tensor_rank, tensor_size))
+        parameter.copy_(shard(draw(generator), partition_of(parameter), tensor_rank, tensor_size))
+
+
+def normal_values(parameter: nn.Parameter, std: float, tensor_size: int) -> Callable[[torch.Generator], Tensor]:
+    """Draws the whole of `parameter`, of which this rank holds a part, from a normal distribution."""
+    shape = full_shape(parameter.shape, partition_of(parameter), tensor_size)
+    return lambda generator: torch.randn(shape, generator=generator, dtype=torch.float32) * std
 
 
 def output_projection_std(std: float, num_layers: int) -> float:

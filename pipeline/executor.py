@@ -17,7 +17,7 @@ from torch import Tensor
 from data.lanes import WindowBatch
 from model.attention import MemoryStatistics
 from model.decoder import DecoderStage, StageOutput
-from model.memory import State
+from model.rules import State
 from pipeline.schedule import Kind, Operation
 from pipeline.topology import Topology
 

@@ -3,15 +3,17 @@
 Conventions. A multiply-add is 2 FLOPs. Matrix products are counted; norms, softmax, rotary, normalisers and other
 element-wise work are not. What is counted is what the mathematics needs, not what a kernel happens to execute: local
 attention is causal and costs S / 2 keys per query on average (a kernel that computes the masked half too does twice
-that), and `deltanet` is counted in its token-by-token form. Together with the measured time per token this gives model
-FLOPs utilisation.
+that), and the delta rules are counted token by token. Together with the measured time per token this gives
+model FLOPs utilisation.
 
 With h hidden size, d head dimension, n query heads, g key/value heads, f MLP width, V padded vocabulary, per token:
 
     projections       layers * (2 h d (n + 2 g) + 2 n d h)
     mlp               layers * 6 h f
     local_attention   layers * 4 n d * S / 2
-    memory            layers * (2 n d^2 read + 2 g d^2 write  [+ 2 g d^2 the value already stored: delta, deltanet]
+    memory            layers * (what the rule says: 2 n d^2 read + 2 g d^2 write
+                                [+ 2 g d^2 the value already stored: all but linear]
+                                [+ 8 d (n + 2 g) convolutions + 2 h g decay: gated_deltanet]
                                 [+ 2 h g write gate])
     output            2 h V
 
@@ -22,6 +24,7 @@ Llama 3 8B's 8 for 32.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -29,6 +32,7 @@ import torch
 
 from model.config import ModelConfig
 from model.decoder import padded_vocab_size
+from model.rules import build_rule, layer_shape
 from pipeline.derived import head_dim, num_query_groups
 
 
@@ -50,18 +54,21 @@ def embedding_rows(config: ModelConfig, vocab: int | None = None) -> int:
 
 def layer_parameters(config: ModelConfig, tensor: int = 1) -> dict[str, int]:
     """Parameters of one layer on one of `tensor` tensor-parallel ranks: `attention`, `mlp`, `norms` (on every rank
-    alike), `beta` and `write_gate`."""
+    alike), `beta`, `write_gate` and `rule` (what the memory rule adds)."""
     heads, groups, dim = config.num_attention_heads, num_query_groups(config), head_dim(config)
     hidden, memory = config.hidden_size, config.memory
     remembers = memory.rule != "none"
     gated = remembers and memory.write_gate != "none"
     bias = dim * (heads + 2 * groups) // tensor if config.qkv_bias else 0
+    rule = build_rule(memory)
+    own = {} if rule is None else rule.parameters(layer_shape(config))
     return {
         "attention": hidden * dim * (heads + 2 * groups) // tensor + heads * dim * hidden // tensor + bias,
         "mlp": 3 * hidden * config.ffn_hidden_size // tensor,
         "norms": 2 * hidden + (2 * dim if config.qk_norm else 0),
         "beta": heads // tensor if remembers else 0,
         "write_gate": groups * (hidden + 1) // tensor if gated else 0,
+        "rule": sum(math.prod(parameter.shape) for parameter in own.values()) // tensor,
     }
 
 
@@ -70,7 +77,7 @@ def parameter_count(config: ModelConfig, vocab: int | None = None) -> dict[str, 
 
     Returns:
         `embedding`, `output` (0 when tied), `per_layer`, `final_norm`, `total`; and, of all layers together, what only
-        this model has: `beta` and `write_gate` (both are part of `per_layer` too).
+        this model has: `beta`, `write_gate` and `rule` (part of `per_layer` too).
     """
     embedding = embedding_rows(config, vocab) * config.hidden_size
     output = 0 if config.tie_embeddings else embedding
@@ -82,6 +89,7 @@ def parameter_count(config: ModelConfig, vocab: int | None = None) -> dict[str, 
         "per_layer": per_layer,
         "beta": config.num_layers * layer["beta"],
         "write_gate": config.num_layers * layer["write_gate"],
+        "rule": config.num_layers * layer["rule"],
         "final_norm": config.hidden_size,
         "total": embedding + output + config.num_layers * per_layer + config.hidden_size,
     }
@@ -93,10 +101,9 @@ def forward_flops_per_token(config: ModelConfig, vocab: int | None = None) -> di
     heads, groups, dim = config.num_attention_heads, num_query_groups(config), head_dim(config)
     hidden, layers = config.hidden_size, config.num_layers
     memory = 0
-    if config.memory.rule != "none":
-        memory = 2 * heads * dim**2 + 2 * groups * dim**2
-        if config.memory.rule in ("delta", "deltanet"):
-            memory += 2 * groups * dim**2
+    rule = build_rule(config.memory)
+    if rule is not None:
+        memory = rule.flops_per_token(layer_shape(config))
         if config.memory.write_gate != "none":
             memory += 2 * hidden * groups
     flops = {
@@ -131,11 +138,13 @@ def train_flops_per_token(config: ModelConfig, vocab: int | None = None, *, reco
 
 
 def memory_state_bytes(config: ModelConfig, *, bytes_per_number: int = 4) -> int:
-    """Bytes of memory that one lane carries through all layers: M `[d, d]` for each key/value head and, with the
-    normalised rules, z `[d]`. Float32 unless told otherwise."""
-    groups, dim = num_query_groups(config), head_dim(config)
-    numbers = {"none": 0, "linear": dim**2 + dim, "delta": dim**2 + dim, "deltanet": dim**2}[config.memory.rule]
-    return config.num_layers * groups * numbers * bytes_per_number
+    """Bytes of memory that one lane carries through all layers: M `[d, d]` for each key/value head and what else the
+    rule keeps. Float32 unless told otherwise."""
+    rule = build_rule(config.memory)
+    if rule is None:
+        return 0
+    state = rule.init(1, layer_shape(config), dtype=torch.float32, device=torch.device("meta"))
+    return config.num_layers * sum(x.numel() for x in state) * bytes_per_number
 
 
 def measured_matmul_peak(

@@ -21,8 +21,9 @@ key/value heads of dimension d and an MLP width f, a layer keeps per token
     memory      n d (5 m + 1 + c) + g d (2 m + 1 + 2 c)    linear
                 + g d m                                    delta
                 n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet
+                n d (5 m + c) + 10 g d m + 192 g m + h c   gated_deltanet
                 + h c + g d m                              write gate
-    states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (deltanet)
+    states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (the others)
 
 and the last stage h (2 m + e) for the final norm and 4 bytes per logit for the softmax. A **chunk** is one microbatch's
 lanes x segments_per_window / chunks_per_window segments. Stage i of P holds chunks_per_window + P - 1 - i chunks
@@ -41,14 +42,12 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig
 from model.decoder import split_layers
-from model.memory import WRITE_BLOCK
+from model.rules import build_rule, layer_shape
 from pipeline.config import Config
 from pipeline.derived import (
     data_parallel_size,
-    head_dim,
     lanes_per_microbatch,
     lanes_per_rank,
-    num_query_groups,
     segments_per_chunk,
 )
 from pipeline.flops import embedding_rows, layer_parameters, memory_state_bytes
@@ -169,25 +168,16 @@ def _chunk_activations(
 
 def _attention_bytes(model: ModelConfig, tensor: int, e: int, m: int, segments: int) -> int:
     """The rows `attention`, `memory` and `states` of the module's table, for `segments` segments."""
-    rule, gated = model.memory.rule, model.memory.write_gate != "none"
-    d, length = head_dim(model), model.segment_length
-    n, g = model.num_attention_heads // tensor, num_query_groups(model) // tensor
+    layer, length = layer_shape(model, tensor), model.segment_length
+    hidden, n, g, d = layer
     c = m if e < m else 0
-    per_token = d * e * (4 * n + 3 * g) + 4 * n
+    per_token, per_segment = d * e * (4 * n + 3 * g) + 4 * n, 0
     if model.qk_norm:
         per_token += d * (n + g) * (2 * m + e)
-    states = 0
-    if rule in ("linear", "delta"):
-        per_token += n * d * (5 * m + 1 + c) + g * d * (2 * m + 1 + 2 * c)
-        states = 1
-    if rule == "delta":
-        per_token += g * d * m
-        states = 3
-    if rule == "deltanet":
-        # A segment that is no multiple of the block is solved as one block (see `model.memory.DeltaNetRule`).
-        block = WRITE_BLOCK if length % WRITE_BLOCK == 0 else length
-        per_token += n * d * (3 * m + c) + g * d * (4 * m + c) + block * g * m
-        states = 1 + 2 * length // block
-    if gated:
-        per_token += model.hidden_size * c + g * d * m
-    return segments * (length * per_token + states * g * d * d * m)
+    rule = build_rule(model.memory)
+    if rule is not None:
+        of_rule, per_segment = rule.saved_bytes(layer, length, m, c)
+        per_token += of_rule
+    if model.memory.write_gate != "none":
+        per_token += hidden * c + g * d * m
+    return segments * (length * per_token + per_segment)

@@ -67,7 +67,8 @@ class _ModelParallelUnit:
 def parameter_groups(stage: DecoderStage, config: Config) -> list[dict]:
     """AdamW groups: matrices with weight decay, vectors without, beta and the write gate with rates of their own.
 
-    Every group carries `lr_scale`, its learning rate relative to `optimizer.lr`.
+    What a memory rule calls a gate (a decay) learns like the write gate. Every group carries `lr_scale`, its learning
+    rate relative to `optimizer.lr`.
     """
     decayed, plain, beta, gate = [], [], [], []
     for name, parameter in stage.named_parameters():
@@ -75,7 +76,7 @@ def parameter_groups(stage: DecoderStage, config: Config) -> list[dict]:
             continue
         if name.endswith(".beta"):
             beta.append(parameter)
-        elif ".write_gate." in name:
+        elif ".write_gate." in name or getattr(parameter, "is_gate", False):
             gate.append(parameter)
         else:
             (decayed if parameter.dim() >= 2 else plain).append(parameter)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.config import MEMORY_RULES, ROPE_SCALINGS, WRITE_GATES
+from model.config import ROPE_SCALINGS, WRITE_GATES
+from model.rules import RULES
 from pipeline import derived
 from pipeline.config import (
     GRADIENTS,
@@ -134,7 +135,7 @@ def _numbers(config: Config) -> Iterator[str]:
 
 def _choices(config: Config) -> Iterator[str]:
     for key, value, valid in (
-        ("model.memory.rule", config.model.memory.rule, MEMORY_RULES),
+        ("model.memory.rule", config.model.memory.rule, RULES),
         ("model.memory.write_gate", config.model.memory.write_gate, WRITE_GATES),
         ("model.rope_scaling.type", config.model.rope_scaling.type, ROPE_SCALINGS),
         ("parallel.schedule", config.parallel.schedule, SCHEDULES),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.lanes import ProbeBatch, WindowBatch
-from model.memory import NormalizedState
+from model.rules import NormalizedState
 from model.sharding import partition_of
 from pipeline import derived
 from pipeline.config_io import load_config

@@ -17,6 +17,7 @@ RULES = {
     "linear": ["model.memory.rule=linear"],
     "delta": ["model.memory.rule=delta", "model.memory.write_gate=hard"],
     "deltanet": ["model.memory.rule=deltanet", "model.memory.write_gate=sigmoid"],
+    "gated_deltanet": ["model.memory.rule=gated_deltanet", "model.memory.write_gate=hard"],
 }
 
 
@@ -121,7 +122,7 @@ def test_cutting_the_gradient_would_show(pools, reference, chunks):
 @pytest.mark.parametrize("recompute", ["none", "window"])
 @pytest.mark.parametrize("chunks", [1, 2, 8])
 @pytest.mark.parametrize("gradient", ["full", "detached"])
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", RULES)
 def test_truncation_is_exact(pools, rule, gradient, chunks, recompute):
     """The last segment's loss reaches the inputs of its own window with `full`, its own alone with `detached`, and
     never those of the window before, whose memory it reads."""

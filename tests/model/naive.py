@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.memory_reference import window_deltanet, window_normalized
+from model.memory_reference import window_deltanet, window_gated_deltanet, window_normalized
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -62,13 +62,20 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
         for i in range(t):  # segment by segment, to see which memory each of them finds
             if rule == "none":
                 break
-            empty = bool(reset[i]) or not any(bool(m.any()) for m in state)
+            empty = bool(reset[i]) or not bool(state[0].any())
             shown.append(not empty)
-            arguments = (q[i : i + 1], k[i : i + 1], v[i : i + 1], gate[i : i + 1], *state, [bool(reset[i])])
+            arguments = (q[i : i + 1], k[i : i + 1], v[i : i + 1], gate[i : i + 1])
+            carried = (*state, [bool(reset[i])])
             if rule == "deltanet":
-                read, *state = window_deltanet(*arguments)
+                read, *state = window_deltanet(*arguments, *carried)
+            elif rule == "gated_deltanet":
+                x_decay = x[i : i + 1] @ p["memory_decay.weight"][group] + p["memory_decay.bias"][group]
+                log_decay = -p["memory_decay_rate"][group].exp() * (1 + x_decay.exp()).log()
+                taps = p["memory_convolution"].view(groups, ratio + 2, d, -1)[group]
+                read, *state = window_gated_deltanet(*arguments, log_decay, taps, *carried)
             else:
-                read, *state = window_normalized(*arguments, delta=rule == "delta", epsilon=config.memory.epsilon)
+                normalized = {"delta": rule == "delta", "epsilon": config.memory.epsilon}
+                read, *state = window_normalized(*arguments, *carried, **normalized)
             reads.append(read[0])
         after.append(state)
         for i in range(t):

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from model.memory import MatrixState, NormalizedState
 from model.rotary import rotary_table, rotate
+from model.rules import RULES
 from tests.model import naive
 from tests.model.build import random_memory, small_config, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-RULES_AND_GATES = [("none", "none")] + [(r, g) for r in ("linear", "delta", "deltanet") for g in ("none", "hard")]
+MEMORY_RULES = tuple(name for name in RULES if name != "none")
+RULES_AND_GATES = [("none", "none")] + [(r, g) for r in MEMORY_RULES for g in ("none", "hard")]
 RULES_AND_GATES += [("delta", "sigmoid")]
 B, T = 2, 4
 
@@ -61,7 +62,7 @@ def test_layer_is_the_dense_layer(rule, gate, skip_empty, carried_in, reset):
     tangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     total = (unfold(output) * tangent).sum() + sum(m.square().sum() for m in after or ())
     expected_total = (expected * tangent).sum() + sum(m.square().sum() for m in expected_after)
-    names = [*weights, *"Mz"]
+    names = [*weights, *(memory[0]._fields if memory[0] else ())]
     actual = torch.autograd.grad(total, [hidden, *leaves])
     wanted = torch.autograd.grad(expected_total, [x, *leaves])
     torch.testing.assert_close(unfold(actual[0]), wanted[0], **close)
@@ -93,7 +94,7 @@ def test_rotation_keeps_relative_positions_only():
     assert not torch.allclose(scores[0, 0], scores[1, 0])
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", MEMORY_RULES)
 def test_memory_never_sees_positions(rule, reset):
     """Bit for bit: another rotary base changes the local attention and nothing that is written."""
     results = []
@@ -118,7 +119,7 @@ def test_order_inside_a_segment_does_not_reach_the_memory(rule, reset):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", MEMORY_RULES)
 def test_query_heads_read_the_memory_of_their_group(rule):
     """Heads 0 and 1 belong to key/value head 0, heads 2 and 3 to head 1 (a tiled repeat would give 0 and 2)."""
     config = small_config(rule, num_layers=1)
@@ -137,12 +138,12 @@ def test_query_heads_read_the_memory_of_their_group(rule):
     both = per_head(type(memory)(*ones))
     changed = [m.clone() for m in ones]
     changed[0][:, 1] *= 2  # the second key/value head's matrix
-    other = per_head((MatrixState if rule == "deltanet" else NormalizedState)(*changed))
+    other = per_head(type(memory)(*changed))
     assert torch.equal(both[:2], other[:2])
     assert (both[2:] != other[2:]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", MEMORY_RULES)
 def test_empty_heads_of_the_memory_are_not_mixed_in(rule):
     """A closed write gate can leave one key/value head empty: its own query heads, 0 and 1, stay local."""
     config, plain = small_config(rule, num_layers=1), small_config("none", num_layers=1)
@@ -162,7 +163,7 @@ def test_empty_heads_of_the_memory_are_not_mixed_in(rule):
     assert (outputs[0][2:] != outputs[1][2:]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", MEMORY_RULES)
 def test_first_segment_is_exactly_local_attention(rule):
     """With an empty memory a pretrained model is not damaged at step 0; the literal paper scales it down."""
     outputs = {}
@@ -183,7 +184,7 @@ def test_first_segment_is_exactly_local_attention(rule):
     torch.testing.assert_close(outputs["literal"][starts], 0.5 * outputs["plain"][starts])
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", MEMORY_RULES)
 def test_memory_off_is_plain_attention_that_still_writes(rule, reset):
     config, plain = small_config(rule, num_layers=1), small_config("none", num_layers=1)
     stage = small_stage(config)

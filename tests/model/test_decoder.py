@@ -7,13 +7,13 @@ import torch
 from data.lane_schedule import WeightedSet
 from data.lanes import LaneLoader
 from model.decoder import padded_vocab_size, split_layers
+from model.rules import RULES
 from tests.model import naive
 from tests.model.build import VOCAB, random_memory, random_tokens, small_config, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-RULES = ("none", "linear", "delta", "deltanet")
-MEMORY_RULES = RULES[1:]
+MEMORY_RULES = tuple(name for name in RULES if name != "none")
 B, T = 2, 4
 
 

@@ -15,6 +15,8 @@ RULES_AND_GATES = [
     ("delta", "hard"),
     ("deltanet", "none"),
     ("deltanet", "sigmoid"),
+    ("gated_deltanet", "none"),
+    ("gated_deltanet", "hard"),
 ]
 LENGTHS = [6, 19, 24]
 """Tokens per lane, segments of 6: a whole one, some and a bit, and some whole ones."""

@@ -5,13 +5,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import memory
-from model.memory import build_rule, phi, remember, write_gate
-from model.memory_reference import window_deltanet, window_normalized
+from model.config import MemoryConfig
+from model.memory import remember, write_gate
+from model.memory_reference import window_deltanet, window_gated_deltanet, window_normalized
+from model.rules import RULES as TABLE
+from model.rules import ConvolvedState, LayerShape, MatrixState, NormalizedState, Tokens, deltanet
+from model.rules import build_rule as rule_of
+from model.rules.normalized import phi
 
-RULES = ("linear", "delta", "deltanet")
+RULES = tuple(name for name in TABLE if name != "none")
 GATES = ("none", "hard", "sigmoid")
 EPSILON = 1e-6
+TOKENS = "qkvax"
+"""Names of the leaves that have a segment dim."""
+STATES = {
+    "linear": (NormalizedState, "Mz"),
+    "delta": (NormalizedState, "Mz"),
+    "deltanet": (MatrixState, "M"),
+    "gated_deltanet": (ConvolvedState, ("M", "tail")),
+}
+"""Of each rule: its state, and the names of the leaves that it is made of."""
+ONLY_GATED = {"x", "rate", "taps", "tail"}
+
+
+def build_rule(name, epsilon=EPSILON):
+    return rule_of(MemoryConfig(rule=name, epsilon=epsilon))
 
 
 def reference_gate(kind: str, a: torch.Tensor) -> torch.Tensor:
@@ -36,27 +54,37 @@ def random_window(seed, *, b=2, t=3, n=2, r=2, s=4, d=6, empty=False):
         "a": 2.5 * draw(b, t, n, s),  # about half of the hard gates are at one of their ends
         "M": draw(b, n, d, d),
         "z": 5 * draw(b, n, d).abs(),
+        "x": draw(b, t, n, s),
+        "rate": draw(n),
+        "taps": draw(n * (r + 2) * d, 4),
+        "tail": draw(b, n, r + 2, 3, d),
     }
     if empty:
-        window["M"], window["z"] = torch.zeros_like(window["M"]), torch.zeros_like(window["z"])
+        window |= {name: torch.zeros_like(window[name]) for name in ("M", "z", "tail")}
     reset = torch.rand(b, t, generator=generator) < 0.3
     return {name: x.requires_grad_() for name, x in window.items()}, reset
 
 
 def state_of(rule_name, window):
-    if rule_name == "deltanet":
-        return memory.MatrixState(window["M"])
-    return memory.NormalizedState(window["M"], window["z"])
+    kind, names = STATES[rule_name]
+    return kind(*(window[name] for name in names))
+
+
+def tokens_of(window, gate):
+    n = window["k"].shape[2]
+    return Tokens(window["q"].unflatten(2, (n, -1)), window["k"], window["v"], gate, {"decay": window["x"]})
+
+
+def weights_of(window):
+    return {"decay_rate": window["rate"], "convolution": window["taps"]}
 
 
 def fast(rule_name, gate_kind, window, reset, **options):
-    """Read `[b, t, n*r, s, d]` and memory carried out, by `model.memory`."""
+    """Read `[b, t, n*r, s, d]` and memory carried out, by `model.rules`."""
     gate = None if gate_kind == "none" else write_gate(gate_kind, window["a"])
-    rule = build_rule(rule_name, EPSILON)
     options = {"detach_reads": False} | options
-    read, _, after = remember(
-        rule, window["q"], window["k"], window["v"], gate, state_of(rule_name, window), reset, **options
-    )
+    tokens, state = tokens_of(window, gate), state_of(rule_name, window)
+    read, _, after = remember(build_rule(rule_name), tokens, weights_of(window), state, reset, **options)
     return read, after
 
 
@@ -73,6 +101,11 @@ def naive(rule_name, gate_kind, window, reset):
             M, z, starts = window["M"][lane, head], window["z"][lane, head], reset[lane].tolist()
             if rule_name == "deltanet":
                 read, *after = window_deltanet(q, k, v, g, M, starts)
+            elif rule_name == "gated_deltanet":
+                x, rate, tail = window["x"][lane, :, head], window["rate"][head], window["tail"][lane, head]
+                log_decay = -rate.exp() * (1 + x.exp()).log()
+                taps = window["taps"].view(n, ratio + 2, -1, 4)[head]
+                read, *after = window_gated_deltanet(q, k, v, g, log_decay, taps, M, tail, starts)
             else:
                 delta = rule_name == "delta"
                 read, *after = window_normalized(q, k, v, g, M, z, starts, delta=delta, epsilon=EPSILON)
@@ -134,18 +167,20 @@ def test_everything_at_once(rule_name, gate_kind):
     reset[1, 2] = True
     found = assert_same_as_reference(rule_name, gate_kind, window, reset)
     unused = {"a"} if gate_kind == "none" else set()
-    unused |= {"z"} if rule_name == "deltanet" else set()
+    unused |= {"M", "z", "tail"} - set(STATES[rule_name][1])
+    unused |= ONLY_GATED if rule_name != "gated_deltanet" else set()
     assert {name for name, x in found.items() if not x.any()} == unused
 
 
 @pytest.mark.parametrize("length", [3, 4, 6, 8, 16])
 @pytest.mark.parametrize("gate_kind", GATES)
-def test_deltanet_solves_in_blocks(gate_kind, length, monkeypatch):
+@pytest.mark.parametrize("rule_name", ["deltanet", "gated_deltanet"])
+def test_delta_rule_is_solved_in_blocks(rule_name, gate_kind, length, monkeypatch):
     """Segments shorter than a block, one block, several, and a length that blocks do not divide."""
-    monkeypatch.setattr(memory, "WRITE_BLOCK", 4)
+    monkeypatch.setattr(deltanet, "WRITE_BLOCK", 4)
     window, reset = random_window(7, s=length)
     reset[0] = torch.tensor([False, True, False])
-    assert_same_as_reference("deltanet", gate_kind, window, reset)
+    assert_same_as_reference(rule_name, gate_kind, window, reset)
 
 
 @pytest.mark.parametrize("gate_kind", GATES)
@@ -154,9 +189,10 @@ def test_two_windows_are_one_longer_window(rule_name, gate_kind):
     window, reset = random_window(11, t=5)
     reset[0, 3] = True
     read, after = fast(rule_name, gate_kind, window, reset)
-    first = {name: x[:, :2] if name in "qkva" else x for name, x in window.items()}
+    first = {name: x[:, :2] if name in TOKENS else x for name, x in window.items()}
     read_first, between = fast(rule_name, gate_kind, first, reset[:, :2])
-    second = {name: x[:, 2:] if name in "qkva" else x for name, x in window.items()} | between._asdict()
+    second = {name: x[:, 2:] if name in TOKENS else x for name, x in window.items()}
+    second |= dict(zip(STATES[rule_name][1], between, strict=True))
     read_second, after_second = fast(rule_name, gate_kind, second, reset[:, 2:])
     assert_close(torch.cat([read_first, read_second], dim=1), read, "read")
     for x, y in zip(after_second, after, strict=True):
@@ -174,16 +210,16 @@ def test_nothing_crosses_a_reset(rule_name):
     read, after = fast(rule_name, "sigmoid", window, reset)
     other, _ = random_window(14, b=1, t=4)
     changed = {
-        name: torch.cat([other[name][:, :2], x[:, 2:]], dim=1) if name in "qkva" else other[name]
+        name: torch.cat([other[name][:, :2], x[:, 2:]], dim=1) if name in TOKENS else other[name]
         for name, x in window.items()
-    }
+    } | {name: window[name] for name in ("rate", "taps")}
     read_changed, after_changed = fast(rule_name, "sigmoid", changed, reset)
     assert torch.equal(read[:, 2:], read_changed[:, 2:])
     assert all(torch.equal(x, y) for x, y in zip(after, after_changed, strict=True))
     assert not torch.equal(read[:, :2], read_changed[:, :2])
     found = gradients([read[:, 2:], *after], window)
-    assert all(not found[name].any() for name in ("M", "z"))
-    assert all(not found[name][:, :2].any() for name in "qkva")
+    assert all(not found[name].any() for name in ("M", "z", "tail"))
+    assert all(not found[name][:, :2].any() for name in TOKENS)
 
 
 @pytest.mark.parametrize("rule_name", RULES)
@@ -194,7 +230,7 @@ def test_detached_reads_teach_the_writes_nothing(rule_name):
     assert torch.equal(read, attached)
     found = gradients([read], window)
     assert found["q"].any()
-    assert not any(found[name].any() for name in ("k", "v", "a", "M", "z"))
+    assert not any(found[name].any() for name in ("k", "v", "a", "x", "M", "z", "tail"))
     found = gradients([attached], window)
     assert all(found[name].any() for name in "kva")
 
@@ -203,10 +239,8 @@ def test_detached_reads_teach_the_writes_nothing(rule_name):
 def test_empty_memory_reads_zero_and_says_so(rule_name):
     window, reset = random_window(19, t=3, empty=True)
     reset[:] = torch.tensor([[False, False, False], [False, False, True]])
-    rule = build_rule(rule_name, EPSILON)
-    read, present, _ = remember(
-        rule, window["q"], window["k"], window["v"], None, state_of(rule_name, window), reset, detach_reads=False
-    )
+    tokens, state = tokens_of(window, None), state_of(rule_name, window)
+    read, present, _ = remember(build_rule(rule_name), tokens, weights_of(window), state, reset, detach_reads=False)
     expected = torch.tensor([[0, 1, 1], [0, 1, 0]])
     assert torch.equal(present, expected[..., None].expand(2, 3, 2).double())
     assert not read[expected == 0].any()
@@ -214,7 +248,7 @@ def test_empty_memory_reads_zero_and_says_so(rule_name):
     assert all(x.isfinite().all() for x in gradients([read], window).values())
 
 
-@pytest.mark.parametrize("rule_name", RULES)
+@pytest.mark.parametrize("rule_name", [name for name in RULES if name != "gated_deltanet"])
 def test_closed_gates_leave_the_memory_as_it_is(rule_name):
     window, reset = random_window(23)
     reset[:] = False
@@ -224,18 +258,18 @@ def test_closed_gates_leave_the_memory_as_it_is(rule_name):
     # ... and an empty one empty, but the gradient reaches the gate: it can reopen.
     window["M"], window["z"] = (torch.zeros_like(window[name]).requires_grad_() for name in "Mz")
     _, after = fast(rule_name, "hard", window, reset)
-    assert not build_rule(rule_name, EPSILON).present(after).any()
+    assert not build_rule(rule_name).present(after).any()
     assert gradients(after, window)["a"].any()
 
 
 def test_read_below_epsilon_gives_zero():
     rule = build_rule("linear", 1e-3)
-    q = torch.zeros(1, 1, 2, 1, 2, dtype=torch.float64)  # phi(0) = 1: the normaliser is the sum of z
+    q = torch.zeros(1, 1, 2, 1, 1, 2, dtype=torch.float64)  # phi(0) = 1: the normaliser is the sum of z
     M = torch.ones(1, 1, 2, 2, 2, dtype=torch.float64)
     z = torch.tensor([[5e-4, 5e-4], [5e-4, 6e-4]], dtype=torch.float64).view(1, 1, 2, 2)
-    read = rule.read(q, memory.NormalizedState(M, z))
-    assert read[0, 0, 0, 0].tolist() == [0, 0]
-    torch.testing.assert_close(read[0, 0, 1, 0], torch.full((2,), 2 / 1.1e-3, dtype=torch.float64))
+    read = rule.read(q, {}, NormalizedState(M, z))
+    assert read[0, 0, 0, 0, 0].tolist() == [0, 0]
+    torch.testing.assert_close(read[0, 0, 1, 0, 0], torch.full((2,), 2 / 1.1e-3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -274,8 +308,8 @@ def test_hard_gate_reaches_both_ends_and_keeps_a_slope():
 
 
 def test_unknown_rule_is_named():
-    with pytest.raises(ValueError, match="no rule 'dleta'; valid: none, linear, delta, deltanet"):
-        build_rule("dleta", EPSILON)
+    with pytest.raises(ValueError, match="no rule 'dleta'; valid: none, linear, delta, deltanet, gated_deltanet"):
+        build_rule("dleta")
 
 
 @pytest.mark.parametrize("rule_name", RULES)
@@ -284,11 +318,47 @@ def test_document_starts_afresh_after_a_memory_that_overflowed(rule_name):
     window, reset = random_window(31, b=2)
     reset[:] = torch.tensor([[True, False, False], [True, False, False]])
     healthy, _ = fast(rule_name, "none", window, reset)
-    broken = window | {name: x.detach().clone() for name, x in window.items() if name in "Mz"}
+    broken = window | {name: window[name].detach().clone() for name in ("M", "z", "tail")}
     broken["M"][0], broken["z"][1] = torch.inf, torch.nan
-    if rule_name == "deltanet":
-        broken["M"][1] = torch.nan
+    if "z" not in STATES[rule_name][1]:
+        broken["M"][1] = broken["tail"][0] = torch.nan
     leaves = {name: x.requires_grad_() for name, x in broken.items()}
     read, after = fast(rule_name, "none", leaves, reset)
     assert torch.equal(read, healthy)
     assert all(x.isfinite().all() for x in [*after, *gradients([read, *after], leaves).values()])
+
+
+def test_closed_gate_decays_and_nothing_else():
+    """`gated_deltanet` forgets with every token, also with those that it does not write."""
+    window, reset = random_window(37, t=2)
+    reset[:] = False
+    window["a"] = torch.full_like(window["a"], -2.0)
+    _, after = fast("gated_deltanet", "hard", window, reset)
+    decay = (-window["rate"].exp()[:, None] * (1 + window["x"].exp()).log()).sum(dim=(1, 3)).exp()
+    torch.testing.assert_close(after.M, decay[..., None, None] * window["M"], rtol=1e-12, atol=1e-14)
+
+
+def test_decay_keeps_ratios_that_would_overflow():
+    """e^(c_i - c_j) for j > i is masked as an exponent: with 40 per token it is infinite in float32."""
+    window, reset = random_window(41, s=8)
+    window = {name: x.detach().float().requires_grad_() for name, x in window.items()}
+    window["x"] = torch.full_like(window["x"], 40.0).requires_grad_()
+    read, after = fast("gated_deltanet", "none", window, reset)
+    assert all(x.isfinite().all() for x in [read, *after, *gradients([read, *after], window).values()])
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_parameters_and_state_have_the_declared_shapes(rule_name):
+    """Initial decays are near one, in order; every parameter's first dim divides by key/value heads."""
+    layer = LayerShape(hidden=12, heads=8, groups=4, dim=6)
+    rule = build_rule(rule_name)
+    for name, (shape, initial, _) in rule.parameters(layer).items():
+        value = initial(torch.Generator().manual_seed(0))
+        assert value.shape == shape and shape[0] % layer.groups == 0, name
+    state = rule.init(3, layer, dtype=torch.float64, device=torch.device("cpu"))
+    assert all(x.shape[:2] == (3, 4) and not x.any() for x in state)
+    if rule_name == "gated_deltanet":
+        found = {n: p.initial(torch.Generator()) for n, p in rule.parameters(layer).items() if p.is_gate}
+        decay = found["decay_rate"].exp() * torch.nn.functional.softplus(found["decay.bias"])
+        torch.testing.assert_close(decay, torch.logspace(-5, -3, 4), rtol=1e-4, atol=0)
+        assert not found["decay.weight"].any()

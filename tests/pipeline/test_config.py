@@ -177,7 +177,7 @@ def refused(overrides, world_size=None) -> list[str]:
         (["parallel.schedule=gpipe"], None, ["parallel.schedule = gpipe", "segment_1f1b, 1f1b"]),
         (["bptt.gradient=half"], None, ["bptt.gradient = half", "full, detached"]),
         (["bptt.recompute=all"], None, ["bptt.recompute = all", "none, selective, layer, window"]),
-        (["model.memory.rule=sum"], None, ["model.memory.rule = sum", "none, linear, delta, deltanet"]),
+        (["model.memory.rule=sum"], None, ["model.memory.rule = sum", "none, linear, delta, deltanet, gated_deltanet"]),
         (["model.memory.write_gate=soft"], None, ["model.memory.write_gate = soft", "none, hard, sigmoid"]),
         (["train.precision=fp16"], None, ["train.precision = fp16", "fp32, bf16, fp64"]),
         (["optimizer.schedule=step"], None, ["optimizer.schedule = step", "cosine, wsd, linear, constant"]),

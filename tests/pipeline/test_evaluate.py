@@ -16,7 +16,7 @@ from data.shards import PreparedSet
 from data.synthetic import FILLER, PasskeyGenerator
 from data.tokenizer import byte_tokenizer, train_bpe
 from launch import cli, evaluate
-from model.memory import MatrixState
+from model.rules import MatrixState
 from pipeline import report
 from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
 from pipeline.comparison import compare, loss_difference, run_names

@@ -22,6 +22,7 @@ from pipeline.flops import (
 from pipeline.footprint import per_rank_bytes
 
 MEMORY_KINDS = [("none", "none"), ("linear", "none"), ("delta", "none"), ("delta", "hard"), ("deltanet", "hard")]
+MEMORY_KINDS += [("gated_deltanet", "none"), ("gated_deltanet", "hard")]
 
 
 def llama3_8b(rule="linear", **changes):

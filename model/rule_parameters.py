@@ -1,0 +1,52 @@
+"""The parameters that a memory rule adds to a layer, on Megatron-core's tensor-parallel layers.
+
+They belong to the attention module itself, under names that begin with `memory_`: ZeRO 3 gathers a module's parameters
+around its forward, so a module of their own would have them for as long as it computes and no longer.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from model.rules import LayerShape, MemoryRule
+
+PREFIX = "memory_"
+
+
+def add_rule_parameters(
+    module: nn.Module, rule: MemoryRule, layer: LayerShape, megatron: TransformerConfig, *, tensor_size: int
+) -> None:
+    """Give `module` one rank's part of what `rule` asks for in the whole `layer`: nothing for most rules."""
+    parameters = rule.parameters(layer)
+    for name in rule.token_inputs:
+        linear = LocalSpecProvider().column_parallel_linear()(
+            layer.hidden, layer.groups, bias=True, gather_output=False, config=megatron, init_method=None
+        )
+        module.add_module(PREFIX + name, linear)
+    for name, (shape, _, is_gate) in parameters.items():
+        if name.partition(".")[0] not in rule.token_inputs:
+            values = torch.empty(shape[0] // tensor_size, *shape[1:], dtype=megatron.params_dtype)
+            module.register_parameter(PREFIX + name, nn.Parameter(values))
+        # Read by the optimizer's groups.
+        module.get_parameter(PREFIX + name).is_gate = is_gate
+
+
+def rule_inputs(
+    module: nn.Module, rule: MemoryRule, hidden: Tensor, b: int, t: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The rule's `token_inputs` in the memory's `dtype`, each `[b, t, n, s]`, from normalised hidden states
+    `[s, b*t, h]`."""
+    found = {}
+    for name in rule.token_inputs:
+        numbers, _ = module.get_submodule(PREFIX + name)(hidden.to(dtype))  # [s, b*t, n]
+        found[name] = numbers.permute(1, 2, 0).unflatten(0, (b, t))
+    return found
+
+
+def rule_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The rule's other parameters, by the rule's names for them."""
+    own = module.named_parameters(recurse=False)
+    return {name.removeprefix(PREFIX): parameter for name, parameter in own if name.startswith(PREFIX)}

@@ -1,0 +1,45 @@
+"""The memory rules: one file each, and the table of their names. Adding one is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from model.config import MemoryConfig
+from model.rules.base import LayerShape, MatrixState, MemoryRule, RuleParameter, State, Tokens, layer_shape
+from model.rules.deltanet import DeltaNetRule
+from model.rules.gated_deltanet import ConvolvedState, GatedDeltaNetRule
+from model.rules.normalized import NormalizedRule, NormalizedState
+
+__all__ = [
+    "RULES",
+    "ConvolvedState",
+    "LayerShape",
+    "MatrixState",
+    "MemoryRule",
+    "NormalizedState",
+    "RuleParameter",
+    "State",
+    "Tokens",
+    "build_rule",
+    "layer_shape",
+]
+
+RULES: dict[str, Callable[[MemoryConfig], MemoryRule | None]] = {
+    "none": lambda memory: None,
+    "linear": lambda memory: NormalizedRule(delta=False, epsilon=memory.epsilon),
+    "delta": lambda memory: NormalizedRule(delta=True, epsilon=memory.epsilon),
+    "deltanet": lambda memory: DeltaNetRule(),
+    "gated_deltanet": lambda memory: GatedDeltaNetRule(),
+}
+"""By the name that `memory.rule` gives them. `none` is the plain transformer."""
+
+
+def build_rule(memory: MemoryConfig) -> MemoryRule | None:
+    """The rule that `memory.rule` names; None for `none`.
+
+    Raises:
+        ValueError: no such rule.
+    """
+    if memory.rule not in RULES:
+        raise ValueError(f"memory.rule: no rule {memory.rule!r}; valid: {', '.join(RULES)}")
+    return RULES[memory.rule](memory)

@@ -1,0 +1,189 @@
+"""What a memory rule is: the interface, and the pieces that the rules share.
+
+A rule works on a whole window at once. The segments of a window are projected together; only the small state is
+scanned over time. Every rule has the form
+
+    M_t = (I + A_t) keep_t M_{t-1} + C_t
+
+where A_t and C_t come from segment t alone (and, for `delta`, from the normaliser z, which is a prefix sum), and keep_t
+is 0 where a document starts. Contributions of neighbouring segments compose, so a later context-parallel scan can use
+the same pieces.
+
+A rule is a pure function of its arguments, in float32 (or float64 when the caller's tensors are), without any
+`torch.distributed`: a tensor-parallel rank passes the heads it owns. `model.memory_reference` holds the same rules
+written token by token; the tests compare the two.
+
+Shapes: b lanes, t segments of a window, n key/value heads of this rank, r query heads per key/value head, s tokens of a
+segment, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+class MatrixState(NamedTuple):
+    """State of a rule that carries a matrix and nothing else: M `[b, n, d, d]`."""
+
+    M: Tensor
+
+
+State = tuple[Tensor, ...]
+"""What a rule carries: a NamedTuple of tensors. The first dim of every tensor is the lane, the second the key/value
+head: the trainer and the checkpoint rely on this and on nothing else."""
+
+
+class LayerShape(NamedTuple):
+    """Sizes of an attention layer, or of the part of it that a tensor-parallel rank holds."""
+
+    hidden: int
+    heads: int
+    """Query heads."""
+    groups: int
+    """Key/value heads."""
+    dim: int
+    """Of a head."""
+
+    @property
+    def ratio(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.groups
+
+
+def layer_shape(config: ModelConfig, tensor_size: int = 1) -> LayerShape:
+    """The attention of `config` on one of `tensor_size` ranks."""
+    heads = config.num_attention_heads
+    groups = heads if config.num_query_groups is None else config.num_query_groups
+    dim = config.hidden_size // heads if config.kv_channels is None else config.kv_channels
+    return LayerShape(config.hidden_size, heads // tensor_size, groups // tensor_size, dim)
+
+
+class RuleParameter(NamedTuple):
+    """A parameter that a rule adds to every layer. Its first dim goes by key/value head: a tensor-parallel rank holds
+    the rows of its heads."""
+
+    shape: tuple[int, ...]
+    """Of the whole layer."""
+    initial: Callable[[torch.Generator], Tensor]
+    """The whole parameter's initial value."""
+    is_gate: bool
+    """Learns like the write gate: without weight decay, at `optimizer.write_gate_lr_scale`."""
+
+
+class Tokens(NamedTuple):
+    """What the tokens of a window bring to the memory. Queries and keys are without position encoding."""
+
+    q: Tensor
+    """`[b, t + p, n, r, s, d]`: behind the t segments that are written, p that only read."""
+    k: Tensor
+    """`[b, t, n, s, d]`."""
+    v: Tensor
+    """`[b, t, n, s, d]`."""
+    gate: Tensor | None
+    """Write gate `[b, t, n, s]`, or None to write every token."""
+    inputs: Mapping[str, Tensor]
+    """The rule's `token_inputs`, each `[b, t, n, s]`."""
+    bfloat16: bool = False
+    """The run computes matrix products in bfloat16: a kernel may, too."""
+
+
+class MemoryRule:
+    """Base of the rules. A rule has no tensors of its own: its parameters are made by the layer and handed in."""
+
+    token_inputs: ClassVar[tuple[str, ...]] = ()
+    """Names of numbers that the rule wants per token and key/value head, each a linear function of the layer's
+    normalised input: `parameters` has its `<name>.weight [groups, hidden]` and `<name>.bias [groups]`."""
+
+    def parameters(self, layer: LayerShape) -> dict[str, RuleParameter]:
+        """What the rule adds to a layer, by name."""
+        return {}
+
+    def init(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> State:
+        """An empty memory for the heads of `layer`."""
+        return MatrixState(torch.zeros(lanes, layer.groups, layer.dim, layer.dim, dtype=dtype, device=device))
+
+    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> State:
+        """Write a window.
+
+        Args:
+            tokens: of the window.
+            weights: the rule's parameters except those of `token_inputs`, this rank's part.
+            state: the memory carried in.
+            keep: bool `[b, t]`, False where a document starts.
+
+        Returns:
+            The states at all segment borders, each tensor with a time dim of t + 1 behind the lane dim; entry t is
+            what segment t reads, the last one the memory carried out.
+        """
+        raise NotImplementedError
+
+    def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
+        """Read `[b, t, n, r, s, d]` for queries of the same shape from states `[b, t, n, ...]`."""
+        raise NotImplementedError
+
+    def inside(self, state: State, q: Tensor, start: Tensor) -> State:
+        """The state as tokens in the middle of a segment read it: M is that of the segment's start, but what is carried
+        from token to token is not.
+
+        Args:
+            state: at the segment's start, tensors `[b, n, ...]`.
+            q: the segment's queries so far, `[b, n, r, S, d]`.
+            start: int64 `[b]`, the position of the token that reads.
+        """
+        return state
+
+    def present(self, state: State) -> Tensor:
+        """`[b, t, n]`: 1 where anything has been written, else 0."""
+        return (state.M.detach().abs().amax(dim=(-1, -2)) > 0).to(state.M.dtype)
+
+    def flops_per_token(self, layer: LayerShape) -> int:
+        """FLOPs of a forward pass in one layer, by the conventions of `pipeline.flops`."""
+        raise NotImplementedError
+
+    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int) -> tuple[int, int]:
+        """What autograd keeps in one layer of a rank, see `pipeline.footprint`.
+
+        Args:
+            layer: the rank's part of the layer.
+            length: tokens of a segment.
+            m: bytes of a number of the memory.
+            c: m where q, k and v are copied to the memory's precision, else 0.
+
+        Returns:
+            Bytes per token, and bytes per segment.
+        """
+        raise NotImplementedError
+
+
+def affine_scan(initial: Tensor, transition: Tensor | None, write: Tensor, keep: Tensor) -> Tensor:
+    """Run `X_t = (I + transition_t) keep_t X_{t-1} + write_t` over the second dim.
+
+    Args:
+        initial: `[b, n, d, ...]`, the state carried in.
+        transition: `[b, t, n, d, d]`, or None for a plain sum.
+        write: `[b, t, n, d, ...]`.
+        keep: bool `[b, t]`, False where the state is cleared before segment t.
+
+    Returns:
+        `[b, t + 1, n, d, ...]`: entry t is the state that segment t reads (after its reset), the last one the state
+        carried out.
+    """
+    states = []
+    current = initial
+    trailing = (1,) * (initial.dim() - 1)
+    for t in range(write.shape[1]):
+        # Not a product with 0: what is cleared may have overflowed.
+        current = current.where(keep[:, t].view(-1, *trailing), 0)
+        states.append(current)
+        update = write[:, t]
+        if transition is not None:
+            update = update + transition[:, t] @ current
+        current = current + update
+    states.append(current)
+    return torch.stack(states, dim=1)
