@@ -52,6 +52,35 @@ class SyntheticDocument:
     """Length asked for, depth and seed: names the document."""
 
 
+@dataclass(frozen=True)
+class PasskeyParts:
+    """The tokens of a passkey document's parts."""
+
+    introduction: list[int]
+    filler: list[int]
+    needle: list[int]
+    question: list[int]
+    """The answer is not part of it."""
+    answer: list[int]
+    lead: int
+    """Tokens at the answer's beginning that hold none of its digits (a space of its own)."""
+
+    @property
+    def fixed(self) -> int:
+        """Tokens of a document without filler."""
+        return len(self.introduction) + len(self.needle) + len(self.question) + len(self.answer)
+
+    def fillers(self, length: int) -> int:
+        """How many whole fillers a document of `length` tokens holds.
+
+        Raises:
+            ValueError: it does not even hold a document without any.
+        """
+        if length < self.fixed:
+            raise ValueError(f"a passkey document has at least {self.fixed} tokens with this tokenizer, not {length}")
+        return (length - self.fixed) // len(self.filler)
+
+
 class PasskeyGenerator:
     """Makes passkey documents with one tokenizer; a document is a function of (length, depth, seed) alone."""
 
@@ -60,6 +89,17 @@ class PasskeyGenerator:
         self._introduction = tokenizer.encode(INTRODUCTION)
         self._filler = tokenizer.encode(FILLER)
         self._question = tokenizer.encode(QUESTION)
+
+    def parts(self, seed: int) -> PasskeyParts:
+        """The parts of a document; `seed` decides the digits."""
+        digits = "".join(str(digit) for digit in np.random.default_rng(seed).integers(0, 10, DIGITS))
+        needle = self._tokenizer.encode(NEEDLE.format(key=digits))
+        answer = self._tokenizer.encode(" " + digits)
+        # Where digits are tokens of their own the space before them is not part of the answer.
+        lead = 0
+        while lead < len(answer) - 1 and not self._tokenizer.decode(answer[: lead + 1]).strip():
+            lead += 1
+        return PasskeyParts(self._introduction, self._filler, needle, self._question, answer, lead)
 
     def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
         """A document of at most `length` tokens, as many whole fillers as fit, the needle `depth` of the way in.
@@ -74,31 +114,22 @@ class PasskeyGenerator:
         """
         if not 0.0 <= depth <= 1.0:
             raise ValueError(f"passkey depth {depth} is outside of [0, 1]")
-        digits = "".join(str(digit) for digit in np.random.default_rng(seed).integers(0, 10, DIGITS))
-        needle = self._tokenizer.encode(NEEDLE.format(key=digits))
-        answer = self._tokenizer.encode(" " + digits)
-        # Where digits are tokens of their own the space before them is not part of the answer.
-        lead = 0
-        while lead < len(answer) - 1 and not self._tokenizer.decode(answer[: lead + 1]).strip():
-            lead += 1
-        fixed = len(self._introduction) + len(needle) + len(self._question) + len(answer)
-        fillers = (length - fixed) // len(self._filler)
-        if fillers < 0:
-            raise ValueError(f"a passkey document has at least {fixed} tokens with this tokenizer, not {length}")
+        parts = self.parts(seed)
+        fillers = parts.fillers(length)
         before = round(depth * fillers)
         tokens = (
-            self._introduction
-            + self._filler * before
-            + needle
-            + self._filler * (fillers - before)
-            + self._question
-            + answer
+            parts.introduction
+            + parts.filler * before
+            + parts.needle
+            + parts.filler * (fillers - before)
+            + parts.question
+            + parts.answer
         )
-        span = (len(tokens) - len(answer) + lead, len(tokens))
-        asked = (*self._question, *answer)
+        span = (len(tokens) - len(parts.answer) + parts.lead, len(tokens))
+        asked = (*parts.question, *parts.answer)
         question = Question(
             asked,
-            (len(self._question) + lead, len(asked)),
-            after=len(self._introduction) + before * len(self._filler) + len(needle),
+            (len(parts.question) + parts.lead, len(asked)),
+            after=len(parts.introduction) + before * len(parts.filler) + len(parts.needle),
         )
         return SyntheticDocument(tokens, [span], [question], f"passkey-{length}-{depth:.4f}-{seed}")

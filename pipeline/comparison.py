@@ -113,9 +113,9 @@ def _rows(names: list[str], results: list[Results], common: list[str], differenc
         ]
         rows.append([f"{path}: loss above {names[0]} (95 %)", "", *texts])
     grids = [other["passkey"] for other in results]
-    for segments in sorted({length for grid in grids if grid for length in grid["lengths"]}):
+    for segments in sorted({row["segments"] for grid in grids if grid for row in grid["rows"]}):
         for control, label in report.WAY_NAMES.items():
             if any(grid and control in grid["controls"] for grid in grids):
-                found = [report.mean_exact(other, control, segments) for other in results]
+                found = [report.exact_match(other, control, segments) for other in results]
                 rows.append([f"passkey {segments} segments, {label}", *(report.number(x, 2) for x in found)])
     return rows

@@ -140,6 +140,19 @@ class ResilienceConfig:
 
 
 @dataclass
+class PasskeyRowConfig:
+    """Some lengths of the passkey grid."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Lengths of the documents in tokens, cut to whole segments."""
+    depths: list[float] = field(default_factory=lambda: [0.05, 0.5, 0.95])
+    documents: int = 20
+    """Documents per length, depth and seed."""
+    seeds: int = 1
+    """Seeds: evaluate.seed and those after it."""
+
+
+@dataclass
 class EvaluateConfig:
     """Defaults of `infini evaluate`."""
 
@@ -152,6 +165,8 @@ class EvaluateConfig:
     passkey_depths: list[float] = field(default_factory=lambda: [0.05, 0.5, 0.95])
     passkey_documents: int = 20
     """Documents per cell."""
+    passkey_grid: list[PasskeyRowConfig] = field(default_factory=list)
+    """Rows of a larger grid, in place of the three settings above."""
     seed: int = 1234
 
 

@@ -6,6 +6,7 @@ can be read on any.
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from data.shards import PreparedSet
 from data.tokenizer import Tokenizer, load_tokenizer
-from pipeline import heldout, passkey, report
+from pipeline import answers, heldout, passkey, report
 from pipeline.checkpoint import CheckpointReader, find_checkpoint
 from pipeline.config import Config
 from pipeline.config_io import ConfigError
@@ -28,7 +29,9 @@ from pipeline.setup import versions
 from pipeline.streaming import Document, Streamer, open_checkpoint
 from pipeline.topology import Topology, initialize
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+LONGEST_WAIT = datetime.timedelta(days=7)
+"""For the results of other ranks: each runs its documents at its own pace."""
 
 
 def evaluate_run(
@@ -64,6 +67,7 @@ def evaluate_run(
     started = time.perf_counter()
     streamer, reader = open_checkpoint(config, topology, path)
     _check_model(reader, config)
+    streamer.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     notes: list[str] = []
     if not streamer.has_memory:
         notes.append("model.memory.rule is none: there is no memory to turn off or exchange, so there are no controls")
@@ -71,13 +75,15 @@ def evaluate_run(
     sets = _held_out_sets(config, data, reader, notes) if with_perplexity else []
     tasks = [(source, _documents(source, config, notes)) for source in sets]
     tokenizer = _tokenizer(config, data, reader) if with_passkey else None
-    lengths = _passkey_lengths(config, tokenizer, notes) if tokenizer else []
-    if not tasks and not lengths:
+    rows = _passkey_rows(config, tokenizer, notes) if tokenizer else []
+    if not tasks and not rows:
         raise ValueError("; ".join([f"nothing to evaluate in {run_dir}", *notes]))
 
-    labels = sum(document.length - 1 for _, documents in tasks for document in documents)
-    cells = len(evaluate.passkey_depths) * evaluate.passkey_documents
-    total = labels + sum(lengths) * config.model.segment_length * cells
+    total = sum(document.length - 1 for _, documents in tasks for document in documents)
+    work = None
+    if rows:
+        work = answers.plan(streamer, passkey.passkey_cells(rows, tokenizer, streamer.segment_length))
+        total += work.tokens
     results: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "run": str(run_dir),
@@ -85,7 +91,7 @@ def evaluate_run(
         "checkpoint": str(path),
         "step": reader.summary["step"],
         "training_tokens": reader.summary["tokens"],
-        "layout": {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "world": dist.get_world_size()},
+        "layout": {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size},
         "seed": evaluate.seed,
         "config": asdict(config),
         "versions": versions(),
@@ -96,18 +102,12 @@ def evaluate_run(
     with _progress(topology, total, f"evaluating {config.name} step {results['step']}, tokens") as advance:
         for source, documents in tasks:
             results["perplexity"][str(source.path)] = _held_out(streamer, source, documents, evaluate.seed, advance)
-        if lengths:
-            results["passkey"] = passkey.passkey_grid(
-                streamer,
-                tokenizer,
-                lengths=lengths,
-                depths=evaluate.passkey_depths,
-                documents=evaluate.passkey_documents,
-                seed=evaluate.seed,
-                advance=advance,
-            )
+        if work is not None:
+            counts = answers.measure(streamer, work, tokenizer.eos_id, advance)
+            results["passkey"] = passkey.passkey_results(rows, counts, streamer.segment_length, evaluate.seed)
     seconds = [time.perf_counter() - started]
     dist.broadcast_object_list(seconds, src=0)
+    dist.destroy_process_group(streamer.group)
     results["seconds"] = seconds[0]
     results["tokens_per_s"] = total / results["seconds"]
     folder = Path(out) if out is not None else run_dir / "evaluation" / path.name
@@ -246,16 +246,26 @@ def _tokenizer(config: Config, data: Sequence[str], reader: CheckpointReader) ->
     return tokenizer
 
 
-def _passkey_lengths(config: Config, tokenizer: Tokenizer, notes: list[str]) -> list[int]:
-    length = config.model.segment_length
-    if not config.evaluate.passkey_depths:
-        return []
+def _passkey_rows(config: Config, tokenizer: Tokenizer, notes: list[str]) -> list[passkey.Row]:
+    evaluate, length = config.evaluate, config.model.segment_length
+    rows = [
+        passkey.Row(tokens // length, tuple(row.depths), row.documents, _seeds(evaluate.seed, row.seeds))
+        for row in evaluate.passkey_grid
+        for tokens in row.lengths
+    ] or [
+        passkey.Row(segments, tuple(evaluate.passkey_depths), evaluate.passkey_documents, (evaluate.seed,))
+        for segments in evaluate.passkey_lengths
+        if evaluate.passkey_depths
+    ]
     shortest = passkey.shortest_length(tokenizer, length)
-    lengths = [segments for segments in config.evaluate.passkey_lengths if segments >= shortest]
-    if len(lengths) < len(config.evaluate.passkey_lengths):
-        left_out = [segments for segments in config.evaluate.passkey_lengths if segments < shortest]
+    left_out = [row.segments for row in rows if row.segments < shortest]
+    if left_out:
         notes.append(
             f"passkey lengths {', '.join(map(str, left_out))} left out: with this tokenizer a document needs "
             f"{shortest} segments of {length} tokens"
         )
-    return lengths
+    return [row for row in rows if row.segments >= shortest]
+
+
+def _seeds(first: int, count: int) -> tuple[int, ...]:
+    return tuple(range(first, first + count))

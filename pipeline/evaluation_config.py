@@ -24,7 +24,7 @@ def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) 
     """The run's configuration with the layout of an evaluation on `world_size` processes.
 
     Raises:
-        ConfigError: it cannot run so, or needs data parallelism.
+        ConfigError: it cannot run so.
         OSError: the folder holds no run.
     """
     path = run_dir / "config.yaml"
@@ -32,13 +32,12 @@ def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) 
         raise FileNotFoundError(f"{run_dir} is not a run folder: there is no {path.name}")
     config = load_config(path, [*OWN_LAYOUT, *overrides])
     size = model_parallel_size(config)
-    if world_size != size:
+    if world_size % size:
         raise ConfigError(
             [
                 f"parallel.tensor = {config.parallel.tensor} x parallel.pipeline = {config.parallel.pipeline} on "
-                f"{world_size} process(es): an evaluation has no data parallelism, their product must be the number of "
-                f"processes (give parallel.tensor=... or parallel.pipeline=..., or --nproc {size})"
+                f"{world_size} process(es): their number must be a multiple of {size}, such as --nproc {size}"
             ]
         )
-    validate(config, world_size, data_exists=False)
+    validate(config, size, data_exists=False)  # data-parallel ranks share documents, not the run's lanes
     return config

@@ -139,6 +139,7 @@ class Executor:
         statistics: bool = False,
         correct: bool = False,
         memory_off: bool = False,
+        losses: bool = True,
         observer=None,
     ) -> StepResult:
         """Run one step.
@@ -151,10 +152,12 @@ class Executor:
             loss_scale: factor of the weighted sum of token losses in the objective.
             gate_scale: factor of the sum of the write gates in the objective.
             statistics, correct, memory_off: see `DecoderStage.forward`.
+            losses: false leaves the output matrix out, when the memory is all that is wanted.
             observer: called as `observer(operation)` before each operation and `observer(None)` at the end.
         """
         run = _Run(self, operations, batch, memory, lanes_per_microbatch, loss_scale, gate_scale)
         run.flags = {"statistics": statistics, "correct": correct, "memory_off": memory_off}
+        run.losses_wanted = losses
         for operation in operations:
             if observer:
                 observer(operation)
@@ -183,6 +186,7 @@ class _Run:
         self.batch, self.lanes = batch, lanes
         self.loss_scale, self.gate_scale = loss_scale, gate_scale
         self.flags: dict[str, bool] = {}
+        self.losses_wanted = True
         self.replayed = {o[1:] for o in operations if o.kind is Kind.REPLAY}
         self.with_gradient = any(o.kind is Kind.BACKWARD for o in operations)
         windows, segments, length = batch.tokens.shape[0] // lanes, batch.tokens.shape[1], batch.tokens.shape[2]
@@ -266,7 +270,7 @@ class _Run:
 
     def _compute(self, record: _Chunk, window: int, chunk: int, keep_graph: bool, first_time: bool) -> StageOutput:
         # A forward that will be replayed leaves the output matrix to the replay.
-        labels_needed = self.stage.is_last and (keep_graph or not self.with_gradient)
+        labels_needed = self.stage.is_last and self.losses_wanted and (keep_graph or not self.with_gradient)
         labels = self._part("labels", window, chunk) if labels_needed else None
         flags = dict(self.flags, statistics=self.flags["statistics"] and first_time)
         with torch.set_grad_enabled(keep_graph):

@@ -52,7 +52,8 @@ def choose_documents(
 def segment_losses(
     streamer: Streamer, documents: list[Document], eos_id: int, advance: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
-    """Summed losses and their numbers of tokens; collective, the same result on all ranks.
+    """Summed losses and their numbers of tokens; collective, the same result on all ranks. Data-parallel ranks take
+    turns with the batches.
 
     Args:
         advance: called with the number of tokens of each segment that is done.
@@ -67,9 +68,12 @@ def segment_losses(
     segments = max(document.segments(streamer.segment_length) for document in documents)
     sums = {name: np.zeros((len(documents), segments)) for name in (*ways, "weight")}
     done = 0
-    for batch in streamer.batches(documents):
+    topology = streamer.topology
+    for number, batch in enumerate(streamer.batches(documents)):
         rows = slice(done, done + len(batch))
         done += len(batch)
+        if number % topology.data_size != topology.data_rank:
+            continue
         memory = streamer.empty_memory(len(batch))
         for segment in range(max(document.segments(streamer.segment_length) for document in batch)):
             window = streamer.window(batch, segment, 1, eos_id)
@@ -86,7 +90,8 @@ def segment_losses(
             # A document that has ended keeps its memory for the one that is to read it.
             memory = choose_lanes(weight.sum(dim=(1, 2)) > 0, outputs["on"].memory, memory)
             advance(int(weight.sum()))
-    return streamer.share_from_last_stage(sums)
+    names = list(sums)
+    return dict(zip(names, streamer.add_up(np.stack([sums[name] for name in names])), strict=True))
 
 
 def summarize(sums: dict[str, np.ndarray], seed: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -29,6 +30,17 @@ LEGEND_UP_TO = 8
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 """Per curve its steps and its values."""
+
+
+class Score(NamedTuple):
+    """A share in 0..1 at some x, with its interval and the number of answers behind it."""
+
+    x: float
+    value: float
+    low: float | None
+    high: float | None
+    answers: int
+
 
 Curve = tuple[Sequence[float | None], Sequence[float | None] | None, Sequence[int]]
 """Means, half widths of the confidence interval or None, and the number of documents, all by segment index."""
@@ -107,6 +119,43 @@ def passkey_heatmap(
     if len(lengths) <= CELL_TEXT_UP_TO:
         _cell_texts(axes, values, image)
     figure.colorbar(image, ax=axes, label="accuracy", fraction=0.05, pad=0.02)
+    save_figure(figure, path)
+
+
+def score_curves(
+    path: str | Path, curves: Mapping[str, Sequence[Score]], title: str, *, xlabel: str, sizes: bool = False
+) -> None:
+    """Plot exact match against length, number of pairs or the like (logarithmic), one curve per control or run.
+
+    Args:
+        path: PNG file to write.
+        curves: per name its points, with 95 % intervals where both ends are known.
+        title: what was evaluated.
+        xlabel: what x is.
+        sizes: x is in tokens, shown as 4K, 1M (powers of 1024).
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    answers: dict[float, set[int]] = {}
+    for index, (name, points) in enumerate(curves.items()):
+        x, value = [point.x for point in points], [point.value for point in points]
+        low = [point.value if point.low is None else point.low for point in points]
+        high = [point.value if point.high is None else point.high for point in points]
+        reach = np.abs(np.array([np.array(value) - low, np.array(high) - value]))
+        style = {"color": f"C{index}", "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.4}
+        axes.errorbar(x, value, yerr=reach, label=name, **style)
+        for point in points:
+            answers.setdefault(point.x, set()).add(point.answers)
+    axes.set_xscale("log", base=2)
+    ticks = sorted(answers)
+    labels = [f"{_tokens(int(x)) if sizes else f'{x:g}'}\nn={max(answers[x])}" for x in ticks]
+    axes.set_xticks(ticks, labels)
+    axes.minorticks_off()
+    if len(ticks) > 12:
+        axes.tick_params(axis="x", labelrotation=60)
+    axes.set(title=title, xlabel=xlabel, ylabel="exact match (bars: 95 % interval)", ylim=(-0.04, 1.04))
+    axes.legend(frameon=False)
+    _quiet(axes)
     save_figure(figure, path)
 
 

@@ -14,6 +14,8 @@ from pipeline.console import format_duration, make_console, print_table
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
 RESULTS = "results.json"
+DEPTHS_SHOWN = 5
+"""More depths than this have no columns of their own in the terminal."""
 WAY_NAMES = {"on": "memory on", "off": "memory off", "shuffled": "memory of another document"}
 
 Results = dict[str, Any]
@@ -47,6 +49,8 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
         for control in results["passkey"]["controls"]:
             images[f"passkey/{control}"] = target = folder / f"passkey_{control}.png"
             _heatmap(target, results, control)
+        images["passkey/by_length"] = target = folder / "passkey_by_length.png"
+        _by_length(target, results)
     if (run_dir / METRICS_FILE).is_file() and (run_dir / METRICS_FILE).stat().st_size:
         images["training_curves"] = target = folder / "training_curves.png"
         plots.training_curves(target, run_dir / METRICS_FILE)
@@ -95,14 +99,33 @@ def _cells(results: Results, control: str) -> dict[tuple[int, float], dict[str, 
     return {(cell["segments"], cell["depth"]): cell for cell in cells if cell["control"] == control}
 
 
+def _lengths(results: Results, control: str) -> dict[int, dict[str, Any]]:
+    """Scores over all depths, by segments."""
+    found = results["passkey"]["by_length"] if results["passkey"] else []
+    return {scores["segments"]: scores for scores in found if scores["control"] == control}
+
+
 def _heatmap(path: Path, results: Results, control: str) -> None:
-    grid, cells = results["passkey"], _cells(results, control)
-    rows = [
-        [cells[segments, depth]["exact_match"] if (segments, depth) in cells else None for segments in grid["lengths"]]
-        for depth in grid["depths"]
-    ]
+    rows, cells = results["passkey"]["rows"], _cells(results, control)
+    depths = sorted({depth for row in rows for depth in row["depths"]})
+    grid = [[cells.get((row["segments"], depth), {}).get("exact_match") for row in rows] for depth in depths]
+    per_cell = {cell["documents"] for cell in cells.values()}
     title = f"{results['name']}, step {results['step']}\npasskey exact match, {WAY_NAMES[control]}"
-    plots.passkey_heatmap(path, rows, grid["lengths_tokens"], grid["depths"], title)
+    title += f", n = {min(per_cell)}" + (f" to {max(per_cell)}" if len(per_cell) > 1 else "") + " per cell"
+    plots.passkey_heatmap(path, grid, [row["tokens"] for row in rows], depths, title)
+
+
+def _by_length(path: Path, results: Results) -> None:
+    tokens = {row["segments"]: row["tokens"] for row in results["passkey"]["rows"]}
+    curves = {}
+    for control in results["passkey"]["controls"]:
+        scores = _lengths(results, control)
+        curves[WAY_NAMES[control]] = [
+            plots.Score(tokens[n], s["exact_match"], *s["exact_match_interval"], s["answers"])
+            for n, s in sorted(scores.items())
+        ]
+    title = f"{results['name']}, step {results['step']}\npasskey, all depths"
+    plots.score_curves(path, curves, title, xlabel="document length (tokens)", sizes=True)
 
 
 def _tensorboard(results: Results, images: dict[str, Path], folder: Path) -> None:
@@ -131,16 +154,14 @@ def scalars(results: Results) -> dict[str, float]:
             values[f"evaluation/{name}/loss_{way}"] = numbers["loss"]
     if results["passkey"]:
         for control in results["passkey"]["controls"]:
-            for segments in results["passkey"]["lengths"]:
-                value = mean_exact(results, control, segments)
-                values[f"evaluation/passkey_{control}/segments_{segments}"] = value
+            for segments, scores in _lengths(results, control).items():
+                values[f"evaluation/passkey_{control}/segments_{segments}"] = scores["exact_match"]
     return {name: value for name, value in values.items() if value is not None}
 
 
-def mean_exact(results: Results, control: str, segments: int) -> float | None:
-    """Exact match over all depths of a length."""
-    values = [cell["exact_match"] for (length, _), cell in _cells(results, control).items() if length == segments]
-    return sum(values) / len(values) if values else None
+def exact_match(results: Results, control: str, segments: int) -> float | None:
+    """Passkey exact match over all depths of a length."""
+    return _lengths(results, control).get(segments, {}).get("exact_match")
 
 
 # Tables
@@ -167,22 +188,34 @@ def show(results: Results, folder: Path) -> None:
                 soft_wrap=True,
             )
     if results["passkey"]:
-        grid = results["passkey"]
-        rows = []
-        for segments, tokens in zip(grid["lengths"], grid["lengths_tokens"], strict=True):
-            for control in grid["controls"]:
-                cells = _cells(results, control)
-                found = [cells.get((segments, depth)) for depth in grid["depths"]]
-                texts = [f"{c['exact_match']:.2f} ({c['token_accuracy']:.2f})" if c else "-" for c in found]
-                name = f"{segments} segments, {tokens:,} tokens" if control == grid["controls"][0] else ""
-                rows.append([name, WAY_NAMES[control], *texts, number(mean_exact(results, control, segments), 2)])
-        header = ["passkey", "", *(f"depth {depth:g}" for depth in grid["depths"]), "mean exact"]
-        title = f"passkey: exact match (token accuracy), {grid['documents']} documents per cell"
-        print_table(title, rows, header=header, console=console)
+        _show_passkey(results, console)
     for note in results["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     took = f"{format_duration(results['seconds'])}, {results['tokens_per_s']:,.0f} tokens/s"
     console.print(f"{took}; numbers and plots are in {folder}", markup=False, soft_wrap=True)
+
+
+def _show_passkey(results: Results, console: Any) -> None:
+    grid = results["passkey"]
+    depths = sorted({depth for row in grid["rows"] for depth in row["depths"]})
+    if len(depths) > DEPTHS_SHOWN:
+        depths = []  # the plots have them
+    rows = []
+    for row in grid["rows"]:
+        name = f"{row['segments']:,} segments, {row['tokens']:,} tokens"
+        for control in grid["controls"]:
+            scores = _lengths(results, control).get(row["segments"])
+            if scores is None:
+                continue
+            cells = _cells(results, control)
+            found = [cells.get((row["segments"], depth)) for depth in depths]
+            exact = [number(scores["exact_match"], 3), interval(scores["exact_match_interval"], digits=3)]
+            by_depth = [number(cell["exact_match"], 2) if cell else "-" for cell in found]
+            accuracy = number(scores["token_accuracy"], 3)
+            rows.append([name, WAY_NAMES[control], str(scores["documents"]), *exact, accuracy, *by_depth])
+            name = ""
+    header = ["passkey", "", "n", "exact", "95 %", "tokens", *(f"depth {depth:g}" for depth in depths)]
+    print_table("passkey: exact match and token accuracy over all depths", rows, header=header, console=console)
 
 
 def _spans(segments: int) -> list[tuple[int, int]]:
@@ -213,6 +246,8 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4f}"
 
 
-def interval(ends: Sequence[float | None], plus: bool = False) -> str:
-    form = signed if plus else number
-    return "-" if None in ends else f"{form(ends[0])} to {form(ends[1])}"
+def interval(ends: Sequence[float | None], plus: bool = False, digits: int = 4) -> str:
+    if None in ends:
+        return "-"
+    low, high = (signed(end) if plus else number(end, digits) for end in ends)
+    return f"{low} to {high}"

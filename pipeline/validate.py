@@ -74,6 +74,11 @@ def _numbers(config: Config) -> Iterator[str]:
             "evaluate.max_segments": config.evaluate.max_segments,
             "evaluate.passkey_documents": config.evaluate.passkey_documents,
             **{f"evaluate.passkey_lengths.{i}": n for i, n in enumerate(config.evaluate.passkey_lengths)},
+            **{
+                f"evaluate.passkey_grid.{i}.{name}": n
+                for i, row in enumerate(config.evaluate.passkey_grid)
+                for name, n in (("documents", row.documents), ("seeds", row.seeds))
+            },
             **{f"parallel.layers_per_stage.{i}": n for i, n in enumerate(parallel.layers_per_stage or [])},
         },
         0: {
@@ -125,10 +130,25 @@ def _numbers(config: Config) -> Iterator[str]:
     between = {
         "optimizer.min_lr_ratio": optimizer.min_lr_ratio,
         **{f"evaluate.passkey_depths.{i}": depth for i, depth in enumerate(config.evaluate.passkey_depths)},
+        **{
+            f"evaluate.passkey_grid.{i}.depths.{j}": depth
+            for i, row in enumerate(config.evaluate.passkey_grid)
+            for j, depth in enumerate(row.depths)
+        },
     }
     for key, value in between.items():
         if not 0 <= value <= 1:
             yield f"{key} = {value}: must be between 0 and 1"
+    for i, row in enumerate(config.evaluate.passkey_grid):
+        for name in ("lengths", "depths"):
+            if not getattr(row, name):
+                yield f"evaluate.passkey_grid.{i}.{name} is empty: give at least one"
+        for j, length in enumerate(row.lengths):
+            if length < config.model.segment_length:
+                yield (
+                    f"evaluate.passkey_grid.{i}.lengths.{j} = {length}: must be at least a segment, "
+                    f"model.segment_length = {config.model.segment_length} tokens"
+                )
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         yield f"optimizer.betas = {optimizer.betas}: must be two numbers, each at least 0 and below 1"
 

@@ -64,7 +64,7 @@ def test_controls_are_what_they_are_called(pools, run, data):
         assert (np.abs(sums[control][:, 1:] / sums["on"][:, 1:] - 1) > 1e-4).all()
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1"])
 def test_the_layout_does_not_change_the_results(pools, tmp_path, run, single, layout):
     results = pools.run(2, evaluation_cases.evaluate, run=run, overrides=[*SMALL, layout], out=str(tmp_path))
     assert results[0] == results[1]
@@ -91,7 +91,14 @@ def test_results_are_complete_json(run, single):
     (facts,) = written["perplexity"].values()
     assert len(facts["each_document"]) == 4 and len(facts["above_on"]["off"]["by_segment"]) == 8
     assert sum(facts["by_segment_tokens"]) == facts["tokens"]
-    for name in ("loss_by_segment_set", "passkey_on", "passkey_off", "passkey_shuffled", "training_curves"):
+    for name in (
+        "loss_by_segment_set",
+        "passkey_on",
+        "passkey_off",
+        "passkey_shuffled",
+        "passkey_by_length",
+        "training_curves",
+    ):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob(".*")) and not list(folder.glob("*.tmp"))
 

@@ -17,13 +17,23 @@ from data.synthetic import FILLER, PasskeyGenerator
 from data.tokenizer import byte_tokenizer, train_bpe
 from launch import cli, evaluate
 from model.rules import MatrixState
-from pipeline import report
+from pipeline import answers, report
 from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
 from pipeline.comparison import compare, loss_difference, run_names
 from pipeline.config_io import ConfigError
 from pipeline.evaluation_config import evaluation_config
 from pipeline.heldout import choose_documents, summarize
-from pipeline.passkey import FIRST_SEED, document_seed, passkey_document, passkey_grid, shortest_length
+from pipeline.passkey import (
+    FIRST_SEED,
+    PLACES,
+    Row,
+    common_beginning,
+    document_seed,
+    passkey_cells,
+    passkey_document,
+    passkey_results,
+    shortest_length,
+)
 from pipeline.streaming import Output, Streamer, array_document, choose_lanes, roll_lanes, window
 from tests.prepared import write_set
 
@@ -146,7 +156,7 @@ def bpe():
 @pytest.mark.parametrize("segments, length, depth", [(9, 64, 0.0), (16, 64, 0.5), (31, 64, 1.0), (5, 128, 0.31)])
 def test_passkey_documents_fill_their_segments(bpe, segments, length, depth):
     for tokenizer in (BYTES, bpe):
-        document = passkey_document(tokenizer, segments, length, depth, seed=7)
+        document = passkey_document(PasskeyGenerator(tokenizer), segments, length, depth, seed=7)
         tokens = document.read(0, document.length)
         assert document.length == segments * length + 1 == len(tokens)
         ((start, stop),) = document.answers
@@ -154,22 +164,35 @@ def test_passkey_documents_fill_their_segments(bpe, segments, length, depth):
         assert stop == document.length and re.fullmatch(r"\d{5}", answer)
         assert text.startswith("There is an important info") and f"The pass key is {answer}. Remember it." in text
         assert text.endswith(f"again. What is the pass key? The pass key is {answer}") or depth == 1.0
+        # Up to the needle it is what all documents begin with, and the needle's digits come at once.
+        beginning = common_beginning(PasskeyGenerator(tokenizer), segments * length + 1)
+        shared = document.shared
+        assert (tokens[:shared] == beginning.read(0, shared)).all()
+        assert tokenizer.decode(tokens[shared:]).startswith(f" The pass key is {answer}. Remember it.")
+        for first in (0, 3, shared - 2, stop - 9):
+            assert (document.read(first, first + 9) == tokens[first : first + 9]).all()
 
 
-def test_passkey_needles_lie_anywhere_in_their_segments():
-    places = []
-    for number in range(40):
-        document = passkey_document(BYTES, 12, 64, 0.5, document_seed(1, 12, 0.5, number))
-        tokens = document.read(0, document.length)
-        places.append(BYTES.decode(tokens).index(" The pass key is"))
-    assert len({place % 64 for place in places}) > 20
-    assert max(places) - min(places) < len(FILLER)
-    # Where not even a filler fits, the needle still moves within the room there is.
-    shortest = shortest_length(BYTES, 64)
-    found = {
-        BYTES.decode(passkey_document(BYTES, shortest, 64, 0.5, seed).read(0, 999)).index("pass") for seed in range(9)
-    }
-    assert len(found) > 1
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_passkey_needles_lie_anywhere_in_their_segments(depth):
+    segments, places = 128, []
+    for number in range(60):
+        document = passkey_document(
+            PasskeyGenerator(BYTES), segments, 64, depth, document_seed(1, segments, depth, number)
+        )
+        text = BYTES.decode(document.read(0, document.length))
+        places.append(text.index(" The pass key is"))
+        assert abs(text[: places[-1]].count(FILLER) - depth * text.count(FILLER)) <= PLACES
+    assert len(set(places)) == PLACES
+    assert max(places) - min(places) == (PLACES - 1) * len(FILLER)
+
+
+def test_a_document_of_ten_million_tokens_is_not_held():
+    generator = PasskeyGenerator(BYTES)
+    document = passkey_document(generator, 163_840, 64, 0.5, 3)
+    assert document.length == 10 * 1024**2 + 1
+    assert BYTES.decode(document.read(document.length - 23, document.length - 5)) == "? The pass key is "
+    assert BYTES.decode(document.read(document.shared, document.shared + 16)) == " The pass key is"
 
 
 def test_passkey_seeds_are_nobody_elses():
@@ -185,27 +208,38 @@ class Oracle:
     segment_length = 64
     capacity = 64 * 16
 
-    def __init__(self, lanes: int, step: int) -> None:
-        self.lanes, self.step = lanes, step
-        self.windows: list[tuple[int, int]] = []
-
-    def batches(self, items):
-        return [items[i : i + self.lanes] for i in range(0, len(items), self.lanes)]
+    def __init__(self, lanes: int = 64, step: int = 16, rank: int = 0, ranks: int = 1) -> None:
+        self.max_lanes, self.step = lanes, step
+        self.topology = SimpleNamespace(data_rank=rank, data_size=ranks)
+        self.reads: list[tuple[int, int]] = []  # (lanes, segments)
+        self.answered: list[str] = []
 
     def segments_per_window(self, lanes):
         return self.step
 
     def window(self, documents, first, segments, eos_id):
-        self.windows.append((first, segments))
         return window(documents, first, segments, self.segment_length, eos_id, CPU)
 
     def empty_memory(self, lanes):
         return [MatrixState(torch.full((lanes, 1, self.capacity, 1), 256.0)), None]
 
-    def share_from_last_stage(self, value):
-        return value
+    def add_up(self, sums):
+        return sums
+
+    def read(self, batch, memory):
+        self.reads.append(tuple(batch.tokens.shape[:2]))
+        return self._run(batch, memory).memory
 
     def run(self, batch, memory, *, memory_off=False, correct=False):
+        output = self._run(batch, memory, memory_off)
+        if not memory_off:
+            self.answered += [self._text(row) for row in output.memory[0].M.flatten(1).long().tolist()]
+        return output
+
+    def _text(self, tokens):
+        return BYTES.decode([t for t in tokens if t != 256])
+
+    def _run(self, batch, memory, memory_off=False):
         seen = memory[0].M.flatten(1).long().tolist()
         correct = torch.zeros_like(batch.answer_mask)
         carried = []
@@ -221,49 +255,95 @@ class Oracle:
         return Output(None, correct, [state, None])
 
 
-def _grid(oracle: Oracle, **options) -> tuple[dict, int]:
+def _rows(lengths=(6, 12), depths=(0.0, 0.4), documents=4, seeds=(3,)) -> list[Row]:
+    return [Row(segments, tuple(depths), documents, tuple(seeds)) for segments in lengths]
+
+
+def _grid(oracle: Oracle, rows: list[Row]) -> tuple[dict, list[np.ndarray], answers.Plan, int]:
     done = []
-    settings = {"lengths": [6, 12], "depths": [0.0, 0.4], "documents": 4, "seed": 3} | options
-    return passkey_grid(oracle, BYTES, advance=done.append, **settings), sum(done)
+    work = answers.plan(oracle, passkey_cells(rows, BYTES, oracle.segment_length))
+    counts = answers.measure(oracle, work, BYTES.eos_id, done.append)
+    return passkey_results(rows, counts, oracle.segment_length, seed=3), counts, work, sum(done)
 
 
 @pytest.mark.parametrize("lanes, step", [(64, 16), (3, 1), (4, 2)])
 def test_passkey_grid_tells_what_the_memory_does(lanes, step):
     oracle = Oracle(lanes, step)
-    grid, tokens = _grid(oracle)
-    assert tokens == (6 + 12) * 64 * 2 * 4
+    grid, _, work, done = _grid(oracle, _rows())
+    assert done == work.tokens < (6 + 12) * 64 * 2 * 4  # not counting twice what is shared
     assert len(grid["cells"]) == 2 * 2 * 3
     for cell in grid["cells"]:
         on = cell["control"] == "on"
         assert cell["documents"] == 4
         assert cell["exact_match"] == (1.0 if on else 0.0), cell
-        assert cell["token_accuracy"] == 1.0 if on else cell["token_accuracy"] < 0.5
+        # Two pairs of documents change their keys: with this seed half of the digits agree in one cell.
+        assert cell["token_accuracy"] == 1.0 if on else cell["token_accuracy"] <= 0.5
         assert cell["exact_match_interval"] == pytest.approx([0.5101, 1.0] if on else [0.0, 0.4899], abs=1e-3)
-    # Windows cover the document once, the last segment alone; all controls share them.
-    assert oracle.windows[-1][1] == 1 and max(segments for _, segments in oracle.windows) <= step
+    (pooled,) = (x for x in grid["by_length"] if (x["segments"], x["control"]) == (12, "on"))
+    assert pooled["documents"] == 8 and pooled["exact_match_interval"] == pytest.approx([0.6756, 1.0], abs=1e-3)
+    assert max(segments for _, segments in oracle.reads) <= step
+
+
+def test_sharing_the_beginning_does_not_change_what_a_document_reads():
+    rows = _rows(lengths=(8, 14), depths=(0.0, 0.5, 1.0), documents=5, seeds=(3, 4))
+    cells = passkey_cells(rows, BYTES, 64)
+    oracle = Oracle(lanes=4)
+    answers.measure(oracle, answers.plan(oracle, cells), BYTES.eos_id, lambda tokens: None)
+    documents = [cell.make(number) for cell in cells for number in range(cell.documents)]
+    texts = [BYTES.decode(document.read(0, document.length - 1)) for document in documents]
+    assert len(set(texts)) == len(texts) == 60
+    # Each read with its own memory, once; and with that of another document.
+    assert all(oracle.answered.count(text) == 1 for text in texts)
+    assert len(oracle.answered) == 120
+    assert (1, 14) not in oracle.reads and any(lanes == 1 for lanes, _ in oracle.reads)
+
+
+def test_ranks_share_the_work():
+    rows = _rows(lengths=(6, 14), depths=(0.0, 0.5, 1.0), documents=7)
+    whole, alone, *_ = _grid(Oracle(), rows)
+    counts, tokens = zip(*(_grid(Oracle(rank=rank, ranks=3), rows)[1::2] for rank in range(3)), strict=True)
+    for cell, parts in zip(alone, zip(*counts, strict=True), strict=True):
+        np.testing.assert_array_equal(np.sum(parts, axis=0), cell)
+        assert sum((part[0].any(axis=1)).astype(int) for part in parts).tolist() == [1] * 7
+    assert max(tokens) < 1.3 * min(tokens)
 
 
 def test_passkey_grid_sees_a_key_in_the_last_segment_without_memory():
     class Near(Oracle):
         segment_length = 256
 
-    grid, _ = _grid(Near(64, 16), lengths=[2], depths=[1.0])
+    grid, *_ = _grid(Near(), _rows(lengths=[2], depths=[1.0]))
     assert {cell["control"]: cell["exact_match"] for cell in grid["cells"]}["off"] == 1.0
 
 
 def test_passkey_grid_without_somebody_to_exchange_with():
-    grid, _ = _grid(Oracle(64, 16), depths=[0.4], documents=1)
-    assert {cell["control"] for cell in grid["cells"]} == {"on", "off"}
-    plain = Oracle(64, 16)
+    grid, *_ = _grid(Oracle(), _rows(depths=[0.4], documents=1))
+    assert {cell["control"] for cell in grid["cells"]} == set(grid["controls"]) == {"on", "off"}
+    plain = Oracle()
     plain.has_memory = False
-    assert _grid(plain)[0]["controls"] == ["on"]
+    assert _grid(plain, _rows())[0]["controls"] == ["on"]
+
+
+def test_answers_of_one_document_are_scored_one_by_one():
+    documents = [array_document("a", np.arange(9), [(2, 4), (6, 8)]), array_document("b", np.arange(9), [(5, 8)])]
+    correct = torch.zeros(2, 1, 8, dtype=torch.bool)
+    correct[0, 0, [1, 2, 5]] = True  # labels 2, 3 and 6
+    correct[1, 0, [4, 5, 6]] = True
+    batch = window(documents, 0, 1, 8, 0, CPU)
+    counts = answers.count_right(batch, Output(None, correct, []), documents, 0)
+    assert counts.tolist() == [[3, 4, 1, 2], [3, 3, 1, 1]]
+    scores = answers.score(counts, seed=0)
+    assert scores["exact_match"] == pytest.approx(2 / 3) and scores["token_accuracy"] == pytest.approx(6 / 7)
+    assert scores["exact_match_interval"] == [0.5, 1.0]
+    assert answers.score(np.zeros((2, 4)), seed=0) is None
 
 
 def test_shortest_passkey_document():
     shortest = shortest_length(BYTES, 64)
-    passkey_document(BYTES, shortest, 64, 0.5, 0)
+    generator = PasskeyGenerator(BYTES)
+    passkey_document(generator, shortest, 64, 0.5, 0)
     with pytest.raises(ValueError, match="has at least"):
-        passkey_document(BYTES, shortest - 1, 64, 0.5, 0)
+        passkey_document(generator, shortest - 1, 64, 0.5, 0)
 
 
 # Results
@@ -279,7 +359,7 @@ def test_json_without_nan():
 def _results(run: str, losses: list[float], exact: float) -> dict:
     sums = {"weight": np.full((3, 4), 8.0), "on": 8.0 * np.tile(np.array(losses)[:, None], 4)}
     each = [{"name": f"d{i}", "tokens": 32, "loss": {"on": loss}} for i, loss in enumerate(losses)]
-    cell = {"segments": 4, "depth": 0.5, "control": "on", "exact_match": exact, "token_accuracy": exact}
+    scores = {"segments": 4, "control": "on", "exact_match": exact}
     return {
         "run": run,
         "name": "same",
@@ -288,7 +368,7 @@ def _results(run: str, losses: list[float], exact: float) -> dict:
         "seed": 1,
         "config": {"model": {"segment_length": 64, "memory": {"rule": "delta", "write_gate": "none"}}},
         "perplexity": {"text": report.without_nan(summarize(sums, 1) | {"each_document": each})},
-        "passkey": {"lengths": [4], "depths": [0.5], "controls": ["on"], "cells": [cell]},
+        "passkey": {"rows": [{"segments": 4}], "controls": ["on"], "by_length": [scores]},
     }
 
 
@@ -346,7 +426,9 @@ def test_the_layout_is_the_evaluations_own(tmp_path):
     config = evaluation_config(tmp_path, [], 1)
     assert (config.parallel.tensor, config.parallel.pipeline) == (1, 1)
     assert evaluation_config(tmp_path, ["parallel.tensor=2"], 2).parallel.tensor == 2
-    with pytest.raises(ConfigError, match="no data parallelism.*--nproc 2"):
-        evaluation_config(tmp_path, ["parallel.tensor=2"], 4)
+    assert evaluation_config(tmp_path, ["parallel.tensor=2"], 4).train.lanes == 6  # of 5 copies of the model, too
+    evaluation_config(tmp_path, [], 5)
+    with pytest.raises(ConfigError, match="multiple of 2, such as --nproc 2"):
+        evaluation_config(tmp_path, ["parallel.tensor=2"], 3)
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         evaluation_config(tmp_path / "nowhere", [], 1)
