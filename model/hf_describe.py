@@ -1,0 +1,99 @@
+"""What `config.json` of an exported model says: the model with its memory, or the plain transformer in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.config import ModelConfig, RopeScalingConfig
+from model.hf_export.memory_infini import RULES, WRITE_GATES
+from model.hf_weights import head_shape
+
+_ROPE_SETTINGS = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+
+
+def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The model with its memory, for the files in `model.hf_export`.
+
+    Args:
+        config: the model.
+        vocab_size: tokens, without padding.
+
+    Raises:
+        ValueError: the exported code does not know the memory's rule or gate.
+    """
+    memory = config.memory
+    for name, value, known in (("rule", memory.rule, ("none", *RULES)), ("write_gate", memory.write_gate, WRITE_GATES)):
+        if value not in known:
+            raise ValueError(f"model.memory.{name} = {value}: the exported model knows {', '.join(known)}")
+    return {
+        "architectures": ["InfiniForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_infini.InfiniConfig",
+            "AutoModel": "modeling_infini.InfiniModel",
+            "AutoModelForCausalLM": "modeling_infini.InfiniForCausalLM",
+        },
+        "model_type": "infini",
+        **_common(config, vocab_size),
+        "qkv_bias": config.qkv_bias,
+        "qk_norm": config.qk_norm,
+        "segment_length": config.segment_length,
+        "memory_rule": memory.rule,
+        "memory_write_gate": memory.write_gate,
+        "memory_write_gate_bias": memory.write_gate_bias,
+        "memory_beta_init": memory.beta_init,
+        "memory_skip_empty": memory.skip_empty,
+        "memory_epsilon": memory.epsilon,
+    }
+
+
+def describe_plain(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The transformer without the memory, as the family of models that has these parts.
+
+    Its `max_position_embeddings` is what the rotary scaling was made for, or else one segment: the training has seen
+    no later position.
+
+    Raises:
+        ValueError: no family has these parts.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("model.qkv_bias with model.qk_norm: no plain model of transformers has both")
+    kind = "Qwen2" if config.qkv_bias else "Qwen3" if config.qk_norm else "Llama"
+    positions = config.segment_length
+    scaling = config.rope_scaling
+    if scaling.type in ("llama3", "yarn"):
+        positions = max(positions, int(scaling.factor * scaling.original_max_position_embeddings))
+    return {
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
+        **_common(config, vocab_size),
+        "hidden_act": "silu",
+        "max_position_embeddings": positions,
+    }
+
+
+def _common(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    heads, groups, dim = head_shape(config)
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": dim,
+        "rms_norm_eps": config.norm_epsilon,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_parameters": _rope(config.rope_base, config.rope_scaling),
+    }
+
+
+def _rope(base: float, scaling: RopeScalingConfig) -> dict[str, Any]:
+    settings = {name: getattr(scaling, name) for name in _ROPE_SETTINGS[scaling.type]}
+    kind = "default" if scaling.type == "none" else scaling.type
+    return {"rope_type": kind, "rope_theta": base} | {k: v for k, v in settings.items() if v is not None}
