@@ -96,6 +96,25 @@ class Tokenizer:
         arrays = [np.array(self._encode_piece(piece), dtype=np.uint32) for piece in pieces]
         return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.uint32)
 
+    def encode_stream(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:
+        """Arrays that join to `encode_array` of the joined blocks; a text of any length costs the memory of a piece.
+
+        A tokenizer whose pieces do not encode apart (one that adds a space before a text) needs the text whole.
+        """
+        if self.kind == "byte":
+            yield from map(self.encode_array, blocks)
+            return
+        rest = ""
+        for block in blocks:
+            rest += block
+            if self._encodes_in_pieces:
+                # The last piece may go on in the next block. The others are cut where they would be in the whole text.
+                *whole, rest = split_text(rest) if rest else [""]
+                for piece in whole:
+                    yield self.encode_array(piece)
+        if rest:
+            yield self.encode_array(rest)
+
     def decode(self, ids: Any) -> str:
         """Text of `ids`; end tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
         ids = [int(token) for token in ids]

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 
 from launch import __version__
 
-COMMANDS = ("launch.prepare", "launch.inspect", "launch.plan", "launch.train", "launch.evaluate", "launch.bench")
+COMMANDS = (
+    "launch.prepare",
+    "launch.inspect",
+    "launch.plan",
+    "launch.train",
+    "launch.evaluate",
+    "launch.generate",
+    "launch.bench",
+)
 """Modules with `add_parser(subparsers)`, in the order of the help text."""
 
 USER_ERROR = 2

@@ -32,11 +32,11 @@ class ConfigError(ValueError):
         )
 
 
-def load_config(path: str | os.PathLike | None, overrides: list[str]) -> Config:
+def load_config(path: str | os.PathLike | dict[str, Any] | None, overrides: list[str]) -> Config:
     """The configuration of a run.
 
     Args:
-        path: YAML file, or None for the defaults.
+        path: YAML file, None for the defaults, or the settings themselves as a checkpoint has them.
         overrides: `key=value` strings such as `model.memory.rule=linear`; the value is YAML, list items are
             addressed by number (`data.sets.0.path=...`), `${other.key}` copies another setting.
 
@@ -47,7 +47,9 @@ def load_config(path: str | os.PathLike | None, overrides: list[str]) -> Config:
     problems: list[str] = []
     schema = OmegaConf.structured(Config)
     sources = []
-    if path is not None:
+    if isinstance(path, dict):
+        sources.append(("checkpoint", "", path))
+    elif path is not None:
         sources.append((str(path), "", _read_yaml(Path(path))))
     for override in overrides:
         try:

@@ -1,9 +1,11 @@
-"""The configuration of an evaluation: the run's, but for the layout. Light: a launcher checks it before any rank."""
+"""The configuration of an evaluation or a generation: the run's, but for the layout. Light: a launcher checks it
+before any rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.config_io import ConfigError, load_config
@@ -31,6 +33,40 @@ def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) 
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not a run folder: there is no {path.name}")
     config = load_config(path, [*OWN_LAYOUT, *overrides])
+    _check_layout(config, world_size)
+    return config
+
+
+def generation_config(saved: dict[str, Any], overrides: Sequence[str], world_size: int) -> Config:
+    """The configuration that a checkpoint was written with, with the layout of a generation on `world_size` processes.
+
+    Args:
+        saved: `config` of the checkpoint's summary.
+
+    Raises:
+        ConfigError: it cannot run so, needs data parallelism, or would be another model.
+    """
+    config = load_config(saved, [*OWN_LAYOUT, *overrides])
+    problems = []
+    if config.model != load_config(saved, []).model:
+        problems.append("settings under model belong to the checkpoint: generation cannot change them")
+    if config.parallel.sequence_parallel:
+        problems.append(
+            "parallel.sequence_parallel = True: it splits segments over the ranks, but generation goes on token by "
+            "token: leave it out"
+        )
+    if world_size > model_parallel_size(config):
+        problems.append(
+            f"parallel.tensor = {config.parallel.tensor} x parallel.pipeline = {config.parallel.pipeline} on "
+            f"{world_size} processes: generation has no data parallelism, their product must be the number of processes"
+        )
+    if problems:
+        raise ConfigError(problems)
+    _check_layout(config, world_size)
+    return config
+
+
+def _check_layout(config: Config, world_size: int) -> None:
     size = model_parallel_size(config)
     if world_size % size:
         raise ConfigError(
@@ -40,4 +76,3 @@ def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) 
             ]
         )
     validate(config, size, data_exists=False)  # data-parallel ranks share documents, not the run's lanes
-    return config

@@ -105,6 +105,22 @@ def window(
     )
 
 
+def segments_to_read(tokens: Tensor) -> WindowBatch:
+    """Whole segments `[B, T, S]` that go on where each lane's memory ends; nothing is predicted."""
+    shape, device = tokens.shape, tokens.device
+    return WindowBatch(
+        tokens=tokens,
+        labels=tokens,
+        loss_weight=torch.zeros(shape, device=device),
+        answer_mask=torch.zeros(shape, dtype=torch.bool, device=device),
+        reset=torch.zeros(shape[:2], dtype=torch.bool, device=device),
+        position_in_document=torch.zeros(shape[:2], dtype=torch.int64, device=device),
+        lane_ids=torch.arange(shape[0]),
+        padded_tokens=0,
+        documents=[[] for _ in range(shape[0])],
+    )
+
+
 class Streamer:
     """A trained model that runs forward over documents.
 

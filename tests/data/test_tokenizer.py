@@ -7,6 +7,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,3 +129,14 @@ def test_what_cannot_be_a_tokenizer_says_so(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="257"):
         train_bpe(["text"], 100)
+
+
+@pytest.mark.parametrize("block", [1, 1000, 70_000, 10**7])
+def test_a_text_in_blocks_is_encoded_as_if_whole(bpe: Tokenizer, block: int) -> None:
+    text = ("def gamma(n):\n    return 'delta' + 1234\n\n" * 4000)[: block * 3000]
+    blocks = [text[start : start + block] for start in range(0, len(text), block)]
+    for tokenizer in (bpe, byte_tokenizer()):
+        arrays = list(tokenizer.encode_stream(blocks))
+        assert np.concatenate(arrays).tolist() == tokenizer.encode(text)
+        if block == 70_000:
+            assert len(arrays) > 1

@@ -1,0 +1,169 @@
+"""`infini generate`: read prompts of any length and continue them, or keep what was read for later questions."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.generate import Generator, Prompt
+    from pipeline.incremental import LaneState
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue texts of any length",
+        description="Read prompts of any length through the memory and continue them. Text goes to the standard "
+        "output, as it comes when there is one prompt; what was measured to the error output.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder (its newest checkpoint) or checkpoint")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; may be repeated")
+    parser.add_argument(
+        "--file", metavar="FILE", action="append", default=[], help="a prompt in a UTF-8 file; may be repeated"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="per prompt; 0 only reads (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens of this mass (%(default)s)",
+    )
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end a text before this one; may be repeated"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the first prompt; the next has N + 1 (%(default)s)"
+    )
+    parser.add_argument("--save-memory", metavar="FILE", help="keep what was read, before anything is generated")
+    parser.add_argument("--load-memory", metavar="FILE", help="go on after what was kept")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer or of a prepared set")
+    parser.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="port for the processes to meet on")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as parallel.tensor=2")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    if args.nproc is not None:
+        return _start(args)
+
+    from launch.worker import run_rank
+    from launch.world import join_world
+
+    join_world(args.master_port)
+    return run_rank(lambda: _generate(args), None)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong before a model is loaded."""
+    if not args.prompt and not args.file:
+        raise ValueError("nothing to read: give --prompt or --file")
+    if args.max_new_tokens < 0 or args.max_new_tokens == 0 and args.save_memory is None:
+        raise ValueError(
+            f"--max-new-tokens {args.max_new_tokens}: must be at least 1, or 0 to only read (with --save-memory)"
+        )
+    if args.nproc is not None and args.nproc < 1:
+        raise ValueError(f"--nproc {args.nproc}: must be at least 1")
+    for name in [*args.file, *([args.load_memory] if args.load_memory else [])]:
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"there is no file {name}")
+
+
+def _start(args: argparse.Namespace) -> int:
+    from launch.agent import launch_workers
+
+    if "RANK" in os.environ:
+        raise ValueError("--nproc starts processes, but this one was started by torchrun (RANK is set): leave it out")
+    arguments = ["generate", args.checkpoint, *args.overrides]
+    options = {
+        "--prompt": args.prompt,
+        "--file": args.file,
+        "--stop": args.stop,
+        "--max-new-tokens": [args.max_new_tokens],
+        "--temperature": [args.temperature],
+        "--top-k": [args.top_k],
+        "--top-p": [args.top_p],
+        "--seed": [args.seed],
+        "--save-memory": [args.save_memory],
+        "--load-memory": [args.load_memory],
+        "--tokenizer": [args.tokenizer],
+    }
+    # With the equals sign, a value that begins with a dash is no option.
+    arguments += [f"{option}={value}" for option, values in options.items() for value in values if value is not None]
+    return launch_workers("launch.cli", arguments, args.nproc, args.master_port)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import time
+
+    from pipeline.generate import Generator
+    from pipeline.sampling import Sampling
+    from pipeline.topology import shutdown
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)  # refused before anything is loaded
+    generator = Generator.open(args.checkpoint, overrides=args.overrides, tokenizer=args.tokenizer)
+    prompts: list[Prompt] = [*args.prompt, *map(Path, args.file)]
+    after = generator.load(args.load_memory) if args.load_memory else None
+    before = sum(after.tokens_read) if after is not None else 0
+    start = time.perf_counter()
+    state = generator.read(prompts, after)
+    _report("read", sum(state.tokens_read) - before * (state.lanes if after and after.lanes == 1 else 1), start)
+    if args.save_memory:
+        generator.save(state, args.save_memory)
+    if args.max_new_tokens:
+        _complete(generator, state, sampling, args)
+    shutdown()
+    return 0
+
+
+def _complete(generator: Generator, state: LaneState, sampling, args: argparse.Namespace) -> None:
+    import time
+
+    main, single = os.environ["RANK"] == "0", state.lanes == 1
+
+    def show(lane: int, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    start = time.perf_counter()
+    completions = generator.complete(
+        state,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop=args.stop,
+        seeds=args.seed,
+        on_text=show if main and single else None,
+    )
+    if main:
+        if single:
+            print(flush=True)
+        else:
+            for number, completion in enumerate(completions, start=1):
+                print(f"== prompt {number} ({completion.ended_by})\n{completion.text}", flush=True)
+    _report("generated", sum(len(completion.tokens) for completion in completions), start)
+
+
+def _report(what: str, tokens: int, start: float) -> None:
+    import resource
+    import time
+
+    if os.environ["RANK"] != "0":
+        return
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{what} {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s), peak memory {peak:.0f} MiB",
+        file=sys.stderr,
+    )

@@ -1,0 +1,233 @@
+"""Generation with bounded memory: prompts of any length in, text out, token by token.
+
+    generator = Generator.open("runs/demo")
+    book = generator.read([Path("book.txt")])
+    answers = generator.generate(["Who came first?", "Who came last?"], after=book, max_new_tokens=20)
+
+Every process of the layout makes the same calls and gets the same results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.checkpoint import CheckpointReader, find_checkpoint, open_verified
+from pipeline.config import Config
+from pipeline.config_io import ConfigError
+from pipeline.evaluation_config import generation_config
+from pipeline.incremental import IncrementalModel, LaneState
+from pipeline.memory_file import Identity, load_memory, save_memory
+from pipeline.sampling import Sampling, choose
+from pipeline.streaming import Streamer
+from pipeline.text_stream import TextStream
+from pipeline.topology import initialize
+
+BLOCK_CHARACTERS = 1 << 18
+"""What is read of a file at a time."""
+
+Prompt = str | Path | Sequence[int]
+"""A text, a file with text (UTF-8, read piece by piece), or tokens."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with."""
+
+    text: str
+    """Without the stop string and the end token."""
+    tokens: list[int]
+    """All new tokens, the end token included."""
+    ended_by: str
+    """`eos`, `stop` or `length`."""
+
+
+class Generator:
+    """A trained model that continues texts.
+
+    Args:
+        streamer: the model, with its weights.
+        tokenizer: the one the model was trained with.
+        identity: of the model, for memory files.
+        vocab_size: of the model (not padded).
+    """
+
+    def __init__(self, streamer: Streamer, tokenizer: Tokenizer, identity: Identity, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.identity = identity
+        self.model = IncrementalModel(streamer, vocab_size)
+
+    @classmethod
+    def open(
+        cls, checkpoint: str | Path, *, overrides: Sequence[str] = (), tokenizer: str | Path | None = None
+    ) -> Generator:
+        """The model of a run's newest checkpoint, or of a checkpoint's folder; collective.
+
+        `launch.world.join_world` (or torchrun) must have set the ranks' environment.
+
+        Args:
+            overrides: `key=value` settings: the layout, `train.precision`.
+            tokenizer: folder of a tokenizer or of a prepared set; None takes the one beside the run's configuration,
+                else the training data's.
+
+        Raises:
+            ValueError: checkpoint, tokenizer and settings do not fit together (`ConfigError`, `CheckpointError`).
+            OSError: something cannot be read.
+        """
+        path = find_checkpoint(Path(checkpoint))
+        reader = CheckpointReader(path)
+        config = generation_config(reader.summary["config"], overrides, int(os.environ.get("WORLD_SIZE", "1")))
+        found = find_tokenizer(path, config, reader.summary["vocab_size"], tokenizer)
+        parallel = config.parallel
+        topology = initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
+        reader = open_verified(path)
+        streamer = Streamer(config, topology, reader.summary["vocab_size"])
+        streamer.load(reader)
+        identity = Identity(asdict(config.model), reader.summary["sha256"], found.hash)
+        return cls(streamer, found, identity, reader.summary["vocab_size"])
+
+    def read(self, prompts: Sequence[Prompt], after: LaneState | None = None) -> LaneState:
+        """Read prompts of any lengths, each in a lane of its own; collective.
+
+        Args:
+            after: go on from here, one prompt per lane; a single lane serves any number of prompts. It is not changed.
+
+        Raises:
+            ValueError: a prompt is empty and there is nothing before it, a file is not UTF-8, or the numbers differ.
+        """
+        if not prompts:
+            raise ValueError("no prompts given")
+        if after is None:
+            state = self.model.start(len(prompts))
+        elif after.lanes in (1, len(prompts)):
+            state = after.select(range(after.lanes) if after.lanes == len(prompts) else [0] * len(prompts))
+        else:
+            raise ValueError(
+                f"the memory holds {after.lanes} documents and there are {len(prompts)} prompts: give one for each"
+            )
+        self.model.read(state, [self._tokens(prompt) for prompt in prompts])
+        for number, tokens in enumerate(state.segment):
+            if not tokens:
+                raise ValueError(f"prompt {number + 1} is empty: there is nothing to continue")
+        return state
+
+    def complete(
+        self,
+        state: LaneState,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int] | int = 0,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Continue what was read; collective. `state` is not changed.
+
+        Args:
+            max_new_tokens: per prompt.
+            sampling: None takes the likeliest token every time.
+            stop: strings that end a text.
+            seeds: one per lane, or the first lane's: lane i then draws with `seeds + i`.
+            on_text: called as `on_text(lane, piece)` with new text as soon as it is settled.
+        """
+        sampling = sampling or Sampling()
+        seeds = range(seeds, seeds + state.lanes) if isinstance(seeds, int) else seeds
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        texts = [TextStream(self.tokenizer, stop) for _ in range(state.lanes)]
+        tokens: list[list[int]] = [[] for _ in range(state.lanes)]
+        ended = ["length"] * state.lanes
+        active = list(range(state.lanes))
+        state = state.select(active)
+
+        def give(lane: int, piece: str) -> None:
+            if piece and on_text is not None:
+                on_text(lane, piece)
+
+        for _ in range(max_new_tokens):
+            logits = self.model.next_logits(state)
+            chosen = None
+            if logits is not None:
+                chosen = [choose(row, sampling, generators[lane]) for row, lane in zip(logits, active, strict=True)]
+            for lane, token in zip(active, self.model.append(state, chosen), strict=True):
+                tokens[lane].append(token)
+                if token == self.tokenizer.eos_id:
+                    ended[lane] = "eos"
+                    continue
+                give(lane, texts[lane].push(token))
+                if texts[lane].stopped:
+                    ended[lane] = "stop"
+            going_on = [row for row, lane in enumerate(active) if ended[lane] == "length"]
+            if len(going_on) < len(active):
+                active = [active[row] for row in going_on]
+                if not active:
+                    break
+                state = state.select(going_on)
+        for lane, text in enumerate(texts):
+            give(lane, text.finish())
+            if text.stopped:
+                ended[lane] = "stop"
+        return [Completion(text.text, *rest) for text, *rest in zip(texts, tokens, ended, strict=True)]
+
+    def generate(self, prompts: Sequence[Prompt], after: LaneState | None = None, **options) -> list[Completion]:
+        """`complete` of `read`."""
+        return self.complete(self.read(prompts, after), **options)
+
+    def save(self, state: LaneState, path: str | Path) -> None:
+        """Write what was read to a file, see `pipeline.memory_file`; collective."""
+        save_memory(Path(path), state, self.model, self.identity)
+
+    def load(self, path: str | Path) -> LaneState:
+        """What `save` has written, under any layout; collective.
+
+        Raises:
+            ValueError: the file is damaged or another model's.
+            OSError: it cannot be read.
+        """
+        return load_memory(Path(path), self.model, self.identity)
+
+    def _tokens(self, prompt: Prompt) -> Iterable[np.ndarray]:
+        if isinstance(prompt, Path):
+            return self.tokenizer.encode_stream(_blocks(prompt))
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_stream([prompt])
+        return [np.asarray(prompt, dtype=np.int64)]
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            while block := file.read(BLOCK_CHARACTERS):
+                yield block
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def find_tokenizer(checkpoint: Path, config: Config, vocab_size: int, given: str | Path | None) -> Tokenizer:
+    """The tokenizer of a model with `vocab_size` tokens: `given`, else the one in the run's folder, else its data's.
+
+    Raises:
+        ValueError: there is none, or it has tokens that the model does not know.
+    """
+    if given is not None:
+        place = Path(given)
+    else:
+        run_dir = checkpoint.parent.parent
+        places = [run_dir, *(Path(entry.path) for entry in config.data.sets)]
+        place = next((place for place in places if (place / "tokenizer").is_dir()), None)
+        if place is None:
+            raise ConfigError(
+                [
+                    f"{checkpoint}: there is no {run_dir / 'tokenizer'}, and none of data.sets is there any more: give "
+                    "the folder of a tokenizer or of a prepared set with --tokenizer"
+                ]
+            )
+    tokenizer = load_tokenizer(place)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError([f"the tokenizer of {place} has {tokenizer.vocab_size} tokens; the model knows {vocab_size}"])
+    return tokenizer

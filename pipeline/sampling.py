@@ -1,0 +1,68 @@
+"""Choosing the next token from its logits: greedy, or drawn after temperature, top-k and top-p, in this order.
+
+Every prompt draws from a generator of its own, one number per token: what it is given does not depend on the rest of
+the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Raises:
+        ValueError: a setting is outside of its range.
+    """
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; else logits are divided by it."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have at least this probability (nucleus sampling,
+    arXiv 1904.09751)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature}: must be at least 0 (0 takes the likeliest token)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top-k {self.top_k}: must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p {self.top_p}: must be above 0 and at most 1")
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Probabilities `[k]` in float64, largest first, and their tokens `[k]`; for a temperature above 0.
+
+    Args:
+        logits: `[vocabulary]`.
+    """
+    scaled = logits.double() / sampling.temperature
+    k = len(scaled) if sampling.top_k is None else min(sampling.top_k, len(scaled))
+    largest, tokens = torch.topk(scaled, k)
+    probabilities = torch.softmax(largest, dim=0)
+    before = probabilities.cumsum(0) - probabilities
+    kept = before < sampling.top_p  # the likeliest always
+    probabilities = probabilities[kept]
+    return probabilities / probabilities.sum(), tokens[kept]
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token.
+
+    Args:
+        logits: `[vocabulary]`.
+        generator: on the CPU; one number is taken from it, and none when the choice is greedy.
+    """
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities, tokens = distribution(logits.cpu(), sampling)
+    drawn = torch.rand((), generator=generator, dtype=torch.float64)
+    index = int(torch.searchsorted(probabilities.cumsum(0), drawn, right=True))
+    return int(tokens[min(index, len(tokens) - 1)])
