@@ -96,7 +96,7 @@ def memory_weight(name: str, shape: Sequence[int]) -> Weight:
     """
     if not (match := _MEMORY.fullmatch(name)):
         raise ValueError(f"{name} is not a parameter of the memory, and Hugging Face has none like it")
-    return _same(f"model.layers.{match[1]}.self_attn.memory.{match[2]}", *shape)
+    return _same(f"model.layers.{match[1]}.self_attn.memory.{match[2].removeprefix('memory_')}", *shape)
 
 
 def head_shape(config: ModelConfig) -> tuple[int, int, int]:

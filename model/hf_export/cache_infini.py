@@ -7,7 +7,8 @@ from .configuration_infini import InfiniConfig
 
 
 class InfiniCacheLayer(CacheLayerMixin):
-    """One layer's memory and the open segment: its keys with and without positions, values and write gates."""
+    """One layer's memory and the open segment: its keys with and without positions, values, write gates and
+    what else the memory's rule wants to know of a token."""
 
     is_croppable = False
     is_sliding = False
@@ -16,7 +17,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         super().__init__()
         self.memory: tuple[Tensor, ...] | None = None
         self.rotated: Tensor | None = None
-        self.gates: Tensor | None = None
+        self.numbers: Tensor | None = None
         self.columns = 0
         """Columns of input seen, padding included."""
 
@@ -31,7 +32,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         """Replace every tensor x by change(x)."""
         if self.is_initialized:
             self.keys, self.rotated, self.values = change(self.keys), change(self.rotated), change(self.values)
-            self.gates = None if self.gates is None else change(self.gates)
+            self.numbers = None if self.numbers is None else change(self.numbers)
             self.memory = None if self.memory is None else tuple(change(x) for x in self.memory)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

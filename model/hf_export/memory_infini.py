@@ -1,15 +1,19 @@
 """Memory rules of Infini-attention and their kin: what a segment leaves behind, and what queries find in it.
 
-b rows, n key/value heads, r query heads per key/value head, s tokens of a segment, d head dimension. A memory is a
-tuple of tensors that begin with `[b, n]`.
+b rows, n key/value heads, r query heads per key/value head, m tokens of a piece, s tokens of a segment, d head
+dimension. A memory is a tuple of tensors that begin with `[b, n]`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Memory = tuple[Tensor, ...]
+
 WRITE_BLOCK = 64
 """Tokens that the token-by-token delta rule solves for at once."""
+WIDTH = 4
+"""Tokens that `gated_deltanet`'s convolutions see."""
 
 
 def phi(x: Tensor) -> Tensor:
@@ -23,70 +27,160 @@ def divide(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
     return numerator * (stored.to(denominator.dtype) / denominator.clamp_min(epsilon))
 
 
-class NormalizedRule:
+class Rule:
+    """What every rule has. `weights` are the rule's own parameters by name."""
+
+    inputs: tuple[str, ...] = ()
+    """Numbers per token and head that come from the layer's input by a linear layer of this name."""
+
+    def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
+        """The rule's own parameters with their initial values, but for the linear layers in `inputs`."""
+        return {}
+
+    def init(self, like: Tensor, ratio: int) -> Memory:
+        """An empty memory for keys `like [b, n, s, d]` and `ratio` query heads per key/value head."""
+        b, n, _, d = like.shape
+        return (like.new_zeros(b, n, d, d),)
+
+    def read(self, query: Tensor, weights: dict[str, Tensor], memory: Memory) -> Tensor:
+        """Read `[b, n, r, m, d]` for queries of that shape, from the memory before their segment."""
+        raise NotImplementedError
+
+    def advance(self, query: Tensor, count: Tensor, memory: Memory) -> Memory:
+        """The memory after `count [b]` of a piece's queries `[b, n, r, m, d]`, for reads later in the segment."""
+        return memory
+
+    def write(
+        self,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor | None,
+        inputs: dict[str, Tensor],
+        weights: dict[str, Tensor],
+        memory: Memory,
+    ) -> Memory:
+        """The memory after a whole segment: key, value `[b, n, s, d]`, gate and every input `[b, n, s]`."""
+        raise NotImplementedError
+
+    def present(self, memory: Memory) -> Tensor:
+        """`[b, n]`: 1 where anything has been written, else 0."""
+        return (memory[0].detach().abs().amax(dim=(-1, -2)) > 0).to(memory[0].dtype)
+
+
+class NormalizedRule(Rule):
     """`linear` and `delta`: M `[b, n, d, d]` with a normaliser z `[b, n, d]`."""
 
     def __init__(self, delta: bool, epsilon: float):
         self.delta, self.epsilon = delta, epsilon
 
-    def init(self, like: Tensor) -> tuple[Tensor, ...]:
-        """An empty memory for keys `like [b, n, s, d]`."""
-        b, n, _, d = like.shape
-        return like.new_zeros(b, n, d, d), like.new_zeros(b, n, d)
+    def init(self, like: Tensor, ratio: int) -> Memory:
+        return *super().init(like, ratio), torch.zeros_like(like[:, :, 0])
 
-    def read(self, query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        """Read `[b, n, r*s, d]` for queries of that shape."""
-        matrix, z = state
+    def read(self, query: Tensor, weights: dict[str, Tensor], memory: Memory) -> Tensor:
+        matrix, z = (x.unsqueeze(2) for x in memory)
         query = phi(query)
         return divide(query @ matrix, query @ z.unsqueeze(-1), self.epsilon)
 
-    def write(self, key: Tensor, value: Tensor, gate: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The memory after a whole segment: key, value `[b, n, s, d]`, gate `[b, n, s]` or None."""
-        matrix, z = state
+    def write(self, key, value, gate, inputs, weights, memory) -> Memory:
+        matrix, z = memory
         key = phi(key)
         if self.delta:
             value = value - divide(key @ matrix, key @ z.unsqueeze(-1), self.epsilon)
         written = key if gate is None else key * gate.unsqueeze(-1)
         return matrix + written.transpose(-1, -2) @ value, z + written.sum(dim=-2)
 
-    def present(self, state: tuple[Tensor, ...]) -> Tensor:
-        """`[b, n]`: 1 where anything has been written, else 0."""
-        return (state[1].detach().sum(dim=-1) > 0).to(state[1].dtype)
+    def present(self, memory: Memory) -> Tensor:
+        return (memory[1].detach().sum(dim=-1) > 0).to(memory[1].dtype)
 
 
-class DeltaNetRule:
-    """`deltanet`: the delta rule token by token, keys and queries L2-normalised; M `[b, n, d, d]` alone."""
+def write_token_by_token(
+    key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None, matrix: Tensor
+) -> Tensor:
+    """`M <- a (M - g k (k^T M)) + g k v^T` over the tokens of a segment, a = exp(log_decay) (None: 1).
 
-    def init(self, like: Tensor) -> tuple[Tensor, ...]:
+    With c_i the sum of log a up to token i of a block, the block's updates u solve
+    `(I + L) u = g v - g e^{c} k M` with `L_ij = g_i e^{c_i - c_j} k_i k_j` for j < i.
+    """
+    one = torch.ones_like(key[..., 0])
+    gate = one if gate is None else gate
+    log_decay = torch.zeros_like(one) if log_decay is None else log_decay
+    blocks = (x.split(WRITE_BLOCK, dim=2) for x in (key, value, gate.unsqueeze(-1), log_decay))
+    for k, v, g, log_a in zip(*blocks, strict=True):
+        total = log_a.cumsum(dim=-1)
+        earlier = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril(-1)
+        ratio = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~earlier, -torch.inf).exp()
+        lower = g * (k @ k.transpose(-1, -2)) * ratio + torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+        change = g * (v - total.exp().unsqueeze(-1) * (k @ matrix))
+        update = torch.linalg.solve_triangular(lower, change, upper=False, unitriangular=True)
+        left = (total[..., -1:] - total).exp().unsqueeze(-1)
+        matrix = total[..., -1, None, None].exp() * matrix + (k * left).transpose(-1, -2) @ update
+    return matrix
+
+
+class DeltaNetRule(Rule):
+    """`deltanet`: the delta rule token by token, keys and queries L2-normalised; M alone."""
+
+    def read(self, query: Tensor, weights: dict[str, Tensor], memory: Memory) -> Tensor:
+        return F.normalize(query, dim=-1) @ memory[0].unsqueeze(2)
+
+    def write(self, key, value, gate, inputs, weights, memory) -> Memory:
+        return (write_token_by_token(F.normalize(key, dim=-1), value, gate, None, memory[0]),)
+
+
+class GatedDeltaNetRule(Rule):
+    """`gated_deltanet`: the same with a decay, behind short convolutions that run through segment borders.
+
+    Beside M the last tokens before the convolution, `[b, n, r + 2, 3, d]`: queries up to the last piece, key and value
+    up to the last segment.
+    """
+
+    inputs = ("decay",)
+
+    def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
+        taps = torch.randn((heads + 2 * groups) * dim, WIDTH) * (3 * WIDTH) ** -0.5
+        return {"decay_rate": torch.zeros(groups), "convolution": taps}
+
+    def init(self, like: Tensor, ratio: int) -> Memory:
         b, n, _, d = like.shape
-        return (like.new_zeros(b, n, d, d),)
+        return *super().init(like, ratio), like.new_zeros(b, n, ratio + 2, WIDTH - 1, d)
 
-    def read(self, query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        return F.normalize(query, dim=-1) @ state[0]
+    def read(self, query: Tensor, weights: dict[str, Tensor], memory: Memory) -> Tensor:
+        matrix, tail = memory
+        query = self._convolve(tail[:, :, :-2], query, self._taps(weights, tail)[:, :-2])
+        return F.normalize(query, dim=-1) @ matrix.unsqueeze(2)
 
-    def write(self, key: Tensor, value: Tensor, gate: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (matrix,) = state
-        key = F.normalize(key, dim=-1)
-        if gate is None:
-            gate = torch.ones_like(key[..., 0])
-        blocks = zip(*(x.split(WRITE_BLOCK, dim=2) for x in (key, value, gate.unsqueeze(-1))), strict=True)
-        for k, v, g in blocks:  # WY form: the updates of a block are one triangular solve
-            lower = torch.tril(g * k @ k.transpose(-1, -2), diagonal=-1)
-            lower = lower + torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-            change = g * (v - k @ matrix)
-            matrix = matrix + k.transpose(-1, -2) @ torch.linalg.solve_triangular(
-                lower, change, upper=False, unitriangular=True
-            )
-        return (matrix,)
+    def advance(self, query: Tensor, count: Tensor, memory: Memory) -> Memory:
+        matrix, tail = memory
+        behind = torch.cat([tail[:, :, :-2], query], dim=3)
+        last = count[:, None] + torch.arange(WIDTH - 1, device=count.device)
+        return matrix, torch.cat([behind.take_along_dim(last[:, None, None, :, None], dim=3), tail[:, :, -2:]], dim=2)
 
-    def present(self, state: tuple[Tensor, ...]) -> Tensor:
-        return (state[0].detach().abs().amax(dim=(-1, -2)) > 0).to(state[0].dtype)
+    def write(self, key, value, gate, inputs, weights, memory) -> Memory:
+        matrix, tail = memory
+        taps, raw = self._taps(weights, tail), torch.stack([key, value], dim=2)
+        key, value = self._convolve(tail[:, :, -2:], raw, taps[:, -2:]).unbind(dim=2)
+        log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(inputs["decay"])
+        matrix = write_token_by_token(F.normalize(key, dim=-1), value, gate, log_decay, matrix)
+        raw = torch.cat([tail[:, :, -2:], raw], dim=3)[:, :, :, -(WIDTH - 1) :]
+        return matrix, torch.cat([tail[:, :, :-2], raw], dim=2)
+
+    @staticmethod
+    def _taps(weights: dict[str, Tensor], tail: Tensor) -> Tensor:
+        """`[n, r + 2, d, WIDTH]`: per key/value head its query heads, its key, its value."""
+        return weights["convolution"].view(-1, tail.shape[2], tail.shape[-1], WIDTH)
+
+    @staticmethod
+    def _convolve(tail: Tensor, x: Tensor, taps: Tensor) -> Tensor:
+        """SiLU of the causal convolution of `[..., m, d]` behind its tail."""
+        behind, length = torch.cat([tail, x], dim=-2), x.shape[-2]
+        return F.silu(sum(behind[..., i : i + length, :] * taps[..., None, :, i] for i in range(WIDTH)))
 
 
 RULES = {
     "linear": lambda config: NormalizedRule(False, config.memory_epsilon),
     "delta": lambda config: NormalizedRule(True, config.memory_epsilon),
     "deltanet": lambda config: DeltaNetRule(),
+    "gated_deltanet": lambda config: GatedDeltaNetRule(),
 }
 
 WRITE_GATES = {

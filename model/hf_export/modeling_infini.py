@@ -33,6 +33,8 @@ class Piece(NamedTuple):
     """Places that the piece covers: the longest row's tokens of the segment so far, m included."""
     kept: int
     """Places that some row still needs after the piece."""
+    count: Tensor
+    """Real tokens of each row, `[b]`."""
     full: Tensor | None
     """Bool `[b]`: the piece fills this row's segment, so it is written to memory; None when no row's."""
     from_start: bool
@@ -79,8 +81,12 @@ class InfiniMemory(nn.Module):
         self.ratio = config.num_attention_heads // self.groups
         self.rule, self.gate = RULES[config.memory_rule](config), WRITE_GATES[config.memory_write_gate]
         self.beta = nn.Parameter(torch.full((config.num_attention_heads,), config.memory_beta_init))
-        if self.gate is not None:
-            self.write_gate = nn.Linear(config.hidden_size, self.groups)
+        for name, value in self.rule.parameters(config.num_attention_heads, self.groups, config.head_dim).items():
+            self.register_parameter(name, nn.Parameter(value))
+        # Numbers per token and key/value head, in the cache until the segment is written.
+        self.numbers = (() if self.gate is None else ("write_gate",)) + self.rule.inputs
+        for name in self.numbers:
+            self.add_module(name, nn.Linear(config.hidden_size, self.groups))
 
     def forward(self, hidden: Tensor, query: Tensor, local: Tensor, piece: Piece, cache: InfiniCacheLayer) -> Tensor:
         """Mix what the memory holds into the local attention, and write the segments that are full.
@@ -91,30 +97,33 @@ class InfiniMemory(nn.Module):
             local: the local attention's output, of the same shape.
         """
         dtype = memory_dtype(hidden)
+        weights = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
         if cache.memory is None:
-            cache.memory = self.rule.init(cache.keys.to(dtype))
-        b, heads, m, d = query.shape
-        grouped = query.to(dtype).reshape(b, self.groups, self.ratio * m, d)
-        read = self.rule.read(grouped, cache.memory).reshape(b, heads, m, d)
-        share = torch.sigmoid(self.beta.to(dtype)).view(1, -1, 1, 1)
+            cache.memory = self.rule.init(cache.keys.to(dtype), self.ratio)
+        grouped = query.to(dtype).unflatten(1, (self.groups, self.ratio))
+        read = self.rule.read(grouped, weights, cache.memory).flatten(1, 2)
+        share = torch.sigmoid(weights["beta"]).view(1, -1, 1, 1)
         if self.config.memory_skip_empty:
             share = share * self.rule.present(cache.memory).repeat_interleave(self.ratio, dim=1)[..., None, None]
-        if self.gate is not None:
-            gate = F.linear(hidden.to(dtype), self.write_gate.weight.to(dtype), self.write_gate.bias.to(dtype))
-            gate = self.gate(gate).transpose(1, 2).unsqueeze(-1)  # [b, n, m, 1]
-            cache.gates = place(gate[:, :, :0] if cache.gates is None else cache.gates, gate, piece)
+        cache.memory = self.rule.advance(grouped, piece.count, cache.memory)
+        if self.numbers:
+            found = [F.linear(hidden.to(dtype), weights[f"{x}.weight"], weights[f"{x}.bias"]) for x in self.numbers]
+            new = torch.stack(found, dim=-1).transpose(1, 2)  # [b, n, m, numbers]
+            cache.numbers = place(new[:, :, :0] if cache.numbers is None else cache.numbers, new, piece)
         if piece.full is not None:
-            self._write(piece.full, cache, dtype)
+            self._write(piece.full, weights, cache)
         cache.keys = cache.keys[:, :, : piece.kept]
-        cache.gates = None if cache.gates is None else cache.gates[:, :, : piece.kept]
+        cache.numbers = None if cache.numbers is None else cache.numbers[:, :, : piece.kept]
         return (share * read + (1 - share) * local.to(dtype)).to(query.dtype)
 
-    def _write(self, full: Tensor, cache: InfiniCacheLayer, dtype: torch.dtype) -> None:
+    def _write(self, full: Tensor, weights: dict[str, Tensor], cache: InfiniCacheLayer) -> None:
         """Write the open segment of the rows where it is full."""
         length = self.config.segment_length
-        key, value = (x[:, :, :length].to(dtype) for x in (cache.keys, cache.values))
-        gate = None if cache.gates is None else cache.gates[:, :, :length, 0]
-        written = self.rule.write(key, value, gate, cache.memory)
+        key, value = (x[:, :, :length].to(cache.memory[0].dtype) for x in (cache.keys, cache.values))
+        columns = () if cache.numbers is None else cache.numbers[:, :, :length].unbind(dim=-1)
+        inputs = dict(zip(self.numbers, columns, strict=True))
+        gate = None if self.gate is None else self.gate(inputs.pop("write_gate"))
+        written = self.rule.write(key, value, gate, inputs, weights, cache.memory)
         cache.memory = tuple(
             torch.where(full.view(-1, *[1] * (new.dim() - 1)), new, old)
             for new, old in zip(written, cache.memory, strict=True)
@@ -209,9 +218,11 @@ class InfiniPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, InfiniMemory):
             init.constant_(module.beta, self.config.memory_beta_init)
-            if module.gate is not None:
-                init.zeros_(module.write_gate.weight)
-                init.constant_(module.write_gate.bias, self.config.memory_write_gate_bias)
+            for name in module.numbers:
+                init.zeros_(module.get_submodule(name).weight)
+                # decays of about 1e-4 per token
+                bias = self.config.memory_write_gate_bias if name == "write_gate" else -9.0
+                init.constant_(module.get_submodule(name).bias, bias)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -268,6 +279,8 @@ class InfiniModel(InfiniPreTrainedModel):
             order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
             rank = (mask.cumsum(dim=1) - 1).clamp(min=0)
             count = mask.sum(dim=1).cpu()
+        if not bool(count.any()):
+            raise ValueError("there are no tokens in the input")
         rows = torch.arange(b, device=source.device)[:, None]
 
         # The first piece ends each row's open segment, every later one is a segment: where the results will stand.
@@ -311,6 +324,7 @@ class InfiniModel(InfiniPreTrainedModel):
             position,
             width=int(fill.max()) + m,
             kept=int(cache.fill.max()),
+            count=now.to(device),
             full=full.to(device) if bool(full.any()) else None,
             from_start=not bool(fill.any()),
             rotary=rotary,

@@ -29,6 +29,8 @@ MODELS = {
     "deltanet": small_config("deltanet", qkv_bias=True),
     "delta-half-empty": small_config("delta", "hard"),
     "deltanet-blocks": small_config("deltanet", "hard", segment_length=130, num_layers=1),
+    "gated_deltanet": small_config("gated_deltanet", "sigmoid"),
+    "gated_deltanet-short": small_config("gated_deltanet", segment_length=2, num_query_groups=None),
     "delta-norms-llama3": small_config(
         "delta",
         "sigmoid",
@@ -111,7 +113,7 @@ def test_logits_are_the_decoders(name):
     tokens = tokens.flatten(1)
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-9, atol=1e-9)
     cache, parts, start = InfiniCache(model.config), [], 0
-    for stop in (1, 2, 9, 10, 18, tokens.shape[1] - 1, tokens.shape[1]):
+    for stop in (1, 2, tokens.shape[1] // 3 + 1, tokens.shape[1] // 2, tokens.shape[1] - 1, tokens.shape[1]):
         parts.append(model(tokens[:, start:stop], past_key_values=cache).logits)
         start = stop
     assert cache.get_seq_length() == tokens.shape[1]
@@ -155,7 +157,7 @@ def test_padded_rows_are_as_they_are_alone(delta, side):
         torch.testing.assert_close(own, delta(row[None]).logits[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["none", "linear-gated", "delta-gated", "deltanet"])
+@pytest.mark.parametrize("name", ["none", "linear-gated", "delta-gated", "deltanet", "gated_deltanet"])
 @torch.no_grad()
 def test_greedy_generation_is_a_full_recomputation(name):
     model = build(name)[2]
@@ -202,7 +204,7 @@ def test_the_cache_does_not_grow(delta):
     for seed in range(6):
         delta(random_tokens(2, 4 * SEGMENT + 2, seed=seed), past_key_values=cache)
         layer = cache.layers[0]
-        sizes.append([x.numel() for x in (*layer.memory, layer.keys, layer.values, layer.gates)])
+        sizes.append([x.numel() for x in (*layer.memory, layer.keys, layer.values, layer.numbers)])
     assert sizes[0] == sizes[3] and sizes[2] == sizes[5]
     assert all(x <= 2 * 24 * SEGMENT or x <= 2 * 36 for x in sizes[-1])
 
@@ -234,6 +236,8 @@ def test_what_cannot_be_followed_is_refused(delta):
         InfiniCache(delta.config).crop(1)
     with pytest.raises(ValueError, match="stateful"):
         delta.generate(tokens[:1], assistant_model=delta, max_new_tokens=4)
+    with pytest.raises(ValueError, match="no tokens"):
+        delta(tokens, attention_mask=torch.zeros_like(tokens))
     cache = InfiniCache(delta.config)
     delta(tokens, past_key_values=cache)
     with pytest.raises(ValueError, match="cache of 2"):
