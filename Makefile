@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo passkey test test-slow lint format clean
 
 demo: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+
+passkey: $(VENV)/.installed-base
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/passkey.sh
 
 test: $(VENV)/.installed-all
 	$(BIN)/pytest
@@ -25,7 +28,7 @@ format: $(VENV)/.installed-all
 
 # Removes what tests and builds leave behind; .venv and runs/ stay.
 clean:
-	rm -rf build *.egg-info demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info demo passkey .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
