@@ -12,6 +12,7 @@ from launch import __version__
 
 COMMANDS = (
     "launch.prepare",
+    "launch.import_hf",
     "launch.inspect",
     "launch.plan",
     "launch.train",

@@ -88,6 +88,11 @@ def backbone_weights(config: ModelConfig, vocab_size: int) -> dict[str, Weight]:
     return weights
 
 
+def backbone_names(config: ModelConfig) -> set[str]:
+    """Global names of the plain model's parameters; whatever else a stage has belongs to the memory."""
+    return set(backbone_weights(config, vocab_size=1))
+
+
 def memory_weight(name: str, shape: Sequence[int]) -> Weight:
     """A parameter that only this model has, by our global name and whole shape.
 

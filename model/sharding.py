@@ -42,12 +42,17 @@ RULE_PARAMETERS = ".attention.memory_"
 """Before the name of a parameter that the memory rule adds. The first dim of each goes by key/value head."""
 
 
+def partition_named(name: str) -> Partition:
+    """The partition of the parameter of this name."""
+    if RULE_PARAMETERS in name:
+        return Partition(0)
+    return next((partition for suffix, partition in PARTITIONS.items() if name.endswith(suffix)), Partition(None))
+
+
 def mark_partitions(module: nn.Module) -> None:
     """Put Megatron's attributes on every parameter; its layers do so only when they also initialise."""
     for name, parameter in module.named_parameters():
-        partition = next((p for suffix, p in PARTITIONS.items() if name.endswith(suffix)), Partition(None))
-        if RULE_PARAMETERS in name:
-            partition = Partition(0)
+        partition = partition_named(name)
         parameter.tensor_model_parallel = partition.dim is not None
         parameter.partition_dim = -1 if partition.dim is None else partition.dim
         parameter.partition_stride = partition.stride

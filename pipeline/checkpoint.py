@@ -327,8 +327,18 @@ def load_training(
     *,
     lane_range: tuple[int, int],
 ) -> Memory:
-    """Restore weights, optimizer and random state in place; collective. Returns the carried memory."""
-    optimizer.set_steps_taken(reader.summary["optimizer_steps"])
+    """Restore weights, optimizer and random state in place; collective. Returns the carried memory.
+
+    Raises:
+        CheckpointError: the checkpoint holds weights alone, or does not fit.
+    """
+    if reader.summary.get("weights_only"):
+        raise CheckpointError(
+            f"{reader.folder} holds weights alone, there is nothing to resume: start a run from it with "
+            f"train.init_from={reader.folder}"
+        )
+    steps = reader.summary["optimizer_steps"]
+    optimizer.set_steps_taken(steps, reader.summary.get("backbone_optimizer_steps", steps))
     for fragment in optimizer.fragments():
         shape, partition = optimizer.local_shape(fragment.parameter), partition_of(fragment.parameter)
         for kind, tensor in fragment.tensors.items():

@@ -88,6 +88,13 @@ class TrainConfig:
     """Weight of the mean write gate in the loss."""
     write_gate_penalty_from: int = 0
     """First step with that penalty: before there is anything to keep it only closes the gates."""
+    init_from: str | None = None
+    """Run folder or checkpoint (an imported model, an earlier phase) whose weights a new run starts from: fresh
+    optimizer, step 0, empty memory. Resuming does not look at it."""
+    freeze_backbone_steps: int = 0
+    """So many steps train the memory's parameters only; what the plain model has does not move."""
+    trainable: list[str] = field(default_factory=list)
+    """Patterns (`*` and `?`) of the names of parameters to train, such as `*.beta`; empty trains all."""
     max_nonfinite_steps: int = 5
     """So many skipped steps in a row end the run."""
 

@@ -10,6 +10,7 @@ Parameters are float32 and are the masters themselves; bfloat16 exists in the ma
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import logging
 import math
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from model.decoder import DecoderStage
-from pipeline.config import Config
+from model.hf_weights import backbone_names
+from pipeline.config import Config, OptimizerConfig
 from pipeline.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,7 +46,9 @@ class Fragment(NamedTuple):
     start: int
     """First element of the range."""
     tensors: dict[str, Tensor]
-    """`master`, `exp_avg` and `exp_avg_sq`, one-dimensional views."""
+    """`master`, `exp_avg` and `exp_avg_sq`, one-dimensional views; a parameter that is not trained has no moments."""
+    shared: bool = False
+    """All data-parallel ranks hold the same range."""
 
 
 class _ModelParallelUnit:
@@ -64,30 +68,59 @@ class _ModelParallelUnit:
     get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
 
 
+def choose_trainable(stage: DecoderStage, patterns: list[str]) -> None:
+    """Leave only parameters to train whose global name fits one of the patterns (all without patterns); collective.
+
+    Raises:
+        ValueError: a pattern fits nothing, or a pipeline stage has nothing to train.
+    """
+    if not patterns:
+        return
+    own = dict(stage.global_parameters())
+    everyone: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everyone, set(own))
+    for pattern in patterns:
+        if not any(fnmatch.filter(names, pattern) for names in everyone):
+            raise ValueError(
+                f"train.trainable: {pattern!r} fits no parameter; they are called like "
+                f"{', '.join(sorted(name for name in set().union(*everyone) if name.startswith('layers.0.')))}"
+            )
+    for names in everyone:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns):
+            layers = sorted({int(name.split(".")[1]) for name in names if name.startswith("layers.")})
+            raise ValueError(
+                f"train.trainable = {patterns}: leaves the pipeline stage of layers {layers[0]} to {layers[-1]} "
+                "without anything to train; every stage needs something"
+            )
+    for name, parameter in own.items():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
 def parameter_groups(stage: DecoderStage, config: Config) -> list[dict]:
     """AdamW groups: matrices with weight decay, vectors without, beta and the write gate with rates of their own.
 
     What a memory rule calls a gate (a decay) learns like the write gate. Every group carries `lr_scale`, its learning
-    rate relative to `optimizer.lr`.
+    rate relative to `optimizer.lr`, and `backbone`, whether its parameters are the plain model's or the memory's.
     """
-    decayed, plain, beta, gate = [], [], [], []
-    for name, parameter in stage.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.endswith(".beta"):
-            beta.append(parameter)
-        elif ".write_gate." in name or getattr(parameter, "is_gate", False):
-            gate.append(parameter)
-        else:
-            (decayed if parameter.dim() >= 2 else plain).append(parameter)
-    optimizer = config.optimizer
-    groups = [
-        {"params": decayed, "weight_decay": optimizer.weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
-        {"params": beta, "weight_decay": 0.0, "lr_scale": optimizer.beta_lr_scale},
-        {"params": gate, "weight_decay": 0.0, "lr_scale": optimizer.write_gate_lr_scale},
+    backbone = backbone_names(config.model)
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in stage.global_parameters():
+        if parameter.requires_grad:
+            key = (*_settings(name, parameter, config.optimizer), name in backbone)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay, "lr_scale": lr_scale, "backbone": of_backbone}
+        for (weight_decay, lr_scale, of_backbone), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _settings(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> tuple[float, float]:
+    """Weight decay and relative learning rate of a parameter."""
+    if name.endswith(".beta"):
+        return 0.0, optimizer.beta_lr_scale
+    if ".write_gate." in name or getattr(parameter, "is_gate", False):
+        return 0.0, optimizer.write_gate_lr_scale
+    return (optimizer.weight_decay if parameter.dim() >= 2 else 0.0), 1.0
 
 
 class ZeroOptimizer:
@@ -100,6 +133,7 @@ class ZeroOptimizer:
         for name, parameter in stage.named_parameters():
             if stage.holds_embedding_copy and name == "output.weight":
                 parameter.ds_pipe_replicated = True  # counted once in the gradient norm, on the first stage
+        choose_trainable(stage, config.train.trainable)
         settings = config.optimizer
         adamw = torch.optim.AdamW(
             parameter_groups(stage, config), lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps
@@ -110,6 +144,10 @@ class ZeroOptimizer:
         # Names are kept from before ZeRO 3 takes the parameters apart.
         self.named = list(stage.named_parameters())
         self.global_names = {id(parameter): name for name, parameter in stage.global_parameters()}
+        names = backbone_names(config.model)
+        self.backbone = [p for name, p in stage.global_parameters() if name in names and p.requires_grad]
+        self.backbone_frozen = False
+        """Set before a step: the plain model's parameters do not move in it, and their moments stay zero."""
         self.engine, *_ = deepspeed.initialize(
             model=stage,
             optimizer=adamw,
@@ -140,7 +178,12 @@ class ZeroOptimizer:
 
     def _synchronise_replicas(self) -> None:
         """Sum the gradients of parameters that exist more than once inside one model copy."""
+        if self.backbone_frozen:
+            for parameter in self.backbone:
+                parameter.grad.zero_()
         for name, parameter in self.named:
+            if not parameter.requires_grad:
+                continue
             if getattr(parameter, "partial_gradient", False):
                 dist.all_reduce(parameter.grad, group=self.topology.tensor_group)
             tied_over_stages = self.stage.config.tie_embeddings and self.topology.pipeline_size > 1
@@ -157,8 +200,11 @@ class ZeroOptimizer:
     def step(self, learning_rate: float) -> StepOutcome:
         """Clip, update and gather the parameters; gradients are cleared either way."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
+            still = self.backbone_frozen and group["backbone"]
+            group["lr"] = 0.0 if still else learning_rate * group["lr_scale"]
         self.engine.step()
+        if self.backbone_frozen:
+            self._set_steps(self._backbone_partitions(), 0)  # Adam begins when they begin to move
         return StepOutcome(self.engine.was_step_applied(), float(self.engine.get_global_grad_norm()))
 
     def learning_rates(self) -> dict[str, float]:
@@ -175,14 +221,29 @@ class ZeroOptimizer:
         zero = self.engine.optimizer
         return zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
 
-    def steps_taken(self) -> int:
-        """Optimizer steps so far (skipped ones do not count): Adam's bias correction depends on it."""
-        state = self.adamw.state.get(self._flat_partitions()[0], {})
-        return int(state["step"]) if "step" in state else 0
+    def _backbone_partitions(self) -> list[nn.Parameter]:
+        zero = self.engine.optimizer
+        if self.zero_stage == 3:
+            return list({id(flat): flat for flat in (self._locate(p)[0] for p in self.backbone)}.values())
+        flats = zip(zero.single_partition_of_fp32_groups, zero.param_groups, strict=True)
+        return [flat for flat, group in flats if group["backbone"]]
 
-    def set_steps_taken(self, steps: int) -> None:
-        """Set Adam's step count, creating its state where it does not exist yet (AdamW makes it in its first step)."""
-        for flat in self._flat_partitions():
+    def steps_taken(self) -> tuple[int, int]:
+        """Optimizer steps so far (skipped ones do not count), of all parameters and of the plain model's, which may
+        have been frozen at first: Adam's bias correction depends on it."""
+
+        def most(flats: list[nn.Parameter]) -> int:
+            return max((int(self.adamw.state.get(flat, {}).get("step", 0)) for flat in flats), default=0)
+
+        return most(self._flat_partitions()), most(self._backbone_partitions())
+
+    def set_steps_taken(self, steps: int, backbone_steps: int) -> None:
+        """Set Adam's step counts, creating its state where it does not exist yet (AdamW makes it in its first step)."""
+        self._set_steps(self._flat_partitions(), steps)
+        self._set_steps(self._backbone_partitions(), backbone_steps)
+
+    def _set_steps(self, flats: list[nn.Parameter], steps: int) -> None:
+        for flat in flats:
             state = self.adamw.state[flat]
             for moment in MOMENTS:
                 if moment not in state:
@@ -195,12 +256,16 @@ class ZeroOptimizer:
         Adam's state must exist: after a step, or `set_steps_taken`.
         """
         for _, parameter in self.named:
+            name = self.global_names[id(parameter)]
+            if not parameter.requires_grad:
+                yield self._untrained(name, parameter)
+                continue
             flat, offset, start, count = self._locate(parameter)
             if count <= 0:
                 continue
             state = self.adamw.state[flat]
             yield Fragment(
-                name=self.global_names[id(parameter)],
+                name=name,
                 parameter=parameter,
                 start=start,
                 tensors={
@@ -208,6 +273,14 @@ class ZeroOptimizer:
                     for kind, tensor in (("master", flat), *((moment, state[moment]) for moment in MOMENTS))
                 },
             )
+
+    def _untrained(self, name: str, parameter: nn.Parameter) -> Fragment:
+        if self.zero_stage < 3:
+            return Fragment(name, parameter, 0, {"master": parameter.detach().view(-1)}, shared=True)
+        part = parameter.ds_tensor.detach().view(-1)  # ZeRO 3 shares out what is not trained too
+        start = self.topology.data_rank * part.numel()
+        count = max(0, min(part.numel(), parameter.ds_numel - start))
+        return Fragment(name, parameter, start, {"master": part[:count]})
 
     def local_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Shape of this tensor-parallel rank's part (ZeRO 3 leaves only a remnant in the parameter itself)."""
@@ -219,6 +292,8 @@ class ZeroOptimizer:
             self.engine.optimizer.update_lp_params()
             return
         for _, parameter in self.named:
+            if not parameter.requires_grad:
+                continue
             flat, offset, _, count = self._locate(parameter)
             parameter.ds_tensor.data[: max(count, 0)].copy_(flat.detach().narrow(0, offset, max(count, 0)))
 

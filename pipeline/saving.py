@@ -66,13 +66,15 @@ def take_snapshot(
     summary: dict[str, Any],
 ) -> Snapshot:
     """Copy what this process owns: its ZeRO fragments, and the memory of its lanes and heads."""
-    optimizer.set_steps_taken(optimizer.steps_taken())  # a checkpoint of step 0 has empty moments, not none
+    optimizer.set_steps_taken(*optimizer.steps_taken())  # a checkpoint of step 0 has empty moments, not none
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
     for fragment in optimizer.fragments():
         partition = partition_of(fragment.parameter)
         replica = getattr(fragment.parameter, "ds_pipe_replicated", False)  # a tied copy: the first stage writes it
         if replica or (partition.dim is None and topology.tensor_rank > 0):
+            continue
+        if fragment.shared and topology.data_rank > 0:
             continue
         split = partition.dim is not None
         for kind, tensor in fragment.tensors.items():
@@ -103,7 +105,8 @@ def take_snapshot(
                 }
             )
     tensors["rng"] = torch.get_rng_state()
-    summary = {"optimizer_steps": optimizer.steps_taken(), **summary}
+    steps, backbone_steps = optimizer.steps_taken()
+    summary = {"optimizer_steps": steps, "backbone_optimizer_steps": backbone_steps, **summary}
     owns_lanes = topology.tensor_rank == 0 and topology.pipeline_rank == 0
     return Snapshot(state, tensors, entries, summary, owns_lanes)
 

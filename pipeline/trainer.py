@@ -26,6 +26,7 @@ from pipeline.saving import CheckpointSaver, move_latest, take_snapshot
 from pipeline.schedule import build_schedule
 from pipeline.setup import build_stage, check_same_run, versions, vocabulary
 from pipeline.topology import Topology, initialize, shutdown
+from pipeline.weights import start_from
 
 
 class NonFiniteError(RuntimeError):
@@ -136,6 +137,7 @@ class Trainer:
             raise ConfigError(
                 [f"run_dir: {self.run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
             )
+        reader = None
         if resume == "latest":
             reader = checkpoint.open_newest(self.run_dir, notes.append)
             if reader is None:
@@ -147,6 +149,8 @@ class Trainer:
             self.load(reader)
             if self.topology.is_main and reader.folder.resolve().parent == checkpoints.resolve():
                 move_latest(reader.folder)  # the run goes on from here: restarts and roll-backs must not pass it
+        if reader is None and self.config.train.init_from is not None:
+            notes += self._start_from(Path(self.config.train.init_from))
         dist.barrier()
         if self.topology.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -155,6 +159,10 @@ class Trainer:
         self.monitor.introduce()
         for note in notes:
             self.monitor.message(note)
+
+    def _start_from(self, folder: Path) -> list[str]:
+        reader = checkpoint.open_verified(checkpoint.find_checkpoint(folder))
+        return start_from(reader, self.optimizer, self.topology, self.config, self.vocab_size)
 
     def close(self) -> None:
         """End the background work of a run that ended well."""
@@ -212,6 +220,7 @@ class Trainer:
         """One window of every lane: forward, backward, update; or none of it when a number is wrong."""
         with self._phase("data"):
             batch = self._to_device(self.loader.next_batch())
+        self.optimizer.backbone_frozen = self.step < self.config.train.freeze_backbone_steps
         with_statistics = self.monitor.wants_statistics(self.step + 1)
         with self._phase("forward_backward"):
             result, sums = self.forward_backward(batch, statistics=with_statistics)

@@ -88,6 +88,7 @@ def _numbers(config: Config) -> Iterator[str]:
             "optimizer.write_gate_lr_scale": optimizer.write_gate_lr_scale,
             "optimizer.warmup_steps": optimizer.warmup_steps,
             "train.write_gate_penalty": train.write_gate_penalty,
+            "train.freeze_backbone_steps": train.freeze_backbone_steps,
             "train.seed": train.seed,
             "checkpoint.interval": config.checkpoint.interval,
             "checkpoint.keep_every": config.checkpoint.keep_every,
@@ -295,6 +296,12 @@ def _memory(config: Config) -> Iterator[str]:
         yield (
             f"train.write_gate_penalty = {config.train.write_gate_penalty}: must be 0 without a write gate, or "
             f"model.memory.write_gate must be {gates}"
+        )
+
+    if memory.rule == "none" and config.train.freeze_backbone_steps:
+        yield (
+            f"train.freeze_backbone_steps = {config.train.freeze_backbone_steps}: must be 0 with "
+            "model.memory.rule = none, nothing would train"
         )
 
 

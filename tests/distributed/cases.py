@@ -299,6 +299,6 @@ def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, fi
     trainer.train_step()
     later = full_weights(trainer)
     result["goes_on"] = all(x.isfinite().all() and not torch.equal(x, after[name]) for name, x in later.items())
-    result["optimizer_steps"] = trainer.optimizer.steps_taken()
+    result["optimizer_steps"] = trainer.optimizer.steps_taken()[0]
     finish(trainer)
     return result

@@ -1,0 +1,62 @@
+"""`infini import-hf`: a Hugging Face model as a checkpoint that runs start from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "import-hf",
+        help="import a Hugging Face model",
+        description="Turn a Hugging Face model (Llama, Mistral, Qwen 2, Qwen 2.5 or Qwen 3, dense, safetensors) or a "
+        "GGUF file of the Llama family into a checkpoint that runs start from on any layout, with a configuration and "
+        "the tokenizer beside it. Reads and writes one tensor at a time.",
+    )
+    parser.add_argument("source", metavar="MODEL", type=Path, help="folder with config.json, or a .gguf file")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
+    parser.add_argument(
+        "--segment-length", type=_positive, metavar="S", help="tokens that the local attention sees (2048)"
+    )
+    parser.add_argument("--memory-rule", metavar="RULE", default="delta", help="rule of the memory (delta)")
+    parser.add_argument("--write-gate", metavar="GATE", default="none", help="what is written (none: all)")
+    parser.add_argument(
+        "--beta-init",
+        type=float,
+        default=-4.0,
+        metavar="BETA",
+        help="the memory starts with sigmoid(BETA) of the attention's output (-4: 0.018)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from launch.world import join_world
+    from model.config import MemoryConfig
+    from model.hf_source import open_source
+    from pipeline.console import progress
+    from pipeline.import_hf import import_model, parameter_elements
+    from pipeline.topology import initialize, shutdown
+
+    total = parameter_elements(open_source(args.source))
+    join_world()
+    initialize(tensor=1, pipeline=1, timeout_s=120)
+    memory = MemoryConfig(rule=args.memory_rule, write_gate=args.write_gate, beta_init=args.beta_init)
+    with progress(total, f"importing {args.source}, parameters") as advance:
+        notes = import_model(args.source, args.out, memory=memory, segment_length=args.segment_length, progress=advance)
+    shutdown()
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{args.out}: {total:,} parameters; start a run with `infini train {args.out / 'config.yaml'}`")
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
