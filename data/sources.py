@@ -5,7 +5,7 @@
     corpus.jsonl[.gz|.zst]      a document per line, its text in one field
     corpus.parquet              a document per row, its text in one column
     python:torch,numpy          the installed packages' own source code, a document per sub-package
-    passkey:N,length=LO..HI     N synthetic retrieval documents (see data/synthetic.py)
+    passkey:N,length=LO..HI     N synthetic documents of a task (see data/synthetic)
 
 A source lists its inputs at once and yields *jobs*, one per document, in an order that depends on the inputs alone. A
 job is small and picklable; whoever runs it, maybe in another process, reads the text and encodes it.
@@ -22,14 +22,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from data.questions import Question
 from data.records import RECORD_SUFFIXES, is_record_file, open_parquet, read_records
-from data.synthetic import PasskeyGenerator
+from data.shards import PreparedSet
+from data.synthetic import Spec, SyntheticDocument, build_generator, is_synthetic, task_options
 from data.tokenizer import Tokenizer, byte_tokenizer
 
 TEXT_PATTERNS = ("*.txt", "*.text", "*.md", "*.markdown", "*.rst", "*.tex")
@@ -121,24 +121,25 @@ class PythonJob(Job):
 
 
 @dataclass(frozen=True)
-class PasskeyJob(Job):
+class SyntheticJob(Job):
+    task: str
     length: int
     depth: float
     seed: int
+    options: tuple[tuple[str, int], ...]
+    filler: str | None
 
     def load(self) -> tuple[str, int]:
-        """The text with `length` counted in bytes: what a tokenizer is trained on."""
-        document = _generator(_BYTES).document(self.length, self.depth, self.seed)
-        return _BYTES.decode(document.tokens), 0
+        """The text with `length` counted in bytes and the paper's filler: what a tokenizer is trained on."""
+        return _BYTES.decode(self._document(_BYTES, None).tokens), 0
 
     def encode(self, tokenizer: Tokenizer) -> Encoded:
-        document = _generator(tokenizer).document(self.length, self.depth, self.seed)
+        document = self._document(tokenizer, self.filler)
         return Encoded(np.array(document.tokens, dtype=np.uint32), document.answers, document.questions)
 
-
-@lru_cache(maxsize=2)
-def _generator(tokenizer: Tokenizer) -> PasskeyGenerator:
-    return PasskeyGenerator(tokenizer)
+    def _document(self, tokenizer: Tokenizer, filler: str | None) -> SyntheticDocument:
+        generator = build_generator(self.task, tokenizer, dict(self.options), filler=filler)
+        return generator.document(self.length, self.depth, self.seed)
 
 
 def _read_utf8(path: Path) -> str:
@@ -191,7 +192,9 @@ class FileSource(Source):
         self._column = text_column
         root = Path(spec)
         if not root.exists():
-            raise ValueError(f"source {spec} does not exist (other kinds of sources start with python: or passkey:)")
+            raise ValueError(
+                f"source {spec} does not exist (other kinds of sources start with python:, passkey: or another task)"
+            )
         if root.is_dir():
             # resolve(): the name of `.` or `..` is the folder's
             name = root.resolve().name
@@ -288,34 +291,41 @@ def _python_documents(name: str) -> list[tuple[str, tuple[tuple[str, Path], ...]
     return [(group, tuple(groups[group])) for group in sorted(groups)]
 
 
-class PasskeySource(Source):
-    """`passkey:N,length=LO..HI[,depth=A..B][,seed=K]`: synthetic documents.
+class SyntheticSource(Source):
+    """Documents of a synthetic task, such as `passkey:N,length=LO..HI[,depth=A..B][,seed=K]`.
 
-    Lengths (tokens, the end token included) are drawn log-uniformly, depths uniformly, from 0..1 unless given; one
-    value in place of two fixes it. A document depends on the seed and its number alone.
+    Lengths (tokens, the end token included) and the task's own options are drawn log-uniformly, depths uniformly, from
+    0..1 unless given; one value in place of two fixes it. A document depends on the seed and its number alone.
     """
 
     def __init__(self, spec: str, seed: int) -> None:
         super().__init__(spec)
-        count, *rest = spec.removeprefix("passkey:").split(",")
-        options = dict(part.partition("=")[::2] for part in rest)
-        valid = "passkey:N,length=LO..HI[,depth=A..B][,seed=K], for instance passkey:500,length=512..16K"
-        unknown = set(options) - {"length", "depth", "seed"}
+        self._task = spec.partition(":")[0]
         try:
-            if unknown:
-                raise ValueError(f"unknown option {sorted(unknown)[0]!r}")
-            if "length" not in options:
-                raise ValueError("length is missing")
-            self._count = parse_size(count)
-            self._lengths = _bounds(options["length"], parse_size)
-            self._depths = _bounds(options.get("depth", "0..1"), float)
-            self._seed = int(options.get("seed", seed))
+            parsed = Spec.parse(spec)
+            values = parsed.values
+            self._count = parse_size(parsed.count)
+            self._lengths = _bounds(values["length"], parse_size)
+            self._depths = _bounds(values.get("depth", "0..1"), float)
+            self._seed = int(values.get("seed", seed))
+            self._filler = values.get("filler")
+            self._options = {
+                name: _bounds(values[name], parse_size) if name in values else (default, default)
+                for name, default in task_options(self._task).items()
+            }
             if self._count < 1 or self._lengths[0] < 2:
                 raise ValueError("the number of documents must be positive, and lengths at least 2")
             if not 0.0 <= self._depths[0] <= self._depths[1] <= 1.0 or self._seed < 0:
                 raise ValueError("depths must lie in 0..1, and the seed must not be negative")
+            for name, (least, _) in self._options.items():
+                if least < 1:
+                    raise ValueError(f"{name} must be at least 1")
+            for corner in (0, 1):
+                build_generator(self._task, _BYTES, {name: ends[corner] for name, ends in self._options.items()})
+            if self._filler is not None:
+                PreparedSet(self._filler)
         except ValueError as error:
-            raise ValueError(f"source {spec!r}: {error}; valid is {valid}") from None
+            raise ValueError(f"source {spec!r}: {error}; valid is {Spec.usage(self._task)}") from None
 
     @property
     def inputs(self) -> list[tuple[str, int]]:
@@ -328,29 +338,40 @@ class PasskeySource(Source):
     def synthetic(self) -> bool:
         return True
 
-    def _draw(self, number: int) -> tuple[int, float, int]:
+    def _draw(self, number: int) -> tuple[int, float, int, tuple[tuple[str, int], ...]]:
         rng = np.random.default_rng([self._seed, number])
-        low, high = math.log(self._lengths[0]), math.log(self._lengths[1])
-        length = min(max(round(math.exp(rng.uniform(low, high))), self._lengths[0]), self._lengths[1])
-        return length, float(rng.uniform(*self._depths)), int(rng.integers(1 << 62))
+        length = _log_uniform(rng, *self._lengths)
+        depth, seed = float(rng.uniform(*self._depths)), int(rng.integers(1 << 62))
+        options = [
+            (name, low if low == high else _log_uniform(rng, low, high)) for name, (low, high) in self._options.items()
+        ]
+        return length, depth, seed, tuple(options)
 
     def jobs(self) -> Iterator[Job]:
         for number in range(self._count):
-            length, depth, seed = self._draw(number)
-            yield PasskeyJob(f"{self.spec}#{number}", length, length - 1, depth, seed)  # 1 for the end token
+            length, depth, seed, options = self._draw(number)
+            name = f"{self.spec}#{number}"  # 1 token for the end
+            yield SyntheticJob(name, length, self._task, length - 1, depth, seed, options, self._filler)
 
     def sample_jobs(self) -> Iterator[Job]:
         """Documents of some 4K characters: the words of long ones are no others."""
         for number in range(self._count):
-            _, depth, seed = self._draw(number)
-            yield PasskeyJob(f"{self.spec}#{number}", 4096, 4096, depth, seed)
+            _, depth, seed, options = self._draw(number)
+            yield SyntheticJob(f"{self.spec}#{number}", 4096, self._task, 4096, depth, seed, options, self._filler)
 
     def check(self, tokenizer: Tokenizer) -> None:
         try:
-            # Digits may be joined into tokens, differently in each key; the generator says what it needs.
-            _generator(tokenizer).document(self._lengths[0] - 1, 0.5, 0)
+            # Digits may be joined into tokens, differently in each document; the generator says what it needs.
+            most = {name: high for name, (_, high) in self._options.items()}
+            generator = build_generator(self._task, tokenizer, most, filler=self._filler)
+            generator.document(self._lengths[0] - 1, 0.5, 0)
         except ValueError as error:
             raise ValueError(f"source {self.spec!r}, length={self._lengths[0]}: {error}") from None
+
+
+def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
+    drawn = round(math.exp(rng.uniform(math.log(low), math.log(high))))
+    return min(max(drawn, low), high)
 
 
 def _bounds(text: str, parse: type | object) -> tuple:
@@ -369,6 +390,6 @@ def open_source(spec: str, *, text_column: str, text_patterns: tuple[str, ...], 
     """
     if spec.startswith("python:"):
         return PythonSource(spec)
-    if spec.startswith("passkey:"):
-        return PasskeySource(spec, seed)
+    if is_synthetic(spec):
+        return SyntheticSource(spec, seed)
     return FileSource(spec, text_column, text_patterns)

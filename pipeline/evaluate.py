@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.shards import PreparedSet
+from data.synthetic import is_synthetic
 from data.tokenizer import Tokenizer, load_tokenizer
 from pipeline import answers, heldout, passkey, report
 from pipeline.checkpoint import CheckpointReader, find_checkpoint
@@ -163,9 +164,9 @@ def _held_out_sets(
                 sets.append(PreparedSet(path, "valid"))
             else:
                 notes.append(f"{path} holds no documents out: nothing to evaluate in it")
-        text = [source for source in sets if not _is_passkey(source)]
+        text = [source for source in sets if not _is_synthetic(source)]
         if text:
-            notes.extend(f"{source.path}: passkey documents only, not used" for source in sets if source not in text)
+            notes.extend(f"{source.path}: synthetic documents only, not used" for source in sets if source not in text)
             sets = text
     for source in sets:
         if source.vocab_size > reader.summary["vocab_size"]:
@@ -186,9 +187,9 @@ def _trained_hash(config: Config) -> set[str]:
     return {PreparedSet(path).tokenizer_hash} if path and Path(path, "manifest.json").is_file() else set()
 
 
-def _is_passkey(source: PreparedSet) -> bool:
+def _is_synthetic(source: PreparedSet) -> bool:
     specs = [entry["spec"] if isinstance(entry, dict) else entry for entry in source.manifest["sources"]]
-    return bool(specs) and all(spec.startswith("passkey:") for spec in specs)
+    return bool(specs) and all(is_synthetic(spec) for spec in specs)
 
 
 def _documents(source: PreparedSet, config: Config, notes: list[str]) -> list[Document]:

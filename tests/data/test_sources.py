@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.sources import TEXT_PATTERNS, PasskeySource, Source, open_source, parse_size
-from data.tokenizer import byte_tokenizer
+from data.sources import TEXT_PATTERNS, Source, SyntheticSource, open_source, parse_size
+from data.tokenizer import byte_tokenizer, train_bpe
+from tests.prepared import write_set
 
 
 def source(spec: object, column: str = "text", patterns: tuple[str, ...] = TEXT_PATTERNS) -> Source:
@@ -151,7 +152,7 @@ def test_python_packages_give_a_document_per_sub_package(package: str) -> None:
 
 def test_passkey_lengths_and_depths_are_drawn_between_bounds() -> None:
     tokenizer = byte_tokenizer()
-    found = PasskeySource("passkey:400,length=512..8K,depth=0.2..0.6", seed=3)
+    found = SyntheticSource("passkey:400,length=512..8K,depth=0.2..0.6", seed=3)
     lengths = [job.length + 1 for job in found.jobs()]
     depths = [job.depth for job in found.jobs()]
     assert 512 <= min(lengths) < 600
@@ -164,10 +165,10 @@ def test_passkey_lengths_and_depths_are_drawn_between_bounds() -> None:
     [(start, stop)] = encoded.answers
     assert tokenizer.decode(encoded.tokens[start:stop]).isdigit()
     assert len(encoded.tokens) + 1 <= lengths[0]
-    again = PasskeySource("passkey:400,length=512..8K,depth=0.2..0.6", seed=3)
+    again = SyntheticSource("passkey:400,length=512..8K,depth=0.2..0.6", seed=3)
     assert list(again.jobs()) == list(found.jobs())
     assert again.fingerprint == found.fingerprint
-    other = PasskeySource("passkey:400,length=512..8K,depth=0.2..0.6", seed=4)
+    other = SyntheticSource("passkey:400,length=512..8K,depth=0.2..0.6", seed=4)
     assert [job.length for job in other.jobs()] != [job.length for job in found.jobs()]
     assert other.fingerprint != found.fingerprint
     fixed = list(source("passkey:3,length=1K,depth=0.5,seed=9").jobs())
@@ -197,3 +198,37 @@ def test_a_folder_without_texts_names_the_patterns(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"holds no file that matches \*\.txt.*--text-pattern"):
         source(tmp_path)
+
+
+def test_tasks_have_options_of_their_own(tmp_path: Path) -> None:
+    found = SyntheticSource("recall:40,length=1K..2K,pairs=2..16,questions=2", seed=1)
+    pairs = [dict(job.options)["pairs"] for job in found.jobs()]
+    assert min(pairs) == 2 and max(pairs) > 10 and set(pairs) <= set(range(2, 17))
+    encoded = next(iter(found.jobs())).encode(byte_tokenizer())
+    assert len(encoded.answers) == 2 and len(encoded.questions) == pairs[0]
+    set_folder = write_set(tmp_path / "set", [3000])
+    hidden = SyntheticSource(f"passkey:1,length=1K,keys=3,filler={set_folder}", seed=1)
+    (job,) = hidden.jobs()
+    assert "grass" not in byte_tokenizer().decode(job.encode(byte_tokenizer()).tokens)
+    assert "grass" in job.load()[0]  # what a tokenizer is trained on has the paper's words
+    hidden.check(byte_tokenizer())
+    with pytest.raises(ValueError, match="another tokenizer"):
+        hidden.check(train_bpe(["some text"], 300))
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("recall:5,length=1K,keys=3", "unknown option 'keys'.*pairs=K"),
+        ("recall:5,length=1K,depth=0.5", "unknown option 'depth'"),
+        ("words:5,length=1K,filler=x", "unknown option 'filler'"),
+        ("passkey:5,length=1K,keys=0", "keys must be at least 1"),
+        ("passkey:5,length=1K,keys=2..1000", "keys = 1000: must be between 1 and"),
+        ("facts:5,length=1K,task=2..4", "task = 4"),
+        ("passkey:5,length=1K,filler=/nowhere", "/nowhere is not a prepared set"),
+    ],
+)
+def test_options_that_do_not_fit_name_the_source(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        SyntheticSource(spec, seed=1)
+    assert spec in str(error.value)

@@ -1,0 +1,120 @@
+"""Synthetic long-range documents: facts hidden in filler, and questions about them (see docs/synthetic_data.md).
+
+A task is named and set up by a *spec*, the same for `infini prepare` and for an evaluation:
+
+    TASK:N[,length=...][,depth=...][,seed=...][,filler=SET][,OPTION=...]
+
+N documents, their lengths in tokens. `filler=SET` hides the facts in the text of a prepared set in place of the paper's
+sentences.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from data.shards import PreparedSet
+from data.synthetic.base import FILLER, Generator, SyntheticDocument
+from data.synthetic.facts import FactsGenerator
+from data.synthetic.needles import NeedlesGenerator
+from data.synthetic.passkey import PasskeyGenerator
+from data.synthetic.recall import RecallGenerator
+from data.synthetic.text_filler import TextFiller
+from data.synthetic.tracking import TrackingGenerator
+from data.synthetic.words import WordsGenerator
+from data.tokenizer import Tokenizer
+
+__all__ = ["FILLER", "TASKS", "Generator", "PasskeyGenerator", "Spec", "SyntheticDocument", "build_generator"]
+
+TASKS = {
+    "passkey": PasskeyGenerator,
+    "needles": NeedlesGenerator,
+    "tracking": TrackingGenerator,
+    "words": WordsGenerator,
+    "facts": FactsGenerator,
+    "recall": RecallGenerator,
+}
+
+
+def is_synthetic(spec: str) -> bool:
+    """Whether a source's name is a synthetic task's spec."""
+    return spec.partition(":")[0] in TASKS and ":" in spec
+
+
+def task_options(task: str) -> dict[str, int]:
+    """The options of a task's own, with their defaults."""
+    parameters = inspect.signature(TASKS[task]).parameters
+    return {name: p.default for name, p in parameters.items() if name not in ("tokenizer", "filler")}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A spec taken apart; what the values mean is the reader's business."""
+
+    text: str
+    task: str
+    count: str
+    values: dict[str, str]
+    """`length`, `depth`, `seed`, `filler` and the task's own options, as far as they are given."""
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """Raises: ValueError for an unknown task or option, or without a length."""
+        task, _, rest = text.partition(":")
+        if task not in TASKS:
+            raise ValueError(f"{text!r}: no synthetic task {task!r}; valid are {', '.join(TASKS)}")
+        count, *parts = rest.split(",")
+        values = {name: value for name, _, value in (part.partition("=") for part in parts)}
+        known = ["length", "seed", *task_options(task)]
+        known += ["depth"] if TASKS[task].has_depth else []
+        known += ["filler"] if "filler" in inspect.signature(TASKS[task]).parameters else []
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}")
+        if "length" not in values:
+            raise ValueError("length is missing")
+        return cls(text, task, count, values)
+
+    @staticmethod
+    def usage(task: str) -> str:
+        """How a task's spec looks."""
+        depth = "[,depth=A..B]" if TASKS[task].has_depth else ""
+        filler = "[,filler=SET]" if "filler" in inspect.signature(TASKS[task]).parameters else ""
+        own = "".join(f"[,{name}=K]" for name in task_options(task))
+        return f"{task}:N,length=LO..HI{depth}[,seed=K]{filler}{own}, for instance {task}:500,length=512..16K"
+
+
+@lru_cache(maxsize=64)
+def _cached(task: str, tokenizer: Tokenizer, filler: str | None, split: str, options: tuple) -> Generator:
+    arguments = dict(options)
+    if filler is not None:
+        source = PreparedSet(filler, split)
+        if source.tokenizer_hash != tokenizer.hash:
+            raise ValueError(f"filler {filler} was prepared with another tokenizer")
+        arguments["filler"] = TextFiller(source)
+    return TASKS[task](tokenizer, **arguments)
+
+
+def build_generator(
+    task: str,
+    tokenizer: Tokenizer,
+    options: Mapping[str, int],
+    *,
+    filler: str | Path | None = None,
+    split: str = "train",
+) -> Generator:
+    """The generator of a task.
+
+    Args:
+        options: of the task, see `task_options`.
+        filler: a prepared set whose text the facts are hidden in; None is the paper's sentences.
+        split: of that set.
+
+    Raises:
+        ValueError: an option does not fit, or the set is not there, has no such split or another tokenizer.
+    """
+    path = None if filler is None else str(filler)
+    return _cached(task, tokenizer, path, split, tuple(sorted(options.items())))

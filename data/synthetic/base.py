@@ -1,0 +1,173 @@
+"""What all synthetic tasks have in common: facts hidden in filler, and questions about them.
+
+A task says in words what a document holds (`Draft`); `assemble` makes tokens of it:
+
+    introduction, filler, fact, filler, fact, ..., filler, question, answer, question, answer, ...
+
+joined without anything between the parts; every text of a task but the introduction therefore begins with a space. The
+tokens are the parts' tokens joined: each part is encoded once, so a document of a million tokens costs no more than its
+list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from data.questions import Question
+
+FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+DIGITS = 5
+
+
+class Encoder(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class SyntheticDocument:
+    tokens: list[int]
+    """Without an end token; the answer is the end."""
+    answers: list[tuple[int, int]]
+    """Spans [start, stop) of answer tokens."""
+    questions: list[Question]
+    """What can be asked once the facts that it needs have been read (see `data.questions`)."""
+    key: str
+    """Task, length asked for, depth and seed: names the document."""
+
+
+class Generator(Protocol):
+    """Makes the documents of one task with one tokenizer."""
+
+    def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
+        """A document of at most `length` tokens: a function of the arguments and the task's options alone.
+
+        Args:
+            depth: where the fact that is asked first stands, 0 (beginning) to 1 (end), in tasks that have depths.
+
+        Raises:
+            ValueError: `length` does not hold the document without any filler.
+        """
+        ...
+
+
+class Filler(Protocol):
+    """What the facts are hidden in."""
+
+    def room(self, length: int) -> int:
+        """The tokens of at most `length` that are used."""
+        ...
+
+    def place(self, depth: float, room: int) -> int:
+        """Where a fact at `depth` of `room` tokens stands."""
+        ...
+
+    def tokens(self, room: int, seed: int) -> list[int]:
+        """`room` tokens."""
+        ...
+
+
+class SentenceFiller:
+    """The paper's five sentences again and again; facts stand between whole repetitions."""
+
+    def __init__(self, tokenizer: Encoder) -> None:
+        self._tokens = tokenizer.encode(FILLER)
+
+    def room(self, length: int) -> int:
+        return length - length % len(self._tokens)
+
+    def place(self, depth: float, room: int) -> int:
+        return round(depth * (room // len(self._tokens))) * len(self._tokens)
+
+    def tokens(self, room: int, seed: int) -> list[int]:
+        return self._tokens * (room // len(self._tokens))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question about a draft's facts."""
+
+    question: str
+    answer: str
+    needs: int
+    """The last fact, by its index in the draft, that must have been read."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A document in words."""
+
+    introduction: str
+    facts: Sequence[str]
+    """In the order in which they stand."""
+    depths: Sequence[float]
+    """Of the facts, 0 to 1, rising."""
+    asks: Sequence[Ask]
+    """The first ones are asked at the end of the document, all of them may be asked before."""
+
+
+def assemble(
+    tokenizer: Encoder, filler: Filler, draft: Draft, *, questions: int, length: int, seed: int, key: str
+) -> SyntheticDocument:
+    """Make a document of a draft.
+
+    Args:
+        questions: asked at the end, if the draft has so many.
+        length: tokens at most.
+        seed: for the filler.
+        key: names the document; the task comes first in it.
+
+    Raises:
+        ValueError: `length` does not hold it without any filler.
+    """
+    introduction = tokenizer.encode(draft.introduction)
+    facts = [tokenizer.encode(fact) for fact in draft.facts]
+    asked = [(ask, *ask_tokens(tokenizer, ask.question, ask.answer)) for ask in draft.asks]
+    last = asked[:questions]
+    fixed = sum(map(len, [introduction, *facts, *(tokens for _, tokens, _ in last)]))
+    if length < fixed:
+        task = key.partition("-")[0]
+        raise ValueError(f"a {task} document has at least {fixed} tokens with this tokenizer, not {length}")
+    room = filler.room(length - fixed)
+    text = filler.tokens(room, seed)
+    tokens, start, ends = list(introduction), 0, []
+    for fact, depth in zip(facts, draft.depths, strict=True):
+        place = filler.place(depth, room)
+        tokens += text[start:place]
+        tokens += fact
+        ends.append(len(tokens))
+        start = place
+    tokens += text[start:]
+    answers = []
+    for _, piece, (first, stop) in last:
+        answers.append((len(tokens) + first, len(tokens) + stop))
+        tokens += piece
+    probes = [Question(tuple(piece), span, after=ends[ask.needs]) for ask, piece, span in asked]
+    return SyntheticDocument(tokens, answers, probes, key)
+
+
+def ask_tokens(tokenizer: Encoder, question: str, answer: str) -> tuple[list[int], tuple[int, int]]:
+    """A question's tokens with its answer, and the span of the answer.
+
+    Where the space before the answer is a token of its own, it is not part of the answer.
+    """
+    before, after = tokenizer.encode(question), tokenizer.encode(answer)
+    lead = 0
+    while lead < len(after) - 1 and not tokenizer.decode(after[: lead + 1]).strip():
+        lead += 1
+    return before + after, (len(before) + lead, len(before) + len(after))
+
+
+def digits(rng: np.random.Generator, count: int = DIGITS) -> str:
+    return "".join(str(digit) for digit in rng.integers(0, 10, count))
+
+
+def check_depth(depth: float) -> None:
+    """Raises: ValueError outside of [0, 1]."""
+    if not 0.0 <= depth <= 1.0:
+        raise ValueError(f"depth {depth} is outside of [0, 1]")

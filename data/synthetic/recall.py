@@ -1,0 +1,61 @@
+"""Associative recall with any number of pairs: how much a memory holds.
+
+    Each name below has a number. Remember all of them.
+    " riko: 47."                                                           for every pair
+    " What is the number of riko? riko:"
+    " 47"
+
+Names are coded words (`vocabulary.coded_word`), drawn from the first 64 or from twice as many as there are pairs;
+numbers are 10 to 99, so that guessing is right once in 90 times.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data.synthetic.base import Ask, Draft, Encoder, Filler, SentenceFiller, SyntheticDocument, assemble
+from data.synthetic.vocabulary import CODED_WORDS, coded_word
+
+INTRODUCTION = "Each name below has a number. Remember all of them."
+FACT = " {name}: {number}."
+QUESTION = " What is the number of {name}? {name}:"
+FEWEST_NAMES = 64
+
+
+class RecallGenerator:
+    """Makes documents with `pairs` pairs.
+
+    Args:
+        questions: asked at the end of a document, each about another pair.
+    """
+
+    has_depth = False
+
+    def __init__(
+        self, tokenizer: Encoder, *, pairs: int = 16, questions: int = 1, filler: Filler | None = None
+    ) -> None:
+        if not 1 <= pairs <= CODED_WORDS // 2:
+            raise ValueError(f"pairs = {pairs}: must be between 1 and {CODED_WORDS // 2}")
+        if questions > pairs:
+            raise ValueError(f"questions = {questions}: must not be more than the pairs, {pairs}")
+        self._tokenizer = tokenizer
+        self._filler = filler or SentenceFiller(tokenizer)
+        self._pairs, self._questions = pairs, questions
+
+    def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
+        """See `base.Generator`; `depth` is not used, the pairs stand anywhere."""
+        rng = np.random.default_rng(seed)
+        names = [coded_word(int(i)) for i in rng.permutation(max(FEWEST_NAMES, 2 * self._pairs))[: self._pairs]]
+        numbers = rng.integers(10, 100, size=self._pairs).tolist()
+        asks = [Ask(QUESTION.format(name=names[i]), f" {numbers[i]}", i) for i in rng.permutation(self._pairs).tolist()]
+        facts = [FACT.format(name=name, number=number) for name, number in zip(names, numbers, strict=True)]
+        draft = Draft(INTRODUCTION, facts, sorted(rng.uniform(size=self._pairs)), asks)
+        return assemble(
+            self._tokenizer,
+            self._filler,
+            draft,
+            questions=self._questions,
+            length=length,
+            seed=seed,
+            key=f"recall-{length}-{self._pairs}-{seed}",
+        )

@@ -1,0 +1,91 @@
+"""Variable tracking, as RULER has it (arXiv 2404.06654), with names of three letters for its five.
+
+    Memorize and track the chain(s) of variable assignment hidden in the following text.
+    " VAR ABC = 12345."  " VAR XYZ = VAR ABC."  ...                        each chain in order, chains mixed
+    " Question: Find all variables that are assigned the value 12345 in the text above. Answer: According to the
+    chain(s) of variable assignment in the text above, 3 variables are assigned the value 12345, they are:" (one line)
+    " ABC XYZ QRS"
+
+The variables of the answer come in the order of their assignment.
+"""
+
+from __future__ import annotations
+
+import string
+
+import numpy as np
+
+from data.synthetic.base import Ask, Draft, Encoder, Filler, SentenceFiller, SyntheticDocument, assemble, digits
+
+INTRODUCTION = "Memorize and track the chain(s) of variable assignment hidden in the following text."
+FIRST = " VAR {name} = {value}."
+NEXT = " VAR {name} = VAR {before}."
+QUESTION = (
+    " Question: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
+    "chain(s) of variable assignment in the text above, {count} variables are assigned the value {value}, they are:"
+)
+LETTERS = 3
+
+
+class TrackingGenerator:
+    """Makes documents with `chains` chains of `hops` assignments behind the first.
+
+    Args:
+        questions: asked at the end of a document, each about another chain.
+    """
+
+    has_depth = False
+
+    def __init__(
+        self,
+        tokenizer: Encoder,
+        *,
+        chains: int = 1,
+        hops: int = 4,
+        questions: int = 1,
+        filler: Filler | None = None,
+    ) -> None:
+        if questions > chains:
+            raise ValueError(f"questions = {questions}: must not be more than the chains, {chains}")
+        self._tokenizer = tokenizer
+        self._filler = filler or SentenceFiller(tokenizer)
+        self._chains, self._hops, self._questions = chains, hops, questions
+
+    def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
+        """See `base.Generator`; `depth` is not used, the assignments stand anywhere."""
+        rng = np.random.default_rng(seed)
+        names, values = self._draw(rng)
+        # Which chain each assignment in the text belongs to.
+        turns = rng.permutation(np.repeat(np.arange(self._chains), self._hops + 1)).tolist()
+        facts, done, ends = [], [0] * self._chains, [0] * self._chains
+        for place, chain in enumerate(turns):
+            own, step = names[chain], done[chain]
+            form = NEXT if step else FIRST
+            facts.append(form.format(name=own[step], before=own[step - 1], value=values[chain]))
+            done[chain], ends[chain] = step + 1, place
+        asks = [
+            Ask(QUESTION.format(value=value, count=len(own)), " " + " ".join(own), end)
+            for value, own, end in zip(values, names, ends, strict=True)
+        ]
+        draft = Draft(INTRODUCTION, facts, sorted(rng.uniform(size=len(facts))), asks)
+        return assemble(
+            self._tokenizer,
+            self._filler,
+            draft,
+            questions=self._questions,
+            length=length,
+            seed=seed,
+            key=f"tracking-{length}-{seed}",
+        )
+
+    def _draw(self, rng: np.random.Generator) -> tuple[list[list[str]], list[str]]:
+        """Different names of every chain's variables, and different values."""
+        names: dict[str, None] = {}
+        while len(names) < self._chains * (self._hops + 1):
+            names["".join(rng.choice(list(string.ascii_uppercase), LETTERS))] = None
+        values: dict[str, None] = {}
+        while len(values) < self._chains:
+            values[digits(rng)] = None
+        each = self._hops + 1
+        flat = list(names)
+        return [flat[i * each : (i + 1) * each] for i in range(self._chains)], list(values)
