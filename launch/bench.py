@@ -15,7 +15,11 @@ from pathlib import Path
 
 import psutil
 
-BENCHMARKS = {"schedule": "launch.bench_schedule", "checkpoint": "launch.bench_checkpoint"}
+BENCHMARKS = {
+    "schedule": "launch.bench_schedule",
+    "checkpoint": "launch.bench_checkpoint",
+    "generate": "launch.bench_generate",
+}
 """Modules with `HELP`, `add_options(parser)` and `measure(args, note)`."""
 
 

@@ -130,7 +130,7 @@ class InfiniAttention(nn.Module):
         b, t = reset.shape
         segments = t if probes is None else t + probes.shape[1]
         query, key, value = self._heads(hidden)
-        table = self._rotary_table(query.shape[2], hidden.device)
+        table = self._rotary_table(torch.arange(query.shape[2], device=hidden.device))
         local = F.scaled_dot_product_attention(
             rotate(query, table), rotate(key, table), value, is_causal=True, enable_gqa=self.heads > self.groups
         )
@@ -187,9 +187,8 @@ class InfiniAttention(nn.Module):
         """
         c, b = hidden.shape[:2]
         query, key, value = self._heads(hidden)  # [b, n, c, d]
-        whole = self._rotary_table(self.segment_length, hidden.device)
         positions = span.positions(c)
-        table = tuple(x[positions].unsqueeze(1) for x in whole)
+        table = self._rotary_table(positions.unsqueeze(1))
         inputs = cache.inputs.new_empty(b, self.groups, c, 0)
         with torch.autocast(hidden.device.type, enabled=False):
             gate = self._write_gate(hidden, b, 1)
@@ -258,10 +257,8 @@ class InfiniAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
 
-    def _rotary_table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        return rotary_table(
-            length, self.dim, self.rope_base, scaling=self.rope_scaling, device=device, dtype=self.memory_dtype
-        )
+    def _rotary_table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_table(positions, self.dim, self.rope_base, scaling=self.rope_scaling, dtype=self.memory_dtype)
 
     def _mix(self, read: Tensor, local: Tensor, present: Tensor, *, memory_off: bool = False) -> tuple[Tensor, Tensor]:
         """The memory's and the segment's part of the output, `[b, t, n*r, s, d]` each.

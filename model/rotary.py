@@ -16,20 +16,19 @@ from model.config import RopeScalingConfig
 
 
 def rotary_table(
-    length: int,
+    positions: Tensor,
     dim: int,
     base: float,
     *,
-    device: torch.device,
     dtype: torch.dtype,
     scaling: RopeScalingConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[length, dim / 2]`, computed in float64 and rounded once to `dtype`."""
-    frequency = base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    """Cosines and sines `[..., dim / 2]` of positions `[...]`, computed in float64 and rounded once to `dtype`."""
+    frequency = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim)
     size = 1.0
     if scaling is not None and scaling.type != "none":
         frequency, size = scaled_frequencies(frequency, base, scaling)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequency)
+    angle = positions.double().unsqueeze(-1) * frequency
     return (angle.cos() * size).to(dtype), (angle.sin() * size).to(dtype)
 
 

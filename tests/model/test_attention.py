@@ -84,7 +84,7 @@ def test_positions_restart_in_every_segment():
 def test_rotation_keeps_relative_positions_only():
     """The product of a query and a key depends on their distance; position 0 is not turned."""
     q, k = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    table = rotary_table(10, 8, 100.0, device=q.device, dtype=torch.float64)
+    table = rotary_table(torch.arange(10), 8, 100.0, dtype=torch.float64)
     queries, keys = rotate(q.expand(10, 8), table), rotate(k.expand(10, 8), table)
     torch.testing.assert_close(queries[0], q)
     scores = queries @ keys.T

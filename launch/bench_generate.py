@@ -1,0 +1,61 @@
+"""`infini bench generate`: memory and time per token of generation after short and very long prompts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.bench import Note
+    from pipeline.bench_generate import GenerationCosts
+
+HELP = "peak memory and time per token of generation after prompts of 1K to 1M tokens"
+LENGTHS = [1 << 10, 1 << 15, 1 << 20]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", default=LENGTHS, help="of the prompts, tokens")
+    parser.add_argument("--new-tokens", type=int, metavar="N", default=256, help="per prompt (%(default)s)")
+
+
+def measure(args: argparse.Namespace, note: Note) -> None:
+    from launch.world import free_port
+    from pipeline.bench_generate import measure
+    from pipeline.bench_step import in_fresh_process
+
+    sizes = (2, 64, 128) if args.quick else (4, 128, 256)
+    costs = []
+    for length in args.lengths:
+        port = str(free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        costs.append(in_fresh_process(measure, length, args.new_tokens, *sizes))
+    report(costs, note)
+
+
+def report(costs: list[GenerationCosts], note: Note) -> None:
+    """Write the table."""
+    first = costs[0]
+    note.text("## Prompts of different lengths")
+    note.text(
+        f"One process and one thread, {first.parameters:,} parameters with random weights, float32, rule delta, "
+        f"segments of {first.segment_length} tokens, byte tokenizer. Every prompt is a file, read by a "
+        f"fresh process; then {first.new_tokens} tokens follow, of which the median time is given. The peaks are resident sets: with "
+        "the model loaded, before the prompt is read, and at the end."
+    )
+    rows = [
+        [
+            f"{cost.prompt_tokens:,}",
+            f"{cost.read_s:,.1f}",
+            f"{cost.prompt_tokens / cost.read_s:,.0f}",
+            f"{1000 * cost.new_token_s:.1f}",
+            f"{1 / cost.new_token_s:,.0f}",
+            f"{cost.rss_before_bytes / 2**20:,.0f}",
+            f"{cost.rss_peak_bytes / 2**20:,.0f}",
+            f"{cost.memory_file_bytes / 1024:,.0f}",
+        ]
+        for cost in costs
+    ]
+    header = ["prompt tokens", "reading, s", "read tokens/s", "new token, ms", "new tokens/s"]
+    header += ["peak before, MiB", "peak, MiB", "memory file, KiB"]
+    note.table(header, rows)

@@ -1,0 +1,101 @@
+"""What generation costs after prompts of different lengths: memory and time per token should not depend on them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data.tokenizer import byte_tokenizer
+from pipeline.bench_step import peak_rss_bytes
+from pipeline.config_io import load_config
+from pipeline.generate import BLOCK_CHARACTERS, Generator
+from pipeline.memory_file import Identity
+from pipeline.streaming import Streamer
+from pipeline.topology import initialize
+
+MODEL = ["model.num_attention_heads=4", "model.num_query_groups=2", "model.memory.rule=delta"]
+SEED = 0
+
+
+@dataclass
+class GenerationCosts:
+    """One prompt's measurements."""
+
+    prompt_tokens: int
+    parameters: int
+    segment_length: int
+    read_s: float
+    new_tokens: int
+    new_token_s: float
+    """Median over the new tokens."""
+    rss_before_bytes: int
+    """Peak of the process with the model loaded, before the prompt."""
+    rss_peak_bytes: int
+    """Peak at the end."""
+    memory_file_bytes: int
+
+
+def write_prompt(path: Path, characters: int) -> None:
+    """A file of ASCII letters: as many tokens for the byte tokenizer."""
+    generator = np.random.default_rng(SEED)
+    with open(path, "wb") as file:
+        for size in _blocks(characters):
+            file.write(generator.integers(97, 123, size, dtype=np.uint8).tobytes())
+
+
+def _blocks(total: int) -> Iterator[int]:
+    for start in range(0, total, BLOCK_CHARACTERS):
+        yield min(BLOCK_CHARACTERS, total - start)
+
+
+def measure(prompt_tokens: int, new_tokens: int, layers: int, hidden_size: int, segment_length: int) -> GenerationCosts:
+    """Read a prompt from a file and go on, with a model of random weights; for a process of its own."""
+    sizes = [f"model.num_layers={layers}", f"model.hidden_size={hidden_size}", f"model.segment_length={segment_length}"]
+    config = load_config(None, [*MODEL, *sizes, f"model.ffn_hidden_size={3 * hidden_size}"])
+    topology = initialize(tensor=1, pipeline=1, timeout_s=600)
+    tokenizer = byte_tokenizer()
+    streamer = Streamer(config, topology, tokenizer.vocab_size)
+    identity = Identity(asdict(config.model), "", tokenizer.hash)
+    generator = Generator(streamer, tokenizer, identity, tokenizer.vocab_size)
+    with tempfile.TemporaryDirectory(prefix="infini-bench-") as folder:
+        path = Path(folder) / "prompt.txt"
+        write_prompt(path, prompt_tokens)
+        before = peak_rss_bytes()
+        start = time.perf_counter()
+        state = generator.read([path])
+        read_s = time.perf_counter() - start
+        times = _step_times(generator, state, new_tokens)
+        peak = peak_rss_bytes()
+        generator.save(state, Path(folder) / "memory")
+        memory_file_bytes = (Path(folder) / "memory").stat().st_size
+    dist.destroy_process_group()
+    return GenerationCosts(
+        prompt_tokens=state.tokens_read[0],
+        parameters=sum(parameter.numel() for parameter in streamer.stage.parameters()),
+        segment_length=segment_length,
+        read_s=read_s,
+        new_tokens=new_tokens,
+        new_token_s=median(times),
+        rss_before_bytes=before,
+        rss_peak_bytes=peak,
+        memory_file_bytes=memory_file_bytes,
+    )
+
+
+def _step_times(generator: Generator, state, count: int) -> list[float]:
+    """Seconds per new token. The end token would end a text, but here only the time counts."""
+    model, state, times = generator.model, state.select([0]), []
+    for _ in range(count):
+        start = time.perf_counter()
+        logits = model.next_logits(state)
+        model.append(state, torch.argmax(logits, dim=-1).tolist())
+        times.append(time.perf_counter() - start)
+    return times
