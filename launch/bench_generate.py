@@ -35,13 +35,16 @@ def measure(args: argparse.Namespace, note: Note) -> None:
 
 def report(costs: list[GenerationCosts], note: Note) -> None:
     """Write the table."""
+    from pipeline.streaming import WINDOW_TOKENS
+
     first = costs[0]
     note.text("## Prompts of different lengths")
     note.text(
         f"One process and one thread, {first.parameters:,} parameters with random weights, float32, rule delta, "
-        f"segments of {first.segment_length} tokens, byte tokenizer. Every prompt is a file, read by a "
-        f"fresh process; then {first.new_tokens} tokens follow, of which the median time is given. The peaks are resident sets: with "
-        "the model loaded, before the prompt is read, and at the end."
+        f"segments of {first.segment_length} tokens, byte tokenizer. Every prompt is a file, read by a fresh process; "
+        f"then {first.new_tokens} tokens follow, of which the median time is given. The peaks are resident sets: with "
+        "the model loaded, before the prompt is read, and at the end. A prompt shorter than a window "
+        f"({WINDOW_TOKENS['cpu']:,} tokens) is read in a smaller one, which takes less."
     )
     rows = [
         [

@@ -1,0 +1,78 @@
+"""The command line of the generation: what reaches the processes, and what is refused before any of them starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch import agent, cli
+from launch.bench_generate import report
+from pipeline.bench_generate import GenerationCosts
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Calls of launch_workers, which starts nothing; without a launcher, and with what a test sets taken back."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    calls = []
+    monkeypatch.setattr(agent, "launch_workers", lambda *arguments: calls.append(arguments) or 0)
+    return calls
+
+
+def test_the_ranks_get_the_same_arguments(launched, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("It was")
+    asked = [
+        "generate",
+        "runs/demo",
+        "parallel.tensor=2",
+        "--prompt=-- and then",
+        "--prompt",
+        "x\ny",
+        "--file",
+        str(book),
+    ]
+    asked += ["--stop=\n", "--temperature", "0.7", "--top-k", "5", "--top-p", "0.9", "--seed", "3"]
+    asked += ["--max-new-tokens", "9", "--save-memory", "m", "--tokenizer", "t"]
+    assert cli.main([*asked, "--nproc", "2", "--master-port", "4321"]) == 0
+    ((module, arguments, nproc, port),) = launched
+    assert (module, nproc, port) == ("launch.cli", 2, 4321)
+    expected, found = vars(cli.parse(asked)), vars(cli.parse(arguments))
+    assert found == expected
+    assert found["prompt"] == ["-- and then", "x\ny"] and found["overrides"] == ["parallel.tensor=2"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "nothing to read: give --prompt or --file"),
+        (["--file", "/nowhere/book.txt"], "there is no file /nowhere/book.txt"),
+        (["--prompt", "x", "--load-memory", "/nowhere/m"], "there is no file /nowhere/m"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "or 0 to only read (with --save-memory)"),
+        (["--prompt", "x", "--nproc", "0"], "--nproc 0"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature -1.0: must be at least 0"),
+        (["--prompt", "x", "--top-p", "0"], "top-p 0.0"),
+        (["--prompt", "x"], "/nowhere/run: no checkpoint here"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(launched, capfd, arguments, message):
+    assert cli.main(["generate", "/nowhere/run", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not launched
+
+
+def test_the_note_has_a_row_per_prompt():
+    class Note:
+        def text(self, text):
+            self.said = text
+
+        def table(self, header, rows):
+            self.rows = rows
+
+    note = Note()
+    cost = GenerationCosts(1024, 100, 64, 0.5, 8, 0.004, 300 << 20, 310 << 20, 2048)
+    report([cost, GenerationCosts(2048, 100, 64, 1.0, 8, 0.004, 300 << 20, 310 << 20, 2048)], note)
+    assert note.rows[0] == ["1,024", "0.5", "2,048", "4.0", "250", "300", "310", "2"]
+    assert note.rows[1][:3] == ["2,048", "1.0", "2,048"]
