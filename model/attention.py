@@ -26,7 +26,8 @@ class MemoryStatistics(NamedTuple):
     """What one layer's memory does in one window, for this rank's heads; detached, float32."""
 
     mix_gate: Tensor
-    """sigmoid(beta), `[query heads]`."""
+    """The memory's share of the output where it holds something, `[query heads]`: the floor and sigmoid(beta), or the
+    mean over tokens."""
     memory_share: Tensor
     """Size of the memory's part of the output relative to both parts, `[query heads]`, in 0..1."""
     write_gate: Tensor
@@ -87,7 +88,13 @@ class InfiniAttention(nn.Module):
             **common,
         )
         if self.rule is not None:
-            self.beta = nn.Parameter(torch.full((self.heads,), config.memory.beta_init, dtype=megatron.params_dtype))
+            if config.memory.mix_gate == "token":
+                self.mix_gate = backend.column_parallel_linear()(
+                    config.hidden_size, heads, bias=True, gather_output=False, **common
+                )
+            else:
+                values = torch.full((self.heads,), config.memory.beta_init, dtype=megatron.params_dtype)
+                self.beta = nn.Parameter(values)
             add_rule_parameters(self, self.rule, layer_shape(config), megatron, tensor_size=tensor_size)
         if config.memory.write_gate != "none":
             self.write_gate = backend.column_parallel_linear()(
@@ -153,9 +160,10 @@ class InfiniAttention(nn.Module):
                 detach_reads=self.detach_reads,
             )
             local = local.to(self.memory_dtype).unflatten(0, (b, segments))
-            from_memory, from_segment = self._mix(read, local, present, memory_off=memory_off)
+            share = self._memory_share(hidden, b, segments)
+            from_memory, from_segment = self._mix(share, read, local, present, memory_off=memory_off)
             mixed = from_memory + from_segment
-            measured = self._statistics(from_memory, from_segment, gate, memory) if statistics else None
+            measured = self._statistics(share, from_memory, from_segment, gate, memory) if statistics else None
         gate_sum = hidden.new_zeros((), dtype=torch.float32) if gate is None else gate.sum()
         return AttentionResult(self._project(mixed.flatten(0, 1).to(query.dtype)), memory, gate_sum, measured)
 
@@ -214,7 +222,7 @@ class InfiniAttention(nn.Module):
             q = query.to(self.memory_dtype).unflatten(1, (self.groups, -1)).unsqueeze(1)
             read = self.rule.read(q, rule_weights(self), before).flatten(2, 3)
             local = local.to(self.memory_dtype).unsqueeze(1)
-            mixed = sum(self._mix(read, local, self.rule.present(before)))
+            mixed = sum(self._mix(self._memory_share(hidden, b, 1), read, local, self.rule.present(before)))
         return self._project(mixed.squeeze(1).to(query.dtype))
 
     def commit(self, memory: State | None, cache: SegmentCache, lanes: Tensor) -> State | None:
@@ -260,14 +268,26 @@ class InfiniAttention(nn.Module):
     def _rotary_table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(positions, self.dim, self.rope_base, scaling=self.rope_scaling, dtype=self.memory_dtype)
 
-    def _mix(self, read: Tensor, local: Tensor, present: Tensor, *, memory_off: bool = False) -> tuple[Tensor, Tensor]:
+    def _memory_share(self, hidden: Tensor, b: int, segments: int) -> Tensor:
+        """The memory's share of the output, which broadcasts to `[b, segments, n*r, s, 1]`, in its precision."""
+        if self.memory_config.mix_gate == "token":
+            logit, _ = self.mix_gate(hidden.to(self.memory_dtype))  # [s, b*t, n*r]
+            logit = logit.permute(1, 2, 0).unflatten(0, (b, segments)).unsqueeze(-1)
+        else:
+            logit = self.beta.to(self.memory_dtype).view(1, 1, -1, 1, 1)
+        floor = self.memory_config.gate_floor
+        return floor + (1 - floor) * torch.sigmoid(logit)
+
+    def _mix(
+        self, share: Tensor, read: Tensor, local: Tensor, present: Tensor, *, memory_off: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The memory's and the segment's part of the output, `[b, t, n*r, s, d]` each.
 
         Args:
+            share: see `_memory_share`.
             read, local: what both attentions give, in the memory's precision.
             present: `[b, t, n]`, 0 where the memory is empty.
         """
-        share = torch.sigmoid(self.beta.to(self.memory_dtype)).view(1, 1, -1, 1, 1)
         if memory_off:
             share = torch.zeros_like(share)
         if self.memory_config.skip_empty:
@@ -287,7 +307,9 @@ class InfiniAttention(nn.Module):
         return write_gate(self.memory_config.write_gate, activation.permute(1, 2, 0).unflatten(0, (b, segments)))
 
     @torch.no_grad()
-    def _statistics(self, read: Tensor, local: Tensor, gate: Tensor | None, memory: State) -> MemoryStatistics:
+    def _statistics(
+        self, share: Tensor, read: Tensor, local: Tensor, gate: Tensor | None, memory: State
+    ) -> MemoryStatistics:
         read_size = read.norm(dim=-1).mean(dim=(0, 1, 3))
         local_size = local.norm(dim=-1).mean(dim=(0, 1, 3))
         if gate is None:
@@ -296,7 +318,7 @@ class InfiniAttention(nn.Module):
         histogram = torch.stack([torch.histc(row.float(), GATE_BINS, 0.0, 1.0) for row in per_head])
         z = getattr(memory, "z", None)
         return MemoryStatistics(
-            mix_gate=torch.sigmoid(self.beta.float()),
+            mix_gate=share.mean(dim=(0, 1, 3, 4)).float(),
             memory_share=(read_size / (read_size + local_size).clamp_min(1e-30)).float(),
             write_gate=per_head.mean(dim=1).float(),
             write_gate_histogram=histogram,

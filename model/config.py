@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 WRITE_GATES = ("none", "hard", "sigmoid")
+MIX_GATES = ("head", "token")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
@@ -18,8 +19,14 @@ class MemoryConfig:
     """`none` writes every token (the paper). `hard` can be exactly zero or one; `sigmoid` is the smooth form."""
     write_gate_bias: float = 2.0
     """Initial bias of the write gate. At +2 the hard gate is exactly 1 everywhere: the paper's rule."""
+    mix_gate: str = "head"
+    """What decides the memory's share of the output, sigmoid(beta): `head`, one beta per query head (the paper), or
+    `token`, a linear function of the layer's normalised input per query head."""
     beta_init: float = 0.0
-    """Initial value of beta, one per query head; sigmoid(beta) is the memory's share of the output."""
+    """Initial value of beta, for every head and token."""
+    gate_floor: float = 0.0
+    """The share is at least this (and what the sigmoid gives is scaled to the rest), except where the memory is empty
+    and `skip_empty` gives it nothing."""
     skip_empty: bool = True
     """Give the local attention all of the output while the memory is empty. `false` is the literal paper."""
     epsilon: float = 1e-6

@@ -199,10 +199,10 @@ class DecoderStage(nn.Module):
             if name.endswith("qkv.bias"):
                 nn.init.zeros_(parameter)
                 continue
-            if ".write_gate." in name:
-                # Weight zero: the gate starts at its bias for every token (+2: exactly the rule without a gate).
-                value = config.memory.write_gate_bias if name.endswith("bias") else 0.0
-                nn.init.constant_(parameter, value)
+            if ".write_gate." in name or ".mix_gate." in name:
+                # Weight zero: a gate starts at its bias for every token (+2: exactly the rule without a write gate).
+                bias = config.memory.write_gate_bias if ".write_gate." in name else config.memory.beta_init
+                nn.init.constant_(parameter, bias if name.endswith("bias") else 0.0)
                 continue
             std = config.init_std
             if name.endswith(("attention.projection.weight", "mlp.linear_fc2.weight")):

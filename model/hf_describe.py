@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import ModelConfig, RopeScalingConfig
-from model.hf_export.memory_infini import RULES, WRITE_GATES
+from model.hf_export.memory_infini import MIX_GATES, RULES, WRITE_GATES
 from model.hf_weights import head_shape
 
 _ROPE_SETTINGS = {
@@ -27,7 +27,11 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         ValueError: the exported code does not know the memory's rule or gate.
     """
     memory = config.memory
-    for name, value, known in (("rule", memory.rule, ("none", *RULES)), ("write_gate", memory.write_gate, WRITE_GATES)):
+    for name, value, known in (
+        ("rule", memory.rule, ("none", *RULES)),
+        ("write_gate", memory.write_gate, WRITE_GATES),
+        ("mix_gate", memory.mix_gate, MIX_GATES),
+    ):
         if value not in known:
             raise ValueError(f"model.memory.{name} = {value}: the exported model knows {', '.join(known)}")
     return {
@@ -45,6 +49,8 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "memory_rule": memory.rule,
         "memory_write_gate": memory.write_gate,
         "memory_write_gate_bias": memory.write_gate_bias,
+        "memory_mix_gate": memory.mix_gate,
+        "memory_gate_floor": memory.gate_floor,
         "memory_beta_init": memory.beta_init,
         "memory_skip_empty": memory.skip_empty,
         "memory_epsilon": memory.epsilon,

@@ -31,6 +31,8 @@ PARTITIONS: dict[str, Partition] = {
     "attention.qkv.bias": Partition(0),
     "attention.projection.weight": Partition(1),
     "attention.beta": Partition(0),
+    "attention.mix_gate.weight": Partition(0),
+    "attention.mix_gate.bias": Partition(0),
     "attention.write_gate.weight": Partition(0),
     "attention.write_gate.bias": Partition(0),
     "mlp.linear_fc1.weight": Partition(0, stride=2),

@@ -14,7 +14,7 @@ With h hidden size, d head dimension, n query heads, g key/value heads, f MLP wi
     memory            layers * (what the rule says: 2 n d^2 read + 2 g d^2 write
                                 [+ 2 g d^2 the value already stored: all but linear]
                                 [+ 8 d (n + 2 g) convolutions + 2 h g decay: gated_deltanet]
-                                [+ 2 h g write gate])
+                                [+ 2 h g write gate] [+ 2 h n mix gate per token])
     output            2 h V
 
 With one key/value head per query head, `linear` then costs 4 n d^2 against 2 n d S: d / (S / 2) of the local attention,
@@ -66,7 +66,7 @@ def layer_parameters(config: ModelConfig, tensor: int = 1) -> dict[str, int]:
         "attention": hidden * dim * (heads + 2 * groups) // tensor + heads * dim * hidden // tensor + bias,
         "mlp": 3 * hidden * config.ffn_hidden_size // tensor,
         "norms": 2 * hidden + (2 * dim if config.qk_norm else 0),
-        "beta": heads // tensor if remembers else 0,
+        "beta": heads * (hidden + 1 if memory.mix_gate == "token" else 1) // tensor if remembers else 0,
         "write_gate": groups * (hidden + 1) // tensor if gated else 0,
         "rule": sum(math.prod(parameter.shape) for parameter in own.values()) // tensor,
     }
@@ -106,6 +106,8 @@ def forward_flops_per_token(config: ModelConfig, vocab: int | None = None) -> di
         memory = rule.flops_per_token(layer_shape(config))
         if config.memory.write_gate != "none":
             memory += 2 * hidden * groups
+        if config.memory.mix_gate == "token":
+            memory += 2 * hidden * heads
     flops = {
         "projections": layers * (2 * hidden * dim * (heads + 2 * groups) + 2 * heads * dim * hidden),
         "mlp": layers * 6 * hidden * config.ffn_hidden_size,

@@ -23,6 +23,7 @@ key/value heads of dimension d and an MLP width f, a layer keeps per token
                 n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet
                 n d (5 m + c) + 10 g d m + 192 g m + h c   gated_deltanet
                 + h c + g d m                              write gate
+                + h c + 3 n m                              mix gate per token
     states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (the others)
 
 and the last stage h (2 m + e) for the final norm and 4 bytes per logit for the softmax. A **chunk** is one microbatch's
@@ -180,4 +181,6 @@ def _attention_bytes(model: ModelConfig, tensor: int, e: int, m: int, segments: 
         per_token += of_rule
     if model.memory.write_gate != "none":
         per_token += hidden * c + g * d * m
+    if model.memory.mix_gate == "token":
+        per_token += hidden * c + 3 * n * m
     return segments * (length * per_token + per_segment)

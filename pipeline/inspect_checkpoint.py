@@ -40,7 +40,7 @@ class Layer:
 
     name: str
     gate: tuple[float, float, float] | None
-    """Smallest, mean and largest sigmoid(beta) of the query heads."""
+    """Smallest, mean and largest sigmoid(beta) of the query heads; of the biases with `mix_gate=token`."""
     write_gate_bias: float | None
     """Mean over the key/value heads; None without a write gate."""
     norms: dict[str, float]
@@ -119,8 +119,9 @@ def _layers(reader: CheckpointReader) -> tuple[list[Layer], int]:
     for number in range(reader.summary["config"]["model"]["num_layers"]):
         prefix = f"layers.{number}.attention."
         gate = bias = None
-        if prefix + "beta" in weights:
-            share = torch.sigmoid(reader.whole_tensor(weights[prefix + "beta"]))
+        beta = next((weights[prefix + key] for key in ("beta", "mix_gate.bias") if prefix + key in weights), None)
+        if beta is not None:
+            share = torch.sigmoid(reader.whole_tensor(beta))
             gate = (float(share.min()), float(share.mean()), float(share.max()))
         if prefix + "write_gate.bias" in weights:
             bias = float(reader.whole_tensor(weights[prefix + "write_gate.bias"]).mean())

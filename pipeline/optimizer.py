@@ -116,7 +116,7 @@ def parameter_groups(stage: DecoderStage, config: Config) -> list[dict]:
 
 def _settings(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> tuple[float, float]:
     """Weight decay and relative learning rate of a parameter."""
-    if name.endswith(".beta"):
+    if name.endswith(".beta") or ".mix_gate." in name:
         return 0.0, optimizer.beta_lr_scale
     if ".write_gate." in name or getattr(parameter, "is_gate", False):
         return 0.0, optimizer.write_gate_lr_scale

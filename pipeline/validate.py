@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.config import ROPE_SCALINGS, WRITE_GATES
+from model.config import MIX_GATES, ROPE_SCALINGS, WRITE_GATES
 from model.rules import RULES
 from pipeline import derived
 from pipeline.config import (
@@ -158,6 +158,7 @@ def _choices(config: Config) -> Iterator[str]:
     for key, value, valid in (
         ("model.memory.rule", config.model.memory.rule, RULES),
         ("model.memory.write_gate", config.model.memory.write_gate, WRITE_GATES),
+        ("model.memory.mix_gate", config.model.memory.mix_gate, MIX_GATES),
         ("model.rope_scaling.type", config.model.rope_scaling.type, ROPE_SCALINGS),
         ("parallel.schedule", config.parallel.schedule, SCHEDULES),
         ("bptt.gradient", config.bptt.gradient, GRADIENTS),
@@ -286,6 +287,13 @@ def _optimizer(config: Config) -> Iterator[str]:
 
 def _memory(config: Config) -> Iterator[str]:
     memory = config.model.memory
+    if memory.rule == "none" and memory.mix_gate != "head":
+        yield (
+            f"model.memory.mix_gate = {memory.mix_gate}: must be head with model.memory.rule = none, "
+            "there is nothing to mix in"
+        )
+    if not 0 <= memory.gate_floor < 1:
+        yield f"model.memory.gate_floor = {memory.gate_floor}: must be at least 0 and below 1"
     if memory.rule == "none" and memory.write_gate != "none":
         yield (
             f"model.memory.write_gate = {memory.write_gate}: must be none with model.memory.rule = none, "

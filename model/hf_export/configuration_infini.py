@@ -35,6 +35,8 @@ class InfiniConfig(PreTrainedConfig):
     memory_rule: str = "delta"
     memory_write_gate: str = "none"
     memory_write_gate_bias: float = 2.0
+    memory_mix_gate: str = "head"
+    memory_gate_floor: float = 0.0
     memory_beta_init: float = 0.0
     memory_skip_empty: bool = True
     memory_epsilon: float = 1e-6

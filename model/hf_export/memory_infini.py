@@ -183,6 +183,8 @@ RULES = {
     "gated_deltanet": lambda config: GatedDeltaNetRule(),
 }
 
+MIX_GATES = ("head", "token")
+
 WRITE_GATES = {
     "none": None,
     "hard": lambda a: ((a + 2) / 4).clamp(0, 1),

@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_infini import InfiniCache, InfiniCacheLayer
 from .configuration_infini import InfiniConfig
-from .memory_infini import RULES, WRITE_GATES
+from .memory_infini import MIX_GATES, RULES, WRITE_GATES
 from .rotary_infini import rotary_frequencies, rotate
 
 
@@ -80,7 +80,12 @@ class InfiniMemory(nn.Module):
         self.config, self.groups = config, config.num_key_value_heads
         self.ratio = config.num_attention_heads // self.groups
         self.rule, self.gate = RULES[config.memory_rule](config), WRITE_GATES[config.memory_write_gate]
-        self.beta = nn.Parameter(torch.full((config.num_attention_heads,), config.memory_beta_init))
+        if config.memory_mix_gate not in MIX_GATES:
+            raise ValueError(f"config.json: memory_mix_gate {config.memory_mix_gate!r}: not {', '.join(MIX_GATES)}")
+        if config.memory_mix_gate == "token":
+            self.mix_gate = nn.Linear(config.hidden_size, config.num_attention_heads)
+        else:
+            self.beta = nn.Parameter(torch.full((config.num_attention_heads,), config.memory_beta_init))
         for name, value in self.rule.parameters(config.num_attention_heads, self.groups, config.head_dim).items():
             self.register_parameter(name, nn.Parameter(value))
         # Numbers per token and key/value head, in the cache until the segment is written.
@@ -102,7 +107,13 @@ class InfiniMemory(nn.Module):
             cache.memory = self.rule.init(cache.keys.to(dtype), self.ratio)
         grouped = query.to(dtype).unflatten(1, (self.groups, self.ratio))
         read = self.rule.read(grouped, weights, cache.memory).flatten(1, 2)
-        share = torch.sigmoid(weights["beta"]).view(1, -1, 1, 1)
+        if self.config.memory_mix_gate == "token":
+            logit = F.linear(hidden.to(dtype), weights["mix_gate.weight"], weights["mix_gate.bias"])
+            logit = logit.transpose(1, 2).unsqueeze(-1)  # [b, heads, m, 1]
+        else:
+            logit = weights["beta"].view(1, -1, 1, 1)
+        floor = self.config.memory_gate_floor
+        share = floor + (1 - floor) * torch.sigmoid(logit)
         if self.config.memory_skip_empty:
             share = share * self.rule.present(cache.memory).repeat_interleave(self.ratio, dim=1)[..., None, None]
         cache.memory = self.rule.advance(grouped, piece.count, cache.memory)
@@ -217,7 +228,11 @@ class InfiniPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, InfiniMemory):
-            init.constant_(module.beta, self.config.memory_beta_init)
+            if self.config.memory_mix_gate == "token":
+                init.zeros_(module.mix_gate.weight)
+                init.constant_(module.mix_gate.bias, self.config.memory_beta_init)
+            else:
+                init.constant_(module.beta, self.config.memory_beta_init)
             for name in module.numbers:
                 init.zeros_(module.get_submodule(name).weight)
                 # decays of about 1e-4 per token

@@ -17,7 +17,11 @@ RULES = {
     "linear": ["model.memory.rule=linear"],
     "delta": ["model.memory.rule=delta", "model.memory.write_gate=hard"],
     "deltanet": ["model.memory.rule=deltanet", "model.memory.write_gate=sigmoid"],
-    "gated_deltanet": ["model.memory.rule=gated_deltanet", "model.memory.write_gate=hard"],
+    "gated_deltanet": [
+        "model.memory.rule=gated_deltanet",
+        "model.memory.write_gate=hard",
+        "model.memory.mix_gate=token",
+    ],
 }
 
 

@@ -28,7 +28,12 @@ MODELS = {
         "model.memory.write_gate_bias=0.5",
         "train.write_gate_penalty=0.1",
     ],
-    "gated_deltanet": ["model.memory.rule=gated_deltanet", "model.memory.write_gate=sigmoid"],
+    "gated_deltanet": [
+        "model.memory.rule=gated_deltanet",
+        "model.memory.write_gate=sigmoid",
+        "model.memory.mix_gate=token",
+        "model.memory.gate_floor=0.1",
+    ],
     "none": ["model.memory.rule=none"],
     "delta-bias-norms": ["model.qkv_bias=true", "model.qk_norm=true"],
     "probes": ["model.memory.rule=delta", "train.probes_per_window=4"],

@@ -8,8 +8,10 @@ from model.decoder import DecoderStage, StageOptions
 VOCAB = 40
 
 
-def small_config(rule="delta", gate="none", *, skip_empty=True, beta=0.0, **changes) -> ModelConfig:
-    memory = MemoryConfig(rule=rule, write_gate=gate, skip_empty=skip_empty, beta_init=beta)
+def small_config(
+    rule="delta", gate="none", *, skip_empty=True, beta=0.0, mix="head", floor=0.0, **changes
+) -> ModelConfig:
+    memory = MemoryConfig(rule, gate, skip_empty=skip_empty, beta_init=beta, mix_gate=mix, gate_floor=floor)
     settings = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
     settings |= {"ffn_hidden_size": 20, "segment_length": 6, "vocab_size": VOCAB, "vocab_size_multiple": 16}
     return ModelConfig(**settings | changes, memory=memory)

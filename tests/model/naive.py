@@ -34,6 +34,17 @@ def write_gate(kind: str, a: Tensor) -> Tensor:
     return ((a.detach() + 2) / 4).clip(0, 1) + smooth - smooth.detach()
 
 
+def memory_share(config: ModelConfig, p: dict[str, Tensor], x: Tensor, head: int) -> Tensor:
+    """The memory's part of the output of one query head, for tokens `[s, h]`: `[s, 1]`."""
+    beta = (
+        x @ p["mix_gate.weight"][head] + p["mix_gate.bias"][head]
+        if config.memory.mix_gate == "token"
+        else p["beta"][head]
+    )
+    floor = config.memory.gate_floor
+    return (floor + (1 - floor) / (1 + (-beta).exp())).expand(len(x)).unsqueeze(-1)
+
+
 def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, reset: Tensor):
     """One lane: `x [t, s, h]`, memory `(M, z)` or `(M,)`, `[n, d, d]` and `[n, d]`, reset `[t]`.
 
@@ -83,7 +94,7 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
                 head = group * ratio + r
                 outputs[i][head] = local_attention(q[i, r], k[i], v[i], config.rope_base)
                 if rule != "none" and (shown[i] or not config.memory.skip_empty):
-                    share = torch.sigmoid(p["beta"][head])
+                    share = memory_share(config, p, x[i], head)
                     outputs[i][head] = share * reads[i][r] + (1 - share) * outputs[i][head]
     mixed = torch.stack([torch.cat(row, dim=-1) for row in outputs])
     memory = [torch.stack(m) for m in zip(*after, strict=True)]

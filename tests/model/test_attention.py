@@ -38,7 +38,18 @@ def reset():
 @pytest.mark.parametrize("skip_empty", [True, False], ids=["skip_empty", "literal"])
 @pytest.mark.parametrize(("rule", "gate"), RULES_AND_GATES)
 def test_layer_is_the_dense_layer(rule, gate, skip_empty, carried_in, reset):
-    config = small_config(rule, gate, skip_empty=skip_empty, num_layers=1)
+    assert_is_the_dense_layer(small_config(rule, gate, skip_empty=skip_empty, num_layers=1), carried_in, reset)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+@pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
+@pytest.mark.parametrize("mix", ["head", "token"])
+def test_gates_are_the_dense_gates(rule, mix, floor, reset):
+    assert_is_the_dense_layer(small_config(rule, "hard", mix=mix, floor=floor, num_layers=1), True, reset)
+
+
+def assert_is_the_dense_layer(config, carried_in, reset):
+    """Output, memory and every gradient."""
     stage = small_stage(config)
     layer = stage.layers["0"]
     hidden, x = hidden_states(config)
@@ -184,9 +195,10 @@ def test_first_segment_is_exactly_local_attention(rule):
     torch.testing.assert_close(outputs["literal"][starts], 0.5 * outputs["plain"][starts])
 
 
+@pytest.mark.parametrize("mix", ["head", "token"])
 @pytest.mark.parametrize("rule", MEMORY_RULES)
-def test_memory_off_is_plain_attention_that_still_writes(rule, reset):
-    config, plain = small_config(rule, num_layers=1), small_config("none", num_layers=1)
+def test_memory_off_is_plain_attention_that_still_writes(rule, mix, reset):
+    config, plain = small_config(rule, mix=mix, floor=0.2, num_layers=1), small_config("none", num_layers=1)
     stage = small_stage(config)
     attention, plain = stage.layers["0"].attention, small_stage(plain).layers["0"].attention
     hidden, _ = hidden_states(config)
@@ -195,6 +207,29 @@ def test_memory_off_is_plain_attention_that_still_writes(rule, reset):
     assert torch.equal(off.hidden, plain(hidden, None, reset).hidden)
     assert not torch.equal(off.hidden, on.hidden)
     assert all(torch.equal(x, y) for x, y in zip(off.memory, on.memory, strict=True))
+
+
+@pytest.mark.parametrize("mix", ["head", "token"])
+def test_memory_has_its_floor(mix, reset):
+    """However low the gate's logit: a floor of the output comes from the memory."""
+    config = small_config("delta", beta=-50.0, mix=mix, floor=0.25, num_layers=1)
+    stage = small_stage(config, scramble=False)
+    attention = stage.layers["0"].attention
+    hidden, _ = hidden_states(config)
+    found = attention(hidden, random_memory(stage, B)[0], reset, statistics=True).statistics
+    torch.testing.assert_close(found.mix_gate, torch.full((4,), 0.25))
+    assert (found.memory_share > 0).all()
+
+
+def test_mix_gate_per_token_is_averaged_in_statistics(reset):
+    config = small_config("delta", mix="token", num_layers=1)
+    stage = small_stage(config)
+    attention = stage.layers["0"].attention
+    hidden, x = hidden_states(config)
+    found = attention(hidden, random_memory(stage, B)[0], reset, statistics=True).statistics
+    expected = torch.sigmoid(x @ attention.mix_gate.weight.T + attention.mix_gate.bias).flatten(0, 2)
+    assert expected.std(dim=0).min() > 0.01
+    torch.testing.assert_close(found.mix_gate.double(), expected.mean(dim=0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("gate", ["none", "hard"])

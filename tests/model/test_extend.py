@@ -85,6 +85,14 @@ def test_tokens_in_pieces_give_the_numbers_of_the_whole(rule, gate, steps, preci
                 torch.testing.assert_close(x[i : i + 1], y, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("mix", ["head", "token"])
+def test_mix_gates_in_pieces(mix):
+    stage = small_stage(small_config("gated_deltanet", "hard", mix=mix, floor=0.2))
+    tokens = torch.randint(0, VOCAB, (19,), generator=torch.Generator().manual_seed(5))
+    (logits,), _ = extended_logits(stage, [tokens], (4, 1, 6))
+    torch.testing.assert_close(logits, all_logits(stage, tokens)[0], rtol=1e-10, atol=1e-10)
+
+
 def test_bfloat16_is_the_forward_in_bfloat16():
     stage = small_stage(small_config("delta", "hard", beta=0.7), precision="bf16")
     tokens = torch.randint(0, VOCAB, (20,), generator=torch.Generator().manual_seed(5))

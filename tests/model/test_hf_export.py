@@ -31,6 +31,8 @@ MODELS = {
     "deltanet-blocks": small_config("deltanet", "hard", segment_length=130, num_layers=1),
     "gated_deltanet": small_config("gated_deltanet", "sigmoid"),
     "gated_deltanet-short": small_config("gated_deltanet", segment_length=2, num_query_groups=None),
+    "delta-token-mix": small_config("delta", mix="token"),
+    "linear-floor": small_config("linear", floor=0.3),
     "delta-norms-llama3": small_config(
         "delta",
         "sigmoid",

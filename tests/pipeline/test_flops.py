@@ -170,6 +170,18 @@ def build(config, *, precision="fp32", recompute="none"):
     return stage
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_mix_gate_per_token_of_the_built_model(one_process, precision):
+    config = small(memory=MemoryConfig(rule="delta", mix_gate="token"))
+    stage = build(config, precision=precision)
+    assert parameter_count(config)["beta"] == 3 * 4 * (256 + 1)
+    assert parameter_count(config)["total"] == sum(parameter.numel() for parameter in stage.parameters())
+    tokens = torch.randint(0, 500, (2, 3, 256))
+    measured = saved_bytes(stage, tokens, tokens, torch.zeros(2, 3, dtype=torch.bool))
+    run = Config(model=config, train=TrainConfig(lanes=2, segments_per_window=3, precision=precision))
+    assert per_rank_bytes(run, world_size=1)[0].chunk_activations == pytest.approx(measured, rel=0.03)
+
+
 @pytest.mark.parametrize("family", [{}, {"tie_embeddings": False}, QWEN], ids=["tied", "untied", "bias-norms"])
 @pytest.mark.parametrize(("rule", "gate"), MEMORY_KINDS)
 def test_parameters_of_the_built_model(one_process, rule, gate, family):
