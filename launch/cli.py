@@ -18,6 +18,7 @@ COMMANDS = (
     "launch.train",
     "launch.evaluate",
     "launch.generate",
+    "launch.export_hf",
     "launch.bench",
 )
 """Modules with `add_parser(subparsers)`, in the order of the help text."""

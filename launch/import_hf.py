@@ -19,12 +19,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--segment-length", type=_positive, metavar="S", help="tokens that the local attention sees (2048)"
     )
-    parser.add_argument("--memory-rule", metavar="RULE", default="delta", help="rule of the memory (delta)")
-    parser.add_argument("--write-gate", metavar="GATE", default="none", help="what is written (none: all)")
+    parser.add_argument("--memory-rule", metavar="RULE", help="rule of the memory (delta)")
+    parser.add_argument("--write-gate", metavar="GATE", help="what is written (none: all)")
     parser.add_argument(
         "--beta-init",
         type=float,
-        default=-4.0,
         metavar="BETA",
         help="the memory starts with sigmoid(BETA) of the attention's output (-4: 0.018)",
     )
@@ -37,15 +36,21 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     from launch.world import join_world
     from model.config import MemoryConfig
+    from model.hf_config import is_exported
     from model.hf_source import open_source
     from pipeline.console import progress
     from pipeline.import_hf import import_model, parameter_elements
     from pipeline.topology import initialize, shutdown
 
-    total = parameter_elements(open_source(args.source))
+    source = open_source(args.source)
+    total = parameter_elements(source)
     join_world()
     initialize(tensor=1, pipeline=1, timeout_s=120)
-    memory = MemoryConfig(rule=args.memory_rule, write_gate=args.write_gate, beta_init=args.beta_init)
+    chosen = {"rule": args.memory_rule, "write_gate": args.write_gate, "beta_init": args.beta_init}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    memory = MemoryConfig(**{"rule": "delta", "beta_init": -4.0} | chosen)
+    if is_exported(source.config) and not chosen:
+        memory = None
     with progress(total, f"importing {args.source}, parameters") as advance:
         notes = import_model(args.source, args.out, memory=memory, segment_length=args.segment_length, progress=advance)
     shutdown()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from model.config import MemoryConfig, ModelConfig, RopeScalingConfig
+from model.hf_describe import EXPORTED, MEMORY_SETTINGS
 
 
 class Family(NamedTuple):
@@ -42,25 +43,29 @@ _VOCAB_MULTIPLE = 128
 
 
 def model_config(
-    hf: Mapping[str, Any], *, source: str, segment_length: int | None, memory: MemoryConfig
+    hf: Mapping[str, Any], *, source: str, segment_length: int | None, memory: MemoryConfig | None
 ) -> ModelConfig:
     """The model section for a Hugging Face `config.json`.
 
     Args:
         hf: the contents of `config.json`.
         source: its path, for messages.
-        segment_length: tokens that the local attention sees; None takes 2,048, or the model's context where that is
-            shorter.
-        memory: what the plain model does not have.
+        segment_length: tokens that the local attention sees; None takes an exported model's own, and for others 2,048,
+            or the model's context where that is shorter.
+        memory: what a plain model does not have; None for a model that this project exported, with its own.
 
     Raises:
         ValueError: an architecture, an activation, a rope type or an option that this decoder does not have, or a
             setting that is missing; names it and what would be valid.
     """
     kind = hf.get("model_type")
-    family = FAMILIES.get(kind)
-    if family is None:
-        raise ValueError(f"{source}: model_type is {kind!r}; this decoder covers {', '.join(FAMILIES)}")
+    if is_exported(hf):
+        family = Family(bool(hf.get("qkv_bias")), bool(hf.get("qk_norm")), slides_only_if="use_sliding_window")
+        memory, segment_length = _own_memory(hf, memory, source), segment_length or hf.get("segment_length")
+    elif kind in FAMILIES:
+        family = FAMILIES[kind]
+    else:
+        raise ValueError(f"{source}: model_type is {kind!r}; this decoder covers {', '.join((*FAMILIES, EXPORTED))}")
     if hf.get("quantization_config"):
         raise ValueError(f"{source}: the weights are quantised (quantization_config); import the unquantised model")
     for name in family.must_be_false:
@@ -109,6 +114,19 @@ def model_config(
             f"be at most that, not {config.segment_length}"
         )
     return config
+
+
+def is_exported(hf: Mapping[str, Any]) -> bool:
+    """Whether this is a model of ours, with its memory (see `model.hf_describe`)."""
+    return hf.get("model_type") == EXPORTED
+
+
+def _own_memory(hf: Mapping[str, Any], memory: MemoryConfig | None, source: str) -> MemoryConfig:
+    if memory is not None:
+        raise ValueError(f"{source}: the model has a memory, {hf.get('memory_rule')}, and keeps it: choose no other")
+    if missing := [f"memory_{name}" for name in MEMORY_SETTINGS if f"memory_{name}" not in hf]:
+        raise ValueError(f"{source}: {', '.join(missing)} is missing")
+    return MemoryConfig(**{name: hf[f"memory_{name}"] for name in MEMORY_SETTINGS})
 
 
 def _vocab_multiple(vocab_size: int) -> int:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from model.config import ModelConfig, RopeScalingConfig
 from model.hf_export.memory_infini import MIX_GATES, RULES, WRITE_GATES
 from model.hf_weights import head_shape
 
+EXPORTED = "infini"
+"""The `model_type` of the model with its memory."""
+
+MEMORY_SETTINGS = (
+    *("rule", "write_gate", "write_gate_bias", "mix_gate", "gate_floor", "beta_init", "skip_empty", "epsilon"),
+)
+"""Of `MemoryConfig`: `memory_<name>` in an exported `config.json`."""
+
+_MODEL = {
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
+    *("vocab_size", "vocab_size_multiple", "tie_embeddings", "qkv_bias", "qk_norm", "segment_length", "rope_base"),
+    *("rope_scaling", "norm_epsilon", "init_std", "memory"),
+}
 _ROPE_SETTINGS = {
     "none": (),
     "linear": ("factor",),
@@ -24,7 +38,7 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         vocab_size: tokens, without padding.
 
     Raises:
-        ValueError: the exported code does not know the memory's rule or gate.
+        ValueError: the exported code does not know one of the model's settings, or its value.
     """
     memory = config.memory
     for name, value, known in (
@@ -34,6 +48,11 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     ):
         if value not in known:
             raise ValueError(f"model.memory.{name} = {value}: the exported model knows {', '.join(known)}")
+    for section, settings, known in (("model", config, _MODEL), ("model.memory", memory, MEMORY_SETTINGS)):
+        for field in fields(settings):
+            value, default = getattr(settings, field.name), getattr(type(settings)(), field.name)
+            if field.name not in known and value != default:
+                raise ValueError(f"{section}.{field.name} = {value}: the exported model does not have this setting")
     return {
         "architectures": ["InfiniForCausalLM"],
         "auto_map": {
@@ -41,19 +60,13 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
             "AutoModel": "modeling_infini.InfiniModel",
             "AutoModelForCausalLM": "modeling_infini.InfiniForCausalLM",
         },
-        "model_type": "infini",
+        "model_type": EXPORTED,
         **_common(config, vocab_size),
         "qkv_bias": config.qkv_bias,
         "qk_norm": config.qk_norm,
         "segment_length": config.segment_length,
-        "memory_rule": memory.rule,
-        "memory_write_gate": memory.write_gate,
-        "memory_write_gate_bias": memory.write_gate_bias,
-        "memory_mix_gate": memory.mix_gate,
-        "memory_gate_floor": memory.gate_floor,
-        "memory_beta_init": memory.beta_init,
-        "memory_skip_empty": memory.skip_empty,
-        "memory_epsilon": memory.epsilon,
+        "max_position_embeddings": 1 << 20,
+        **{f"memory_{name}": getattr(memory, name) for name in MEMORY_SETTINGS},
     }
 
 

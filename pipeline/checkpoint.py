@@ -171,6 +171,12 @@ class CheckpointReader:
         """Names of all tensors but the random states: `master/...`, `exp_avg/...`, `memory/<layer>/<field>`."""
         return list(self._entries)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a whole parameter-like tensor."""
+        entry = self._entries[key][0]
+        partition = Partition(entry["partition_dim"], entry["partition_stride"])
+        return full_shape(entry["local_shape"], partition, entry["tensor_size"])
+
     def whole_tensor(self, key: str) -> Tensor:
         """A parameter-like tensor, put together from all processes' parts.
 

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from pipeline.checkpoint import CheckpointReader, find_checkpoint, open_verified
-from pipeline.config import Config
-from pipeline.config_io import ConfigError
 from pipeline.evaluation_config import generation_config
+from pipeline.find_tokenizer import find_tokenizer
 from pipeline.incremental import IncrementalModel, LaneState
 from pipeline.memory_file import Identity, load_memory, save_memory
 from pipeline.sampling import Sampling, choose
@@ -83,7 +82,7 @@ class Generator:
         path = find_checkpoint(Path(checkpoint))
         reader = CheckpointReader(path)
         config = generation_config(reader.summary["config"], overrides, int(os.environ.get("WORLD_SIZE", "1")))
-        found = find_tokenizer(path, config, reader.summary["vocab_size"], tokenizer)
+        _, found = find_tokenizer(path, config, reader.summary["vocab_size"], tokenizer)
         parallel = config.parallel
         topology = initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
         reader = open_verified(path)
@@ -206,28 +205,3 @@ def _blocks(path: Path) -> Iterator[str]:
                 yield block
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def find_tokenizer(checkpoint: Path, config: Config, vocab_size: int, given: str | Path | None) -> Tokenizer:
-    """The tokenizer of a model with `vocab_size` tokens: `given`, else the one in the run's folder, else its data's.
-
-    Raises:
-        ValueError: there is none, or it has tokens that the model does not know.
-    """
-    if given is not None:
-        place = Path(given)
-    else:
-        run_dir = checkpoint.parent.parent
-        places = [run_dir, *(Path(entry.path) for entry in config.data.sets)]
-        place = next((place for place in places if (place / "tokenizer").is_dir()), None)
-        if place is None:
-            raise ConfigError(
-                [
-                    f"{checkpoint}: there is no {run_dir / 'tokenizer'}, and none of data.sets is there any more: give "
-                    "the folder of a tokenizer or of a prepared set with --tokenizer"
-                ]
-            )
-    tokenizer = load_tokenizer(place)
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError([f"the tokenizer of {place} has {tokenizer.vocab_size} tokens; the model knows {vocab_size}"])
-    return tokenizer

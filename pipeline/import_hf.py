@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import MemoryConfig, ModelConfig
-from model.hf_config import model_config
+from model.hf_config import is_exported, model_config
 from model.hf_source import ModelSource, open_source
 from model.hf_weights import Weight, backbone_weights, memory_weight
 from pipeline.config import Config, OptimizerConfig, TrainConfig
@@ -37,7 +37,7 @@ def import_model(
     source: Path,
     out: Path,
     *,
-    memory: MemoryConfig,
+    memory: MemoryConfig | None,
     segment_length: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
@@ -48,7 +48,7 @@ def import_model(
     Args:
         source: folder of a Hugging Face model, or a GGUF file of the Llama family.
         out: folder that does not exist yet.
-        memory: what the plain model does not have.
+        memory: what a plain model does not have; None for a model that this project exported, which keeps its own.
         segment_length: tokens that the local attention sees; None: see `model.hf_config.model_config`.
         progress: called with the number of elements read, parameter by parameter.
 
@@ -119,9 +119,10 @@ def parameter_elements(source: ModelSource) -> int:
 
 
 def _trained_memory(source: ModelSource, initial: dict[str, Tensor]) -> dict[str, Weight]:
-    """Memory parameters that the source has (an exported model of ours): all or none."""
-    found = {name: memory_weight(name, tensor.shape) for name, tensor in initial.items()}
-    return found if any(weight.hf_names[0] in source.shapes for weight in found.values()) else {}
+    """The memory's parameters, where the source is an exported model of ours."""
+    if not is_exported(source.config):
+        return {}
+    return {name: memory_weight(name, tensor.shape) for name, tensor in initial.items()}
 
 
 def _check_tensors(source: ModelSource, weights: dict[str, Weight]) -> None:

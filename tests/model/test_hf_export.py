@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from model import hf_describe
 from model.config import RopeScalingConfig
 from model.hf_describe import describe_infini, describe_plain
 from model.hf_weights import backbone_weights, memory_weight
@@ -246,11 +247,16 @@ def test_what_cannot_be_followed_is_refused(delta):
         delta(tokens[:1], past_key_values=cache)
 
 
-def test_unknown_parts_are_refused():
+def test_unknown_parts_are_refused(monkeypatch):
     config = small_config("delta")
     config.memory.rule = "hopfield"
     with pytest.raises(ValueError, match="hopfield"):
         describe_infini(config, VOCAB)
+    with monkeypatch.context() as patch:  # as a setting is that the exported code has never heard of
+        patch.setattr(hf_describe, "MEMORY_SETTINGS", ("rule", "write_gate", "mix_gate"))
+        describe_infini(small_config("linear"), VOCAB)
+        with pytest.raises(ValueError, match="model.memory.gate_floor = 0.3"):
+            describe_infini(small_config("linear", floor=0.3), VOCAB)
     described = describe_infini(small_config("delta"), VOCAB) | {"memory_rule": "hopfield"}
     with pytest.raises(ValueError, match="hopfield"):
         InfiniForCausalLM(InfiniConfig(**described))

@@ -1,0 +1,283 @@
+"""Export: what transformers loads is the model, what was imported comes back bit for bit, mistakes leave nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils  # noqa: E402
+
+from data.tokenizer import byte_tokenizer, load_tokenizer  # noqa: E402
+from model.config import MemoryConfig, ModelConfig  # noqa: E402
+from model.hf_weights import backbone_weights  # noqa: E402
+from pipeline.checkpoint import CheckpointError, CheckpointReader, find_checkpoint  # noqa: E402
+from pipeline.config import Config, TrainConfig  # noqa: E402
+from pipeline.export_hf import export_model  # noqa: E402
+from pipeline.generate import Generator  # noqa: E402
+from pipeline.import_hf import import_model  # noqa: E402
+from pipeline.initial_memory import memory_parameters  # noqa: E402
+from pipeline.topology import initialize, shutdown  # noqa: E402
+from pipeline.weights import write_weights  # noqa: E402
+from tests.tiny_hf import FAMILIES, write_hf_model  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TEXT = "the cat sat on the mat and looked at the hat, "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield initialize(tensor=1, pipeline=1, timeout_s=60)
+    shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_modules(tmp_path_factory):
+    """Exported code is copied to a folder of the user's: here to one of the tests'."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+def write_run(folder: Path, rule="delta", gate="hard", *, leave_out=(), **settings) -> Path:
+    """A run's folder with a checkpoint of random weights, all of them far from their initial values."""
+    memory = MemoryConfig(rule=rule, write_gate=gate)
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
+    sizes |= {"ffn_hidden_size": 20, "segment_length": 8, "vocab_size": 257}
+    model = ModelConfig(**sizes | settings, memory=memory)
+    shapes = {name: weight.shape for name, weight in backbone_weights(model, 257).items()}
+    config = Config(model=model, train=TrainConfig(precision="fp64"))
+    shapes |= {name: tuple(tensor.shape) for name, tensor in memory_parameters(config, 257).items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in leave_out}
+
+    def read(name: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        noise = torch.randn(shapes[name], generator=generator) * (0.25 if len(shapes[name]) == 2 else 0.3)
+        return 1 + noise if name.endswith("norm.weight") else noise
+
+    write_weights(folder / "checkpoints", config, 257, shapes, read, source={"memory": "trained"})
+    byte_tokenizer().save(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run") / "run")
+
+
+def exported(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def masters(folder: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(find_checkpoint(folder))
+    return {key: reader.whole_tensor(key) for key in reader.keys()}  # noqa: SIM118 (not a dict)
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"rule": "none", "gate": "none", "tie_embeddings": False},
+        {"rule": "linear", "gate": "sigmoid", "qkv_bias": True},
+        {"rule": "delta", "gate": "hard"},
+        {"rule": "deltanet", "gate": "hard", "qk_norm": True},
+        {"rule": "gated_deltanet", "gate": "sigmoid"},
+    ],
+    ids=lambda model: model["rule"],
+)
+@torch.no_grad()
+def test_greedy_tokens_are_those_of_infini_generate(tmp_path, model):
+    """Prompts of many segments, in a padded batch, and the full recomputation without a cache, in double precision."""
+    run = write_run(tmp_path / "run", **model)
+    prompts = [(TEXT * 3)[:101], TEXT, "the"]
+    mine = Generator.open(run).generate(prompts, max_new_tokens=14)
+    export_model(run, tmp_path / "hf")
+    theirs, tokenizer = exported(tmp_path / "hf").double(), AutoTokenizer.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, padding_side="left", pad_token="<|endoftext|>"
+    )  # fmt: skip
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    found = theirs.generate(**batch, max_new_tokens=14, eos_token_id=None)
+    for prompt, completion, row in zip(prompts, mine, found, strict=True):
+        tokens = torch.tensor([list(prompt.encode())])
+        for _ in completion.tokens:
+            logits = theirs(tokens, use_cache=False).logits[:, -1:]
+            tokens = torch.cat([tokens, logits.argmax(dim=-1)], dim=1)
+        recomputed = tokens[0, -len(completion.tokens) :].tolist()
+        assert completion.tokens == recomputed
+        assert row[batch.input_ids.shape[1] :][: len(recomputed)].tolist() == recomputed
+    assert max(len(completion.tokens) for completion in mine) == 14
+
+
+@torch.no_grad()
+def test_the_same_model_from_many_files_and_from_one(run, tmp_path):
+    one = export_model(run, tmp_path / "one")
+    many = export_model(run, tmp_path / "many", shard_bytes=10_000)
+    assert (one.shards, one.bytes, one.parameters) == (1, many.bytes, many.parameters)
+    assert many.shards == len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    assert_same(tensors(tmp_path / "one"), tensors(tmp_path / "many"))
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == many.bytes == 4 * many.parameters
+    tokens = torch.randint(0, 257, (1, 30), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(exported(tmp_path / "one")(tokens).logits, exported(tmp_path / "many")(tokens).logits)
+    again = tmp_path / "again"
+    exported(tmp_path / "many").save_pretrained(again)
+    assert torch.equal(exported(again)(tokens).logits, exported(tmp_path / "one")(tokens).logits)
+
+
+def test_memory_parameters_stay_float32_in_a_bfloat16_model(run, tmp_path):
+    export_model(run, tmp_path / "hf")
+    model = exported(tmp_path / "hf", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".memory." in name else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_plain_gives_back_what_was_imported(tmp_path, family):
+    original = write_hf_model(tmp_path / "hf", family)
+    memory = MemoryConfig(rule="delta", write_gate="hard")
+    import_model(tmp_path / "hf", tmp_path / "ours", memory=memory, segment_length=24)
+    found = export_model(tmp_path / "ours", tmp_path / "back", plain=True)
+    assert "attention.beta" in found.notes[0] and "12 parameters" in found.notes[0]
+    assert_same(tensors(tmp_path / "back"), tensors(tmp_path / "hf"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    tokens = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(tokens).logits, original(tokens).logits)
+    assert not list((tmp_path / "back").glob("*.py"))
+
+
+@pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
+def test_import_of_an_export_is_bit_equal(tmp_path, rule):
+    """Import, (training,) export, import: the memory's parameters included."""
+    run = write_run(tmp_path / "run", rule, qk_norm=True)
+    export_model(run, tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "back", memory=None)
+    ours, back = masters(run), masters(tmp_path / "back")
+    rows = "master/embedding.weight"
+    assert torch.equal(ours[rows][:257], back[rows][:257])  # the rest is padding, of another multiple
+    assert_same({**ours, rows: ours[rows][:257]}, {**back, rows: back[rows][:257]})
+    export_model(tmp_path / "back", tmp_path / "again")
+    names = sorted(path.name for path in (tmp_path / "hf").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    with pytest.raises(ValueError, match=f"has a memory, {rule}"):
+        import_model(tmp_path / "hf", tmp_path / "other", memory=MemoryConfig(rule="linear"))
+
+
+def test_an_export_without_all_of_its_memory_is_not_imported(run, tmp_path):
+    export_model(run, tmp_path / "hf", shard_bytes=1)
+    index = tmp_path / "hf/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.layers.1.self_attn.memory.beta"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.self_attn\.memory\.beta"):
+        import_model(tmp_path / "hf", tmp_path / "back", memory=None)
+
+
+@torch.no_grad()
+def test_tokenizers(tmp_path):
+    """Bytes as a byte-level BPE; a chat template and special tokens beside the tokenizer are taken along."""
+    run = write_run(tmp_path / "run")
+    export_model(run, tmp_path / "bytes")
+    text = "Hé\n\t \x00\x7f漢字 the  end"
+    bytes_ = AutoTokenizer.from_pretrained(tmp_path / "bytes", trust_remote_code=True)
+    assert bytes_(text).input_ids == list(text.encode()) and bytes_.decode(list(text.encode())) == text
+    assert (bytes_.eos_token_id, len(bytes_)) == (256, 257)
+    write_hf_model(tmp_path / "hf", "llama")
+    config = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ 'x' }}"}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(config))
+    import_model(tmp_path / "hf", tmp_path / "ours", memory=MemoryConfig(), segment_length=24)
+    export_model(tmp_path / "ours", tmp_path / "out")
+    bpe = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert bpe(TEXT).input_ids == load_tokenizer(tmp_path / "hf").encode(TEXT)
+    assert bpe.chat_template == "{{ 'x' }}"
+    model = exported(tmp_path / "out")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == bpe.eos_token_id
+
+
+def test_what_cannot_be_exported_is_refused(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def refuse(message, source=run, error=ValueError, **options):
+        with pytest.raises(error, match=message):
+            export_model(source, out, **options)
+        assert not out.exists() and not list(tmp_path.glob(".*"))
+
+    refuse("no checkpoint here", source=tmp_path)
+    refuse("holds no tokenizer", tokenizer=tmp_path)
+    refuse("both", source=write_run(tmp_path / "both", qkv_bias=True, qk_norm=True), plain=True)
+    beta = "layers.1.attention.beta"
+    refuse(f"holds no {beta}", source=write_run(tmp_path / "beta", leave_out=[beta]), error=CheckpointError)
+    fc1 = "layers.0.mlp.linear_fc1.weight"
+    refuse(f"holds no {fc1}", source=write_run(tmp_path / "fc1", leave_out=[fc1]), error=CheckpointError)
+    (tmp_path / "beta/tokenizer/info.json").unlink()
+    moved = write_run(tmp_path / "moved")
+    for path in (moved / "tokenizer").iterdir():
+        path.unlink()
+    (moved / "tokenizer").rmdir()
+    refuse("--tokenizer", source=moved)
+    damaged = write_run(tmp_path / "damaged")
+    (file,) = (damaged / "checkpoints/step_00000000").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refuse(file.name, source=damaged, error=CheckpointError)
+    file.write_bytes(content[:-1])
+    refuse(file.name, source=damaged, error=CheckpointError)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        export_model(run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pipeline.tensor_file.TensorFile.write", full)
+    with pytest.raises(OSError, match="No space"):
+        export_model(run, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_tensor_at_a_time(run, tmp_path, monkeypatch):
+    """No more than one parameter is read before it is written, and everything is read once."""
+    read = []
+    whole_tensor = CheckpointReader.whole_tensor
+    monkeypatch.setattr(CheckpointReader, "whole_tensor", lambda self, key: read.append(key) or whole_tensor(self, key))
+    written = []
+    write = export_model.__globals__["TensorFile"].write
+
+    def record(self, name, tensor):
+        written.append((len(read), name))
+        write(self, name, tensor)
+
+    monkeypatch.setattr("pipeline.tensor_file.TensorFile.write", record)
+    steps = []
+    found = export_model(run, tmp_path / "hf", progress=steps.append)
+    assert len(read) == len(set(read)) and [n for n, _ in written] == sorted(n for n, _ in written)
+    assert {n for n, _ in written} == set(range(1, len(read) + 1))
+    assert math.fsum(steps) >= found.parameters
