@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.lanes import ProbeBatch, WindowBatch
+from data.window import ProbeBatch, WindowBatch
 from model.rules import NormalizedState
 from model.sharding import partition_of
 from pipeline import derived
