@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--data", metavar="PATH", action="append", default=[], help="use this prepared set's held-out documents"
     )
-    parser.add_argument("--no-passkey", action="store_true", help="leave the passkey grid out")
+    parser.add_argument("--no-passkey", action="store_true", help="leave the passkey grid and all tasks out")
     parser.add_argument("--no-perplexity", action="store_true", help="leave the held-out loss out")
     parser.add_argument("--master-port", type=_positive, metavar="PORT", help="port for the processes to meet on")
     parser.set_defaults(run=run, overrides=[])
@@ -102,7 +102,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                 checkpoint=args.checkpoint,
                 out=out,
                 data=args.data,
-                with_passkey=not args.no_passkey,
+                with_synthetic=not args.no_passkey,
                 with_perplexity=not args.no_perplexity,
             )
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import plots, report
+from pipeline import plots, report, task_report
 from pipeline.bootstrap import ratio_intervals, resample_counts
 from pipeline.console import make_console, print_table
 from pipeline.report import Results
@@ -42,7 +42,9 @@ def compare(results: list[Results], folder: Path) -> dict[str, Any]:
         plots.loss_by_segment(target, curves, f"held-out loss, {path}")
     report.write_json(folder / COMPARISON, content)
     console = make_console()
-    print_table("side by side", _rows(names, results, common, differences), header=["", *names], console=console)
+    rows = _rows(names, results, common, differences)
+    rows += task_report.compare_tasks(names, results, folder, report.WAY_NAMES)
+    print_table("side by side", rows, header=["", *names], console=console)
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(f"comparison in {folder}", markup=False, soft_wrap=True)

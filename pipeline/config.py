@@ -174,6 +174,8 @@ class EvaluateConfig:
     """Documents per cell."""
     passkey_grid: list[PasskeyRowConfig] = field(default_factory=list)
     """Rows of a larger grid, in place of the three settings above."""
+    tasks: list[str] = field(default_factory=list)
+    """Synthetic tasks, such as `recall:50,length=1K,pairs=4/8/16/32` (docs/synthetic_data.md)."""
     seed: int = 1234
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a run: held-out loss by segment index and passkey retrieval, each with its controls.
+"""Evaluation of a run: held-out loss by segment index, passkey retrieval and synthetic tasks, each with its controls.
 
 Every process of the layout calls `evaluate_run`; the first one writes. The layout is the evaluation's own: a checkpoint
 can be read on any.
@@ -28,9 +28,13 @@ from pipeline.console import progress
 from pipeline.evaluation_config import evaluation_config
 from pipeline.setup import versions
 from pipeline.streaming import Document, Streamer, open_checkpoint
+from pipeline.task_spec import Task
+from pipeline.tasks import task_cells, task_results
 from pipeline.topology import Topology, initialize
 
 FORMAT_VERSION = 2
+PASSKEY = "passkey"
+"""Name of the passkey grid's cells; a task's is its spec."""
 LONGEST_WAIT = datetime.timedelta(days=7)
 """For the results of other ranks: each runs its documents at its own pace."""
 
@@ -42,7 +46,7 @@ def evaluate_run(
     checkpoint: str | Path | None = None,
     out: str | Path | None = None,
     data: Sequence[str] = (),
-    with_passkey: bool = True,
+    with_synthetic: bool = True,
     with_perplexity: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a run; collective. `launch.world.join_world` (or torchrun) must have set the ranks' environment.
@@ -53,7 +57,7 @@ def evaluate_run(
         checkpoint: a checkpoint's folder; None takes the run's newest.
         out: folder for the results; None is `evaluation/<checkpoint>` in the run's folder.
         data: prepared sets whose held-out documents are used in place of the run's own.
-        with_passkey, with_perplexity: leave a part out.
+        with_synthetic, with_perplexity: leave a part out.
 
     Returns:
         What `results.json` holds, on every process.
@@ -74,17 +78,20 @@ def evaluate_run(
         notes.append("model.memory.rule is none: there is no memory to turn off or exchange, so there are no controls")
     evaluate = config.evaluate
     sets = _held_out_sets(config, data, reader, notes) if with_perplexity else []
-    tasks = [(source, _documents(source, config, notes)) for source in sets]
-    tokenizer = _tokenizer(config, data, reader) if with_passkey else None
+    held_out = [(source, _documents(source, config, notes)) for source in sets]
+    tokenizer = _tokenizer(config, data, reader) if with_synthetic else None
     rows = _passkey_rows(config, tokenizer, notes) if tokenizer else []
-    if not tasks and not rows:
+    tasks = [Task.parse(spec) for spec in evaluate.tasks] if tokenizer else []
+    if not held_out and not rows and not tasks:
         raise ValueError("; ".join([f"nothing to evaluate in {run_dir}", *notes]))
 
-    total = sum(document.length - 1 for _, documents in tasks for document in documents)
-    work = None
+    total = sum(document.length - 1 for _, documents in held_out for document in documents)
+    length = streamer.segment_length
+    cells = {task.spec: task_cells(task, tokenizer, length, evaluate.seed) for task in tasks}
     if rows:
-        work = answers.plan(streamer, passkey.passkey_cells(rows, tokenizer, streamer.segment_length))
-        total += work.tokens
+        cells[PASSKEY] = passkey.passkey_cells(rows, tokenizer, length)
+    work = {name: answers.plan(streamer, own) for name, own in cells.items()}
+    total += sum(own.tokens for own in work.values())
     results: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "run": str(run_dir),
@@ -99,13 +106,15 @@ def evaluate_run(
         "notes": notes,
         "perplexity": {},
         "passkey": None,
+        "tasks": {},
     }
     with _progress(topology, total, f"evaluating {config.name} step {results['step']}, tokens") as advance:
-        for source, documents in tasks:
+        for source, documents in held_out:
             results["perplexity"][str(source.path)] = _held_out(streamer, source, documents, evaluate.seed, advance)
-        if work is not None:
-            counts = answers.measure(streamer, work, tokenizer.eos_id, advance)
-            results["passkey"] = passkey.passkey_results(rows, counts, streamer.segment_length, evaluate.seed)
+        counts = {name: answers.measure(streamer, own, tokenizer.eos_id, advance) for name, own in work.items()}
+    if rows:
+        results["passkey"] = passkey.passkey_results(rows, counts[PASSKEY], length, evaluate.seed)
+    results["tasks"] = {task.spec: task_results(task, counts[task.spec], evaluate.seed) for task in tasks}
     seconds = [time.perf_counter() - started]
     dist.broadcast_object_list(seconds, src=0)
     dist.destroy_process_group(streamer.group)

@@ -123,9 +123,15 @@ def passkey_heatmap(
 
 
 def score_curves(
-    path: str | Path, curves: Mapping[str, Sequence[Score]], title: str, *, xlabel: str, sizes: bool = False
+    path: str | Path,
+    curves: Mapping[str, Sequence[Score]],
+    title: str,
+    *,
+    xlabel: str,
+    sizes: bool = False,
+    logarithmic: bool = True,
 ) -> None:
-    """Plot exact match against length, number of pairs or the like (logarithmic), one curve per control or run.
+    """Plot exact match against length, number of pairs or the like, one curve per control or run.
 
     Args:
         path: PNG file to write.
@@ -133,6 +139,7 @@ def score_curves(
         title: what was evaluated.
         xlabel: what x is.
         sizes: x is in tokens, shown as 4K, 1M (powers of 1024).
+        logarithmic: the scale of x.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -146,7 +153,8 @@ def score_curves(
         axes.errorbar(x, value, yerr=reach, label=name, **style)
         for point in points:
             answers.setdefault(point.x, set()).add(point.answers)
-    axes.set_xscale("log", base=2)
+    if logarithmic:
+        axes.set_xscale("log", base=2)
     ticks = sorted(answers)
     labels = [f"{_tokens(int(x)) if sizes else f'{x:g}'}\nn={max(answers[x])}" for x in ticks]
     axes.set_xticks(ticks, labels)

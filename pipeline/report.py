@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import plots
+from pipeline import plots, task_report
 from pipeline.console import format_duration, make_console, print_table
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
@@ -51,6 +51,7 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
             _heatmap(target, results, control)
         images["passkey/by_length"] = target = folder / "passkey_by_length.png"
         _by_length(target, results)
+    images |= task_report.plot_tasks(results, folder, WAY_NAMES)
     if (run_dir / METRICS_FILE).is_file() and (run_dir / METRICS_FILE).stat().st_size:
         images["training_curves"] = target = folder / "training_curves.png"
         plots.training_curves(target, run_dir / METRICS_FILE)
@@ -156,6 +157,7 @@ def scalars(results: Results) -> dict[str, float]:
         for control in results["passkey"]["controls"]:
             for segments, scores in _lengths(results, control).items():
                 values[f"evaluation/passkey_{control}/segments_{segments}"] = scores["exact_match"]
+    values |= task_report.scalars(results)
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -189,6 +191,7 @@ def show(results: Results, folder: Path) -> None:
             )
     if results["passkey"]:
         _show_passkey(results, console)
+    task_report.show_tasks(results, console, WAY_NAMES)
     for note in results["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     took = f"{format_duration(results['seconds'])}, {results['tokens_per_s']:,.0f} tokens/s"

@@ -20,6 +20,7 @@ from pipeline.config import (
     Config,
 )
 from pipeline.config_io import ConfigError
+from pipeline.task_spec import Task
 
 
 def validate(config: Config, world_size: int | None = None, *, data_exists: bool = True) -> None:
@@ -140,6 +141,11 @@ def _numbers(config: Config) -> Iterator[str]:
     for key, value in between.items():
         if not 0 <= value <= 1:
             yield f"{key} = {value}: must be between 0 and 1"
+    for i, spec in enumerate(config.evaluate.tasks):
+        try:
+            Task.parse(spec)
+        except ValueError as error:
+            yield f"evaluate.tasks.{i} = {error}"
     for i, row in enumerate(config.evaluate.passkey_grid):
         for name in ("lengths", "depths"):
             if not getattr(row, name):

@@ -20,6 +20,7 @@ SMALL = [
     "evaluate.passkey_lengths=[2,16]",
     "evaluate.passkey_depths=[0.1,0.9]",
     "evaluate.passkey_documents=3",
+    "evaluate.tasks=['recall:4,length=200/300,pairs=2,questions=2']",
 ]
 
 
@@ -75,6 +76,7 @@ def test_the_layout_does_not_change_the_results(pools, tmp_path, run, single, la
         assert facts["ways"][way]["loss"] == pytest.approx(expected["ways"][way]["loss"], rel=1e-6)
         np.testing.assert_allclose(facts["ways"][way]["by_segment"], expected["ways"][way]["by_segment"], rtol=1e-5)
     assert results[0]["passkey"]["cells"] == single["passkey"]["cells"]
+    assert results[0]["tasks"] == single["tasks"]
 
 
 def test_results_are_complete_json(run, single):
@@ -87,6 +89,8 @@ def test_results_are_complete_json(run, single):
     assert written == json.loads(json.dumps(single))
     assert written["step"] == 4 and written["checkpoint"].startswith(run)
     assert len(written["passkey"]["cells"]) == 1 * 2 * 3  # 2 segments of 16 tokens hold no passkey document
+    (task,) = written["tasks"].values()
+    assert len(task["cells"]) == 2 * 3 and {cell["answers"] for cell in task["cells"]} == {8}
     assert any("passkey lengths 2 left out" in note for note in written["notes"])
     (facts,) = written["perplexity"].values()
     assert len(facts["each_document"]) == 4 and len(facts["above_on"]["off"]["by_segment"]) == 8
@@ -97,6 +101,7 @@ def test_results_are_complete_json(run, single):
         "passkey_off",
         "passkey_shuffled",
         "passkey_by_length",
+        "task_recall_4_length_200_300_pairs_2_questions_2",
         "training_curves",
     ):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -133,7 +138,7 @@ def test_without_a_memory_there_are_no_controls(pools, tmp_path, data):
         ({"overrides": ["model.memory.skip_empty=false"]}, "model.memory.skip_empty is False"),
         ({"data": ["/nowhere"]}, "/nowhere is not a prepared set"),
         ({"checkpoint": "/nowhere"}, "no checkpoint here"),
-        ({"with_passkey": False, "with_perplexity": False}, "nothing to evaluate"),
+        ({"with_synthetic": False, "with_perplexity": False}, "nothing to evaluate"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(pools, tmp_path, run, arguments, message):

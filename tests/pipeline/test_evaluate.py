@@ -20,7 +20,7 @@ from model.rules import MatrixState
 from pipeline import answers, report
 from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
 from pipeline.comparison import compare, loss_difference, run_names
-from pipeline.config_io import ConfigError
+from pipeline.config_io import ConfigError, load_config
 from pipeline.evaluation_config import evaluation_config
 from pipeline.heldout import choose_documents, summarize
 from pipeline.passkey import (
@@ -35,6 +35,9 @@ from pipeline.passkey import (
     shortest_length,
 )
 from pipeline.streaming import Output, Streamer, array_document, choose_lanes, roll_lanes, window
+from pipeline.task_spec import Task
+from pipeline.tasks import task_cells, task_results
+from pipeline.validate import validate
 from tests.prepared import write_set
 
 CPU = torch.device("cpu")
@@ -338,6 +341,60 @@ def test_answers_of_one_document_are_scored_one_by_one():
     assert answers.score(np.zeros((2, 4)), seed=0) is None
 
 
+def test_a_task_has_a_cell_for_every_setting():
+    task = Task.parse("passkey:5,length=1K/2K,depth=0/1,keys=2")
+    assert task.swept == ["length", "depth"] and task.documents == 5
+    cells = task_cells(task, BYTES, 64, seed=1)
+    assert [cell.segments for cell in cells] == [16, 16, 32, 32]
+    for cell, settings in zip(cells, task.settings, strict=True):
+        for number in range(5):
+            document = cell.make(number)
+            assert settings["length"] - 100 < document.length <= settings["length"]
+            text = BYTES.decode(document.read(0, document.length))
+            word = re.search(r"What is the pass key of (\w+)\?", text)[1]
+            names = re.findall(r"The pass key of (\w+) is \d", text)
+            assert len(names) == 3 and names[-1] == word  # two keys and the question
+            assert names.index(word) == settings["depth"]  # the other stands between
+    # A cell's documents are those of a spec of its own.
+    alone = task_cells(Task.parse("passkey:9,length=2K,depth=1,keys=2"), BYTES, 64, seed=1)[0].make(3)
+    assert (alone.read(0, 99_999) == cells[3].make(3).read(0, 99_999)).all()
+    other = task_cells(task, BYTES, 64, seed=2)[3].make(3)
+    assert other.read(0, other.length).tolist() != alone.read(0, alone.length).tolist()
+
+
+def test_a_task_is_measured_with_its_controls():
+    oracle = Oracle()
+    (cell,) = task_cells(Task.parse("passkey:6,length=512"), BYTES, 64, seed=1)
+    counts = answers.measure(oracle, answers.plan(oracle, [cell]), BYTES.eos_id, lambda tokens: None)
+    found = task_results(Task.parse("passkey:6,length=512"), counts, seed=1)
+    assert {cell["control"]: cell["exact_match"] for cell in found["cells"]} == {"on": 1.0, "off": 0.0, "shuffled": 0.0}
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("passkey:5,length=1K..2K", "'1K..2K' is not a size"),
+        ("passkey:5,length=1K,depth=2", "depths lie in 0..1"),
+        ("passkey:5,length=1K,seed=3", "the seed is evaluate.seed"),
+        ("passkeys:5,length=1K", "no synthetic task 'passkeys'"),
+        ("recall:5,length=1K,keys=3", "unknown option 'keys'"),
+    ],
+)
+def test_specs_that_cannot_be_evaluated(spec, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_and_validate(f"evaluate.tasks=['{spec}']")
+    assert "evaluate.tasks.0" in str(error.value)
+
+
+def load_and_validate(override: str) -> None:
+    validate(load_config(None, [override]), data_exists=False)
+
+
+def test_a_task_that_does_not_fit_its_length_is_refused_at_once():
+    with pytest.raises(ValueError, match="recall:5,length=64/1K,pairs=40.*at least"):
+        task_cells(Task.parse("recall:5,length=64/1K,pairs=40"), BYTES, 64, seed=1)
+
+
 def test_shortest_passkey_document():
     shortest = shortest_length(BYTES, 64)
     generator = PasskeyGenerator(BYTES)
@@ -369,7 +426,17 @@ def _results(run: str, losses: list[float], exact: float) -> dict:
         "config": {"model": {"segment_length": 64, "memory": {"rule": "delta", "write_gate": "none"}}},
         "perplexity": {"text": report.without_nan(summarize(sums, 1) | {"each_document": each})},
         "passkey": {"rows": [{"segments": 4}], "controls": ["on"], "by_length": [scores]},
+        "tasks": {"recall:9,length=1K,pairs=2/4": _recall(exact)},
     }
+
+
+def _recall(exact: float) -> dict:
+    """A task's results in which four pairs are half as often known as two."""
+    task = Task.parse("recall:9,length=1K,pairs=2/4")
+    counts = np.zeros((2, 3, 8, 4))
+    for cell, share in enumerate((exact, exact / 2)):
+        counts[cell, 0] = [[2 * (i < 8 * share), 2, i < 8 * share, 1] for i in range(8)]
+    return task_results(task, counts, seed=0)
 
 
 def test_runs_side_by_side(tmp_path, capsys):
@@ -385,6 +452,8 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert re.search(r"text: loss, memory on +3\.0000 +2\.9000", printed)
     assert re.search(r"text: loss above a \(95 %\) +-0\.1000", printed)
     assert re.search(r"passkey 4 segments, memory on +0\.25 +0\.75", printed)
+    assert re.search(r"recall length 1024, pairs 4, memory on +0\.12 +0\.38", printed)
+    assert (tmp_path / "comparison_task_recall_9_length_1K_pairs_2_4.png").exists()
 
 
 def test_other_texts_are_not_compared():

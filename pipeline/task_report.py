@@ -1,0 +1,119 @@
+"""Tables and plots of the synthetic tasks of an evaluation, of one run or several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import plots
+from pipeline.console import print_table
+
+Results = dict[str, Any]
+
+
+def short_name(spec: str) -> str:
+    """A spec as part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in spec)[:120].rstrip("_")
+
+
+def label(settings: dict[str, float], names: list[str] | None = None) -> str:
+    """`pairs 4, length 1024`."""
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items() if names is None or name in names)
+
+
+def score_points(facts: Results, control: str, x: str) -> dict[str, list[plots.Score]]:
+    """Exact match against the axis `x`: a curve per setting of the other swept axes."""
+    others = [name for name in facts["swept"] if name != x]
+    curves: dict[str, list[plots.Score]] = {}
+    for cell in facts["cells"]:
+        if cell["control"] == control:
+            point = plots.Score(
+                cell["settings"][x], cell["exact_match"], *cell["exact_match_interval"], cell["answers"]
+            )
+            curves.setdefault(label(cell["settings"], others), []).append(point)
+    return curves
+
+
+def plot_tasks(results: Results, folder: Path, way_names: dict[str, str]) -> dict[str, Path]:
+    """Draw every task that has something to draw against; the files by the names they have in TensorBoard."""
+    images = {}
+    for spec, facts in results["tasks"].items():
+        if not facts["swept"]:
+            continue
+        title = f"{results['name']}, step {results['step']}\n{spec}"
+        target = folder / f"task_{short_name(spec)}.png"
+        if facts["swept"] == ["length", "depth"]:
+            lengths, depths = facts["axes"]["length"], facts["axes"]["depth"]
+            on = {
+                (cell["settings"]["length"], cell["settings"]["depth"]): cell["exact_match"]
+                for cell in facts["cells"]
+                if cell["control"] == "on"
+            }
+            grid = [[on.get((length, depth)) for length in lengths] for depth in depths]
+            plots.passkey_heatmap(target, grid, lengths, depths, f"{title}\nexact match, memory on")
+        else:
+            x = facts["swept"][-1]
+            several = len(facts["swept"]) > 1
+            curves = {
+                (way_names[control] if not several else name): points
+                for control in facts["controls"]
+                if not several or control == "on"
+                for name, points in score_points(facts, control, x).items()
+            }
+            plots.score_curves(target, curves, title, xlabel=x, sizes=x == "length", logarithmic=x != "depth")
+        images[f"task/{spec}"] = target
+    return images
+
+
+def show_tasks(results: Results, console: Any, way_names: dict[str, str]) -> None:
+    """A table per task."""
+    for spec, facts in results["tasks"].items():
+        rows = []
+        for cell in facts["cells"]:
+            low, high = cell["exact_match_interval"]
+            between = "-" if low is None else f"{low:.3f} to {high:.3f}"
+            name = label(cell["settings"]) if cell["control"] == facts["controls"][0] else ""
+            exact, tokens = f"{cell['exact_match']:.3f}", f"{cell['token_accuracy']:.3f}"
+            rows.append([name, way_names[cell["control"]], str(cell["answers"]), exact, between, tokens])
+        print_table(spec, rows, header=["", "", "n", "exact", "95 %", "tokens"], console=console)
+
+
+def scalars(results: Results) -> dict[str, float]:
+    """Exact match under the names that TensorBoard has."""
+    return {
+        f"evaluation/task_{cell['control']}/{facts['task']} {label(cell['settings'])}": cell["exact_match"]
+        for facts in results["tasks"].values()
+        for cell in facts["cells"]
+    }
+
+
+def compare_tasks(names: list[str], results: list[Results], folder: Path, way_names: dict[str, str]) -> list[list[str]]:
+    """Rows of the table side by side, and a plot per task that all runs have: one curve per run, memory on."""
+    rows = []
+    for spec, facts in results[0]["tasks"].items():
+        runs = [other["tasks"].get(spec) for other in results]
+        if any(run is None for run in runs):
+            continue
+        for cell in facts["cells"]:
+            found = [_same(cell, run) for run in runs]
+            texts = ["-" if value is None else f"{value:.2f}" for value in found]
+            rows.append([f"{facts['task']} {label(cell['settings'])}, {way_names[cell['control']]}", *texts])
+        if len(facts["swept"]) == 1:
+            (x,) = facts["swept"]
+            curves = {name: points for name, run in zip(names, runs, strict=True) for points in _on(run, x)}
+            target = folder / f"comparison_task_{short_name(spec)}.png"
+            plots.score_curves(target, curves, spec, xlabel=x, sizes=x == "length", logarithmic=x != "depth")
+    return rows
+
+
+def _on(facts: Results, x: str) -> list[list[plots.Score]]:
+    return list(score_points(facts, "on", x).values())
+
+
+def _same(cell: Results, other: Results) -> float | None:
+    matches = (
+        found["exact_match"]
+        for found in other["cells"]
+        if (found["settings"], found["control"]) == (cell["settings"], cell["control"])
+    )
+    return next(matches, None)

@@ -1,0 +1,71 @@
+"""Synthetic tasks as evaluations: cells from a spec (see `pipeline.task_spec`), scored by `pipeline.answers`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data.synthetic import Generator, build_generator, task_options
+from data.tokenizer import Tokenizer
+from pipeline.answers import CONTROLS, Cell, score
+from pipeline.passkey import FIRST_SEED
+from pipeline.streaming import Document, array_document
+from pipeline.task_spec import Settings, Task
+
+
+def task_cells(task: Task, tokenizer: Tokenizer, segment_length: int, seed: int) -> list[Cell]:
+    """A cell for each of `task.settings`.
+
+    Raises:
+        ValueError: an option or the filler does not fit, or a length does not hold a document; before any is made.
+    """
+    cells = []
+    for settings in task.settings:
+        options = {name: int(settings[name]) for name in task_options(task.task) if name in settings}
+        try:
+            generator = build_generator(task.task, tokenizer, options, filler=task.filler, split="valid")
+            _document(task, settings, generator, seed, 0)
+        except ValueError as error:
+            raise ValueError(f"evaluate.tasks: {task.spec!r}: {error}") from None
+
+        def make(number: int, settings: Settings = settings, generator: Generator = generator) -> Document:
+            return _document(task, settings, generator, seed, number)
+
+        cells.append(Cell(make, task.documents, -(-(int(settings["length"]) - 1) // segment_length)))
+    return cells
+
+
+def _document(task: Task, settings: Settings, generator: Generator, seed: int, number: int) -> Document:
+    """Depends on the cell's own settings, not on the other cells of the spec."""
+    named = ",".join(f"{name}={value}" for name, value in sorted(settings.items()))
+    text = f"{seed} {task.task} {named} {number}"
+    own = FIRST_SEED + int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    depth = settings.get("depth", float(np.random.default_rng([own, 3]).uniform()))
+    made = generator.document(int(settings["length"]), depth, own)
+    return array_document(made.key, np.array(made.tokens, dtype=np.int32), made.answers)
+
+
+def task_results(task: Task, counts: Sequence[np.ndarray], seed: int) -> dict[str, Any]:
+    """What a task's cells say.
+
+    Returns:
+        `task`, `filler`, `swept`, `axes`, `controls`, and `cells`: per cell and control its `settings`, `control` and
+        what `answers.score` says.
+    """
+    cells = [
+        {"settings": settings, "control": control} | scores
+        for settings, found in zip(task.settings, counts, strict=True)
+        for c, control in enumerate(CONTROLS)
+        if (scores := score(found[c], seed)) is not None
+    ]
+    return {
+        "task": task.task,
+        "filler": task.filler,
+        "swept": task.swept,
+        "axes": {name: list(values) for name, values in task.axes.items()},
+        "controls": [control for control in CONTROLS if any(cell["control"] == control for cell in cells)],
+        "cells": cells,
+    }
