@@ -5,7 +5,8 @@ Whole fillers rarely come out even: what is missing is the end of a filler, behi
 lengths begin alike, with the introduction and fillers, up to their needles, so that the beginning is computed once.
 
 A needle stands some whole fillers off its depth, as many as its document's seed says: else the needles of a cell would
-all lie alike to the segment borders, and one that a border cuts is harder.
+all lie alike to the segment borders, and one that a border cuts is harder. In long documents depth 1 is the last place
+before the segment in which the question begins, so that an answer can only come through the memory.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pipeline.streaming import Document, repeating_document
 
 FIRST_SEED = 1 << 63
 """Seeds of prepared passkey sets are smaller: no training document has an evaluation's seed."""
+LONG = 32
+"""Documents of so many segments have no needle in the question's segment: without memory it could be answered there."""
 PLACES = 8
 """Places of the needle around its depth, a filler apart; fewer where a document has few fillers."""
 
@@ -57,8 +60,12 @@ def passkey_document(
     parts = generator.parts(seed)
     total = segments * segment_length + 1
     fillers = parts.fillers(total)
+    last = fillers
+    if segments >= LONG:
+        question = (total - len(parts.question) - len(parts.answer)) // segment_length * segment_length
+        last = (question - len(parts.introduction) - len(parts.needle)) // len(parts.filler)
     places = min(PLACES, 1 + fillers // 4)
-    first = min(max(round(depth * fillers) - places // 2, 0), fillers + 1 - places)
+    first = min(max(round(depth * fillers) - places // 2, 0), last + 1 - places)
     before = first + int(np.random.default_rng([seed, 1]).integers(places))
     rest = total - parts.fixed - fillers * len(parts.filler)
     pieces = [

@@ -145,7 +145,9 @@ def score_curves(
     axes = figure.add_subplot()
     answers: dict[float, set[int]] = {}
     for index, (name, points) in enumerate(curves.items()):
-        x, value = [point.x for point in points], [point.value for point in points]
+        aside = index - (len(curves) - 1) / 2  # curves that agree would hide one another
+        x = [point.x * 2 ** (0.03 * aside) if logarithmic else point.x for point in points]
+        value = [point.value for point in points]
         low = [point.value if point.low is None else point.low for point in points]
         high = [point.value if point.high is None else point.high for point in points]
         reach = np.abs(np.array([np.array(value) - low, np.array(high) - value]))
