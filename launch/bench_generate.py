@@ -42,7 +42,8 @@ def report(costs: list[GenerationCosts], note: Note) -> None:
     note.text(
         f"One process and one thread, {first.parameters:,} parameters with random weights, float32, rule delta, "
         f"segments of {first.segment_length} tokens, byte tokenizer. Every prompt is a file, read by a fresh process; "
-        f"then {first.new_tokens} tokens follow, of which the median time is given. The peaks are resident sets: with "
+        f"then {first.new_tokens} tokens follow, of which the median is given. Processor time is what "
+        "an idle machine would take. The peaks are resident sets: with "
         "the model loaded, before the prompt is read, and at the end. A prompt shorter than a window "
         f"({WINDOW_TOKENS['cpu']:,} tokens) is read in a smaller one, which takes less."
     )
@@ -50,15 +51,18 @@ def report(costs: list[GenerationCosts], note: Note) -> None:
         [
             f"{cost.prompt_tokens:,}",
             f"{cost.read_s:,.1f}",
-            f"{cost.prompt_tokens / cost.read_s:,.0f}",
+            f"{cost.read_cpu_s:,.1f}",
+            f"{cost.prompt_tokens / cost.read_cpu_s:,.0f}",
             f"{1000 * cost.new_token_s:.1f}",
-            f"{1 / cost.new_token_s:,.0f}",
+            f"{1000 * cost.new_token_cpu_s:.1f}",
+            f"{1 / cost.new_token_cpu_s:,.0f}",
             f"{cost.rss_before_bytes / 2**20:,.0f}",
             f"{cost.rss_peak_bytes / 2**20:,.0f}",
             f"{cost.memory_file_bytes / 1024:,.0f}",
         ]
         for cost in costs
     ]
-    header = ["prompt tokens", "reading, s", "read tokens/s", "new token, ms", "new tokens/s"]
+    header = ["prompt tokens", "reading, s", "processor, s", "tokens per processor s"]
+    header += ["new token, ms", "processor, ms", "new tokens per processor s"]
     header += ["peak before, MiB", "peak, MiB", "memory file, KiB"]
     note.table(header, rows)

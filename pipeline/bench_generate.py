@@ -17,6 +17,7 @@ from data.tokenizer import byte_tokenizer
 from pipeline.bench_step import peak_rss_bytes
 from pipeline.config_io import load_config
 from pipeline.generate import BLOCK_CHARACTERS, Generator
+from pipeline.incremental import LaneState
 from pipeline.memory_file import Identity
 from pipeline.streaming import Streamer
 from pipeline.topology import initialize
@@ -27,15 +28,17 @@ SEED = 0
 
 @dataclass
 class GenerationCosts:
-    """One prompt's measurements."""
+    """One prompt's measurements. Processor time is what an idle machine would take: one thread computes."""
 
     prompt_tokens: int
     parameters: int
     segment_length: int
     read_s: float
+    read_cpu_s: float
     new_tokens: int
     new_token_s: float
-    """Median over the new tokens."""
+    new_token_cpu_s: float
+    """Medians over the new tokens."""
     rss_before_bytes: int
     """Peak of the process with the model loaded, before the prompt."""
     rss_peak_bytes: int
@@ -69,10 +72,10 @@ def measure(prompt_tokens: int, new_tokens: int, layers: int, hidden_size: int, 
         path = Path(folder) / "prompt.txt"
         write_prompt(path, prompt_tokens)
         before = peak_rss_bytes()
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         state = generator.read([path])
-        read_s = time.perf_counter() - start
-        times = _step_times(generator, state, new_tokens)
+        read_s, read_cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+        walls, cpus = _step_times(generator, state, new_tokens)
         peak = peak_rss_bytes()
         generator.save(state, Path(folder) / "memory")
         memory_file_bytes = (Path(folder) / "memory").stat().st_size
@@ -82,20 +85,23 @@ def measure(prompt_tokens: int, new_tokens: int, layers: int, hidden_size: int, 
         parameters=sum(parameter.numel() for parameter in streamer.stage.parameters()),
         segment_length=segment_length,
         read_s=read_s,
+        read_cpu_s=read_cpu_s,
         new_tokens=new_tokens,
-        new_token_s=median(times),
+        new_token_s=median(walls),
+        new_token_cpu_s=median(cpus),
         rss_before_bytes=before,
         rss_peak_bytes=peak,
         memory_file_bytes=memory_file_bytes,
     )
 
 
-def _step_times(generator: Generator, state, count: int) -> list[float]:
-    """Seconds per new token. The end token would end a text, but here only the time counts."""
-    model, state, times = generator.model, state.select([0]), []
+def _step_times(generator: Generator, state: LaneState, count: int) -> tuple[list[float], list[float]]:
+    """Seconds and processor seconds of every new token. The end token would end a text; here only the time counts."""
+    model, state, walls, cpus = generator.model, state.select([0]), [], []
     for _ in range(count):
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         logits = model.next_logits(state)
         model.append(state, torch.argmax(logits, dim=-1).tolist())
-        times.append(time.perf_counter() - start)
-    return times
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return walls, cpus
