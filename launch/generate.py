@@ -79,6 +79,17 @@ def _check(args: argparse.Namespace) -> None:
     for name in [*args.file, *([args.load_memory] if args.load_memory else [])]:
         if not Path(name).is_file():
             raise FileNotFoundError(f"there is no file {name}")
+    if args.save_memory is not None:
+        _check_writable(Path(args.save_memory))
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a file that could not be written once everything has been read."""
+    if path.is_dir():
+        raise IsADirectoryError(f"--save-memory {path} is a folder: give a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise PermissionError(f"--save-memory {path} cannot be written: {folder} is no folder that takes files")
 
 
 def _start(args: argparse.Namespace) -> int:

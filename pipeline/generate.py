@@ -134,9 +134,14 @@ class Generator:
             stop: strings that end a text.
             seeds: one per lane, or the first lane's: lane i then draws with `seeds + i`.
             on_text: called as `on_text(lane, piece)` with new text as soon as it is settled.
+
+        Raises:
+            ValueError: there is not one seed per lane.
         """
         sampling = sampling or Sampling()
         seeds = range(seeds, seeds + state.lanes) if isinstance(seeds, int) else seeds
+        if len(seeds) != state.lanes:
+            raise ValueError(f"{len(seeds)} seeds for {state.lanes} prompts: give one for each, or the first one's")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         texts = [TextStream(self.tokenizer, stop) for _ in range(state.lanes)]
         tokens: list[list[int]] = [[] for _ in range(state.lanes)]

@@ -49,6 +49,8 @@ def test_the_ranks_get_the_same_arguments(launched, tmp_path):
         ([], "nothing to read: give --prompt or --file"),
         (["--file", "/nowhere/book.txt"], "there is no file /nowhere/book.txt"),
         (["--prompt", "x", "--load-memory", "/nowhere/m"], "there is no file /nowhere/m"),
+        (["--prompt", "x", "--save-memory", "/"], "--save-memory / is a folder"),
+        (["--prompt", "x", "--save-memory", "/dev/null/m"], "cannot be written: /dev/null is no folder"),
         (["--prompt", "x", "--max-new-tokens", "0"], "or 0 to only read (with --save-memory)"),
         (["--prompt", "x", "--nproc", "0"], "--nproc 0"),
         (["--prompt", "x", "--temperature", "-1"], "temperature -1.0: must be at least 0"),
