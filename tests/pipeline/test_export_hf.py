@@ -15,18 +15,15 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils  # noqa: E402
 
-from data.tokenizer import byte_tokenizer, load_tokenizer  # noqa: E402
-from model.config import MemoryConfig, ModelConfig  # noqa: E402
-from model.hf_weights import backbone_weights  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
+from model.config import MemoryConfig  # noqa: E402
 from pipeline.checkpoint import CheckpointError, CheckpointReader, find_checkpoint  # noqa: E402
-from pipeline.config import Config, TrainConfig  # noqa: E402
 from pipeline.export_hf import export_model  # noqa: E402
 from pipeline.generate import Generator  # noqa: E402
 from pipeline.import_hf import import_model  # noqa: E402
-from pipeline.initial_memory import memory_parameters  # noqa: E402
 from pipeline.topology import initialize, shutdown  # noqa: E402
-from pipeline.weights import write_weights  # noqa: E402
 from tests.tiny_hf import FAMILIES, write_hf_model  # noqa: E402
+from tests.tiny_run import write_run  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,27 +43,6 @@ def own_modules(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
-
-
-def write_run(folder: Path, rule="delta", gate="hard", *, leave_out=(), **settings) -> Path:
-    """A run's folder with a checkpoint of random weights, all of them far from their initial values."""
-    memory = MemoryConfig(rule=rule, write_gate=gate)
-    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
-    sizes |= {"ffn_hidden_size": 20, "segment_length": 8, "vocab_size": 257}
-    model = ModelConfig(**sizes | settings, memory=memory)
-    shapes = {name: weight.shape for name, weight in backbone_weights(model, 257).items()}
-    config = Config(model=model, train=TrainConfig(precision="fp64"))
-    shapes |= {name: tuple(tensor.shape) for name, tensor in memory_parameters(config, 257).items()}
-    shapes = {name: shape for name, shape in shapes.items() if name not in leave_out}
-
-    def read(name: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(sum(map(ord, name)))
-        noise = torch.randn(shapes[name], generator=generator) * (0.25 if len(shapes[name]) == 2 else 0.3)
-        return 1 + noise if name.endswith("norm.weight") else noise
-
-    write_weights(folder / "checkpoints", config, 257, shapes, read, source={"memory": "trained"})
-    byte_tokenizer().save(folder / "tokenizer")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,35 @@
+"""A run's folder with random weights, as training would leave it: a checkpoint and a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import byte_tokenizer
+from model.config import MemoryConfig, ModelConfig
+from model.hf_weights import backbone_weights
+from pipeline.config import Config, TrainConfig
+from pipeline.initial_memory import memory_parameters
+from pipeline.weights import write_weights
+
+
+def write_run(folder: Path, rule="delta", gate="hard", *, leave_out=(), **settings) -> Path:
+    """Weights far from their initial values, without the parameters in `leave_out`. Megatron's groups must be there."""
+    memory = MemoryConfig(rule=rule, write_gate=gate)
+    sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
+    sizes |= {"ffn_hidden_size": 20, "segment_length": 8, "vocab_size": 257}
+    model = ModelConfig(**sizes | settings, memory=memory)
+    shapes = {name: weight.shape for name, weight in backbone_weights(model, 257).items()}
+    config = Config(model=model, train=TrainConfig(precision="fp64"))
+    shapes |= {name: tuple(tensor.shape) for name, tensor in memory_parameters(config, 257).items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in leave_out}
+
+    def read(name: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        noise = torch.randn(shapes[name], generator=generator) * (0.25 if len(shapes[name]) == 2 else 0.3)
+        return 1 + noise if name.endswith("norm.weight") else noise
+
+    write_weights(folder / "checkpoints", config, 257, shapes, read, source={"memory": "trained"})
+    byte_tokenizer().save(folder / "tokenizer")
+    return folder
