@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pipeline.generate import Generator, Prompt
     from pipeline.incremental import LaneState
+
+PROGRESS_INTERVAL_S = 10.0
+"""Between two words on how much of a long prompt has been read."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -59,9 +66,13 @@ def run(args: argparse.Namespace) -> int:
     if args.nproc is not None:
         return _start(args)
 
+    from launch.quiet import quiet_libraries
     from launch.worker import run_rank
     from launch.world import join_world
 
+    quiet_libraries()
+    # Loaded before a port is chosen: it takes seconds, in which somebody else could get the port.
+    importlib.import_module("pipeline.generate")
     join_world(args.master_port)
     return run_rank(lambda: _generate(args), None)
 
@@ -117,8 +128,6 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    import time
-
     from pipeline.generate import Generator
     from pipeline.sampling import Sampling
     from pipeline.topology import shutdown
@@ -129,8 +138,10 @@ def _generate(args: argparse.Namespace) -> int:
     after = generator.load(args.load_memory) if args.load_memory else None
     before = sum(after.tokens_read) if after is not None else 0
     start = time.perf_counter()
-    state = generator.read(prompts, after)
-    _report("read", sum(state.tokens_read) - before * (state.lanes if after and after.lanes == 1 else 1), start)
+    state = generator.read(prompts, after, on_read=_progress())
+    if after is not None and after.lanes == 1:
+        before *= state.lanes
+    _report("read", sum(state.tokens_read) - before, start)
     if args.save_memory:
         generator.save(state, args.save_memory)
     if args.max_new_tokens:
@@ -139,9 +150,22 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _complete(generator: Generator, state: LaneState, sampling, args: argparse.Namespace) -> None:
-    import time
+def _progress() -> Callable[[int], None] | None:
+    """Says on the error output, every now and then, how much has been read."""
+    if os.environ["RANK"] != "0":
+        return None
+    last = time.perf_counter()
 
+    def say(tokens: int) -> None:
+        nonlocal last
+        if time.perf_counter() - last >= PROGRESS_INTERVAL_S:
+            last = time.perf_counter()
+            print(f"{tokens:,} tokens read", file=sys.stderr)
+
+    return say
+
+
+def _complete(generator: Generator, state: LaneState, sampling, args: argparse.Namespace) -> None:
     main, single = os.environ["RANK"] == "0", state.lanes == 1
 
     def show(lane: int, piece: str) -> None:
@@ -168,7 +192,6 @@ def _complete(generator: Generator, state: LaneState, sampling, args: argparse.N
 
 def _report(what: str, tokens: int, start: float) -> None:
     import resource
-    import time
 
     if os.environ["RANK"] != "0":
         return

@@ -91,11 +91,18 @@ class Generator:
         identity = Identity(asdict(config.model), reader.summary["sha256"], found.hash)
         return cls(streamer, found, identity, reader.summary["vocab_size"])
 
-    def read(self, prompts: Sequence[Prompt], after: LaneState | None = None) -> LaneState:
+    def read(
+        self,
+        prompts: Sequence[Prompt],
+        after: LaneState | None = None,
+        *,
+        on_read: Callable[[int], None] | None = None,
+    ) -> LaneState:
         """Read prompts of any lengths, each in a lane of its own; collective.
 
         Args:
             after: go on from here, one prompt per lane; a single lane serves any number of prompts. It is not changed.
+            on_read: called now and then with the tokens read so far, those of `after` included.
 
         Raises:
             ValueError: a prompt is empty and there is nothing before it, a file is not UTF-8, or the numbers differ.
@@ -110,7 +117,7 @@ class Generator:
             raise ValueError(
                 f"the memory holds {after.lanes} documents and there are {len(prompts)} prompts: give one for each"
             )
-        self.model.read(state, [self._tokens(prompt) for prompt in prompts])
+        self.model.read(state, [self._tokens(prompt) for prompt in prompts], on_read)
         for number, tokens in enumerate(state.segment):
             if not tokens:
                 raise ValueError(f"prompt {number + 1} is empty: there is nothing to continue")

@@ -10,7 +10,7 @@ needs no predictions, and a state can be kept after a document and continued wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,14 +110,24 @@ class IncrementalModel:
         cache = self.stage.empty_cache(lanes, device)
         return LaneState(self.streamer.empty_memory(lanes), cache, [[] for _ in range(lanes)], [0] * lanes)
 
-    def read(self, state: LaneState, texts: Sequence[Iterable[np.ndarray]]) -> None:
-        """Read one text per lane, given as arrays of tokens that join to it; `state` moves on."""
+    def read(
+        self,
+        state: LaneState,
+        texts: Sequence[Iterable[np.ndarray]],
+        on_read: Callable[[int], None] | None = None,
+    ) -> None:
+        """Read one text per lane, given as arrays of tokens that join to it; `state` moves on.
+
+        Args:
+            on_read: called after every window with the tokens that all lanes together have read.
+        """
         sources = []
         for lane, arrays in enumerate(texts):
             sources.append(_Source(state.segment[lane][-1:], arrays))
             del state.segment[lane][-1:]
         while self._read_segments(state, sources) or self._read_partial(state, sources):
-            pass
+            if on_read is not None:
+                on_read(sum(state.tokens_read))
         for lane, source in enumerate(sources):
             state.segment[lane] += source.take(source.available(1)).tolist()
 
