@@ -244,7 +244,17 @@ def test_derived_quantities():
     assert derived.lanes_per_microbatch(dataclasses.replace(config, parallel=staged), 8) == 1
 
 
-@pytest.mark.parametrize(("name", "world_sizes"), [("paper_lm", [1, 8, 32]), ("llama3_8b", [32, 64])])
+SHIPPED = {
+    "paper_lm": [1, 8, 32],
+    "llama3_8b": [32, 64],
+    "smollm2_135m_continual": [1, 2, 4],
+    "llama32_1b_continual": [8, 64],
+    "llama3_8b_continual": [32, 64],
+    "qwen3_8b_continual": [32, 64],
+}
+
+
+@pytest.mark.parametrize(("name", "world_sizes"), SHIPPED.items())
 def test_shipped_configurations_can_run(name, world_sizes):
     config = load_config(CONFIGS / f"{name}.yaml", [])
     for world_size in world_sizes:
