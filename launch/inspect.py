@@ -206,6 +206,7 @@ def _inspect_checkpoint(folder: Path, verify: bool) -> int:
             " / ".join(f"{share:.3f}" for share in layer.gate) if layer.gate else "-",
             f"{layer.write_gate_bias:.3f}" if layer.write_gate_bias is not None else "-",
             *(f"{layer.norms[name]:.4g}" if name in layer.norms else "-" for name in fields),
+            f"{layer.effective_rank:.1f}" if layer.effective_rank is not None else "-",
         ]
         for layer in found.layers
     ]
@@ -213,9 +214,11 @@ def _inspect_checkpoint(folder: Path, verify: bool) -> int:
     print_table(
         "layers: memory's share sigmoid(beta), least / mean / most; means over lanes and heads",
         layers,
-        header=["layer", "share", "write gate bias", *norms],
+        header=["layer", "share", "write gate bias", *norms, "rank of M"],
         console=console,
     )
+    for finding in found.findings:
+        print(f"memory: {finding}")
     for note in found.notes:
         print(f"note: {note}")
     print("whole: all hashes match" if verify else "all files are there; contents not verified (--no-verify)")

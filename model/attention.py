@@ -38,6 +38,12 @@ class MemoryStatistics(NamedTuple):
     """Frobenius norm of M carried out, mean over lanes, `[key/value heads]`."""
     normaliser_norm: Tensor
     """Norm of z carried out, mean over lanes, `[key/value heads]`; zeros for rules without z."""
+    effective_rank: Tensor
+    """exp of the entropy of M's singular values (divided by their sum), mean over lanes, `[key/value heads]`; 0 where M
+    is empty, d at most."""
+    read_variation: Tensor
+    """How much the memory's part differs between the tokens of a segment: the root mean square of its deviation from
+    the segment's mean, relative to its own, `[query heads]`, in 0..1; 0 where nothing is read."""
 
 
 class AttentionResult(NamedTuple):
@@ -324,4 +330,23 @@ class InfiniAttention(nn.Module):
             write_gate_histogram=histogram,
             memory_norm=memory.M.flatten(2).norm(dim=-1).mean(dim=0).float(),
             normaliser_norm=read.new_zeros(self.groups).float() if z is None else z.norm(dim=-1).mean(dim=0).float(),
+            effective_rank=effective_rank(memory.M).mean(dim=0).float(),
+            read_variation=_variation(read).float(),
         )
+
+
+def effective_rank(matrices: Tensor) -> Tensor:
+    """exp of the entropy of the singular values of `[..., d, e]`, divided by their sum; 0 for a matrix of zeros.
+
+    Roy and Vetterli, The effective rank (EUSIPCO 2007).
+    """
+    values = torch.linalg.svdvals(matrices.double())
+    total = values.sum(dim=-1, keepdim=True)
+    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.special.entr(shares).sum(dim=-1).exp() * (total.squeeze(-1) > 0)
+
+
+def _variation(read: Tensor) -> Tensor:
+    """`MemoryStatistics.read_variation` of `[b, t, heads, s, d]`."""
+    spread = (read - read.mean(dim=3, keepdim=True)).square().sum(dim=(0, 1, 3, 4))
+    return (spread / read.square().sum(dim=(0, 1, 3, 4)).clamp_min(torch.finfo(read.dtype).tiny)).sqrt()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.shards import PreparedSet
+from model.attention import effective_rank
+from model.config import MemoryConfig
 from pipeline.checkpoint import (
     LATEST,
     CheckpointError,
@@ -18,7 +20,8 @@ from pipeline.checkpoint import (
     named_by_latest,
     read_summary,
 )
-from pipeline.metrics import METRICS_FILE
+from pipeline.diagnosis import Finding, LayerNumbers, diagnose, read_history
+from pipeline.metrics import METRICS_FILE, read_metrics
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Layer:
     """Mean over the key/value heads; None without a write gate."""
     norms: dict[str, float]
     """By field of the memory: M, and z where the rule has it."""
+    effective_rank: float | None = None
+    """Of M, see `model.attention.effective_rank`; mean over lanes and heads."""
 
 
 @dataclass
@@ -60,6 +65,8 @@ class CheckpointContents:
     lanes: list[Lane] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    """What is wrong with the memory, from the run's metrics up to here and the checkpoint itself."""
 
 
 def find_damage(folder: Path, *, contents: bool) -> list[str]:
@@ -83,6 +90,7 @@ def read_contents(folder: Path, *, verify: bool) -> CheckpointContents:
         found.bytes = sum(facts["bytes"] for facts in reader.summary["files"].values())
         found.lanes = _lanes(reader, found.notes)
         found.layers, found.parameters = _layers(reader)
+        found.findings = _findings(found)
     except CheckpointError as error:
         found.damage = [str(error)]
     return found
@@ -125,13 +133,34 @@ def _layers(reader: CheckpointReader) -> tuple[list[Layer], int]:
             gate = (float(share.min()), float(share.mean()), float(share.max()))
         if prefix + "write_gate.bias" in weights:
             bias = float(reader.whole_tensor(weights[prefix + "write_gate.bias"]).mean())
-        norms = {}
+        norms, rank = {}, None
         for key in reader.keys():
             if key.startswith(f"memory/{number}/"):
                 name = key.rsplit("/", 1)[1]
-                norms[name] = float(reader.whole_memory(str(number), name).flatten(2).norm(dim=2).mean())
-        layers.append(Layer(str(number), gate, bias, norms))
+                state = reader.whole_memory(str(number), name)
+                norms[name] = float(state.flatten(2).norm(dim=2).mean())
+                if name == "M":
+                    rank = float(effective_rank(state).mean())
+        layers.append(Layer(str(number), gate, bias, norms, rank))
     return layers, count
+
+
+def _findings(found: CheckpointContents) -> list[Finding]:
+    settings = found.summary["config"]["model"]["memory"]
+    memory = MemoryConfig(**{name: settings[name] for name in MemoryConfig.__dataclass_fields__ if name in settings})
+    metrics = found.folder.resolve().parent.parent / METRICS_FILE
+    history = read_history(read_metrics(metrics), found.summary["step"]) if metrics.is_file() else []
+    measured = history[-1][1] if history else {}
+    now = {}
+    for layer in found.layers:
+        numbers = measured.get(int(layer.name), LayerNumbers())
+        if layer.gate is not None:
+            least, _, most = (memory.gate_floor + (1 - memory.gate_floor) * gate for gate in layer.gate)
+            numbers = replace(numbers, mix_gate_range=(least, most))
+        if layer.effective_rank is not None:
+            numbers = replace(numbers, effective_rank=layer.effective_rank, norm_M=layer.norms["M"])
+        now[int(layer.name)] = numbers
+    return diagnose([*history[:-1], (found.summary["step"], now)], memory)
 
 
 @dataclass

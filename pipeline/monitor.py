@@ -15,6 +15,7 @@ from data.lanes import WindowBatch
 from model.attention import MemoryStatistics
 from pipeline import derived
 from pipeline.console import RunConsole, print_table
+from pipeline.diagnosis import diagnose_run
 from pipeline.executor import StepResult
 from pipeline.flops import measured_matmul_peak, parameter_count, train_flops_per_token
 from pipeline.footprint import per_rank_bytes
@@ -214,6 +215,8 @@ class Monitor:
                 f"{prefix}/share_of_output": float(whole.memory_share.mean()),
                 f"{prefix}/norm_M": float(whole.memory_norm.mean()),
                 f"{prefix}/norm_z": float(whole.normaliser_norm.mean()),
+                f"{prefix}/effective_rank": float(whole.effective_rank.mean()),
+                f"{prefix}/read_variation": float(whole.read_variation.mean()),
             }
             self.writer.histogram(step, f"{prefix}/mix_gate_histogram", whole.mix_gate)
             if self.config.model.memory.write_gate != "none":
@@ -221,6 +224,16 @@ class Monitor:
                 counts = whole.write_gate_histogram.sum(dim=0)
                 self.writer.binned_histogram(step, f"{prefix}/write_gate_histogram", counts, 0.0, 1.0)
         self.writer.scalars(step, scalars)
+
+    def _diagnose(self) -> None:
+        """Say in words what is wrong with the memory, if anything is."""
+        findings = diagnose_run(self.trainer.run_dir, self.config.model.memory)
+        if findings is None:
+            return
+        for finding in findings:
+            self.console.message(f"memory: {finding}")
+        text = "\n".join(f"- {finding}" for finding in findings) or "nothing wrong is seen"
+        self.writer.text(self.trainer.step, "memory", text)
 
     def message(self, text: str) -> None:
         """Print a line, on the main process."""
@@ -252,5 +265,6 @@ class Monitor:
 
     def close(self) -> None:
         if self.is_main:
+            self._diagnose()
             self.console.close()
             self.writer.close()

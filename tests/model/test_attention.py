@@ -1,8 +1,10 @@
 """Infini-attention on the parallel layers against a dense version, and the ways in which public code got it wrong."""
 
+import numpy as np
 import pytest
 import torch
 
+from model.attention import _variation, effective_rank
 from model.rotary import rotary_table, rotate
 from model.rules import RULES
 from tests.model import naive
@@ -258,7 +260,30 @@ def test_statistics(gate, reset):
     torch.testing.assert_close(
         found.normaliser_norm.double(), z.square().sum(dim=2).sqrt().mean(dim=0), rtol=1e-6, atol=0
     )
+    ranks = [[np.exp(entropy(np.linalg.svd(m, compute_uv=False))) for m in lane] for lane in M.double().numpy()]
+    torch.testing.assert_close(found.effective_rank.double(), torch.tensor(ranks).mean(dim=0), rtol=1e-6, atol=0)
+    assert ((found.read_variation > 0) & (found.read_variation < 1)).all()
     assert not any(statistic.requires_grad for statistic in found)
+
+
+def entropy(values: np.ndarray) -> float:
+    shares = values / values.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def test_effective_rank_counts_directions():
+    matrices = torch.stack(
+        [torch.eye(8), torch.zeros(8, 8), torch.ones(8, 8), torch.diag(torch.tensor([1.0] * 4 + [0.0] * 4))]
+    )
+    torch.testing.assert_close(effective_rank(matrices), torch.tensor([8.0, 0, 1, 4], dtype=torch.float64))
+
+
+def test_reads_that_are_the_same_for_all_tokens_do_not_vary():
+    read = torch.randn(2, 3, 2, 1, 4).expand(2, 3, 2, 5, 4).clone()
+    read[:, :, 1] = torch.randn(2, 3, 5, 4)
+    found = _variation(read)
+    assert found[0] < 1e-6 and found[1] > 0.7
+    assert _variation(torch.zeros_like(read)).tolist() == [0, 0]
 
 
 def test_memory_is_float32_under_bfloat16(reset):
