@@ -57,13 +57,15 @@ class Finding:
 
     name: str
     layers: list[int]
+    """Empty where all layers are meant."""
     seen: str
     means: str
     try_: str
 
     def __str__(self) -> str:
-        which = "all layers" if self.layers == [] else f"layer{'s' * (len(self.layers) > 1)} "
-        return f"{self.name} ({which}{', '.join(map(str, self.layers))}): {self.seen}. Usually: {self.means}. Try: {self.try_}."
+        plural = "s" * (len(self.layers) > 1)
+        which = f"layer{plural} {', '.join(map(str, self.layers))}" if self.layers else "all layers"
+        return f"{self.name} ({which}): {self.seen}. Usually: {self.means}. Try: {self.try_}."
 
 
 History = list[tuple[int, dict[int, LayerNumbers]]]
