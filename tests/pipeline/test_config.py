@@ -247,7 +247,7 @@ def test_derived_quantities():
 SHIPPED = {
     "paper_lm": [1, 8, 32],
     "llama3_8b": [32, 64],
-    "smollm2_135m_continual": [1, 2, 4],
+    "smollm2_135m_continual": [1, 2],
     "llama32_1b_continual": [8, 64],
     "llama3_8b_continual": [32, 64],
     "qwen3_8b_continual": [32, 64],
