@@ -11,6 +11,14 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.local_context import (
+    LocalContext,
+    initial_state,
+    join_state,
+    put_before,
+    sliding_attention,
+    split_state,
+)
 from model.memory import remember, write_gate
 from model.norm import RMSNorm
 from model.rotary import rotary_table, rotate
@@ -55,7 +63,7 @@ class AttentionResult(NamedTuple):
 
 
 class InfiniAttention(nn.Module):
-    """Local causal attention inside the segment, mixed with a read of the compressive memory.
+    """Local causal attention (see `model.local_context`), mixed with a read of the compressive memory.
 
     The rotary encoding touches the local part only; queries and keys reach the memory without position, but after the
     norms that some models put on them. Query head i reads the memory of its own key/value head. All state is an
@@ -68,6 +76,7 @@ class InfiniAttention(nn.Module):
         super().__init__()
         self.shape = layer_shape(config, tensor_size)
         self.heads, self.groups, self.dim = self.shape.heads, self.shape.groups, self.shape.dim
+        self.config = config
         self.segment_length = config.segment_length
         self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
         self.memory_config = config.memory
@@ -113,10 +122,9 @@ class InfiniAttention(nn.Module):
         return torch.float64 if self.projection.weight.dtype == torch.float64 else torch.float32
 
     def initial_memory(self, lanes: int, device: torch.device) -> State | None:
-        """An empty memory for `lanes` lanes and this rank's key/value heads; None without a memory."""
-        if self.rule is None:
-            return None
-        return self.rule.init(lanes, self.shape, dtype=self.memory_dtype, device=device)
+        """What `lanes` lanes carry that have read nothing, for this rank's key/value heads; None where a layer carries
+        nothing."""
+        return initial_state(self.config, self.shape, lanes, dtype=self.memory_dtype, device=device)
 
     def forward(
         self,
@@ -143,12 +151,19 @@ class InfiniAttention(nn.Module):
         b, t = reset.shape
         segments = t if probes is None else t + probes.shape[1]
         query, key, value = self._heads(hidden)
+        memory, context = split_state(memory)
         table = self._rotary_table(torch.arange(query.shape[2], device=hidden.device))
-        local = F.scaled_dot_product_attention(
-            rotate(query, table), rotate(key, table), value, is_causal=True, enable_gqa=self.heads > self.groups
-        )
+        if context is None:
+            local = F.scaled_dot_product_attention(
+                rotate(query, table), rotate(key, table), value, is_causal=True, enable_gqa=self.heads > self.groups
+            )
+        else:
+            tables = (self._previous_table(hidden.device), table)
+            local, context = sliding_attention(
+                query, key, value, tables, context, reset, probes, detach=self.detach_reads
+            )
         if self.rule is None:
-            return AttentionResult(self._project(local), None, hidden.new_zeros((), dtype=torch.float32), None)
+            return AttentionResult(self._project(local), context, hidden.new_zeros((), dtype=torch.float32), None)
 
         with torch.autocast(hidden.device.type, enabled=False):
             gate = self._write_gate(hidden, b, segments)
@@ -171,7 +186,8 @@ class InfiniAttention(nn.Module):
             mixed = from_memory + from_segment
             measured = self._statistics(share, from_memory, from_segment, gate, memory) if statistics else None
         gate_sum = hidden.new_zeros((), dtype=torch.float32) if gate is None else gate.sum()
-        return AttentionResult(self._project(mixed.flatten(0, 1).to(query.dtype)), memory, gate_sum, measured)
+        mixed = self._project(mixed.flatten(0, 1).to(query.dtype))
+        return AttentionResult(mixed, join_state(memory, context), gate_sum, measured)
 
     def empty_cache(self, lanes: int, device: torch.device, dtype: torch.dtype) -> SegmentCache:
         """A current segment without tokens, see `extend`."""
@@ -211,13 +227,13 @@ class InfiniAttention(nn.Module):
                 inputs = torch.stack([x.squeeze(1) for x in found.values()], dim=-1)
         gate = cache.gate.new_ones(b, self.groups, c) if gate is None else gate.squeeze(1)
         put(cache, SegmentCache(query, key, rotate(key, table), value, gate, inputs), span)
-        seen = torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)
+        mask = (torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)).unsqueeze(1)
+        keys, values = cache.rotated[:, :, : span.stop], cache.value[:, :, : span.stop]
+        memory, context = split_state(memory)
+        if context is not None:
+            keys, values, mask = put_before(keys, values, mask, self._previous_table(hidden.device), context)
         local = F.scaled_dot_product_attention(
-            rotate(query, table),
-            cache.rotated[:, :, : span.stop],
-            cache.value[:, :, : span.stop],
-            attn_mask=seen.unsqueeze(1),
-            enable_gqa=self.heads > self.groups,
+            rotate(query, table), keys, values, attn_mask=mask, enable_gqa=self.heads > self.groups
         )
         if self.rule is None:
             return self._project(local)
@@ -242,8 +258,14 @@ class InfiniAttention(nn.Module):
         Returns:
             The memory after the segment; the other lanes are as before.
         """
+        memory, context = split_state(memory)
+        if context is not None:
+            last = (cache.key[lanes], cache.value[lanes], torch.ones_like(context.local_seen[lanes]))
+            context = LocalContext(
+                *(old.index_copy(0, lanes, new.to(old.dtype)) for old, new in zip(context, last, strict=True))
+            )
         if self.rule is None:
-            return None
+            return context
         with torch.autocast(lanes.device.type, enabled=False):
             q, k, v, gate, inputs = (
                 x[lanes].unsqueeze(1) for x in (cache.query, cache.key, cache.value, cache.gate, cache.inputs)
@@ -253,7 +275,8 @@ class InfiniAttention(nn.Module):
             carried = type(memory)(*(x[lanes] for x in memory))
             keep = torch.ones(len(lanes), 1, dtype=torch.bool, device=lanes.device)
             states = self.rule.scan(tokens, rule_weights(self), carried, keep)
-        return type(memory)(*(x.index_copy(0, lanes, after[:, -1]) for x, after in zip(memory, states, strict=True)))
+        memory = type(memory)(*(x.index_copy(0, lanes, after[:, -1]) for x, after in zip(memory, states, strict=True)))
+        return join_state(memory, context)
 
     def _tokens(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, inputs: dict[str, Tensor]) -> Tokens:
         """What the memory gets, in its own precision, of q `[b, t, n*r, s, d]`, k and v `[b, t, n, s, d]`."""
@@ -270,6 +293,10 @@ class InfiniAttention(nn.Module):
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
+
+    def _previous_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For the positions of the previous segment, before those of the own one."""
+        return self._rotary_table(torch.arange(-self.segment_length, 0, device=device))
 
     def _rotary_table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(positions, self.dim, self.rope_base, scaling=self.rope_scaling, dtype=self.memory_dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 WRITE_GATES = ("none", "hard", "sigmoid")
 MIX_GATES = ("head", "token")
+LOCAL_CONTEXTS = ("segment", "sliding")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
@@ -81,7 +82,10 @@ class ModelConfig:
     qk_norm: bool = False
     """Root-mean-square norms of every head's query and key, each with one weight for all heads (Qwen 3)."""
     segment_length: int = 2048
-    """Tokens that the local attention sees (S)."""
+    """Tokens of a segment (S): what the memory is written and read by, and what the local attention sees."""
+    local_context: str = "segment"
+    """`segment`: the local attention ends at the segment (the paper). `sliding`: it sees the segment before as well,
+    whose keys and values are carried like memory; with `memory.rule=none` that is Transformer-XL."""
     rope_base: float = 10000.0
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_epsilon: float = 1e-5

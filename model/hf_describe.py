@@ -73,8 +73,8 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
 def describe_plain(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """The transformer without the memory, as the family of models that has these parts.
 
-    Its `max_position_embeddings` is what the rotary scaling was made for, or else one segment: the training has seen
-    no later position.
+    Its `max_position_embeddings` is what the rotary scaling was made for, or else what the local attention sees, one
+    segment or two: the training has seen no longer distance.
 
     Raises:
         ValueError: no family has these parts.
@@ -82,7 +82,7 @@ def describe_plain(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     if config.qkv_bias and config.qk_norm:
         raise ValueError("model.qkv_bias with model.qk_norm: no plain model of transformers has both")
     kind = "Qwen2" if config.qkv_bias else "Qwen3" if config.qk_norm else "Llama"
-    positions = config.segment_length
+    positions = config.segment_length * (2 if config.local_context == "sliding" else 1)
     scaling = config.rope_scaling
     if scaling.type in ("llama3", "yarn"):
         positions = max(positions, int(scaling.factor * scaling.original_max_position_embeddings))

@@ -10,7 +10,7 @@ With h hidden size, d head dimension, n query heads, g key/value heads, f MLP wi
 
     projections       layers * (2 h d (n + 2 g) + 2 n d h)
     mlp               layers * 6 h f
-    local_attention   layers * 4 n d * S / 2
+    local_attention   layers * 4 n d * S / 2, with a sliding context 3 S / 2
     memory            layers * (what the rule says: 2 n d^2 read + 2 g d^2 write
                                 [+ 2 g d^2 the value already stored: all but linear]
                                 [+ 8 d (n + 2 g) convolutions + 2 h g decay: gated_deltanet]
@@ -32,6 +32,7 @@ import torch
 
 from model.config import ModelConfig
 from model.decoder import padded_vocab_size
+from model.local_context import initial_state
 from model.rules import build_rule, layer_shape
 from pipeline.derived import head_dim, num_query_groups
 
@@ -108,10 +109,11 @@ def forward_flops_per_token(config: ModelConfig, vocab: int | None = None) -> di
             memory += 2 * hidden * groups
         if config.memory.mix_gate == "token":
             memory += 2 * hidden * heads
+    sliding = config.local_context == "sliding"
     flops = {
         "projections": layers * (2 * hidden * dim * (heads + 2 * groups) + 2 * heads * dim * hidden),
         "mlp": layers * 6 * hidden * config.ffn_hidden_size,
-        "local_attention": layers * 4 * heads * dim * config.segment_length / 2,
+        "local_attention": layers * 4 * heads * dim * config.segment_length * (1.5 if sliding else 0.5),
         "memory": layers * memory,
         "output": 2 * hidden * embedding_rows(config, vocab),
     }
@@ -141,12 +143,9 @@ def train_flops_per_token(config: ModelConfig, vocab: int | None = None, *, reco
 
 def memory_state_bytes(config: ModelConfig, *, bytes_per_number: int = 4) -> int:
     """Bytes of memory that one lane carries through all layers: M `[d, d]` for each key/value head and what else the
-    rule keeps. Float32 unless told otherwise."""
-    rule = build_rule(config.memory)
-    if rule is None:
-        return 0
-    state = rule.init(1, layer_shape(config), dtype=torch.float32, device=torch.device("meta"))
-    return config.num_layers * sum(x.numel() for x in state) * bytes_per_number
+    rule keeps; with a sliding local context the previous segment's keys and values. Float32 unless told otherwise."""
+    state = initial_state(config, layer_shape(config), 1, dtype=torch.float32, device=torch.device("meta"))
+    return config.num_layers * sum(x.numel() for x in state or ()) * bytes_per_number
 
 
 def measured_matmul_peak(

@@ -18,6 +18,7 @@ key/value heads of dimension d and an MLP width f, a layer keeps per token
     mlp         5 f e
     attention   d e (4 n + 3 g) + 4 n                      flash-like: no S x S matrix
                 + d (n + g) (2 m + e)                      query and key norms
+    + sliding   d e (n + 4 g) + 4 n, + n d m with a memory of the same precision
     memory      n d (5 m + 1 + c) + g d (2 m + 1 + 2 c)    linear
                 + g d m                                    delta
                 n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet
@@ -176,6 +177,10 @@ def _attention_bytes(model: ModelConfig, tensor: int, e: int, m: int, segments: 
     if model.qk_norm:
         per_token += d * (n + g) * (2 * m + e)
     rule = build_rule(model.memory)
+    if model.local_context == "sliding":
+        per_token += d * e * (n + 4 * g) + 4 * n
+        if rule is not None and not c:
+            per_token += n * d * m
     if rule is not None:
         of_rule, per_segment = rule.saved_bytes(layer, length, m, c)
         per_token += of_rule

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.lanes import WindowBatch
 from model.decoder import DecoderStage
+from model.local_context import join_state, split_state
 from pipeline.checkpoint import CheckpointReader, load_weights, open_verified
 from pipeline.config import Config
 from pipeline.executor import Executor, Memory, map_memory
@@ -211,8 +212,10 @@ def _microbatches(lanes: int, stages: int) -> int:
 
 
 def roll_lanes(memory: Memory) -> Memory:
-    """Give every lane the memory of the next one, the last that of the first."""
-    return [None if state is None else type(state)(*(x.roll(-1, dims=0) for x in state)) for state in memory]
+    """Give every lane the memory of the next one, the last that of the first; its local context stays its own."""
+    parts = [split_state(state) for state in memory]
+    rolled = [None if own is None else type(own)(*(x.roll(-1, dims=0) for x in own)) for own, _ in parts]
+    return [join_state(own, context) for own, (_, context) in zip(rolled, parts, strict=True)]
 
 
 def choose_lanes(condition: Tensor, then: Memory, otherwise: Memory) -> Memory:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from data.window import ProbeBatch, WindowBatch
-from model.rules import NormalizedState
 from model.sharding import partition_of
 from pipeline import derived
 from pipeline.config_io import load_config
@@ -94,9 +93,13 @@ def carried_memory(config, stage, first_lane: int, last_lane: int) -> list:
             drawn = torch.randn(config.train.lanes, whole_heads, *x.shape[2:], generator=generator, dtype=x.dtype)
             heads = slice(stage.tensor_rank * x.shape[1], (stage.tensor_rank + 1) * x.shape[1])
             fields.append(drawn[first_lane:last_lane, heads].contiguous())
-        if isinstance(empty, NormalizedState):
-            fields[1] = 3 + fields[1].abs()
-        result.append(type(empty)(*fields))
+        state = type(empty)(*fields)
+        if "z" in state._fields:
+            state = state._replace(z=3 + state.z.abs())
+        if "local_seen" in state._fields:  # of every other lane
+            other = torch.arange(first_lane, last_lane) % 2
+            state = state._replace(local_seen=(1 - other).to(state.M.dtype).view(-1, 1, 1).expand_as(state.local_seen))
+        result.append(state)
     return result
 
 

@@ -11,6 +11,9 @@ VOCAB = 40
 def small_config(
     rule="delta", gate="none", *, skip_empty=True, beta=0.0, mix="head", floor=0.0, **changes
 ) -> ModelConfig:
+    """`rule` may be `delta+sliding`: with a sliding local context."""
+    rule, _, context = rule.partition("+")
+    changes = changes | ({"local_context": context} if context else {})
     memory = MemoryConfig(rule, gate, skip_empty=skip_empty, beta_init=beta, mix_gate=mix, gate_floor=floor)
     settings = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
     settings |= {"ffn_hidden_size": 20, "segment_length": 6, "vocab_size": VOCAB, "vocab_size_multiple": 16}
@@ -47,6 +50,8 @@ def random_memory(stage: DecoderStage, lanes: int, seed: int = 3):
             memory.append(None)
             continue
         drawn = {name: torch.randn(x.shape, generator=generator, dtype=x.dtype) for name, x in state._asdict().items()}
+        if "local_seen" in drawn:
+            drawn["local_seen"] = torch.ones_like(drawn["local_seen"])
         if "z" in drawn:
             drawn["z"] = 4 + drawn["z"].abs()
         memory.append(type(state)(**{name: x.requires_grad_() for name, x in drawn.items()}))

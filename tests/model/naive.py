@@ -21,9 +21,11 @@ def rotary(x: Tensor, base: float) -> Tensor:
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, base: float) -> Tensor:
-    """Causal softmax attention of one head inside one segment, `[s, d]`."""
-    scores = rotary(q, base) @ rotary(k, base).T / q.shape[-1] ** 0.5
-    future = torch.ones_like(scores).triu(1).bool()
+    """Causal softmax attention of one head, `[s, d]`, to `[s, d]` or, with the segment before, `[2s, d]`."""
+    before = len(k) - len(q)  # positions begin with the first key
+    turned = rotary(torch.cat([q.new_zeros(before, q.shape[1]), q]), base)[before:]
+    scores = turned @ rotary(k, base).T / q.shape[-1] ** 0.5
+    future = torch.ones_like(scores).triu(1 + before).bool()
     return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
 
 
@@ -69,6 +71,10 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
             activation = x @ p["write_gate.weight"][group] + p["write_gate.bias"][group]
             gate = write_gate(config.memory.write_gate, activation)
         state = [m[group] for m in memory] if memory else []
+        context = None
+        if config.local_context == "sliding":
+            *state, k_before, v_before, seen = state
+            context = (k_before, v_before) if seen[0] > 0 else None
         reads, shown = [], []
         for i in range(t):  # segment by segment, to see which memory each of them finds
             if rule == "none":
@@ -88,11 +94,18 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
                 normalized = {"delta": rule == "delta", "epsilon": config.memory.epsilon}
                 read, *state = window_normalized(*arguments, *carried, **normalized)
             reads.append(read[0])
+        before = [None] * t  # what the local attention sees before its segment
+        if config.local_context == "sliding":
+            state += [k[-1], v[-1], torch.ones(1, dtype=x.dtype)]
+            before = [None if reset[i] else context if i == 0 else (k[i - 1], v[i - 1]) for i in range(t)]
         after.append(state)
         for i in range(t):
             for r in range(ratio):
                 head = group * ratio + r
-                outputs[i][head] = local_attention(q[i, r], k[i], v[i], config.rope_base)
+                visible = (
+                    (k[i], v[i]) if before[i] is None else map(torch.cat, zip(before[i], (k[i], v[i]), strict=True))
+                )
+                outputs[i][head] = local_attention(q[i, r], *visible, config.rope_base)
                 if rule != "none" and (shown[i] or not config.memory.skip_empty):
                     share = memory_share(config, p, x[i], head)
                     outputs[i][head] = share * reads[i][r] + (1 - share) * outputs[i][head]

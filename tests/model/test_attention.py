@@ -43,6 +43,12 @@ def test_layer_is_the_dense_layer(rule, gate, skip_empty, carried_in, reset):
     assert_is_the_dense_layer(small_config(rule, gate, skip_empty=skip_empty, num_layers=1), carried_in, reset)
 
 
+@pytest.mark.parametrize("carried_in", [True, False], ids=["carried", "fresh"])
+@pytest.mark.parametrize("rule", ["none+sliding", "delta+sliding", "gated_deltanet+sliding"])
+def test_sliding_context_is_the_dense_one(rule, carried_in, reset):
+    assert_is_the_dense_layer(small_config(rule, num_layers=1), carried_in, reset)
+
+
 @pytest.mark.parametrize("floor", [0.0, 0.3])
 @pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
 @pytest.mark.parametrize("mix", ["head", "token"])
@@ -71,11 +77,12 @@ def assert_is_the_dense_layer(config, carried_in, reset):
     close = {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(unfold(output), expected, **close)
     torch.testing.assert_close(list(after or ()), expected_after, **close)
-    leaves = [*weights.values(), *(memory[0] or ())] if carried_in else list(weights.values())
+    carried = {name: x for name, x in memory[0]._asdict().items() if name != "local_seen"} if memory[0] else {}
+    leaves = [*weights.values(), *carried.values()] if carried_in else list(weights.values())
     tangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     total = (unfold(output) * tangent).sum() + sum(m.square().sum() for m in after or ())
     expected_total = (expected * tangent).sum() + sum(m.square().sum() for m in expected_after)
-    names = [*weights, *(memory[0]._fields if memory[0] else ())]
+    names = [*weights, *carried]
     actual = torch.autograd.grad(total, [hidden, *leaves])
     wanted = torch.autograd.grad(expected_total, [x, *leaves])
     torch.testing.assert_close(unfold(actual[0]), wanted[0], **close)

@@ -13,7 +13,8 @@ from tests.model.build import VOCAB, random_memory, random_tokens, small_config,
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-MEMORY_RULES = tuple(name for name in RULES if name != "none")
+SLIDING = ("delta+sliding", "gated_deltanet+sliding")
+MEMORY_RULES = (*(name for name in RULES if name != "none"), *SLIDING)
 B, T = 2, 4
 
 
@@ -26,10 +27,10 @@ def starts(*segments, t=T, b=1):
 
 @pytest.mark.parametrize("qwen", [False, True], ids=["llama", "bias-norms"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, "none+sliding", "gated_deltanet+sliding"])
 def test_model_is_the_dense_model(rule, tied, qwen):
     family = {"qkv_bias": qwen, "qk_norm": qwen}
-    config = small_config(rule, "none" if rule == "none" else "sigmoid", tie_embeddings=tied, **family)
+    config = small_config(rule, "none" if rule.startswith("none") else "sigmoid", tie_embeddings=tied, **family)
     stage = small_stage(config)
     tokens, labels = (random_tokens(B, T, config.segment_length, seed=seed) for seed in (0, 1))
     reset = torch.tensor([[False, False, True, False], [True, False, False, False]])
@@ -87,7 +88,7 @@ def test_changing_a_token_changes_nothing_before_it(rule):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *SLIDING])
 def test_document_before_does_not_leak(rule, precision):
     """A document's losses and memory, bit for bit, whatever stood in the lane before: in this window and earlier."""
     config = small_config(rule)
@@ -237,7 +238,8 @@ def test_recomputation_changes_no_number(rule, recompute):
         output = stage(random_tokens(B, T, 6), memory, starts(2, b=B), random_tokens(B, T, 6, seed=1))
         (output.token_loss.sum() + output.gate_sum + sum(m.sum() for state in output.memory for m in state)).backward()
         gradients = [parameter.grad for parameter in stage.parameters()]
-        results.append([output.token_loss, *gradients, *(m.grad for state in memory for m in state)])
+        carried = [m.grad for state in memory for m in state if m.grad is not None]
+        results.append([output.token_loss, *gradients, *carried])
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
@@ -281,10 +283,10 @@ def test_vocabulary_is_padded_up():
     assert [padded_vocab_size(n, 64) for n in (1, 64, 65, 257)] == [64, 64, 128, 320]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *SLIDING])
 def test_probe_reads_what_its_segment_reads_and_writes_nothing(rule):
     """Against a stage without probes: run up to the segment, then the probe's text in its place."""
-    config = small_config(rule, "none" if rule == "none" else "sigmoid")
+    config = small_config(rule, "none" if rule.startswith("none") else "sigmoid")
     stage = small_stage(config)
     tokens, labels = (random_tokens(B, 5, config.segment_length, seed=seed) for seed in (0, 1))
     asked, answers = (random_tokens(B, 2, config.segment_length, seed=seed) for seed in (2, 3))

@@ -17,6 +17,8 @@ RULES_AND_GATES = [
     ("deltanet", "sigmoid"),
     ("gated_deltanet", "none"),
     ("gated_deltanet", "hard"),
+    ("none+sliding", "none"),
+    ("gated_deltanet+sliding", "hard"),
 ]
 LENGTHS = [6, 19, 24]
 """Tokens per lane, segments of 6: a whole one, some and a bit, and some whole ones."""

@@ -257,6 +257,8 @@ def test_unknown_parts_are_refused(monkeypatch):
         describe_infini(small_config("linear"), VOCAB)
         with pytest.raises(ValueError, match="model.memory.gate_floor = 0.3"):
             describe_infini(small_config("linear", floor=0.3), VOCAB)
+    with pytest.raises(ValueError, match="model.local_context = sliding"):
+        describe_infini(small_config("delta+sliding"), VOCAB)
     described = describe_infini(small_config("delta"), VOCAB) | {"memory_rule": "hopfield"}
     with pytest.raises(ValueError, match="hopfield"):
         InfiniForCausalLM(InfiniConfig(**described))

@@ -195,6 +195,7 @@ def refused(overrides, world_size=None) -> list[str]:
         (["data.sets=[{path: a, weight: 0}]"], None, ["data.sets.0.weight = 0.0", "greater than 0"]),
         (["evaluate.passkey_depths=[0.5,1.5]"], None, ["evaluate.passkey_depths.1 = 1.5", "between 0 and 1"]),
         (["model.memory.rule=none", "model.memory.write_gate=hard"], None, ["model.memory.write_gate = hard"]),
+        (["model.local_context=wide"], None, ["model.local_context = wide", "segment, sliding"]),
         (["model.memory.mix_gate=layer"], None, ["model.memory.mix_gate = layer", "head, token"]),
         (["model.memory.rule=none", "model.memory.mix_gate=token"], None, ["model.memory.mix_gate = token"]),
         (["model.memory.gate_floor=1"], None, ["model.memory.gate_floor = 1.0", "below 1"]),

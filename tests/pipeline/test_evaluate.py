@@ -16,6 +16,7 @@ from data.shards import PreparedSet
 from data.synthetic import FILLER, PasskeyGenerator
 from data.tokenizer import byte_tokenizer, train_bpe
 from launch import cli, evaluate
+from model.local_context import LocalContext, join_state
 from model.rules import MatrixState
 from pipeline import answers, report
 from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
@@ -124,6 +125,16 @@ def test_batches_are_even_and_leave_nobody_alone(number, limit):
     batches = Streamer.batches(SimpleNamespace(max_lanes=limit), list(range(number)))
     assert sum(batches, []) == list(range(number))
     assert all(2 <= len(batch) <= limit for batch in batches)
+
+
+def test_exchanged_memory_leaves_the_local_context():
+    lanes = torch.arange(3.0)
+    context = LocalContext(*(lanes.view(shape) for shape in ((3, 1, 1, 1), (3, 1, 1, 1), (3, 1, 1))))
+    memory = [join_state(MatrixState(lanes.view(3, 1, 1, 1)), context), context, None]
+    first, second, third = roll_lanes(memory)
+    assert first.M.flatten().tolist() == [1, 2, 0]
+    assert all(torch.equal(x, y) for found in (first[1:], second) for x, y in zip(found, context, strict=True))
+    assert third is None
 
 
 def test_memory_of_other_lanes():

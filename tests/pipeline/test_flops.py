@@ -171,6 +171,27 @@ def build(config, *, precision="fp32", recompute="none"):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rule", ["none", "delta", "gated_deltanet"])
+def test_sliding_context_of_the_built_model(one_process, rule, precision):
+    config = small(rule, "none", local_context="sliding")
+    stage = build(config, precision=precision)
+    carried = sum(x.numel() * x.element_size() for state in stage.initial_memory(1, torch.device("cpu")) for x in state)
+    assert memory_state_bytes(config) == carried
+    assert memory_state_bytes(config) - memory_state_bytes(small(rule, "none")) == 3 * 2 * (2 * 256 * 64 + 1) * 4
+    tokens = torch.randint(0, 500, (2, 3, 256))
+    measured = saved_bytes(stage, tokens, tokens, torch.zeros(2, 3, dtype=torch.bool))
+    run = Config(model=config, train=TrainConfig(lanes=2, segments_per_window=3, precision=precision))
+    assert per_rank_bytes(run, world_size=1)[0].chunk_activations == pytest.approx(measured, rel=0.05)
+
+
+def test_sliding_context_sees_three_times_as_many_keys():
+    """S + S / 2 keys per query instead of S / 2."""
+    segment, sliding = (forward_flops_per_token(small(local_context=c)) for c in ("segment", "sliding"))
+    assert sliding["local_attention"] == 3 * segment["local_attention"]
+    assert sliding["memory"] == segment["memory"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_mix_gate_per_token_of_the_built_model(one_process, precision):
     config = small(memory=MemoryConfig(rule="delta", mix_gate="token"))
     stage = build(config, precision=precision)

@@ -1,0 +1,154 @@
+"""What the local attention sees: its segment, or with `sliding` the segment before it as well (Transformer-XL's way,
+arXiv 1901.02860).
+
+With `sliding` a token sees the whole previous segment of its document and its own segment up to itself. A segment's
+own positions are 0 .. S-1, those of the previous one -S .. -1: rotary attention depends on distances alone, and a
+document's first segment is computed as without `sliding`. Keys and values of the previous segment are part of a layer's
+state, beside the memory's and under the same rules: carried from chunk to chunk and from step to step, empty where a
+document starts. Gradients flow into them inside a window.
+
+Shapes: b lanes, t segments, p probes behind them, n key/value heads of this rank, r query heads per key/value head, s
+tokens of a segment, d head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import namedtuple
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from model.config import ModelConfig
+from model.rotary import rotate
+from model.rules import LayerShape, State, build_rule
+
+Table = tuple[Tensor, Tensor]
+"""Of `model.rotary`."""
+
+
+class LocalContext(NamedTuple):
+    """The previous segment, keys without position encoding; in the memory's precision, which holds any other."""
+
+    local_key: Tensor
+    """`[b, n, s, d]`."""
+    local_value: Tensor
+    """`[b, n, s, d]`."""
+    local_seen: Tensor
+    """`[b, n, 1]`: 1 where there is a previous segment of the same document, else 0."""
+
+
+def initial_state(
+    config: ModelConfig, layer: LayerShape, lanes: int, *, dtype: torch.dtype, device: torch.device
+) -> State | None:
+    """What a layer carries when nothing has been read: the memory's state and the local context's, where there are
+    such; None where there is neither."""
+    rule = build_rule(config.memory)
+    memory = None if rule is None else rule.init(lanes, layer, dtype=dtype, device=device)
+    if config.local_context == "segment":
+        return memory
+    shape = (lanes, layer.groups, config.segment_length, layer.dim)
+    key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    return join_state(memory, LocalContext(key, value, key.new_zeros(*shape[:2], 1)))
+
+
+def join_state(memory: State | None, context: LocalContext | None) -> State | None:
+    """A layer's state of what its memory and its local context carry."""
+    if memory is None or context is None:
+        return context if memory is None else memory
+    return _joined(type(memory))(*memory, *context)
+
+
+def split_state(state: State | None) -> tuple[State | None, LocalContext | None]:
+    """The opposite of `join_state`."""
+    own = len(LocalContext._fields)
+    if state is None or state._fields[-own:] != LocalContext._fields:
+        return state, None
+    memory = getattr(state, "memory_type", None)
+    return None if memory is None else memory(*state[:-own]), LocalContext(*state[-own:])
+
+
+@functools.cache
+def _joined(memory: type) -> type:
+    joined = namedtuple(memory.__name__ + "WithContext", memory._fields + LocalContext._fields)
+    joined.memory_type = memory
+    return joined
+
+
+def sliding_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: tuple[Table, Table],
+    context: LocalContext,
+    reset: Tensor,
+    probes: Tensor | None,
+    *,
+    detach: bool,
+) -> tuple[Tensor, LocalContext]:
+    """Causal attention to the segment and to the one before it.
+
+    Args:
+        query: `[b*(t+p), n*r, s, d]`, of every lane its t segments and then its p probes.
+        key, value: `[b*(t+p), n, s, d]`.
+        tables: rotary tables of the previous segment's positions and of the segment's own.
+        context: carried in.
+        reset: bool `[b, t]`, True where a document starts.
+        probes: int64 `[b, p]` or None: each sees what segment `probes[b, j]` sees.
+        detach: let no gradient into previous segments.
+
+    Returns:
+        The attention `[b*(t+p), n*r, s, d]`, and the context carried out.
+    """
+    b, t = reset.shape
+    s = key.shape[2]
+    seen = torch.cat([context.local_seen[:, :1, 0] > 0, torch.ones_like(reset[:, 1:])], dim=1) & ~reset
+    lane = torch.arange(b, device=reset.device).unsqueeze(1)
+
+    def with_probes(x: Tensor) -> Tensor:
+        return x if probes is None else torch.cat([x, x[lane, probes]], dim=1)
+
+    def before(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands before each segment and probe, `[b*(t+p), n, s, d]`, and what the last segment leaves behind."""
+        own = x.unflatten(0, (b, -1))[:, :t]
+        previous = torch.cat([carried.to(x.dtype).unsqueeze(1), own[:, :-1]], dim=1)
+        # Not a product with 0: what is cleared may have overflowed.
+        previous = previous.where(seen[:, :, None, None, None], 0)
+        previous = previous.detach() if detach else previous
+        return with_probes(previous).flatten(0, 1), own[:, -1].to(carried.dtype)
+
+    key_before, last_key = before(key, context.local_key)
+    value_before, last_value = before(value, context.local_value)
+    query, key = rotate(query, tables[1]), rotate(key, tables[1])
+    grouped = {"enable_gqa": query.shape[1] > key.shape[1]}
+    wide = F.scaled_dot_product_attention(
+        query,
+        torch.cat([rotate(key_before, tables[0]), key], dim=2),
+        torch.cat([value_before, value], dim=2),
+        attn_mask=causal_lower_right(s, 2 * s),
+        **grouped,
+    )
+    # A mask of its own for every segment would keep fused kernels away: the segment's own attention is computed as
+    # well, and taken where nothing is before it.
+    alone = F.scaled_dot_product_attention(query, key, value, is_causal=True, **grouped)
+    local = torch.where(with_probes(seen).view(-1, 1, 1, 1), wide, alone)
+    return local, LocalContext(last_key, last_value, torch.ones_like(context.local_seen))
+
+
+def put_before(
+    key: Tensor, value: Tensor, mask: Tensor, table: Table, context: LocalContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys, values and mask of a part of a segment with the previous segment before them.
+
+    Args:
+        key, value: `[b, n, c, d]`, keys with position encoding.
+        mask: bool `[b, 1, q, c]`, True where a query sees a key.
+        table: of the previous segment's positions.
+    """
+    key = torch.cat([rotate(context.local_key.to(key.dtype), table), key], dim=2)
+    value = torch.cat([context.local_value.to(value.dtype), value], dim=2)
+    seen = (context.local_seen[:, :1] > 0).unsqueeze(-1)  # [b, 1, 1, 1]
+    return key, value, torch.cat([seen.expand(*mask.shape[:3], context.local_key.shape[2]), mask], dim=3)
