@@ -43,12 +43,26 @@ def test_greedy_tokens_are_those_of_a_full_recomputation(pools, run, precision):
     assert min(len(set(tokens)) for tokens in result["found"]) > 3
 
 
-@pytest.mark.parametrize("rule", ["none", "deltanet", "gated_deltanet"])
-def test_other_memories_recompute_alike(pools, tmp_path, data, rule):
-    run = trained(pools, tmp_path / "run", data, f"model.memory.rule={rule}")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.memory.rule=none"],
+        ["model.memory.rule=deltanet"],
+        ["model.memory.rule=gated_deltanet", "model.memory.mix_gate=token"],
+        ["model.memory.rule=none", "model.local_context=sliding"],
+        ["model.memory.rule=delta", "model.local_context=sliding"],
+    ],
+    ids=lambda settings: "-".join(setting.partition("=")[2] for setting in settings),
+)
+def test_other_memories_recompute_alike_and_can_be_kept(pools, tmp_path, data, settings):
+    run = trained(pools, tmp_path / "run", data, *settings)
     result = pools.run(1, generation_cases.greedy_and_recomputed, run=run, overrides=[], new_tokens=20)[0]
     assert result["margin"] > 1e-4
     assert result["found"] == result["expected"]
+    path = str(tmp_path / "memory")
+    pools.run(1, generation_cases.save_document, run=run, overrides=[], path=path, document=[texts()[3]])
+    found = pools.run(1, generation_cases.ask, run=run, overrides=[], path=path, questions=["question"])[0]
+    assert found == pools.run(1, generation_cases.whole, run=run, prompts=[texts()[3] + "question"])[0]
 
 
 @pytest.fixture(scope="module")
