@@ -51,9 +51,12 @@ def run(args: argparse.Namespace) -> int:
     memory = MemoryConfig(**{"rule": "delta", "beta_init": -4.0} | chosen)
     if is_exported(source.config) and not chosen:
         memory = None
-    with progress(total, f"importing {args.source}, parameters") as advance:
-        notes = import_model(args.source, args.out, memory=memory, segment_length=args.segment_length, progress=advance)
-    shutdown()
+    options = {"memory": memory, "segment_length": args.segment_length}
+    try:
+        with progress(total, f"importing {args.source}, parameters") as advance:
+            notes = import_model(args.source, args.out, **options, progress=advance)
+    finally:
+        shutdown()
     for note in notes:
         print(f"note: {note}")
     print(f"{args.out}: {total:,} parameters; start a run with `infini train {args.out / 'config.yaml'}`")

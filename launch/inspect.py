@@ -189,6 +189,9 @@ def _inspect_checkpoint(folder: Path, verify: bool) -> int:
         "size": f"{found.bytes:,} bytes in {len(summary['files']) + 1} files",
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
     }
+    if summary.get("weights_only"):
+        rows["written for"] = "weights alone, for train.init_from; any layout can read it"
+        rows["source"] = f"{summary['source']['path']} ({summary['source']['model_type']})"
     print_table(f"checkpoint {folder}", list(rows.items()), console=console)
     lanes = [
         [str(lane.number), lane.document, f"{lane.segment:,}", f"{lane.begun:,}"] for lane in found.lanes[:_LANES_SHOWN]
