@@ -86,6 +86,7 @@ class DecoderLayer(nn.Module):
         memory_off: bool,
         statistics: bool,
         probes: Tensor | None = None,
+        feed_forward: bool = True,
     ) -> tuple[Tensor, State | None, Tensor, MemoryStatistics | None]:
         def attend(hidden: Tensor, *memory_tensors: Tensor):
             state = None if memory is None else type(memory)(*memory_tensors)
@@ -102,7 +103,9 @@ class DecoderLayer(nn.Module):
             attended = checkpoint(attend, hidden, *(memory or ()), use_reentrant=False)
         else:
             attended = attend(hidden, *(memory or ()))
-        hidden = self._feed_forward(hidden + attended.hidden)
+        hidden = hidden + attended.hidden
+        if feed_forward:
+            hidden = self._feed_forward(hidden)
         return hidden, attended.memory, attended.gate_sum, attended.statistics
 
     def extend(self, hidden: Tensor, memory: State | None, cache: SegmentCache, span: Span) -> Tensor:
@@ -252,8 +255,10 @@ class DecoderStage(nn.Module):
             hidden = self._embed(inputs) if self.is_first else inputs
             carried, measured = [], {}
             gate_sum = hidden.new_zeros((), dtype=torch.float32)
+            # Nobody reads what the last layer gives without labels, only its memory.
+            unread = str(self.config.num_layers - 1) if labels is None else None
             for (name, layer), state in zip(self.layers.items(), memory, strict=True):
-                arguments = (hidden, state, reset, memory_off, statistics, probes)
+                arguments = (hidden, state, reset, memory_off, statistics, probes, name != unread)
                 if self.options.recompute == "layer" and torch.is_grad_enabled():
                     result = checkpoint(layer, *arguments, use_reentrant=False)
                 else:

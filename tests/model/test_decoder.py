@@ -197,6 +197,22 @@ def test_window_in_parts_is_the_window(rule, chunks):
         torch.testing.assert_close(list(state), list(other), rtol=1e-12, atol=1e-12)
 
 
+def test_without_labels_the_memory_is_the_same_and_the_last_mlp_is_left_out():
+    stage = small_stage(small_config("delta", "hard"))
+    tokens = torch.randint(0, VOCAB, (2, 3, stage.config.segment_length), generator=torch.Generator().manual_seed(1))
+    reset = torch.zeros(2, 3, dtype=torch.bool)
+    ran = []
+    for name, layer in stage.layers.items():
+        layer.mlp.register_forward_hook(lambda *_, name=name: ran.append(name))
+    memory = random_memory(stage, 2)
+    with torch.no_grad():
+        full, short = stage(tokens, memory, reset, tokens), stage(tokens, memory, reset)
+    assert ran == ["0", "1", "0"]
+    assert short.token_loss is None
+    for state, expected in zip(short.memory, full.memory, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state, expected, strict=True))
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
 @pytest.mark.parametrize("detached", [False, True], ids=["full", "detached"])
 @pytest.mark.parametrize("rule", MEMORY_RULES)
