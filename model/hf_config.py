@@ -95,6 +95,7 @@ def model_config(
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         segment_length=segment_length or min(2048, context),
+        local_context=hf.get("local_context", "segment") if is_exported(hf) else "segment",
         rope_base=base,
         rope_scaling=scaling,
         norm_epsilon=need("rms_norm_eps"),
@@ -126,6 +127,8 @@ def _own_memory(hf: Mapping[str, Any], memory: MemoryConfig | None, source: str)
         raise ValueError(f"{source}: the model has a memory, {hf.get('memory_rule')}, and keeps it: choose no other")
     if missing := [f"memory_{name}" for name in MEMORY_SETTINGS if f"memory_{name}" not in hf]:
         raise ValueError(f"{source}: {', '.join(missing)} is missing")
+    if unknown := sorted(x for x in hf if x.startswith("memory_") and x.removeprefix("memory_") not in MEMORY_SETTINGS):
+        raise ValueError(f"{source}: {', '.join(unknown)} is not known here")
     return MemoryConfig(**{name: hf[f"memory_{name}"] for name in MEMORY_SETTINGS})
 
 

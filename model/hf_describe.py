@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from model.config import ModelConfig, RopeScalingConfig
-from model.hf_export.memory_infini import MIX_GATES, RULES, WRITE_GATES
+from model.hf_export.memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES
 from model.hf_weights import head_shape
 
 EXPORTED = "infini"
@@ -20,7 +20,7 @@ MEMORY_SETTINGS = (
 _MODEL = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
     *("vocab_size", "vocab_size_multiple", "tie_embeddings", "qkv_bias", "qk_norm", "segment_length", "rope_base"),
-    *("rope_scaling", "norm_epsilon", "init_std", "memory"),
+    *("local_context", "rope_scaling", "norm_epsilon", "init_std", "memory"),
 }
 _ROPE_SETTINGS = {
     "none": (),
@@ -48,6 +48,9 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     ):
         if value not in known:
             raise ValueError(f"model.memory.{name} = {value}: the exported model knows {', '.join(known)}")
+    if config.local_context not in LOCAL_CONTEXTS:
+        known = ", ".join(LOCAL_CONTEXTS)
+        raise ValueError(f"model.local_context = {config.local_context}: the exported model knows {known}")
     for section, settings, known in (("model", config, _MODEL), ("model.memory", memory, MEMORY_SETTINGS)):
         for field in fields(settings):
             value, default = getattr(settings, field.name), getattr(type(settings)(), field.name)
@@ -65,6 +68,7 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "qkv_bias": config.qkv_bias,
         "qk_norm": config.qk_norm,
         "segment_length": config.segment_length,
+        "local_context": config.local_context,
         "max_position_embeddings": 1 << 20,
         **{f"memory_{name}": getattr(memory, name) for name in MEMORY_SETTINGS},
     }

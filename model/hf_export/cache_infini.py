@@ -18,6 +18,9 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.memory: tuple[Tensor, ...] | None = None
         self.rotated: Tensor | None = None
         self.numbers: Tensor | None = None
+        self.previous: tuple[Tensor, ...] | None = None
+        """With a sliding context, of the segment before: keys with positions -S to -1, values, and whether a row has
+        one."""
         self.columns = 0
         """Columns of input seen, padding included."""
 
@@ -34,6 +37,7 @@ class InfiniCacheLayer(CacheLayerMixin):
             self.keys, self.rotated, self.values = change(self.keys), change(self.rotated), change(self.values)
             self.numbers = None if self.numbers is None else change(self.numbers)
             self.memory = None if self.memory is None else tuple(change(x) for x in self.memory)
+            self.previous = None if self.previous is None else tuple(change(x) for x in self.previous)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns + query_length, 0

@@ -32,6 +32,7 @@ class InfiniConfig(PreTrainedConfig):
     qkv_bias: bool = False
     qk_norm: bool = False
     segment_length: int = 2048
+    local_context: str = "segment"
     memory_rule: str = "delta"
     memory_write_gate: str = "none"
     memory_write_gate_bias: float = 2.0

@@ -185,6 +185,8 @@ RULES = {
 
 MIX_GATES = ("head", "token")
 
+LOCAL_CONTEXTS = ("segment", "sliding")
+
 WRITE_GATES = {
     "none": None,
     "hard": lambda a: ((a + 2) / 4).clamp(0, 1),

@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_infini import InfiniCache, InfiniCacheLayer
 from .configuration_infini import InfiniConfig
-from .memory_infini import MIX_GATES, RULES, WRITE_GATES
+from .memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES
 from .rotary_infini import rotary_frequencies, rotate
 
 
@@ -41,6 +41,8 @@ class Piece(NamedTuple):
     """Every row's segment begins with this piece."""
     rotary: tuple[Tensor, Tensor]
     """Cosines and sines `[b, 1, m, d / 2]`."""
+    rotary_before: tuple[Tensor, Tensor] | None
+    """The same for the places of the segment before, `[1, 1, S, d / 2]`, when a segment becomes one."""
 
 
 class InfiniRMSNorm(nn.Module):
@@ -123,7 +125,6 @@ class InfiniMemory(nn.Module):
             cache.numbers = place(new[:, :, :0] if cache.numbers is None else cache.numbers, new, piece)
         if piece.full is not None:
             self._write(piece.full, weights, cache)
-        cache.keys = cache.keys[:, :, : piece.kept]
         cache.numbers = None if cache.numbers is None else cache.numbers[:, :, : piece.kept]
         return (share * read + (1 - share) * local.to(dtype)).to(query.dtype)
 
@@ -153,6 +154,9 @@ class InfiniAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = InfiniRMSNorm(self.dim, config.rms_norm_eps)
             self.k_norm = InfiniRMSNorm(self.dim, config.rms_norm_eps)
+        if config.local_context not in LOCAL_CONTEXTS:
+            raise ValueError(f"config.json: local_context {config.local_context!r}: not {', '.join(LOCAL_CONTEXTS)}")
+        self.slides = config.local_context == "sliding"
         self.memory = InfiniMemory(config) if config.memory_rule != "none" else None
 
     def forward(self, hidden: Tensor, piece: Piece, cache: InfiniCacheLayer) -> Tensor:
@@ -167,28 +171,41 @@ class InfiniAttention(nn.Module):
             cache.lazy_initialization(key, value)
         cache.rotated = place(cache.rotated, rotate(key, piece.rotary), piece)
         cache.values = place(cache.values, value, piece)
+        if self.memory is not None or self.slides:
+            cache.keys = place(cache.keys, key, piece)
         local = self._local(rotate(query, piece.rotary), cache, piece)
         if self.memory is not None:
-            cache.keys = place(cache.keys, key, piece)
             with torch.autocast(hidden.device.type, enabled=False):
                 local = self.memory(hidden, query, local, piece, cache)
-        cache.rotated, cache.values = cache.rotated[:, :, : piece.kept], cache.values[:, :, : piece.kept]
+        if piece.rotary_before is not None:
+            self._slide(piece, cache)
+        cache.keys, cache.rotated, cache.values = (
+            x[:, :, : piece.kept] for x in (cache.keys, cache.rotated, cache.values)
+        )
         return self.o_proj(local.transpose(1, 2).flatten(2))
 
     def _local(self, query: Tensor, cache: InfiniCacheLayer, piece: Piece) -> Tensor:
-        """Causal attention inside the open segment."""
-        mask = None
-        if not piece.from_start:
-            place = torch.arange(piece.width, device=query.device)
-            mask = (place <= piece.position[:, :, None])[:, None]
+        """Causal attention inside the open segment and, where the context slides, to all of the segment before."""
+        key, value, mask = cache.rotated, cache.values, None
+        if not piece.from_start or cache.previous is not None:
+            mask = (torch.arange(piece.width, device=query.device) <= piece.position[:, :, None])[:, None]
+        if cache.previous is not None:
+            key_before, value_before, seen = cache.previous
+            key, value = torch.cat([key_before, key], dim=2), torch.cat([value_before, value], dim=2)
+            mask = torch.cat([seen.view(-1, 1, 1, 1).expand(-1, 1, mask.shape[2], key_before.shape[2]), mask], dim=-1)
         return F.scaled_dot_product_attention(
-            query,
-            cache.rotated,
-            cache.values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.heads > self.groups,
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads > self.groups
         )
+
+    def _slide(self, piece: Piece, cache: InfiniCacheLayer) -> None:
+        """Keep the segment that is full as the one before, in the rows where it is."""
+        key, value = (x[:, :, : self.config.segment_length] for x in (cache.keys, cache.values))
+        new = (rotate(key, piece.rotary_before), value, piece.full)
+        if cache.previous is not None:
+            full = piece.full.view(-1, 1, 1, 1)
+            old_key, old_value, seen = cache.previous
+            new = (torch.where(full, new[0], old_key), torch.where(full, value, old_value), piece.full | seen)
+        cache.previous = new
 
 
 class InfiniMLP(nn.Module):
@@ -332,9 +349,13 @@ class InfiniModel(InfiniPreTrainedModel):
         full = after == length
         position = (fill[:, None] + torch.arange(m)).to(device)
         frequency, size = rotary_frequencies(self.config, device)
-        angle = position[:, None, :, None] * frequency
-        rotary = tuple((x * size).to(memory_dtype(hidden)) for x in (angle.cos(), angle.sin()))
+
+        def table(place: Tensor) -> tuple[Tensor, Tensor]:
+            angle = place[:, None, :, None] * frequency
+            return tuple((x * size).to(memory_dtype(hidden)) for x in (angle.cos(), angle.sin()))
+
         cache.fill = after.where(~full, 0)
+        slides = self.config.local_context == "sliding" and bool(full.any())
         piece = Piece(
             position,
             width=int(fill.max()) + m,
@@ -342,7 +363,8 @@ class InfiniModel(InfiniPreTrainedModel):
             count=now.to(device),
             full=full.to(device) if bool(full.any()) else None,
             from_start=not bool(fill.any()),
-            rotary=rotary,
+            rotary=table(position),
+            rotary_before=table(torch.arange(-length, 0, device=device)[None]) if slides else None,
         )
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             hidden = layer(hidden, piece, layer_cache)

@@ -34,6 +34,14 @@ MODELS = {
     "gated_deltanet-short": small_config("gated_deltanet", segment_length=2, num_query_groups=None),
     "delta-token-mix": small_config("delta", mix="token"),
     "linear-floor": small_config("linear", floor=0.3),
+    "none-sliding": small_config("none", local_context="sliding"),
+    "delta-sliding-yarn": small_config(
+        "delta",
+        "hard",
+        local_context="sliding",
+        rope_base=100.0,
+        rope_scaling=RopeScalingConfig("yarn", 4.0, original_max_position_embeddings=16),
+    ),
     "delta-norms-llama3": small_config(
         "delta",
         "sigmoid",
@@ -160,7 +168,7 @@ def test_padded_rows_are_as_they_are_alone(delta, side):
         torch.testing.assert_close(own, delta(row[None]).logits[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["none", "linear-gated", "delta-gated", "deltanet", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["none", "linear-gated", "delta-gated", "deltanet", "gated_deltanet", "none-sliding"])
 @torch.no_grad()
 def test_greedy_generation_is_a_full_recomputation(name):
     model = build(name)[2]
@@ -257,8 +265,8 @@ def test_unknown_parts_are_refused(monkeypatch):
         describe_infini(small_config("linear"), VOCAB)
         with pytest.raises(ValueError, match="model.memory.gate_floor = 0.3"):
             describe_infini(small_config("linear", floor=0.3), VOCAB)
-    with pytest.raises(ValueError, match="model.local_context = sliding"):
-        describe_infini(small_config("delta+sliding"), VOCAB)
+    with pytest.raises(ValueError, match="model.local_context = both"):
+        describe_infini(small_config("delta", local_context="both"), VOCAB)
     described = describe_infini(small_config("delta"), VOCAB) | {"memory_rule": "hopfield"}
     with pytest.raises(ValueError, match="hopfield"):
         InfiniForCausalLM(InfiniConfig(**described))

@@ -73,7 +73,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
     "model",
     [
         {"rule": "none", "gate": "none", "tie_embeddings": False},
-        {"rule": "linear", "gate": "sigmoid", "qkv_bias": True},
+        {"rule": "linear", "gate": "sigmoid", "qkv_bias": True, "local_context": "sliding"},
         {"rule": "delta", "gate": "hard"},
         {"rule": "deltanet", "gate": "hard", "qk_norm": True},
         {"rule": "gated_deltanet", "gate": "sigmoid"},
@@ -144,7 +144,7 @@ def test_plain_gives_back_what_was_imported(tmp_path, family):
 @pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
 def test_import_of_an_export_is_bit_equal(tmp_path, rule):
     """Import, (training,) export, import: the memory's parameters included."""
-    run = write_run(tmp_path / "run", rule, qk_norm=True)
+    run = write_run(tmp_path / "run", rule, qk_norm=True, local_context="sliding")
     export_model(run, tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "back", memory=None)
     ours, back = masters(run), masters(tmp_path / "back")
