@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils  # noqa: E402
 
 from data.tokenizer import load_tokenizer  # noqa: E402
+from launch.cli import USER_ERROR, main  # noqa: E402
 from model.config import MemoryConfig  # noqa: E402
 from pipeline.checkpoint import CheckpointError, CheckpointReader, find_checkpoint  # noqa: E402
 from pipeline.export_hf import export_model  # noqa: E402
@@ -257,3 +258,15 @@ def test_one_tensor_at_a_time(run, tmp_path, monkeypatch):
     assert len(read) == len(set(read)) and [n for n, _ in written] == sorted(n for n, _ in written)
     assert {n for n, _ in written} == set(range(1, len(read) + 1))
     assert math.fsum(steps) >= found.parameters
+
+
+def test_command_line(run, tmp_path, capsys):
+    assert main(["export-hf", str(run), "--out", str(tmp_path / "hf"), "--max-shard-size", "0.01MB", "--plain"]) == 0
+    said = capsys.readouterr().out
+    assert "--plain leaves out the memory: 6 parameters" in said and f"from_pretrained('{tmp_path / 'hf'}')" in said
+    assert all(path.stat().st_size < 30_000 for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert main(["export-hf", str(run), "--out", str(tmp_path / "hf")]) == USER_ERROR
+    assert "exists already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export-hf", str(run), "--out", str(tmp_path / "other"), "--max-shard-size", "5 lumps"])
+    assert "is not a size such as 5GB" in capsys.readouterr().err
