@@ -6,6 +6,7 @@ that has not.
 
 Controls, on the same documents:
     off         the local attention gives all of the output, so the segments of a document know nothing of one another
+                (with a sliding context of `num_layers` segments before, which are run without memory as well)
     shuffled    before the segment where the first answer begins, each document gets the memory of another one of its
                 item (the next lane), which has read a document of the same kind with other answers
 
@@ -23,8 +24,8 @@ import numpy as np
 
 from data.lanes import WindowBatch
 from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
-from pipeline.executor import Memory
-from pipeline.streaming import Document, Output, Streamer, roll_lanes, spread_lanes
+from pipeline.executor import Memory, map_memory
+from pipeline.streaming import Document, Output, Streamer, spread_lanes
 
 CONTROLS = ("on", "off", "shuffled")
 SMALLEST_SPLIT = 4
@@ -150,12 +151,14 @@ def _read(
     memory: Memory,
     eos_id: int,
     advance: Callable[[int], None],
+    memory_off: bool = False,
 ) -> Memory:
     """The memory after segments [first, last)."""
     step = streamer.segments_per_window(len(documents))
     for start in range(first, last, step):
         segments = min(step, last - start)
-        memory = streamer.read(streamer.window(documents, start, segments, eos_id), memory)
+        batch = streamer.window(documents, start, segments, eos_id)
+        memory = streamer.read(batch, memory, memory_off=memory_off)
         advance(len(documents) * segments * streamer.segment_length)
     return memory
 
@@ -173,14 +176,19 @@ def _answer(
     segments = max(document.segments(length) for document in documents)
     # Documents of a cell differ little; where tokens join digits, an answer may begin in an earlier segment.
     asked = min((document.answers[0][0] - 1) // length for document in documents)
-    memory = _read(streamer, documents, first, asked, memory, eos_id, advance)
+    # As far back as the local attention reaches; what it holds of the segments before does not come to the answer.
+    back = max(first, asked - streamer.local_reach)
+    earlier = _read(streamer, documents, first, back, memory, eos_id, advance)
+    memory = _read(streamer, documents, back, asked, earlier, eos_id, advance)
     batch = streamer.window(documents, asked, segments - asked, eos_id)
     outputs = {"on": streamer.run(batch, memory, correct=True)}
     if streamer.has_memory:
-        # Without memory a segment's output depends on the segment alone: what comes before need not be run again.
-        outputs["off"] = streamer.run(batch, memory, correct=True, memory_off=True)
+        without = _read(streamer, documents, back, asked, earlier, eos_id, lambda tokens: None, memory_off=True)
+        outputs["off"] = streamer.run(batch, without, correct=True, memory_off=True)
         if len(documents) > 1:
-            outputs["shuffled"] = streamer.run(batch, roll_lanes(memory), correct=True)
+            # A sliding context, too: its upper layers hold what they have read from the document's own memory.
+            others = map_memory(memory, lambda x: x.roll(-1, dims=0))
+            outputs["shuffled"] = streamer.run(batch, others, correct=True)
     advance(len(documents) * (segments - asked) * length)
     if outputs["on"].correct is None:
         return None

@@ -74,13 +74,15 @@ def segment_losses(
         done += len(batch)
         if number % topology.data_size != topology.data_rank:
             continue
-        memory = streamer.empty_memory(len(batch))
+        # Without memory a document has a state of its own: a sliding context holds what upper layers have read.
+        memory = without = streamer.empty_memory(len(batch))
         for segment in range(max(document.segments(streamer.segment_length) for document in batch)):
             window = streamer.window(batch, segment, 1, eos_id)
             weight = window.loss_weight.double()
             outputs = {"on": streamer.run(window, memory)}
             if "off" in ways:
-                outputs["off"] = streamer.run(window, memory, memory_off=True)
+                outputs["off"] = streamer.run(window, without, memory_off=True)
+                without = outputs["off"].memory
             if "shuffled" in ways:
                 outputs["shuffled"] = streamer.run(window, roll_lanes(memory))
             for way, output in outputs.items():

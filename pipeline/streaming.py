@@ -137,6 +137,8 @@ class Streamer:
         """Where results are exchanged; None is all processes with the timeout of the layout."""
         self.segment_length = config.model.segment_length
         self.has_memory = config.model.memory.rule != "none"
+        self.local_reach = config.model.num_layers if config.model.local_context == "sliding" else 0
+        """Segments before its own that the local attention of all layers together sees."""
         self.stage: DecoderStage = build_stage(config, topology, vocab_size)
         self.stage.eval()
         self.executor = Executor(self.stage, topology, chunks=1, carry_gradient=False)
@@ -178,9 +180,9 @@ class Streamer:
         """
         return self._run(batch, memory, memory_off=memory_off, correct=correct)
 
-    def read(self, batch: WindowBatch, memory: Memory) -> Memory:
+    def read(self, batch: WindowBatch, memory: Memory, *, memory_off: bool = False) -> Memory:
         """The memory after a window, without the price of the output matrix."""
-        return self._run(batch, memory, losses=False).memory
+        return self._run(batch, memory, losses=False, memory_off=memory_off).memory
 
     @torch.inference_mode()
     def _run(self, batch: WindowBatch, memory: Memory, **options: bool) -> Output:

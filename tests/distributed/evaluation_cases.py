@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 
 from data.shards import PreparedSet
-from pipeline import evaluate, heldout
+from data.tokenizer import byte_tokenizer
+from pipeline import answers, evaluate, heldout
 from pipeline.checkpoint import CheckpointReader, find_checkpoint
 from pipeline.config import Config
 from pipeline.evaluation_config import evaluation_config
 from pipeline.streaming import Document, Streamer, open_checkpoint, window
+from pipeline.task_spec import Task
+from pipeline.tasks import task_cells
 from tests.distributed.grid import join
 
 evaluate.initialize = join  # groups of an earlier case for the same layout
@@ -87,3 +90,33 @@ def controls(run: str, data: str) -> dict[str, Any]:
     batch = window([first], 3, 1, config.model.segment_length, eos, torch.device("cpu"))
     exchanged = _losses(batch, streamer.run(batch, memory))
     return {"sums": sums, "without_memory": without_memory, "exchanged": float(exchanged)}
+
+
+def sliding_off(run: str) -> dict[str, Any]:
+    """Answer counts of passkey documents with a sliding context: as evaluated, and with the memory off throughout."""
+    config = evaluation_config(Path(run), [], 1)
+    topology = join(tensor=1, pipeline=1, timeout_s=60)
+    streamer, _ = open_checkpoint(config, topology, find_checkpoint(Path(run)))
+    tokenizer = byte_tokenizer()
+    (cell,) = task_cells(Task.parse("passkey:4,length=600,depth=0.5"), tokenizer, streamer.segment_length, seed=1)
+    documents = [cell.make(number) for number in range(4)]
+    found = answers.measure(streamer, answers.plan(streamer, [cell]), tokenizer.eos_id, lambda tokens: None)
+    length = streamer.segment_length
+    last = min((document.answers[0][0] - 1) // length for document in documents)
+    rest = max(document.segments(length) for document in documents) - last
+    memory = streamer.empty_memory(4)
+    for segment in range(last):
+        memory = streamer.read(streamer.window(documents, segment, 1, tokenizer.eos_id), memory, memory_off=True)
+    batch = streamer.window(documents, last, rest, tokenizer.eos_id)
+    whole = streamer.run(batch, memory, memory_off=True, correct=True)
+    back = max(0, last - streamer.local_reach)
+    earlier = streamer.empty_memory(4)
+    for segment in range(back):
+        earlier = streamer.read(streamer.window(documents, segment, 1, tokenizer.eos_id), earlier)
+    with_memory = earlier
+    for segment in range(back, last):
+        window = streamer.window(documents, segment, 1, tokenizer.eos_id)
+        earlier = streamer.read(window, earlier, memory_off=True)
+        with_memory = streamer.read(window, with_memory)
+    losses = [_losses(batch, streamer.run(batch, state, memory_off=True)) for state in (memory, earlier, with_memory)]
+    return {"losses": losses, "counts": found[0], "whole": answers.count_right(batch, whole, documents, last * length)}

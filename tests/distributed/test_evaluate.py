@@ -132,6 +132,17 @@ def test_without_a_memory_there_are_no_controls(pools, tmp_path, data):
     assert os.path.exists(Path(folder, "evaluation", "step_00000001", "results.json"))
 
 
+def test_memory_off_is_off_in_a_sliding_context_too(pools, tmp_path, data):
+    folder = str(tmp_path / "sliding")
+    overrides = ["train.steps=4", "model.local_context=sliding", "model.memory.beta_init=2.0", "model.init_std=0.2"]
+    pools.run(1, cases.train_steps, folder=folder, data=data, overrides=overrides, steps=1, save=True)
+    found = pools.run(1, evaluation_cases.sliding_off, run=folder)[0]
+    never, from_reach, only_last = found["losses"]
+    np.testing.assert_allclose(from_reach.numpy(), never.numpy(), rtol=1e-6)
+    assert (abs(only_last / never - 1) > 1e-4)[:, 0].all()  # the context alone would have told of the memory
+    np.testing.assert_array_equal(found["counts"][1], found["whole"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

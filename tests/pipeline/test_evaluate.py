@@ -220,6 +220,7 @@ class Oracle:
     """Remembers the text so far, and answers with the first key in it; without memory, with the key in the segment."""
 
     has_memory = True
+    local_reach = 0
     segment_length = 64
     capacity = 64 * 16
 
@@ -241,7 +242,7 @@ class Oracle:
     def add_up(self, sums):
         return sums
 
-    def read(self, batch, memory):
+    def read(self, batch, memory, *, memory_off=False):
         self.reads.append(tuple(batch.tokens.shape[:2]))
         return self._run(batch, memory).memory
 
