@@ -57,9 +57,9 @@ class OptimizerConfig:
     clip: float = 1.0
     """Global gradient norm; 0 turns clipping off."""
     beta_lr_scale: float = 10.0
-    """Learning rate of beta (the memory's share per head) relative to lr."""
+    """Learning rate of beta (the memory's share, per head or per token) relative to lr."""
     write_gate_lr_scale: float = 3.0
-    """Learning rate of the write gate relative to lr."""
+    """Learning rate of the write gate, and of what a rule decays by, relative to lr."""
     schedule: str = "cosine"
     warmup_steps: int = 50
     decay_steps: int | None = None

@@ -99,7 +99,8 @@ class Monitor:
             "layout": f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {self.topology.data_size}, "
             f"ZeRO {parallel.zero_stage}, {world} processes on {self.topology.device.type}",
             "precision": train.precision,
-            "memory": f"{model.memory.rule}, write gate {model.memory.write_gate}, "
+            "memory": f"{model.memory.rule}, write gate {model.memory.write_gate}, mix gate {model.memory.mix_gate}, "
+            f"local context {model.local_context}, "
             f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
             "parameters": f"{count['total']:,}",
             "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "

@@ -15,7 +15,16 @@ from tests.prepared import write_set
 
 pytestmark = pytest.mark.distributed
 
-MODEL = ["model.memory.write_gate=hard", "model.memory.write_gate_bias=0.5"]
+MODELS = {
+    "delta": ["model.memory.write_gate=hard", "model.memory.write_gate_bias=0.5"],
+    "gated_deltanet": [
+        "model.memory.rule=gated_deltanet",
+        "model.memory.write_gate=sigmoid",
+        "model.memory.mix_gate=token",
+    ],
+    "sliding": ["model.memory.rule=delta", "model.local_context=sliding"],
+    "transformer-xl": ["model.memory.rule=none", "model.local_context=sliding"],
+}
 LAYOUTS = {
     "1111": (1, 1, 1, 1),
     "2111": (2, 1, 1, 1),
@@ -30,7 +39,7 @@ LAYOUTS = {
 
 
 class Runs:
-    """Runs of 20 steps with a checkpoint in the middle, one per layout, made when first asked for."""
+    """Runs of 20 steps with a checkpoint in the middle, one per layout and model, made when first asked for."""
 
     def __init__(self, pools, folder: Path) -> None:
         self.pools, self.folder = pools, folder
@@ -38,22 +47,23 @@ class Runs:
         self.known: dict[str, dict] = {}
         self.count = 0
 
-    def run(self, layout: str, **options) -> list[dict]:
+    def run(self, layout: str, model: str = "delta", **options) -> list[dict]:
         tensor, pipeline, data, zero = LAYOUTS[layout]
         overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.zero_stage={zero}"]
-        overrides += [*MODEL, f"bptt.chunks_per_window={2 if pipeline > 1 else 1}"]
+        overrides += [*MODELS[model], f"bptt.chunks_per_window={2 if pipeline > 1 else 1}"]
         self.count += 1
         options = {"folder": str(self.folder / f"run{self.count}")} | options
         world = tensor * pipeline * data
         return self.pools.run(world, cases.train_steps, data=self.data, overrides=overrides, **options)
 
-    def whole(self, layout: str) -> dict:
-        if layout not in self.known:
-            folder = self.folder / f"whole-{layout}"
-            ranks = self.run(layout, folder=str(folder), steps=20, save_at=10)
+    def whole(self, layout: str, model: str = "delta") -> dict:
+        name = f"{model}-{layout}"
+        if name not in self.known:
+            folder = self.folder / name
+            ranks = self.run(layout, model, folder=str(folder), steps=20, save_at=10)
             checkpoint = folder / "checkpoints" / "step_00000010"
-            self.known[layout] = merged(ranks) | {"checkpoint": str(checkpoint)}
-        return self.known[layout]
+            self.known[name] = merged(ranks) | {"checkpoint": str(checkpoint)}
+        return self.known[name]
 
 
 def merged(ranks: list[dict]) -> dict:
@@ -84,6 +94,22 @@ def test_same_layout_goes_on_bit_for_bit(runs, layout):
     assert resumed["norms"] == whole["norms"][10:]
     assert resumed["batches"] == {lane: hashes[10:] for lane, hashes in whole["batches"].items()}
     assert_bitwise(resumed["tensors"], whole["tensors"])
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "other"),
+    [("gated_deltanet", "2111", "1111"), ("sliding", "1111", "2111"), ("transformer-xl", "1212", "1111")],
+)
+def test_everything_a_layer_carries_goes_on_bit_for_bit(runs, model, layout, other):
+    """The convolutions' last tokens and the previous segment are memory, too; read whole on another layout."""
+    whole = runs.whole(layout, model)
+    resumed = merged(runs.run(layout, model, steps=10, resume=whole["checkpoint"]))
+    assert resumed["losses"] == whole["losses"][10:]
+    assert_bitwise(resumed["tensors"], whole["tensors"])
+    own, found = (merged(runs.run(x, model, steps=0, resume=whole["checkpoint"]))["tensors"] for x in (layout, other))
+    carried = {name.rsplit("/", 1)[1] for name in own if name.startswith("memory/")}
+    assert carried & {"tail", "local_key"}
+    assert_bitwise(found, own)
 
 
 def test_new_processes_go_on_bit_for_bit(runs):

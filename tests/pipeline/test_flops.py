@@ -20,6 +20,7 @@ from pipeline.flops import (
     train_flops_per_token,
 )
 from pipeline.footprint import per_rank_bytes
+from pipeline.optimizer import parameter_groups
 
 MEMORY_KINDS = [("none", "none"), ("linear", "none"), ("delta", "none"), ("delta", "hard"), ("deltanet", "hard")]
 MEMORY_KINDS += [("gated_deltanet", "none"), ("gated_deltanet", "hard")]
@@ -340,3 +341,20 @@ def test_peak_is_operations_over_seconds_of_the_best_size(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_of_this_machine_is_plausible(dtype):
     assert 1e8 < measured_matmul_peak(dtype, "cpu", seconds=0.05, sizes=(64, 128)) < 1e14
+
+
+def test_gates_learn_at_rates_of_their_own(one_process):
+    """Mixing gates like beta, decays like the write gate, both without weight decay; convolutions like any matrix."""
+    config = Config(model=small(memory=MemoryConfig("gated_deltanet", "hard", mix_gate="token")))
+    settings = {}
+    stage = build(config.model)
+    names = {id(parameter): name.split("layers.0.attention.")[-1] for name, parameter in stage.named_parameters()}
+    for group in parameter_groups(stage, config):
+        for parameter in group["params"]:
+            settings[names[id(parameter)]] = (group["weight_decay"], group["lr_scale"])
+    optimizer = config.optimizer
+    for name in ("mix_gate.weight", "mix_gate.bias"):
+        assert settings[name] == (0, optimizer.beta_lr_scale)
+    for name in ("write_gate.weight", "memory_decay.weight", "memory_decay.bias", "memory_decay_rate"):
+        assert settings[name] == (0, optimizer.write_gate_lr_scale)
+    assert settings["memory_convolution"] == settings["qkv.weight"] == (optimizer.weight_decay, 1)
