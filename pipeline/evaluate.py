@@ -33,6 +33,8 @@ from pipeline.tasks import task_cells, task_results
 from pipeline.topology import Topology, initialize
 
 FORMAT_VERSION = 2
+STATISTICS_SEGMENTS = 16
+"""Segments in which the gates are measured."""
 PASSKEY = "passkey"
 """Name of the passkey grid's cells; a task's is its spec."""
 LONGEST_WAIT = datetime.timedelta(days=7)
@@ -107,6 +109,7 @@ def evaluate_run(
         "perplexity": {},
         "passkey": None,
         "tasks": {},
+        "memory": {},
     }
     with _progress(topology, total, f"evaluating {config.name} step {results['step']}, tokens") as advance:
         for source, documents in held_out:
@@ -115,6 +118,10 @@ def evaluate_run(
     if rows:
         results["passkey"] = passkey.passkey_results(rows, counts[PASSKEY], length, evaluate.seed)
     results["tasks"] = {task.spec: task_results(task, counts[task.spec], evaluate.seed) for task in tasks}
+    if streamer.has_memory:
+        documents = held_out[0][1] if held_out else [cell.make(0) for own in cells.values() for cell in own]
+        eos_id = held_out[0][0].eos_id if held_out else tokenizer.eos_id
+        results["memory"] = _memory(streamer, documents[: streamer.max_lanes], eos_id)
     seconds = [time.perf_counter() - started]
     dist.broadcast_object_list(seconds, src=0)
     dist.destroy_process_group(streamer.group)
@@ -233,6 +240,22 @@ def _held_out(
         for i, document in enumerate(documents)
     ]
     return heldout.summarize(sums, seed) | {"each_document": each}
+
+
+def _memory(streamer: Streamer, documents: list[Document], eos_id: int) -> dict[str, Any]:
+    """Gates and the like of every layer, in the first segments of some documents (see `MemoryStatistics`)."""
+    batch = streamer.window(documents, 0, STATISTICS_SEGMENTS, eos_id)
+    found = streamer.measure(batch, streamer.empty_memory(len(documents)))
+    return {
+        str(layer): {
+            "mix_gate": numbers.mix_gate.tolist(),
+            "write_gate_histogram": numbers.write_gate_histogram.sum(dim=0).tolist(),
+            "share_of_output": numbers.memory_share.tolist(),
+            "effective_rank": numbers.effective_rank.tolist(),
+            "read_variation": numbers.read_variation.tolist(),
+        }
+        for layer, numbers in found.items()
+    }
 
 
 def _tokenizer(config: Config, data: Sequence[str], reader: CheckpointReader) -> Tokenizer:

@@ -19,6 +19,7 @@ from pipeline.diagnosis import diagnose_run
 from pipeline.executor import StepResult
 from pipeline.flops import measured_matmul_peak, parameter_count, train_flops_per_token
 from pipeline.footprint import per_rank_bytes
+from pipeline.memory_statistics import gather_statistics
 from pipeline.metrics import MetricsWriter, ThroughputMeter
 from pipeline.optimizer import StepOutcome
 from pipeline.saving import SaveReport
@@ -198,18 +199,11 @@ class Monitor:
 
     def _write_statistics(self, step: int, statistics: dict[int, MemoryStatistics]) -> None:
         """Per layer: gates, the memory's share of the output, norms of M and z. Lanes of data-parallel rank 0."""
-        own = statistics if self.topology.data_rank == 0 else None
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (self.topology.tensor_rank, own))
+        layers = gather_statistics(statistics, self.topology)
         if not self.is_main:
             return
-        by_layer: dict[int, dict[int, MemoryStatistics]] = {}
-        for tensor_rank, layers in gathered:
-            for layer, measured in (layers or {}).items():
-                by_layer.setdefault(layer, {})[tensor_rank] = measured
         scalars = {}
-        for layer, parts in sorted(by_layer.items()):
-            whole = MemoryStatistics(*(torch.cat(xs) for xs in zip(*(parts[r] for r in sorted(parts)), strict=True)))
+        for layer, whole in layers.items():
             prefix = f"memory_layer_{layer:02d}"
             scalars |= {
                 f"{prefix}/mix_gate": float(whole.mix_gate.mean()),

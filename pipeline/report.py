@@ -51,6 +51,7 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
             _heatmap(target, results, control)
         images["passkey/by_length"] = target = folder / "passkey_by_length.png"
         _by_length(target, results)
+    images |= _gates(results, folder)
     images |= task_report.plot_tasks(results, folder, WAY_NAMES)
     if (run_dir / METRICS_FILE).is_file() and (run_dir / METRICS_FILE).stat().st_size:
         images["training_curves"] = target = folder / "training_curves.png"
@@ -114,6 +115,21 @@ def _heatmap(path: Path, results: Results, control: str) -> None:
     title = f"{results['name']}, step {results['step']}\npasskey exact match, {WAY_NAMES[control]}"
     title += f", n = {min(per_cell)}" + (f" to {max(per_cell)}" if len(per_cell) > 1 else "") + " per cell"
     plots.passkey_heatmap(path, grid, [row["tokens"] for row in rows], depths, title)
+
+
+def _gates(results: Results, folder: Path) -> dict[str, Path]:
+    """How the gates of each layer are distributed."""
+    title = f"{results['name']}, step {results['step']}"
+    images = {}
+    if results["memory"]:
+        images["gates/memory_share"] = target = folder / "gates_memory_share.png"
+        shares = {int(layer): numbers["mix_gate"] for layer, numbers in results["memory"].items()}
+        plots.gate_histogram(target, shares, f"{title}\nthe memory's share, one per head")
+        if results["config"]["model"]["memory"]["write_gate"] != "none":
+            images["gates/write"] = target = folder / "gates_write.png"
+            counts = {int(layer): numbers["write_gate_histogram"] for layer, numbers in results["memory"].items()}
+            plots.binned_gate_histogram(target, counts, f"{title}\nwrite gate, one per token and head")
+    return images
 
 
 def _by_length(path: Path, results: Results) -> None:

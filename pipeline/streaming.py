@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.lanes import WindowBatch
+from model.attention import MemoryStatistics
 from model.decoder import DecoderStage
 from model.local_context import join_state, split_state
 from pipeline.checkpoint import CheckpointReader, load_weights, open_verified
 from pipeline.config import Config
-from pipeline.executor import Executor, Memory, map_memory
+from pipeline.executor import Executor, Memory, StepResult, map_memory
+from pipeline.memory_statistics import gather_statistics
 from pipeline.schedule import build_forward_schedule
 from pipeline.setup import build_stage
 from pipeline.topology import Topology
@@ -184,11 +186,21 @@ class Streamer:
         """The memory after a window, without the price of the output matrix."""
         return self._run(batch, memory, losses=False, memory_off=memory_off).memory
 
-    @torch.inference_mode()
+    def measure(self, batch: WindowBatch, memory: Memory) -> dict[int, MemoryStatistics]:
+        """What the memory of every layer does in a window, on every process; collective over all of them."""
+        # All lanes at once: statistics of microbatches would be averaged, and a mean of ratios is another number.
+        result = self._execute(batch, memory, 1, losses=False, statistics=True)
+        return gather_statistics(result.statistics, self.topology)
+
     def _run(self, batch: WindowBatch, memory: Memory, **options: bool) -> Output:
+        microbatches = _microbatches(batch.tokens.shape[0], self.topology.pipeline_size)
+        result = self._execute(batch, memory, microbatches, **options)
+        return Output(result.token_loss, result.token_correct, result.memory)
+
+    @torch.inference_mode()
+    def _execute(self, batch: WindowBatch, memory: Memory, microbatches: int, **options: bool) -> StepResult:
         lanes = batch.tokens.shape[0]
-        microbatches = _microbatches(lanes, self.topology.pipeline_size)
-        result = self.executor.run(
+        return self.executor.run(
             build_forward_schedule(
                 stages=self.topology.pipeline_size, stage=self.topology.pipeline_rank, windows=microbatches, chunks=1
             ),
@@ -197,7 +209,6 @@ class Streamer:
             lanes_per_microbatch=lanes // microbatches,
             **options,
         )
-        return Output(result.token_loss, result.token_correct, result.memory)
 
     def add_up(self, sums: np.ndarray) -> np.ndarray:
         """The sum over the data-parallel ranks of what their last stages have, on every process; collective."""

@@ -77,6 +77,9 @@ def test_the_layout_does_not_change_the_results(pools, tmp_path, run, single, la
         np.testing.assert_allclose(facts["ways"][way]["by_segment"], expected["ways"][way]["by_segment"], rtol=1e-5)
     assert results[0]["passkey"]["cells"] == single["passkey"]["cells"]
     assert results[0]["tasks"] == single["tasks"]
+    for layer, numbers in single["memory"].items():
+        for name, expected in numbers.items():
+            np.testing.assert_allclose(results[0]["memory"][layer][name], expected, rtol=1e-4)
 
 
 def test_results_are_complete_json(run, single):
@@ -103,6 +106,7 @@ def test_results_are_complete_json(run, single):
         "passkey_by_length",
         "task_recall_4_length_200_300_pairs_2_questions_2",
         "training_curves",
+        "gates_memory_share",
     ):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob(".*")) and not list(folder.glob("*.tmp"))
