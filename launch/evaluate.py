@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import positive_int
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -16,16 +18,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the memory on, off, and exchanged between documents. Several runs are evaluated in turn and compared.",
     )
     parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folder; key=value settings may follow")
-    parser.add_argument("--nproc", type=_positive, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--nproc", type=positive_int, metavar="N", help="start N processes on this machine")
     parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder; the run's newest by default")
     parser.add_argument("--out", metavar="DIR", help="folder for the results; RUN/evaluation/CHECKPOINT by default")
-    parser.add_argument("--documents", type=_positive, metavar="N", help="held-out documents (evaluate.documents)")
+    parser.add_argument("--documents", type=positive_int, metavar="N", help="held-out documents (evaluate.documents)")
     parser.add_argument(
         "--data", metavar="PATH", action="append", default=[], help="use this prepared set's held-out documents"
     )
     parser.add_argument("--no-passkey", action="store_true", help="leave the passkey grid and all tasks out")
     parser.add_argument("--no-perplexity", action="store_true", help="leave the held-out loss out")
-    parser.add_argument("--master-port", type=_positive, metavar="PORT", help="port for the processes to meet on")
+    parser.add_argument("--master-port", type=positive_int, metavar="PORT", help="port for the processes to meet on")
     parser.set_defaults(run=run, overrides=[])
 
 
@@ -110,10 +112,3 @@ def _evaluate(args: argparse.Namespace) -> int:
         compare(results, Path(args.out) if args.out else Path(results[0]["folder"]))
     shutdown()
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number

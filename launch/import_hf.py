@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from launch.arguments import positive_int
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
@@ -17,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("source", metavar="MODEL", type=Path, help="folder with config.json, or a .gguf file")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
     parser.add_argument(
-        "--segment-length", type=_positive, metavar="S", help="tokens that the local attention sees (2048)"
+        "--segment-length", type=positive_int, metavar="S", help="tokens that the local attention sees (2048)"
     )
     parser.add_argument("--memory-rule", metavar="RULE", help="rule of the memory (delta)")
     parser.add_argument("--write-gate", metavar="GATE", help="what is written (none: all)")
@@ -61,10 +63,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"{args.out}: {total:,} parameters; start a run with `infini train {args.out / 'config.yaml'}`")
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.arguments import positive_int
+
 if TYPE_CHECKING:
     from pipeline.config import Config
 
@@ -22,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file's")
-    parser.add_argument("--nproc", type=_positive, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--nproc", type=positive_int, metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -36,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N",
         help="with --nproc: start all processes again when one fails, from the newest checkpoint, N times at the most",
     )
-    parser.add_argument("--master-port", type=_positive, metavar="PORT", help="port for the processes to meet on")
+    parser.add_argument("--master-port", type=positive_int, metavar="PORT", help="port for the processes to meet on")
     parser.set_defaults(run=run)
 
 
@@ -88,10 +90,3 @@ def _train(config: Config, resume: str | None) -> int:
     from pipeline.trainer import train
 
     return train(config, resume)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number

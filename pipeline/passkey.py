@@ -43,10 +43,14 @@ class Row:
     seeds: tuple[int, ...]
 
 
+def evaluation_seed(text: str) -> int:
+    """The seed of the document that `text` describes; no training document has it."""
+    return FIRST_SEED + int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+
+
 def document_seed(seed: int, segments: int, depth: float, number: int) -> int:
     """Seed of one document; the same cell has the same documents in every grid."""
-    text = f"{seed} {segments} {depth:.6f} {number}"
-    return FIRST_SEED + int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    return evaluation_seed(f"{seed} {segments} {depth:.6f} {number}")
 
 
 def passkey_document(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from data.synthetic import Generator, build_generator, task_options
 from data.tokenizer import Tokenizer
 from pipeline.answers import CONTROLS, Cell, score
-from pipeline.passkey import FIRST_SEED
+from pipeline.passkey import evaluation_seed
 from pipeline.streaming import Document, array_document
 from pipeline.task_spec import Settings, Task
 
@@ -41,8 +40,7 @@ def task_cells(task: Task, tokenizer: Tokenizer, segment_length: int, seed: int)
 def _document(task: Task, settings: Settings, generator: Generator, seed: int, number: int) -> Document:
     """Depends on the cell's own settings, not on the other cells of the spec."""
     named = ",".join(f"{name}={value}" for name, value in sorted(settings.items()))
-    text = f"{seed} {task.task} {named} {number}"
-    own = FIRST_SEED + int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    own = evaluation_seed(f"{seed} {task.task} {named} {number}")
     depth = settings.get("depth", float(np.random.default_rng([own, 3]).uniform()))
     made = generator.document(int(settings["length"]), depth, own)
     return array_document(made.key, np.array(made.tokens, dtype=np.int32), made.answers)

@@ -1,6 +1,6 @@
 """What all synthetic tasks have in common: facts hidden in filler, and questions about them.
 
-A task says in words what a document holds (`Draft`); `assemble` makes tokens of it:
+A task says in words what a document holds (`Draft`); `FillerTask.assemble` makes tokens of it:
 
     introduction, filler, fact, filler, fact, ..., filler, question, answer, question, answer, ...
 
@@ -111,44 +111,54 @@ class Draft:
     """The first ones are asked at the end of the document, all of them may be asked before."""
 
 
-def assemble(
-    tokenizer: Encoder, filler: Filler, draft: Draft, *, questions: int, length: int, seed: int, key: str
-) -> SyntheticDocument:
-    """Make a document of a draft.
+class FillerTask:
+    """What the generators of facts hidden in filler share.
 
     Args:
-        questions: asked at the end, if the draft has so many.
-        length: tokens at most.
-        seed: for the filler.
-        key: names the document; the task comes first in it.
-
-    Raises:
-        ValueError: `length` does not hold it without any filler.
+        questions: asked at the end of a document, if its draft has so many.
+        filler: what the facts are hidden in; None is the paper's sentences.
     """
-    introduction = tokenizer.encode(draft.introduction)
-    facts = [tokenizer.encode(fact) for fact in draft.facts]
-    asked = [(ask, *ask_tokens(tokenizer, ask.question, ask.answer)) for ask in draft.asks]
-    last = asked[:questions]
-    fixed = sum(map(len, [introduction, *facts, *(tokens for _, tokens, _ in last)]))
-    if length < fixed:
-        task = key.partition("-")[0]
-        raise ValueError(f"a {task} document has at least {fixed} tokens with this tokenizer, not {length}")
-    room = filler.room(length - fixed)
-    text = filler.tokens(room, seed)
-    tokens, start, ends = list(introduction), 0, []
-    for fact, depth in zip(facts, draft.depths, strict=True):
-        place = filler.place(depth, room)
-        tokens += text[start:place]
-        tokens += fact
-        ends.append(len(tokens))
-        start = place
-    tokens += text[start:]
-    answers = []
-    for _, piece, (first, stop) in last:
-        answers.append((len(tokens) + first, len(tokens) + stop))
-        tokens += piece
-    probes = [Question(tuple(piece), span, after=ends[ask.needs]) for ask, piece, span in asked]
-    return SyntheticDocument(tokens, answers, probes, key)
+
+    def __init__(self, tokenizer: Encoder, questions: int, filler: Filler | None) -> None:
+        self._tokenizer = tokenizer
+        self._questions = questions
+        self._filler = filler or SentenceFiller(tokenizer)
+
+    def assemble(self, draft: Draft, *, length: int, seed: int, key: str) -> SyntheticDocument:
+        """Make a document of a draft.
+
+        Args:
+            length: tokens at most.
+            seed: for the filler.
+            key: names the document; the task comes first in it.
+
+        Raises:
+            ValueError: `length` does not hold it without any filler.
+        """
+        introduction = self._tokenizer.encode(draft.introduction)
+        facts = [self._tokenizer.encode(fact) for fact in draft.facts]
+        asked = [(ask, *ask_tokens(self._tokenizer, ask.question, ask.answer)) for ask in draft.asks]
+        last = asked[: self._questions]
+        fixed = sum(map(len, [introduction, *facts, *(tokens for _, tokens, _ in last)]))
+        if length < fixed:
+            task = key.partition("-")[0]
+            raise ValueError(f"a {task} document has at least {fixed} tokens with this tokenizer, not {length}")
+        room = self._filler.room(length - fixed)
+        text = self._filler.tokens(room, seed)
+        tokens, start, ends = list(introduction), 0, []
+        for fact, depth in zip(facts, draft.depths, strict=True):
+            place = self._filler.place(depth, room)
+            tokens += text[start:place]
+            tokens += fact
+            ends.append(len(tokens))
+            start = place
+        tokens += text[start:]
+        answers = []
+        for _, piece, (first, stop) in last:
+            answers.append((len(tokens) + first, len(tokens) + stop))
+            tokens += piece
+        probes = [Question(tuple(piece), span, after=ends[ask.needs]) for ask, piece, span in asked]
+        return SyntheticDocument(tokens, answers, probes, key)
 
 
 def ask_tokens(tokenizer: Encoder, question: str, answer: str) -> tuple[list[int], tuple[int, int]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.synthetic.base import Ask, Draft, Encoder, Filler, SentenceFiller, SyntheticDocument, assemble
+from data.synthetic.base import Ask, Draft, Encoder, Filler, FillerTask, SyntheticDocument
 
 INTRODUCTION = "I will tell you facts that are hidden in text. Remember who is where and what they carry."
 PERSONS = ("Mary", "John", "Sandra", "Daniel")
@@ -63,7 +63,7 @@ class _Story:
         self.holder[thing] = None
 
 
-class FactsGenerator:
+class FactsGenerator(FillerTask):
     """Makes documents of task `task` (1, 2 or 3) with `facts` facts.
 
     Args:
@@ -88,9 +88,8 @@ class FactsGenerator:
             raise ValueError(
                 f"questions = {questions}: task {task} has at most {most}, one for every {task} of the {facts} facts"
             )
-        self._tokenizer = tokenizer
-        self._filler = filler or SentenceFiller(tokenizer)
-        self._task, self._facts, self._questions = task, facts, questions
+        super().__init__(tokenizer, questions, filler)
+        self._task, self._facts = task, facts
 
     def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
         """See `base.Generator`; `depth` is not used, the facts stand anywhere."""
@@ -104,15 +103,7 @@ class FactsGenerator:
             raise ValueError(f"{self._facts} facts are too few for {self._questions} questions of task {self._task}")
         asks = [asks[i] for i in rng.permutation(len(asks))]
         draft = Draft(INTRODUCTION, story.facts, sorted(rng.uniform(size=len(story.facts))), asks)
-        return assemble(
-            self._tokenizer,
-            self._filler,
-            draft,
-            questions=self._questions,
-            length=length,
-            seed=seed,
-            key=f"facts-{self._task}-{length}-{seed}",
-        )
+        return self.assemble(draft, length=length, seed=seed, key=f"facts-{self._task}-{length}-{seed}")
 
     def _tell(self, rng: np.random.Generator) -> _Story:
         story = _Story()

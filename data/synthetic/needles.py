@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.synthetic.base import Ask, Draft, Encoder, Filler, SentenceFiller, SyntheticDocument, assemble, check_depth
+from data.synthetic.base import Ask, Draft, Encoder, Filler, FillerTask, SyntheticDocument, check_depth
 from data.synthetic.base import digits as draw_digits
 from data.synthetic.vocabulary import NOUNS
 
@@ -34,7 +34,7 @@ QUESTION_ALL = (
 )
 
 
-class NeedlesGenerator:
+class NeedlesGenerator(FillerTask):
     """Makes documents with `keys` words of `values` numbers each; a question asks for `queries` words.
 
     Args:
@@ -57,9 +57,8 @@ class NeedlesGenerator:
             raise ValueError(f"keys = {keys}: must be between 1 and {len(NOUNS)}")
         if queries * questions > keys:
             raise ValueError(f"queries x questions = {queries * questions}: must not be more than the keys, {keys}")
-        self._tokenizer = tokenizer
-        self._filler = filler or SentenceFiller(tokenizer)
-        self._keys, self._values, self._queries, self._questions = keys, values, queries, questions
+        super().__init__(tokenizer, questions, filler)
+        self._keys, self._values, self._queries = keys, values, queries
 
     def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
         """See `base.Generator`; the first value of the word that is asked first stands at `depth`."""
@@ -78,12 +77,4 @@ class NeedlesGenerator:
             asks.append(Ask(form.format(words=", ".join(asked)), answer, max(found)))
         facts = [NEEDLE.format(word=pairs[i][0], number=pairs[i][1]) for i in order]
         draft = Draft(INTRODUCTION, facts, [depths[i] for i in order], asks)
-        return assemble(
-            self._tokenizer,
-            self._filler,
-            draft,
-            questions=self._questions,
-            length=length,
-            seed=seed,
-            key=f"needles-{length}-{depth:.4f}-{seed}",
-        )
+        return self.assemble(draft, length=length, seed=seed, key=f"needles-{length}-{depth:.4f}-{seed}")

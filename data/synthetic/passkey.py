@@ -31,10 +31,9 @@ from data.synthetic.base import (
     Draft,
     Encoder,
     Filler,
-    SentenceFiller,
+    FillerTask,
     SyntheticDocument,
     ask_tokens,
-    assemble,
     check_depth,
     digits,
 )
@@ -77,7 +76,7 @@ class PasskeyParts:
         return (length - self.fixed) // len(self.filler)
 
 
-class PasskeyGenerator:
+class PasskeyGenerator(FillerTask):
     """Makes passkey documents with one tokenizer; a document is a function of (length, depth, seed) alone.
 
     Args:
@@ -93,9 +92,8 @@ class PasskeyGenerator:
             raise ValueError(f"keys = {keys}: must be between 1 and {len(NOUNS)}")
         if questions > keys:
             raise ValueError(f"questions = {questions}: must not be more than the keys, {keys}")
-        self._tokenizer = tokenizer
-        self._filler = filler or SentenceFiller(tokenizer)
-        self._keys, self._questions = keys, questions
+        super().__init__(tokenizer, questions, filler)
+        self._keys = keys
 
     def parts(self, seed: int) -> PasskeyParts:
         """The parts of a document with one key; `seed` decides the digits."""
@@ -130,12 +128,4 @@ class PasskeyGenerator:
             [depths[i] for i in order],
             [Ask(QUESTION.format(of=names[i]), f" {keys[i]}", order.index(i)) for i in range(self._keys)],
         )
-        return assemble(
-            self._tokenizer,
-            self._filler,
-            draft,
-            questions=self._questions,
-            length=length,
-            seed=seed,
-            key=f"passkey-{length}-{depth:.4f}-{seed}",
-        )
+        return self.assemble(draft, length=length, seed=seed, key=f"passkey-{length}-{depth:.4f}-{seed}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.synthetic.base import Ask, Draft, Encoder, Filler, SentenceFiller, SyntheticDocument, assemble
+from data.synthetic.base import Ask, Draft, Encoder, Filler, FillerTask, SyntheticDocument
 from data.synthetic.vocabulary import CODED_WORDS, coded_word
 
 INTRODUCTION = "Each name below has a number. Remember all of them."
@@ -22,7 +22,7 @@ QUESTION = " What is the number of {name}? {name}:"
 FEWEST_NAMES = 64
 
 
-class RecallGenerator:
+class RecallGenerator(FillerTask):
     """Makes documents with `pairs` pairs.
 
     Args:
@@ -38,9 +38,8 @@ class RecallGenerator:
             raise ValueError(f"pairs = {pairs}: must be between 1 and {CODED_WORDS // 2}")
         if questions > pairs:
             raise ValueError(f"questions = {questions}: must not be more than the pairs, {pairs}")
-        self._tokenizer = tokenizer
-        self._filler = filler or SentenceFiller(tokenizer)
-        self._pairs, self._questions = pairs, questions
+        super().__init__(tokenizer, questions, filler)
+        self._pairs = pairs
 
     def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
         """See `base.Generator`; `depth` is not used, the pairs stand anywhere."""
@@ -50,12 +49,4 @@ class RecallGenerator:
         asks = [Ask(QUESTION.format(name=names[i]), f" {numbers[i]}", i) for i in rng.permutation(self._pairs).tolist()]
         facts = [FACT.format(name=name, number=number) for name, number in zip(names, numbers, strict=True)]
         draft = Draft(INTRODUCTION, facts, sorted(rng.uniform(size=self._pairs)), asks)
-        return assemble(
-            self._tokenizer,
-            self._filler,
-            draft,
-            questions=self._questions,
-            length=length,
-            seed=seed,
-            key=f"recall-{length}-{self._pairs}-{seed}",
-        )
+        return self.assemble(draft, length=length, seed=seed, key=f"recall-{length}-{self._pairs}-{seed}")

@@ -15,7 +15,7 @@ import string
 
 import numpy as np
 
-from data.synthetic.base import Ask, Draft, Encoder, Filler, SentenceFiller, SyntheticDocument, assemble, digits
+from data.synthetic.base import Ask, Draft, Encoder, Filler, FillerTask, SyntheticDocument, digits
 
 INTRODUCTION = "Memorize and track the chain(s) of variable assignment hidden in the following text."
 FIRST = " VAR {name} = {value}."
@@ -27,7 +27,7 @@ QUESTION = (
 LETTERS = 3
 
 
-class TrackingGenerator:
+class TrackingGenerator(FillerTask):
     """Makes documents with `chains` chains of `hops` assignments behind the first.
 
     Args:
@@ -47,9 +47,8 @@ class TrackingGenerator:
     ) -> None:
         if questions > chains:
             raise ValueError(f"questions = {questions}: must not be more than the chains, {chains}")
-        self._tokenizer = tokenizer
-        self._filler = filler or SentenceFiller(tokenizer)
-        self._chains, self._hops, self._questions = chains, hops, questions
+        super().__init__(tokenizer, questions, filler)
+        self._chains, self._hops = chains, hops
 
     def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
         """See `base.Generator`; `depth` is not used, the assignments stand anywhere."""
@@ -68,15 +67,7 @@ class TrackingGenerator:
             for value, own, end in zip(values, names, ends, strict=True)
         ]
         draft = Draft(INTRODUCTION, facts, sorted(rng.uniform(size=len(facts))), asks)
-        return assemble(
-            self._tokenizer,
-            self._filler,
-            draft,
-            questions=self._questions,
-            length=length,
-            seed=seed,
-            key=f"tracking-{length}-{seed}",
-        )
+        return self.assemble(draft, length=length, seed=seed, key=f"tracking-{length}-{seed}")
 
     def _draw(self, rng: np.random.Generator) -> tuple[list[list[str]], list[str]]:
         """Different names of every chain's variables, and different values."""
