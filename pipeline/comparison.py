@@ -40,6 +40,11 @@ def compare(results: list[Results], folder: Path) -> dict[str, Any]:
         curves = {name: report.curve(fact, "on") for name, fact in zip(names, facts, strict=True)}
         target = folder / f"comparison_loss_{report.file_name(path)}.png"
         plots.loss_by_segment(target, curves, f"held-out loss, {path}")
+        above = {name: _above(facts[0], found) for name, found in differences[path].items() if found}
+        if above:
+            target = folder / f"comparison_loss_above_first_{report.file_name(path)}.png"
+            title = f"held-out loss above that of {names[0]}, paired by document, {path}"
+            plots.loss_by_segment(target, above, title)
     report.write_json(folder / COMPARISON, content)
     console = make_console()
     rows = _rows(names, results, common, differences)
@@ -59,22 +64,44 @@ def run_names(results: list[Results]) -> list[str]:
 
 
 def loss_difference(first: dict[str, Any], other: dict[str, Any], seed: int) -> dict[str, Any] | None:
-    """How much more `other` loses per token than `first`, paired by document; None unless the texts are the same."""
+    """How much more `other` loses per token than `first`, paired by document; None unless the texts are the same.
+
+    Returns:
+        `loss`, `loss_interval` (95 %, bootstrap over documents); the same over the later half of the segments as
+        `later`, `later_interval`; `by_segment`, `by_segment_interval` (low ends, high ends).
+    """
 
     def texts(facts: dict[str, Any]) -> list[tuple[str, int]]:
         return [(document["name"], document["tokens"]) for document in facts["each_document"]]
 
     if texts(first) != texts(other):
         return None
-    weight = np.array([tokens for _, tokens in texts(first)], dtype=np.float64)
+    weight = np.array([document["tokens_by_segment"] for document in first["each_document"]], dtype=np.float64)
 
     def sums(facts: dict[str, Any]) -> np.ndarray:
-        losses = [document["loss"]["on"] for document in facts["each_document"]]
-        return weight * np.array([np.nan if loss is None else loss for loss in losses])
+        losses = [document["loss_by_segment"]["on"] for document in facts["each_document"]]
+        return np.where(weight > 0, weight * np.array(losses, dtype=np.float64), 0.0)
 
     above = sums(other) - sums(first)
-    interval = ratio_intervals(above, weight, resample_counts(len(weight), seed))
-    return {"loss": float(above.sum() / weight.sum()), "loss_interval": interval.tolist()}
+    counts = resample_counts(len(weight), seed)
+
+    def over(segments: slice) -> tuple[float, list[float]]:
+        parts = above[:, segments].sum(axis=1), weight[:, segments].sum(axis=1)
+        return float(parts[0].sum() / parts[1].sum()), ratio_intervals(*parts, counts).tolist()
+
+    (loss, loss_interval), (later, later_interval) = over(slice(None)), over(slice(weight.shape[1] // 2, None))
+    return {
+        "loss": loss,
+        "loss_interval": loss_interval,
+        "later": later,
+        "later_interval": later_interval,
+        "by_segment": (above.sum(axis=0) / weight.sum(axis=0)).tolist(),
+        "by_segment_interval": ratio_intervals(above, weight, counts).tolist(),
+    }
+
+
+def _above(first: dict[str, Any], difference: dict[str, Any]) -> plots.Curve:
+    return report.curve_of(difference, first["by_segment_documents"])
 
 
 def _notes(results: list[Results]) -> list[str]:
@@ -85,6 +112,12 @@ def _notes(results: list[Results]) -> list[str]:
     if len({other["seed"] for other in results}) > 1:
         notes.append("evaluate.seed differs: the documents are not the same")
     return notes
+
+
+def _signed(difference: dict[str, Any] | None, key: str) -> str:
+    if difference is None:
+        return "-"
+    return f"{report.signed(difference[key])} ({report.interval(difference[f'{key}_interval'], plus=True)})"
 
 
 def _rows(names: list[str], results: list[Results], common: list[str], differences: dict[str, Any]) -> list[list[str]]:
@@ -108,12 +141,9 @@ def _rows(names: list[str], results: list[Results], common: list[str], differenc
             for fact in facts
         ]
         rows.append([f"{path}: loss, later half of the segments", *map(report.number, later)])
-        against = [differences[path][name] for name in names[1:]]
-        texts = [
-            f"{report.signed(d['loss'])} ({report.interval(d['loss_interval'], plus=True)})" if d else "-"
-            for d in against
-        ]
-        rows.append([f"{path}: loss above {names[0]} (95 %)", "", *texts])
+        for key, where in (("loss", ""), ("later", ", later half of the segments")):
+            texts = [_signed(differences[path][name], key) for name in names[1:]]
+            rows.append([f"{path}: loss above {names[0]}{where} (95 %)", "", *texts])
     grids = [other["passkey"] for other in results]
     for segments in sorted({row["segments"] for grid in grids if grid for row in grid["rows"]}):
         for control, label in report.WAY_NAMES.items():

@@ -230,15 +230,7 @@ def _held_out(
     streamer: Streamer, source: PreparedSet, documents: list[Document], seed: int, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     sums = heldout.segment_losses(streamer, documents, source.eos_id, advance)
-    weight = sums["weight"].sum(axis=1)
-    each = [
-        {
-            "name": document.name,
-            "tokens": int(weight[i]),
-            "loss": {way: float(values[i].sum() / weight[i]) for way, values in sums.items() if way != "weight"},
-        }
-        for i, document in enumerate(documents)
-    ]
+    each = heldout.each_document(sums, [document.name for document in documents])
     return heldout.summarize(sums, seed) | {"each_document": each}
 
 

@@ -13,7 +13,7 @@ memory holds nothing about the document. All ways see the same tokens of the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,3 +130,23 @@ def summarize(sums: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
         "ways": ways,
         "above_on": {way: summary(sums[way] - sums["on"]) for way in ways if way != "on"},
     }
+
+
+def each_document(sums: dict[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
+    """What every document loses: `name`, `tokens`, `tokens_by_segment`, and per way its mean `loss` and the means
+    `loss_by_segment` (NaN behind its end)."""
+    weight = sums["weight"]
+    ways = {way: values for way, values in sums.items() if way != "weight"}
+    none = np.full(weight.shape[1], np.nan)
+    return [
+        {
+            "name": name,
+            "tokens": int(own.sum()),
+            "tokens_by_segment": own.astype(int).tolist(),
+            "loss": {way: float(values[i].sum() / own.sum()) for way, values in ways.items()},
+            "loss_by_segment": {
+                way: np.divide(values[i], own, out=none.copy(), where=own > 0).tolist() for way, values in ways.items()
+            },
+        }
+        for i, (name, own) in enumerate(zip(names, weight, strict=True))
+    ]

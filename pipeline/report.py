@@ -91,9 +91,15 @@ def file_name(path: str) -> str:
 
 
 def curve(facts: dict[str, Any], way: str) -> plots.Curve:
-    low, high = facts["ways"][way]["by_segment_interval"]
+    """The loss by segment of a set's facts, as it is plotted."""
+    return curve_of(facts["ways"][way], facts["by_segment_documents"])
+
+
+def curve_of(numbers: dict[str, Any], documents: Sequence[int]) -> plots.Curve:
+    """The same of anything that has `by_segment` and its interval."""
+    low, high = numbers["by_segment_interval"]
     widths = [None if a is None or b is None else (b - a) / 2 for a, b in zip(low, high, strict=True)]
-    return facts["ways"][way]["by_segment"], widths, facts["by_segment_documents"]
+    return numbers["by_segment"], widths, documents
 
 
 def _cells(results: Results, control: str) -> dict[tuple[int, float], dict[str, Any]]:

@@ -18,13 +18,10 @@ class TextFiller:
         self._source = source
         self._ends = np.cumsum(source.lengths - 1)
 
-    def room(self, length: int) -> int:
-        return length
-
     def place(self, depth: float, room: int) -> int:
         return round(depth * room)
 
-    def tokens(self, room: int, seed: int) -> list[int]:
+    def tokens(self, room: int, seed: int, last_fact: int) -> list[int]:
         position = int(np.random.default_rng([seed, 2]).integers(self._ends[-1]))
         found: list[int] = []
         while len(found) < room:

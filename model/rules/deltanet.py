@@ -12,13 +12,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.rules.base import LayerShape, MatrixState, MemoryRule, Tokens, affine_scan
 
+SMALLEST_SQUARE = 1e-24
+"""Vectors whose square is smaller are not stretched to length one."""
 WRITE_BLOCK = 64
 """Tokens that are solved for at once: the triangular systems stay [64, 64] however long a segment is."""
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """`x` divided by its Euclidean norm over the last dim; zeros stay zeros.
+
+    `F.normalize` by hand: torch's vector norm is slow over the strided heads of a projection (on a CPU, forward and
+    backward, 3.5 ms against 1.2 ms for 8,192 heads of 32).
+    """
+    return x * x.square().sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SQUARE).rsqrt()
 
 
 def block_length(segment_length: int) -> int:
@@ -86,11 +96,11 @@ class DeltaNetRule(MemoryRule):
     """The read sees the state before the segment; the write is token by token."""
 
     def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, keep: Tensor) -> MatrixState:
-        key = F.normalize(tokens.k, dim=-1)
+        key = unit_length(tokens.k)
         return MatrixState(scan_delta_rule(key, tokens.v, tokens.gate, None, state.M, keep))
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: MatrixState) -> Tensor:
-        return (F.normalize(q.flatten(3, 4), dim=-1) @ state.M).view(q.shape)
+        return (unit_length(q.flatten(3, 4)) @ state.M).view(q.shape)
 
     def flops_per_token(self, layer: LayerShape) -> int:
         return 2 * layer.heads * layer.dim**2 + 4 * layer.groups * layer.dim**2

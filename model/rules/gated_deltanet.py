@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.rules.base import LayerShape, MemoryRule, RuleParameter, Tokens
-from model.rules.deltanet import block_length, scan_delta_rule
+from model.rules.deltanet import block_length, scan_delta_rule, unit_length
 
 WIDTH = 4
 """Tokens that the convolutions see, their own included."""
@@ -80,7 +80,7 @@ class GatedDeltaNetRule(MemoryRule):
     ) -> ConvolvedState:
         tail = _tails(tokens, state.tail, keep)
         taps = _taps(weights, tail)
-        key = F.normalize(_convolve(tail[:, :-1, :, -2], tokens.k, taps[:, -2]), dim=-1)
+        key = unit_length(_convolve(tail[:, :-1, :, -2], tokens.k, taps[:, -2]))
         value = _convolve(tail[:, :-1, :, -1], tokens.v, taps[:, -1])
         log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(tokens.inputs["decay"])
         scan = _kernel_scan if _uses_kernel(tokens.bfloat16, key.device.type) else scan_delta_rule
@@ -88,7 +88,7 @@ class GatedDeltaNetRule(MemoryRule):
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: ConvolvedState) -> Tensor:
         query = _convolve(state.tail[:, :, :, :-2], q, _taps(weights, state.tail)[:, :-2])
-        return (F.normalize(query, dim=-1).flatten(3, 4) @ state.M).view(q.shape)
+        return (unit_length(query).flatten(3, 4) @ state.M).view(q.shape)
 
     def inside(self, state: ConvolvedState, q: Tensor, start: Tensor) -> ConvolvedState:
         behind_tail = torch.cat([state.tail[:, :, :-2], q], dim=3)

@@ -47,7 +47,7 @@ def test_length_depth_and_answer(tokenizer: Tokenizer, length: int, depth: float
     generator = PasskeyGenerator(tokenizer)
     document = generator.document(length, depth, seed)
     text = tokenizer.decode(document.tokens)
-    assert length - len(tokenizer.encode(FILLER)) < len(document.tokens) <= length
+    assert len(document.tokens) == length
     [(start, stop)] = document.answers
     assert stop == len(document.tokens)
     key = tokenizer.decode(document.tokens[start:stop])
@@ -56,13 +56,25 @@ def test_length_depth_and_answer(tokenizer: Tokenizer, length: int, depth: float
     before, after = text.split(f" The pass key is {key}. Remember it. {key} is the pass key.")
     fillers = text.count(FILLER)
     assert before.count(FILLER) == round(depth * fillers)
-    assert after.count(FILLER) == fillers - before.count(FILLER)
+    # What whole fillers leave of the length stands behind the needle: the end of one.
+    piece, filler, rest = after.partition(FILLER) if FILLER in after else ("", "", after)
+    assert FILLER.endswith(piece) and piece != FILLER
+    assert (filler + rest).count(FILLER) == fillers - before.count(FILLER)
     assert document == generator.document(length, depth, seed)
 
 
 def test_joined_parts_are_the_whole_texts_tokens(tokenizer: Tokenizer) -> None:
     document = PasskeyGenerator(tokenizer).document(3000, 0.3, seed=1)
     assert tokenizer.encode(tokenizer.decode(document.tokens)) == document.tokens
+
+
+def test_questions_stand_everywhere_in_a_segment(tokenizer: Tokenizer) -> None:
+    """With whole fillers only, documents of any length would have theirs in a few places (see `SentenceFiller`)."""
+    generator, places = PasskeyGenerator(tokenizer), set()
+    for length in range(2000, 2064):
+        [(start, _)] = generator.document(length, 0.3, seed=1).answers
+        places.add(start % 64)
+    assert len(places) == 64
 
 
 def test_keys_differ_between_seeds() -> None:
@@ -270,7 +282,7 @@ def test_real_text_as_filler(tmp_path) -> None:
     filler = TextFiller(source)
     starts = set()
     for seed in range(30):
-        tokens = filler.tokens(2000, seed)
+        tokens = filler.tokens(2000, seed, last_fact=500)
         assert len(tokens) == 2000
         start = next(i for i in range(len(whole)) if twice[i : i + 50] == tokens[:50])
         assert tokens == (whole * 3)[start : start + 2000]

@@ -23,7 +23,7 @@ from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
 from pipeline.comparison import compare, loss_difference, run_names
 from pipeline.config_io import ConfigError, load_config
 from pipeline.evaluation_config import evaluation_config
-from pipeline.heldout import choose_documents, summarize
+from pipeline.heldout import choose_documents, each_document, summarize
 from pipeline.passkey import (
     FIRST_SEED,
     PLACES,
@@ -428,7 +428,7 @@ def test_json_without_nan():
 
 def _results(run: str, losses: list[float], exact: float) -> dict:
     sums = {"weight": np.full((3, 4), 8.0), "on": 8.0 * np.tile(np.array(losses)[:, None], 4)}
-    each = [{"name": f"d{i}", "tokens": 32, "loss": {"on": loss}} for i, loss in enumerate(losses)]
+    each = each_document(sums, [f"d{i}" for i in range(len(losses))])
     scores = {"segments": 4, "control": "on", "exact_match": exact}
     return {
         "run": run,
@@ -459,14 +459,37 @@ def test_runs_side_by_side(tmp_path, capsys):
     difference = content["loss_above_first"]["text"]["b"]
     assert difference["loss"] == pytest.approx(-0.1)
     assert difference["loss_interval"] == pytest.approx([-0.1, -0.1])
+    assert difference["by_segment"] == pytest.approx([-0.1] * 4)
+    assert (difference["later"], difference["later_interval"]) == (
+        pytest.approx(-0.1),
+        pytest.approx([-0.1, -0.1]),
+    )
+    assert (tmp_path / "comparison_loss_above_first_text.png").exists()
     assert json.loads((tmp_path / "comparison.json").read_text()) == content
     assert (tmp_path / "comparison_loss_text.png").exists()
     printed = capsys.readouterr().out
     assert re.search(r"text: loss, memory on +3\.0000 +2\.9000", printed)
     assert re.search(r"text: loss above a \(95 %\) +-0\.1000", printed)
+    assert re.search(r"text: loss above a, later half of the segments \(95 %\) +-0\.1000", printed)
     assert re.search(r"passkey 4 segments, memory on +0\.25 +0\.75", printed)
     assert re.search(r"recall length 1024, pairs 4, memory on +0\.12 +0\.38", printed)
     assert (tmp_path / "comparison_task_recall_9_length_1K_pairs_2_4.png").exists()
+
+
+def test_the_later_half_counts_tokens_not_documents():
+    """A document that ends early has no part in it; a longer last segment has its weight."""
+    weight = np.array([[8.0, 8, 8, 8], [8, 8, 2, 0], [8, 0, 0, 0]])
+    facts = []
+    for later in (0.0, 1.0):
+        sums = {"weight": weight, "on": weight * np.array([2.0, 2.0, 2.0 + later, 2.0 + 3 * later])}
+        each = each_document(sums, ["a", "b", "c"])
+        facts.append(report.without_nan(summarize(sums, 1) | {"each_document": each}))
+    difference = loss_difference(*facts, seed=0)
+    assert difference["later"] == pytest.approx((10 * 1 + 8 * 3) / 18)
+    assert difference["loss"] == pytest.approx((10 * 1 + 8 * 3) / 58)
+    assert difference["by_segment"] == pytest.approx([0, 0, 1, 3])
+    low, high = difference["later_interval"]
+    assert 1 <= low < difference["later"] < high <= 3
 
 
 def test_other_texts_are_not_compared():
