@@ -130,6 +130,7 @@ def score_curves(
     xlabel: str,
     sizes: bool = False,
     logarithmic: bool = True,
+    marks: Mapping[float, str] | None = None,
 ) -> None:
     """Plot exact match against length, number of pairs or the like, one curve per control or run.
 
@@ -140,6 +141,7 @@ def score_curves(
         xlabel: what x is.
         sizes: x is in tokens, shown as 4K, 1M (powers of 1024).
         logarithmic: the scale of x.
+        marks: places on x with what is special about them, drawn where the points reach so far.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -158,6 +160,21 @@ def score_curves(
     if logarithmic:
         axes.set_xscale("log", base=2)
     ticks = sorted(answers)
+    for x, meaning in (marks or {}).items():
+        if ticks[0] <= x <= ticks[-1]:
+            axes.axvline(x, color="0.5", linestyle=":", linewidth=1.2)
+            axes.annotate(
+                meaning,
+                (x, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(-3, -3),
+                textcoords="offset points",
+                rotation=90,
+                ha="right",
+                va="top",
+                fontsize=8,
+                color="0.4",
+            )
     labels = [f"{_tokens(int(x)) if sizes else f'{x:g}'}\nn={max(answers[x])}" for x in ticks]
     axes.set_xticks(ticks, labels)
     axes.minorticks_off()

@@ -34,6 +34,15 @@ def score_points(facts: Results, control: str, x: str) -> dict[str, list[plots.S
     return curves
 
 
+def capacity_marks(model: Results, x: str) -> dict[float, str]:
+    """Where the axis of a capacity curve passes what a matrix of d x d can hold: d independent pairs per head."""
+    if x not in ("pairs", "keys") or model["memory"]["rule"] == "none":
+        return {}
+    dim = model["kv_channels"] or model["hidden_size"] // model["num_attention_heads"]
+    heads = model["num_query_groups"] or model["num_attention_heads"]
+    return {dim: f"d = {dim}: one head's rank", heads * dim: f"{heads} heads x d: a layer's"}
+
+
 def plot_tasks(results: Results, folder: Path, way_names: dict[str, str]) -> dict[str, Path]:
     """Draw every task that has something to draw against; the files by the names they have in TensorBoard."""
     images = {}
@@ -60,7 +69,7 @@ def plot_tasks(results: Results, folder: Path, way_names: dict[str, str]) -> dic
                 if not several or control == "on"
                 for name, points in score_points(facts, control, x).items()
             }
-            plots.score_curves(target, curves, title, xlabel=x, sizes=x == "length", logarithmic=x != "depth")
+            _draw(target, curves, title, x, capacity_marks(results["config"]["model"], x))
         images[f"task/{spec}"] = target
     return images
 
@@ -102,8 +111,14 @@ def compare_tasks(names: list[str], results: list[Results], folder: Path, way_na
             (x,) = facts["swept"]
             curves = {name: points for name, run in zip(names, runs, strict=True) for points in _on(run, x)}
             target = folder / f"comparison_task_{short_name(spec)}.png"
-            plots.score_curves(target, curves, spec, xlabel=x, sizes=x == "length", logarithmic=x != "depth")
+            marks = [capacity_marks(other["config"]["model"], x) for other in results]
+            of_all = [own for own in marks if own]
+            _draw(target, curves, spec, x, of_all[0] if of_all and all(own == of_all[0] for own in of_all) else {})
     return rows
+
+
+def _draw(target: Path, curves: dict[str, list[plots.Score]], title: str, x: str, marks: dict[float, str]) -> None:
+    plots.score_curves(target, curves, title, xlabel=x, sizes=x == "length", logarithmic=x != "depth", marks=marks)
 
 
 def _on(facts: Results, x: str) -> list[list[plots.Score]]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from data.shards import PreparedSet
 from data.synthetic import FILLER, PasskeyGenerator
 from data.tokenizer import byte_tokenizer, train_bpe
 from launch import cli, evaluate
+from model.config import MemoryConfig, ModelConfig
 from model.local_context import LocalContext, join_state
 from model.rules import MatrixState
 from pipeline import answers, report
@@ -36,6 +38,7 @@ from pipeline.passkey import (
     shortest_length,
 )
 from pipeline.streaming import Output, Streamer, array_document, choose_lanes, roll_lanes, window
+from pipeline.task_report import capacity_marks
 from pipeline.task_spec import Task
 from pipeline.tasks import task_cells, task_results
 from pipeline.validate import validate
@@ -436,7 +439,7 @@ def _results(run: str, losses: list[float], exact: float) -> dict:
         "step": 7,
         "training_tokens": 1000,
         "seed": 1,
-        "config": {"model": {"segment_length": 64, "memory": {"rule": "delta", "write_gate": "none"}}},
+        "config": {"model": asdict(ModelConfig(segment_length=64))},
         "perplexity": {"text": report.without_nan(summarize(sums, 1) | {"each_document": each})},
         "passkey": {"rows": [{"segments": 4}], "controls": ["on"], "by_length": [scores]},
         "tasks": {"recall:9,length=1K,pairs=2/4": _recall(exact)},
@@ -490,6 +493,13 @@ def test_the_later_half_counts_tokens_not_documents():
     assert difference["by_segment"] == pytest.approx([0, 0, 1, 3])
     low, high = difference["later_interval"]
     assert 1 <= low < difference["later"] < high <= 3
+
+
+def test_what_a_matrix_can_hold_is_marked():
+    model = asdict(ModelConfig(hidden_size=128, num_attention_heads=4, num_query_groups=2))
+    assert list(capacity_marks(model, "pairs")) == [32, 64]  # a head's keys have 32 dimensions; two heads write
+    assert capacity_marks(model, "length") == {}
+    assert capacity_marks(asdict(ModelConfig(memory=MemoryConfig(rule="none"))), "pairs") == {}
 
 
 def test_other_texts_are_not_compared():

@@ -10,10 +10,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.plots import (
+    Score,
     binned_gate_histogram,
     gate_histogram,
     loss_by_segment,
     passkey_heatmap,
+    score_curves,
     training_curves,
 )
 
@@ -66,6 +68,16 @@ def test_equal_document_counts_are_drawn_once(tmp_path, figures):
     curves = {name: ([1.0, 2.0], None, [3, 2]) for name in ("memory on", "memory off", "shuffled")}
     loss_by_segment(tmp_path / "loss.png", curves, "")
     assert len(figures[0].axes[1].lines) == 1
+
+
+def test_score_curves_carry_intervals_and_marks(tmp_path, figures):
+    curves = {"a": [Score(4, 1.0, 0.9, 1.0, 20), Score(64, 0.5, None, None, 20)]}
+    marks = {32: "a head", 4096: "beyond the points"}
+    score_curves(tmp_path / "scores.png", curves, "recall", xlabel="pairs", marks=marks)
+    check_file(tmp_path / "scores.png")
+    [axes] = figures[0].axes
+    assert texts(axes) == ["a head"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4\nn=20", "64\nn=20"]
 
 
 def test_passkey_cells_carry_their_values(tmp_path, figures):
