@@ -11,8 +11,8 @@ The text of a document is, with five random digits K in place of 9054's four,
     " K"
 
 joined without anything between the parts. The digits of the last K are the answer. x + y is what the length allows, and
-x = round(depth * (x + y)); what they leave of the length is the end of a filler behind the needle. With several keys each
-has a word W, drawn from `vocabulary.NOUNS`:
+x = round(depth * (x + y)); what they leave of the length is the end of a filler behind the needle. With several keys
+each has a word W, drawn from `vocabulary.NOUNS`:
 
     " The pass key of W is K. Remember it. K is the pass key of W."
     " What is the pass key of W? The pass key of W is"
