@@ -246,7 +246,15 @@ def test_derived_quantities():
 
 
 SHIPPED = {
+    "demo": [1, 2],
+    "passkey_1m": [1, 2],
+    "recall": [1, 2],
+    "compare_rules": [1, 2],
     "paper_lm": [1, 8, 32],
+    "paper_transformer_xl": [1, 8, 32],
+    "paper_1b": [8, 64],
+    "paper_1b_passkey": [8, 64],
+    "paper_8b_books": [32, 64],
     "llama3_8b": [32, 64],
     "smollm2_135m_continual": [1, 2],
     "llama32_1b_continual": [8, 64],
