@@ -4,13 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo passkey test test-slow lint format clean
+.PHONY: demo passkey passkey-harder compare-rules capacity test test-slow lint format clean
 
 demo: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
 passkey: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/passkey.sh
+
+# Experiments of docs/science.md, each the best part of an hour on two cores.
+passkey-harder: $(VENV)/.installed-base
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/passkey_harder.sh
+
+compare-rules: $(VENV)/.installed-base
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/compare_rules.sh
+
+capacity: $(VENV)/.installed-base
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/capacity.sh
 
 test: $(VENV)/.installed-all
 	$(BIN)/pytest
@@ -28,7 +38,7 @@ format: $(VENV)/.installed-all
 
 # Removes what tests and builds leave behind; .venv and runs/ stay.
 clean:
-	rm -rf build *.egg-info demo passkey .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info demo passkey compare capacity .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

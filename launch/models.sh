@@ -1,0 +1,27 @@
+# To be sourced: training several models of one configuration, each in one process, some at a time.
+
+JOBS="${JOBS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+say() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
+
+# train_model CONFIG FOLDER NAME [SETTING...]: the log is FOLDER/NAME.log; an interrupted run goes on.
+train_model() {
+    local config=$1 folder=$2 name=$3 resume=()
+    shift 3
+    if [ -e "$folder/$name/metrics.jsonl" ]; then resume=(--resume); fi
+    if infini train "$config" "name=$name" "run_dir=$folder/$name" "$@" "${resume[@]}" >> "$folder/$name.log" 2>&1; then
+        echo "trained $name: $(grep '^step' "$folder/$name.log" | tail -1)"
+    else
+        echo "$name failed, see $folder/$name.log: $(tail -1 "$folder/$name.log")" >&2
+        return 1
+    fi
+}
+export -f train_model
+
+# train_models CONFIG FOLDER 'NAME [SETTING...]'...: JOBS at a time.
+train_models() {
+    local config=$1 folder=$2
+    shift 2
+    printf '%s\n' "$@" | xargs -P "$JOBS" -I{} bash -c "train_model $config $folder {}"
+}
