@@ -241,6 +241,7 @@ def _memory(streamer: Streamer, documents: list[Document], eos_id: int) -> dict[
     return {
         str(layer): {
             "mix_gate": numbers.mix_gate.tolist(),
+            "write_gate": numbers.write_gate.tolist(),
             "write_gate_histogram": numbers.write_gate_histogram.sum(dim=0).tolist(),
             "share_of_output": numbers.memory_share.tolist(),
             "effective_rank": numbers.effective_rank.tolist(),

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline import plots, task_report
 from pipeline.console import format_duration, make_console, print_table
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER
@@ -134,7 +136,8 @@ def _gates(results: Results, folder: Path) -> dict[str, Path]:
         if results["config"]["model"]["memory"]["write_gate"] != "none":
             images["gates/write"] = target = folder / "gates_write.png"
             counts = {int(layer): numbers["write_gate_histogram"] for layer, numbers in results["memory"].items()}
-            plots.binned_gate_histogram(target, counts, f"{title}\nwrite gate, one per token and head")
+            means = {int(layer): float(np.mean(numbers["write_gate"])) for layer, numbers in results["memory"].items()}
+            plots.binned_gate_histogram(target, counts, means, f"{title}\nwrite gate, one per token and head")
     return images
 
 
@@ -152,7 +155,6 @@ def _by_length(path: Path, results: Results) -> None:
 
 
 def _tensorboard(results: Results, images: dict[str, Path], folder: Path) -> None:
-    import numpy as np
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 

@@ -121,11 +121,12 @@ def test_gate_histogram_sums_to_one_per_layer(tmp_path, figures, layers):
 def test_binned_gates_equal_gates(tmp_path, figures):
     centers = (np.arange(20) + 0.5) / 20
     counts = np.random.default_rng(0).integers(0, 9, 20)
-    binned_gate_histogram(tmp_path / "a.png", {3: counts, 7: [0] * 20}, "binned")
+    means = {3: np.repeat(centers, counts).mean(), 7: 0.0}  # the mean is given: bins do not know it
+    binned_gate_histogram(tmp_path / "a.png", {3: counts, 7: [0] * 20}, means, "binned")
     gate_histogram(tmp_path / "b.png", {3: np.repeat(centers, counts)}, "plain")
     binned, plain = (figure.axes[0] for figure in figures)
     np.testing.assert_allclose(binned.images[0].get_array()[0], plain.images[0].get_array()[0])
-    np.testing.assert_allclose(binned.lines[0].get_xdata()[0], plain.lines[0].get_xdata()[0])
+    np.testing.assert_allclose(binned.lines[0].get_xdata(), [plain.lines[0].get_xdata()[0], 0.0])
     assert [label.get_text() for label in binned.get_yticklabels()] == ["3", "7"]
 
 
