@@ -19,6 +19,7 @@ BENCHMARKS = {
     "schedule": "launch.bench_schedule",
     "checkpoint": "launch.bench_checkpoint",
     "generate": "launch.bench_generate",
+    "capacity": "launch.bench_capacity",
 }
 """Modules with `HELP`, `add_options(parser)` and `measure(args, note)`."""
 
