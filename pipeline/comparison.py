@@ -13,6 +13,8 @@ from pipeline.console import make_console, print_table
 from pipeline.report import Results
 
 COMPARISON = "comparison.json"
+RUNS_PER_TABLE = 3
+"""More do not fit beside their labels in a terminal: further tables then show the first run again, and the next ones."""
 
 
 def compare(results: list[Results], folder: Path) -> dict[str, Any]:
@@ -49,11 +51,19 @@ def compare(results: list[Results], folder: Path) -> dict[str, Any]:
     console = make_console()
     rows = _rows(names, results, common, differences)
     rows += task_report.compare_tasks(names, results, folder, report.WAY_NAMES)
-    print_table("side by side", rows, header=["", *names], console=console)
+    for block in _blocks(len(names)):
+        shown = [[row[0], *(row[1 + i] for i in block)] for row in rows]
+        print_table("side by side", shown, header=["", *(names[i] for i in block)], console=console)
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(f"comparison in {folder}", markup=False, soft_wrap=True)
     return content
+
+
+def _blocks(runs: int) -> list[list[int]]:
+    """Which runs each table shows."""
+    step = RUNS_PER_TABLE - 1
+    return [[0, *range(first, min(first + step, runs))] for first in range(1, runs, step)]
 
 
 def run_names(results: list[Results]) -> list[str]:

@@ -479,6 +479,12 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert (tmp_path / "comparison_task_recall_9_length_1K_pairs_2_4.png").exists()
 
 
+def test_many_runs_have_several_tables(tmp_path, capsys):
+    compare([_results(name, [1.0, 2.0, 6.0], 0.0) for name in "abcdef"], tmp_path)
+    tables = re.findall(r"^ +(a +.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert [table.split() for table in tables] == [["a", "b", "c"], ["a", "d", "e"], ["a", "f"]]
+
+
 def test_the_later_half_counts_tokens_not_documents():
     """A document that ends early has no part in it; a longer last segment has its weight."""
     weight = np.array([[8.0, 8, 8, 8], [8, 8, 2, 0], [8, 0, 0, 0]])
