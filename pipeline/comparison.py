@@ -14,7 +14,7 @@ from pipeline.report import Results
 
 COMPARISON = "comparison.json"
 RUNS_PER_TABLE = 3
-"""More do not fit beside their labels in a terminal: further tables then show the first run again, and the next ones."""
+"""More do not fit beside their labels in a terminal: further tables show the first run again, and the next ones."""
 
 
 def compare(results: list[Results], folder: Path) -> dict[str, Any]:
