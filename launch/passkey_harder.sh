@@ -32,8 +32,8 @@ prepare_sets passkey/keys passkey/keys/tokenizer \
 
 say "a model for each, $JOBS at a time"
 train_models configs/passkey_1m.yaml passkey \
-    "text/run $(sets passkey/text)" \
-    "keys/run $(sets passkey/keys) model.memory.rule=gated_deltanet"
+    "text/run $(sets passkey/text) model.init_std=0.08" \
+    "keys/run $(sets passkey/keys) model.init_std=0.08 model.memory.rule=gated_deltanet"
 
 say "exact match by length"
 infini evaluate passkey/text/run --nproc "$JOBS" --no-perplexity 'evaluate.passkey_grid=[]' 'evaluate.passkey_depths=[]' \
