@@ -6,16 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/models.sh
 
-# Name, then settings.
 MODELS=(
     "plain model.memory.rule=none"
     "transformer_xl model.memory.rule=none model.local_context=sliding"
-    "linear model.memory.rule=linear"
-    "linear_gated model.memory.rule=linear model.memory.write_gate=hard"
-    "delta model.memory.rule=delta"
-    "delta_gated model.memory.rule=delta model.memory.write_gate=hard"
-    "deltanet model.memory.rule=deltanet model.memory.write_gate=hard"
-    "gated_deltanet model.memory.rule=gated_deltanet model.memory.write_gate=sigmoid"
+    "${RULES[@]}"
 )
 
 say "long documents: source code of installed packages"
@@ -26,6 +20,4 @@ say "a model per rule, $JOBS at a time"
 train_models configs/compare_rules.yaml compare "${MODELS[@]}"
 
 say "held-out loss by segment, differences paired by document"
-runs=()
-for model in "${MODELS[@]}"; do runs+=("compare/${model%% *}"); done
-infini evaluate "${runs[@]}" --nproc "$JOBS" --no-passkey --out compare/evaluation
+evaluate_models compare --no-passkey "${MODELS[@]}"

@@ -3,6 +3,16 @@
 JOBS="${JOBS:-2}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+# Every memory rule with the gates it is compared with: name, then settings.
+RULES=(
+    "linear model.memory.rule=linear"
+    "linear_gated model.memory.rule=linear model.memory.write_gate=hard"
+    "delta model.memory.rule=delta"
+    "delta_gated model.memory.rule=delta model.memory.write_gate=hard"
+    "deltanet model.memory.rule=deltanet model.memory.write_gate=hard"
+    "gated_deltanet model.memory.rule=gated_deltanet model.memory.write_gate=sigmoid"
+)
+
 say() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
 
 # train_model CONFIG FOLDER NAME [SETTING...]: the log is FOLDER/NAME.log; an interrupted run goes on.
@@ -24,4 +34,12 @@ train_models() {
     local config=$1 folder=$2
     shift 2
     printf '%s\n' "$@" | xargs -P "$JOBS" -I{} bash -c "train_model $config $folder {}"
+}
+
+# evaluate_models FOLDER OPTION 'NAME [SETTING...]'...: side by side, into FOLDER/evaluation.
+evaluate_models() {
+    local folder=$1 option=$2 runs=() model
+    shift 2
+    for model in "$@"; do runs+=("$folder/${model%% *}"); done
+    infini evaluate "${runs[@]}" --nproc "$JOBS" "$option" --out "$folder/evaluation"
 }

@@ -42,7 +42,8 @@ def compare(results: list[Results], folder: Path) -> dict[str, Any]:
         curves = {name: report.curve(fact, "on") for name, fact in zip(names, facts, strict=True)}
         target = folder / f"comparison_loss_{report.file_name(path)}.png"
         plots.loss_by_segment(target, curves, f"held-out loss, {path}")
-        above = {name: _above(facts[0], found) for name, found in differences[path].items() if found}
+        documents = facts[0]["by_segment_documents"]
+        above = {name: report.curve_of(found, documents) for name, found in differences[path].items() if found}
         if above:
             target = folder / f"comparison_loss_above_first_{report.file_name(path)}.png"
             title = f"held-out loss above that of {names[0]}, paired by document, {path}"
@@ -108,10 +109,6 @@ def loss_difference(first: dict[str, Any], other: dict[str, Any], seed: int) -> 
         "by_segment": (above.sum(axis=0) / weight.sum(axis=0)).tolist(),
         "by_segment_interval": ratio_intervals(above, weight, counts).tolist(),
     }
-
-
-def _above(first: dict[str, Any], difference: dict[str, Any]) -> plots.Curve:
-    return report.curve_of(difference, first["by_segment_documents"])
 
 
 def _notes(results: list[Results]) -> list[str]:
