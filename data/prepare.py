@@ -16,9 +16,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data.pool import EncodedDocument, encode_jobs
 from data.sampling import sample_texts
@@ -46,6 +48,8 @@ class PrepareOptions:
     """Text that `train:VOCAB` looks at; 8 MB train 4,096 tokens in some seconds."""
     min_tokens: int = 2
     """Shorter documents are left out; the end token counts."""
+    max_tokens: int | None = None
+    """Longer documents are cut into equal parts, each a document with an end token that counts; None: not at all."""
     valid_fraction: float = 0.05
     """Share of the documents that is held out."""
     shard_bytes: int = 64 << 20
@@ -60,6 +64,11 @@ class PrepareOptions:
         """Raises: ValueError for values that make no set."""
         if self.min_tokens < 2:
             raise ValueError(f"--min-tokens {self.min_tokens}: valid are 2 and more (a token and the end token)")
+        if self.max_tokens is not None and self.max_tokens < 2 * self.min_tokens:
+            raise ValueError(
+                f"--max-tokens {self.max_tokens}: valid are {2 * self.min_tokens} and more, twice --min-tokens "
+                f"(the parts of a document just above it have half as many)"
+            )
         if not 0.0 <= self.valid_fraction < 1.0:
             raise ValueError(f"--valid-fraction {self.valid_fraction}: valid are values from 0 up to, not including, 1")
         if self.shard_bytes < 4096:
@@ -231,13 +240,11 @@ def _build(
     writers = {split: ShardSetWriter(building, split, tokenizer.vocab_size, options.shard_bytes) for split in SPLITS}
 
     def write(split: str, document: EncodedDocument) -> None:
-        writers[split].add(
-            document.tokens,
-            id=document.id,
-            source=sources[document.source].spec,
-            answers=document.answers,
-            questions=document.questions,
-        )
+        source, count = sources[document.source].spec, counts[document.source]
+        for part in _parts(document, options.max_tokens, source, tokenizer.eos_id):
+            count["documents"] += 1
+            count["tokens"] += len(part.tokens)
+            writers[split].add(part.tokens, id=part.id, source=source, answers=part.answers, questions=part.questions)
 
     assigner = SplitAssigner(options.valid_fraction)
     documents = encode_jobs(_numbered_jobs(sources), tokenizer, processes)
@@ -250,8 +257,6 @@ def _build(
             if length < options.min_tokens:
                 count["too_short"] += 1
             else:
-                count["documents"] += 1
-                count["tokens"] += length
                 for split, ready in assigner.add(document):
                     write(split, ready)
             done += document.input_bytes
@@ -280,6 +285,27 @@ def _build(
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _sync(building / MANIFEST)
     return manifest
+
+
+def _parts(document: EncodedDocument, max_tokens: int | None, source: str, eos_id: int) -> list[EncodedDocument]:
+    """The document, or what it is cut into: after the choice of its split, so that no split has parts of another's.
+
+    Raises:
+        ValueError: it is too long, and its questions would be cut with it.
+    """
+    if max_tokens is None or len(document.tokens) <= max_tokens:
+        return [document]
+    if document.answers or document.questions:
+        raise ValueError(
+            f"source {source}: document {document.id} has {len(document.tokens):,} tokens and questions about them; "
+            f"--max-tokens {max_tokens:,} cuts plain text only"
+        )
+    text = document.tokens[:-1]
+    pieces = np.array_split(text, -(-len(text) // (max_tokens - 1)))
+    return [
+        replace(document, id=f"{document.id}#{i}", tokens=np.append(piece, piece.dtype.type(eos_id)))
+        for i, piece in enumerate(pieces)
+    ]
 
 
 def _train_tokenizer(sources: list[Source], options: PrepareOptions, report: Report) -> Tokenizer:

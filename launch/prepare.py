@@ -19,9 +19,17 @@ sources:
   corpus.jsonl[.gz|.zst]       one document per line, its text in --text-column
   corpus.parquet               one document per row
   python:torch,numpy           installed packages' own source code, one document per sub-package
-  passkey:N,length=LO..HI[,depth=A..B][,seed=K]
-                               N synthetic retrieval documents; lengths in tokens (16K is 16,384), drawn
-                               log-uniformly; depth 0..1 unless given
+  TASK:N,length=LO..HI[,seed=K][,OPTION=V ...]
+                               N synthetic documents with questions; lengths in tokens (16K is 16,384) and options
+                               drawn log-uniformly from LO..HI, or one value; tasks and their options:
+    passkey                    keys, questions, depth=A..B (0..1), filler=SET (a prepared set to hide the keys in, in
+                               place of the paper's sentences)
+    needles                    keys, values, queries, questions, depth, filler
+    tracking                   chains, hops, questions, filler
+    words                      none
+    facts                      task (1 to 3), facts, questions, filler
+    recall                     pairs, questions, filler
+                               texts, defaults and prompts: docs/synthetic_data.md
 
 example:
   infini prepare python:torch,numpy passkey:500,length=512..16K --tokenizer train:4096 --out sets/demo
@@ -62,6 +70,13 @@ def add_parser(subparsers: Any) -> None:
         help="leave out shorter documents; the end token counts (default: 2)",
     )
     parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="cut longer documents into equal parts of at most N tokens, each a document of its own, all in the same "
+        "split (default: documents stay whole)",
+    )
+    parser.add_argument(
         "--valid-fraction",
         type=float,
         default=0.05,
@@ -94,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         tokenizer_sample_bytes=_size("--tokenizer-sample", args.tokenizer_sample),
         min_tokens=args.min_tokens,
+        max_tokens=args.max_tokens,
         valid_fraction=args.valid_fraction,
         shard_bytes=_size("--shard-size", args.shard_size),
         seed=args.seed,

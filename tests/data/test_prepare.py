@@ -222,6 +222,43 @@ def test_a_full_disk_leaves_nothing(
     assert prepare([str(corpus)], out, OPTIONS).built
 
 
+def test_long_documents_are_cut_into_equal_parts_within_a_split(corpus: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, min_tokens=50)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    prepare([str(corpus)], whole, options)
+    manifest = prepare([str(corpus)], cut, replace(options, max_tokens=300)).manifest
+    texts: dict[str, tuple[str, list[int]]] = {}
+    for split in ("train", "valid"):
+        prepared = PreparedSet(whole, split)
+        for i in range(len(prepared)):
+            texts[prepared.metadata(i)["id"]] = (split, prepared.read(i).tolist())
+    assert max(len(tokens) for _, tokens in texts.values()) > 3000
+    parts: dict[str, list[list[int]]] = {}
+    for split in ("train", "valid"):
+        prepared = PreparedSet(cut, split)
+        for i in range(len(prepared)):
+            id = prepared.metadata(i)["id"]
+            name, part = (id, 0) if id in texts else (id.rpartition("#")[0], int(id.rpartition("#")[2]))
+            assert texts[name][0] == split
+            parts.setdefault(name, []).append(prepared.read(i).tolist())
+            assert len(parts[name]) == part + 1
+    assert parts.keys() == texts.keys()
+    for name, pieces in parts.items():
+        tokens = texts[name][1]
+        assert sum((piece[:-1] for piece in pieces), []) == tokens[:-1]
+        assert {piece[-1] for piece in pieces} == {tokens[-1]}
+        lengths = [len(piece) for piece in pieces]
+        assert max(lengths) <= 300 and max(lengths) - min(lengths) <= 1
+        assert len(pieces) == 1 or min(lengths) >= 150
+    assert manifest["sources"][0]["documents"] == sum(map(len, parts.values()))
+    assert manifest["sources"][0]["tokens"] == sum(split["tokens"] for split in manifest["splits"].values())
+
+
+def test_documents_with_questions_are_not_cut(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="questions about them; --max-tokens 1,000 cuts plain text only"):
+        prepare([PASSKEYS], tmp_path / "set", replace(OPTIONS, max_tokens=1000))
+
+
 def test_nothing_to_write_is_an_error(tmp_path: Path) -> None:
     empty, short = tmp_path / "empty.jsonl", tmp_path / "short.txt"
     empty.write_text("\n")
@@ -254,6 +291,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"min_tokens": 1}, "--min-tokens 1"),
+        ({"min_tokens": 64, "max_tokens": 127}, "--max-tokens 127: valid are 128 and more"),
         ({"valid_fraction": 1.0}, "--valid-fraction 1.0"),
         ({"shard_bytes": 10}, "--shard-size 10"),
         ({"tokenizer_sample_bytes": 10}, "--tokenizer-sample 10"),

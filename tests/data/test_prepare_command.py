@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
 from data.prepare import PrepareOptions
 from data.shards import PreparedSet
+from data.synthetic import TASKS
 from launch import cli, prepare
 
 
@@ -21,6 +23,16 @@ def test_the_stated_defaults_are_the_real_ones(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("data.prepare.prepare", fake)
     assert cli.main(["prepare", "x.txt", "--out", str(tmp_path)]) == 2
     assert seen == [PrepareOptions()]
+
+
+def test_the_help_names_every_task_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "--help"])
+    shown = capsys.readouterr().out
+    for task, generator in TASKS.items():
+        lines = shown.partition(f"\n    {task} ")[2].partition("\n    ")[0]
+        for option in inspect.signature(generator).parameters.keys() - {"tokenizer"}:
+            assert option in lines, f"{option} of {task}"
 
 
 def test_prepare_and_prepare_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
