@@ -5,15 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/models.sh
 
-# As many questions as pairs: a document asks for all that it holds.
+# A document asks for all that it holds; numbers of one digit, so that an answer is one token.
+pairs() { echo "recall:$1,length=$2,pairs=$3,questions=$3,digits=1,seed=$3"; }
 say "documents of 2 pairs in a segment, of 4 and 8, and of 16 to 64"
-infini prepare recall:3000,length=1300..1500,pairs=64,questions=64,seed=2 recall:3000,length=650..800,pairs=32,questions=32 \
-    recall:6000,length=330..400,pairs=16,questions=16,seed=1 --tokenizer train:1024 --valid-fraction 0.001 \
-    --out capacity/long
-infini prepare recall:6000,length=56..64,pairs=2,questions=2,seed=3 --tokenizer capacity/long --valid-fraction 0.001 \
-    --out capacity/segment
-infini prepare recall:6000,length=90..110,pairs=4,questions=4,seed=4 recall:6000,length=170..220,pairs=8,questions=8,seed=5 \
-    --tokenizer capacity/long --valid-fraction 0.001 --out capacity/short
+infini prepare "$(pairs 3000 1200..1500 64)" "$(pairs 3000 600..800 32)" "$(pairs 6000 310..400 16)" \
+    --tokenizer train:1024 --valid-fraction 0.001 --out capacity/long
+infini prepare "$(pairs 6000 54..64 2)" --tokenizer capacity/long --valid-fraction 0.001 --out capacity/segment
+infini prepare "$(pairs 6000 90..110 4)" "$(pairs 6000 165..220 8)" --tokenizer capacity/long --valid-fraction 0.001 \
+    --out capacity/short
 
 say "a model per rule, $JOBS at a time"
 train_models configs/recall.yaml capacity "${RULES[@]}"

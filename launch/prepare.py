@@ -28,7 +28,7 @@ sources:
     tracking                   chains, hops, questions, filler
     words                      none
     facts                      task (1 to 3), facts, questions, filler
-    recall                     pairs, questions, filler
+    recall                     pairs, questions, digits, filler
                                texts, defaults and prompts: docs/synthetic_data.md
 
 example:

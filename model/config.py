@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 WRITE_GATES = ("none", "hard", "sigmoid")
 MIX_GATES = ("head", "token")
 LOCAL_CONTEXTS = ("segment", "sliding")
+QK_INITS = ("independent", "tied")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
@@ -91,4 +92,8 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 num_layers)."""
+    qk_init: str = "independent"
+    """`tied`: keys start as what their head's queries ask for, so that equal tokens match before anything has been
+    learnt, in the memory and in the local attention (mimetic initialisation, arXiv 2410.11135). For models from scratch
+    that have to recall; nothing ties them in training."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -27,6 +27,7 @@ from model.sharding import (
     mark_partitions,
     normal_values,
     output_projection_std,
+    tie_keys_to_queries,
 )
 
 RECOMPUTE_IN_LAYER = ("none", "selective", "layer")
@@ -211,8 +212,12 @@ class DecoderStage(nn.Module):
             if name.endswith(("attention.projection.weight", "mlp.linear_fc2.weight")):
                 std = output_projection_std(std, config.num_layers)
             draw = normal_values(parameter, std, self.tensor_size)
+            tied = config.qk_init == "tied"
+            if tied and name.endswith("qkv.weight"):
+                draw = tie_keys_to_queries(draw, layer_shape(config))
             if RULE_PARAMETERS in name:
-                draw = rule_parameters[name.split(RULE_PARAMETERS)[1]].initial
+                own = rule_parameters[name.split(RULE_PARAMETERS)[1]]
+                draw = own.tied if tied and own.tied else own.initial
             initialize_parameter(
                 name, parameter, draw, seed=seed, tensor_rank=self.tensor_rank, tensor_size=self.tensor_size
             )

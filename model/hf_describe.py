@@ -20,7 +20,7 @@ MEMORY_SETTINGS = (
 _MODEL = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
     *("vocab_size", "vocab_size_multiple", "tie_embeddings", "qkv_bias", "qk_norm", "segment_length", "rope_base"),
-    *("local_context", "rope_scaling", "norm_epsilon", "init_std", "memory"),
+    *("local_context", "rope_scaling", "norm_epsilon", "init_std", "qk_init", "memory"),
 }
 _ROPE_SETTINGS = {
     "none": (),

@@ -26,12 +26,13 @@ def add_rule_parameters(
             layer.hidden, layer.groups, bias=True, gather_output=False, config=megatron, init_method=None
         )
         module.add_module(PREFIX + name, linear)
-    for name, (shape, _, is_gate) in parameters.items():
+    for name, parameter in parameters.items():
         if name.partition(".")[0] not in rule.token_inputs:
-            values = torch.empty(shape[0] // tensor_size, *shape[1:], dtype=megatron.params_dtype)
+            rows, *rest = parameter.shape
+            values = torch.empty(rows // tensor_size, *rest, dtype=megatron.params_dtype)
             module.register_parameter(PREFIX + name, nn.Parameter(values))
         # Read by the optimizer's groups.
-        module.get_parameter(PREFIX + name).is_gate = is_gate
+        module.get_parameter(PREFIX + name).is_gate = parameter.is_gate
 
 
 def rule_inputs(

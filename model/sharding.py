@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.rules import LayerShape
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -126,6 +128,19 @@ def normal_values(parameter: nn.Parameter, std: float, tensor_size: int) -> Call
     """Draws the whole of `parameter`, of which this rank holds a part, from a normal distribution."""
     shape = full_shape(parameter.shape, partition_of(parameter), tensor_size)
     return lambda generator: torch.randn(shape, generator=generator, dtype=torch.float32) * std
+
+
+def tie_keys_to_queries(draw: Callable[[torch.Generator], Tensor], layer: LayerShape) -> Callable:
+    """Draws the q, k, v projection `[(heads + 2 groups) dim, hidden]` with keys that start as the mean query of their
+    group, at the length that they are drawn with."""
+
+    def tied(generator: torch.Generator) -> Tensor:
+        weight = draw(generator)
+        parts = weight.view(layer.groups, layer.ratio + 2, layer.dim, layer.hidden)
+        parts[:, layer.ratio] = parts[:, : layer.ratio].mean(dim=1) * math.sqrt(layer.ratio)
+        return weight
+
+    return tied
 
 
 def output_projection_std(std: float, num_layers: int) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.config import LOCAL_CONTEXTS, MIX_GATES, ROPE_SCALINGS, WRITE_GATES
+from model.config import LOCAL_CONTEXTS, MIX_GATES, QK_INITS, ROPE_SCALINGS, WRITE_GATES
 from model.rules import RULES
 from pipeline import derived
 from pipeline.config import (
@@ -165,6 +165,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("model.memory.rule", config.model.memory.rule, RULES),
         ("model.memory.write_gate", config.model.memory.write_gate, WRITE_GATES),
         ("model.memory.mix_gate", config.model.memory.mix_gate, MIX_GATES),
+        ("model.qk_init", config.model.qk_init, QK_INITS),
         ("model.local_context", config.model.local_context, LOCAL_CONTEXTS),
         ("model.rope_scaling.type", config.model.rope_scaling.type, ROPE_SCALINGS),
         ("parallel.schedule", config.parallel.schedule, SCHEDULES),

@@ -74,6 +74,8 @@ class RuleParameter(NamedTuple):
     """The whole parameter's initial value."""
     is_gate: bool
     """Learns like the write gate: without weight decay, at `optimizer.write_gate_lr_scale`."""
+    tied: Callable[[torch.Generator], Tensor] | None = None
+    """In place of `initial` where queries and keys start equal (`model.qk_init=tied`)."""
 
 
 class Tokens(NamedTuple):

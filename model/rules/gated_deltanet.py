@@ -12,7 +12,8 @@ Initial values. R = 0 and w = 0; b spreads the heads' decays per token geometric
 lives of 69,000 to 690 tokens: the paper's own (exp(-0.001) and less) forget within one segment, before training could
 find out what to keep. In log space a step of b changes a half life by the same factor wherever it is. Convolutions
 start with the variance of PyTorch's default, as in the paper's code: keys hold something of the tokens before them
-from the start.
+from the start. Where queries and keys start tied, both begin as the plain sum of 4 tokens: places that follow the same
+tokens match, whichever they are.
 """
 
 from __future__ import annotations
@@ -57,7 +58,15 @@ class GatedDeltaNetRule(MemoryRule):
             step = torch.logspace(math.log10(SLOWEST_DECAY), math.log10(FASTEST_DECAY), layer.groups)
             return torch.log(torch.expm1(step))  # softplus backwards
 
-        rows, std = (layer.heads + 2 * layer.groups) * layer.dim, (3 * WIDTH) ** -0.5
+        def taps(generator: torch.Generator) -> Tensor:
+            return torch.randn(rows, WIDTH, generator=generator) * (3 * WIDTH) ** -0.5
+
+        def tied_taps(generator: torch.Generator) -> Tensor:
+            drawn = taps(generator)
+            drawn.view(layer.groups, layer.ratio + 2, -1)[:, : layer.ratio + 1] = WIDTH**-0.5
+            return drawn
+
+        rows = (layer.heads + 2 * layer.groups) * layer.dim
         return {
             "decay.weight": RuleParameter(
                 (layer.groups, layer.hidden), lambda _: torch.zeros(layer.groups, layer.hidden), is_gate=True
@@ -65,9 +74,7 @@ class GatedDeltaNetRule(MemoryRule):
             "decay.bias": RuleParameter((layer.groups,), decays, is_gate=True),
             "decay_rate": RuleParameter((layer.groups,), lambda _: torch.zeros(layer.groups), is_gate=True),
             # Rows as those of the q, k, v projection: per key/value head its query heads, its key, its value.
-            "convolution": RuleParameter(
-                (rows, WIDTH), lambda generator: torch.randn(rows, WIDTH, generator=generator) * std, is_gate=False
-            ),
+            "convolution": RuleParameter((rows, WIDTH), taps, is_gate=False, tied=tied_taps),
         }
 
     def init(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> ConvolvedState:

@@ -128,6 +128,7 @@ TASK_OPTIONS = [
     ("facts", {"task": 2, "facts": 12, "questions": 2}),
     ("facts", {"task": 3, "facts": 16}),
     ("recall", {"pairs": 12, "questions": 4}),
+    ("recall", {"pairs": 12, "questions": 12, "digits": 1}),
 ]
 
 
@@ -263,10 +264,11 @@ def test_chains_of_facts_have_true_answers(task: int, facts: int) -> None:
                     assert visits[thing[1]][-2:] == [answer, thing[2]]
 
 
-def test_recall_pairs_are_many_and_different(tokenizer: Tokenizer) -> None:
-    document = _generator("recall", tokenizer, pairs=300, questions=5).document(9000, 0.0, 1)
+@pytest.mark.parametrize("digits", [1, 2, 5])
+def test_recall_pairs_are_many_and_different(tokenizer: Tokenizer, digits: int) -> None:
+    document = _generator("recall", tokenizer, pairs=300, questions=5, digits=digits).document(9000, 0.0, 1)
     text = tokenizer.decode(document.tokens)
-    pairs = dict(re.findall(r" (\w{4}): (\d\d)\.", text))
+    pairs = dict(re.findall(rf" (\w{{4}}): ([1-9]\d{{{digits - 1}}})\.", text))
     assert len(pairs) == 300 and len(document.questions) == 300 and len(document.answers) == 5
     for question in document.questions:
         asked, answer = _answer(tokenizer, question)
@@ -312,6 +314,7 @@ def test_coded_words_are_all_different() -> None:
         ("facts", {"task": 4}, "must be one of 1, 2, 3"),
         ("facts", {"task": 3, "facts": 4, "questions": 2}, "task 3 has at most"),
         ("recall", {"pairs": 4, "questions": 5}, "not be more than the pairs"),
+        ("recall", {"digits": 19}, "must be between 1 and 18"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(task: str, options: dict, message: str) -> None:

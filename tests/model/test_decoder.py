@@ -6,8 +6,11 @@ import torch
 
 from data.lane_schedule import WeightedSet
 from data.lanes import LaneLoader
+from model.config import QK_INITS
 from model.decoder import padded_vocab_size, split_layers
 from model.rules import RULES
+from model.rules.deltanet import unit_length
+from model.rules.gated_deltanet import _convolve
 from tests.model import naive
 from tests.model.build import VOCAB, random_memory, random_tokens, small_config, small_stage
 
@@ -274,6 +277,38 @@ def test_initial_values_depend_on_seed_and_name_alone():
     scale = {name: float(p.detach().std()) for name, p in whole.items()}
     assert scale["layers.1.attention.qkv.weight"] == pytest.approx(0.02, rel=0.1)
     assert scale["layers.1.mlp.linear_fc2.weight"] == pytest.approx(0.02 / 4**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("rule", ["deltanet", "gated_deltanet"])
+def test_tied_keys_and_queries_recall_before_training(rule):
+    """Places that follow the same tokens match best; drawn independently, they do no better than any others."""
+    matched = {}
+    for qk_init in QK_INITS:
+        config = small_config(rule, hidden_size=128, segment_length=64, qk_init=qk_init)
+        stage = small_stage(config, scramble=False, last=1)
+        weights = dict(stage.global_parameters())
+        other = dict(
+            small_stage(small_config(rule, hidden_size=128, segment_length=64), scramble=False).named_parameters()
+        )
+        changed = {name for name, parameter in weights.items() if not torch.equal(parameter, other[name])}
+        assert changed <= {"layers.0.attention.qkv.weight", "layers.0.attention.memory_convolution"}
+        assert bool(changed) == (qk_init == "tied")
+        attention = stage.layers["0"].attention
+        # Four tokens, twice, with others between them: the second time asks for the first.
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(64, 1, 128, generator=generator, dtype=torch.float64)
+        hidden[40:44] = hidden[9:13]
+        groups, ratio, dim = attention.groups, attention.heads // attention.groups, attention.dim
+        qkv = attention.qkv(hidden)[0].view(64, groups, ratio + 2, dim).permute(1, 2, 0, 3)
+        query, key = qkv[:, :ratio], qkv[:, ratio]
+        if rule == "gated_deltanet":
+            taps = attention.memory_convolution.view(groups, ratio + 2, dim, 4)
+            empty = qkv.new_zeros(groups, ratio, 3, dim)
+            query = _convolve(empty, query, taps[:, :ratio])
+            key = _convolve(empty[:, 0], key, taps[:, ratio])
+        scores = torch.einsum("grd,gsd->grs", unit_length(query[:, :, 43]), unit_length(key[:, :40]))
+        matched[qk_init] = float((scores.argmax(dim=-1) == 12).double().mean())
+    assert matched == {"independent": pytest.approx(0, abs=0.3), "tied": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,7 @@ def refused(overrides, world_size=None) -> list[str]:
         (["evaluate.passkey_depths=[0.5,1.5]"], None, ["evaluate.passkey_depths.1 = 1.5", "between 0 and 1"]),
         (["model.memory.rule=none", "model.memory.write_gate=hard"], None, ["model.memory.write_gate = hard"]),
         (["model.local_context=wide"], None, ["model.local_context = wide", "segment, sliding"]),
+        (["model.qk_init=equal"], None, ["model.qk_init = equal", "independent, tied"]),
         (["model.memory.mix_gate=layer"], None, ["model.memory.mix_gate = layer", "head, token"]),
         (["model.memory.rule=none", "model.memory.mix_gate=token"], None, ["model.memory.mix_gate = token"]),
         (["model.memory.gate_floor=1"], None, ["model.memory.gate_floor = 1.0", "below 1"]),
@@ -248,6 +249,7 @@ def test_derived_quantities():
 SHIPPED = {
     "demo": [1, 2],
     "passkey_1m": [1, 2],
+    "passkey_keys": [1, 2],
     "recall": [1, 2],
     "compare_rules": [1, 2],
     "paper_lm": [1, 8, 32],
