@@ -6,12 +6,12 @@ cd "$(dirname "$0")/.."
 source launch/models.sh
 
 # A document asks for all that it holds; numbers of one digit, so that an answer is one token.
-pairs() { echo "recall:$1,length=$2,pairs=$3,questions=$3,digits=1,seed=$3"; }
+pairs() { echo "recall:$1,length=$2,pairs=$3,questions=$3,digits=1,seed=$4"; }
 say "documents of 2 pairs in a segment, of 4 and 8, and of 16 to 64"
-infini prepare "$(pairs 3000 1200..1500 64)" "$(pairs 3000 600..800 32)" "$(pairs 6000 310..400 16)" \
+infini prepare "$(pairs 3000 1200..1500 64 2)" "$(pairs 3000 600..800 32 0)" "$(pairs 6000 310..400 16 1)" \
     --tokenizer train:1024 --valid-fraction 0.001 --out capacity/long
-infini prepare "$(pairs 6000 54..64 2)" --tokenizer capacity/long --valid-fraction 0.001 --out capacity/segment
-infini prepare "$(pairs 6000 90..110 4)" "$(pairs 6000 165..220 8)" --tokenizer capacity/long --valid-fraction 0.001 \
+infini prepare "$(pairs 6000 54..64 2 3)" --tokenizer capacity/long --valid-fraction 0.001 --out capacity/segment
+infini prepare "$(pairs 6000 90..110 4 4)" "$(pairs 6000 165..220 8 5)" --tokenizer capacity/long --valid-fraction 0.001 \
     --out capacity/short
 
 say "a model per rule, $JOBS at a time"

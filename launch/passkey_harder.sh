@@ -15,10 +15,10 @@ prepare_text passkey:4000,length=128..200 short
 prepare_text passkey:4000,length=450..520,seed=1 window
 prepare_text passkey:1500,length=1K..16K,seed=2 long
 
-say "up to eight named keys: two in a segment, up to eight in a window and over carried memory"
+say "up to eight named keys, each document asked for all that it holds"
 infini prepare passkey:300,length=2K,keys=8 --tokenizer train:1024 --valid-fraction 0.01 --out passkey/keys/tokenizer
 prepare_keys() { infini prepare "${@:2}" --tokenizer passkey/keys/tokenizer --valid-fraction 0.001 --out "passkey/keys/$1"; }
-prepare_keys segment passkey:4000,length=108..128,keys=2,questions=1 passkey:3000,length=130..250,keys=2,questions=2
+prepare_keys short passkey:4000,length=130..220,keys=2,questions=2
 prepare_keys window passkey:3000,length=226..300,keys=4,questions=4 passkey:3000,length=430..520,keys=8,questions=8
 prepare_keys long passkey:600,length=1K..16K,keys=4,questions=4,seed=2 passkey:600,length=1K..16K,keys=8,questions=8,seed=2
 

@@ -33,6 +33,7 @@ MODELS = {
         "model.memory.write_gate=sigmoid",
         "model.memory.mix_gate=token",
         "model.memory.gate_floor=0.1",
+        "model.qk_init=tied",
     ],
     "sliding": ["model.memory.rule=deltanet", "model.local_context=sliding"],
     "transformer-xl": ["model.memory.rule=none", "model.local_context=sliding"],
