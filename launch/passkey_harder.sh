@@ -25,7 +25,7 @@ prepare_keys long passkey:600,length=1K..16K,keys=4,questions=4,seed=2 passkey:6
 say "a model for each, $JOBS at a time"
 text_sets="data.sets.0.path=passkey/text/short data.sets.1.path=passkey/text/window data.sets.2.path=passkey/text/long"
 tied="model.memory.rule=gated_deltanet model.qk_init=tied model.init_std=0.1"
-sooner="train.steps=450 train.write_gate_penalty_from=225"
+sooner="train.steps=900 train.write_gate_penalty_from=225"
 printf '%s\n' "configs/passkey_1m.yaml passkey text/run $text_sets $tied $sooner" \
     "configs/passkey_keys.yaml passkey keys/run" | xargs -P "$JOBS" -I{} bash -c "train_model {}"
 
