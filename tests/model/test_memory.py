@@ -352,7 +352,7 @@ def test_parameters_and_state_have_the_declared_shapes(rule_name):
     """Initial decays are near one, in order; every parameter's first dim divides by key/value heads."""
     layer = LayerShape(hidden=12, heads=8, groups=4, dim=6)
     rule = build_rule(rule_name)
-    for name, (shape, initial, _) in rule.parameters(layer).items():
+    for name, (shape, initial, *_) in rule.parameters(layer).items():
         value = initial(torch.Generator().manual_seed(0))
         assert value.shape == shape and shape[0] % layer.groups == 0, name
     state = rule.init(3, layer, dtype=torch.float64, device=torch.device("cpu"))
