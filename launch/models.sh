@@ -1,4 +1,4 @@
-# To be sourced: training several models of one configuration, each in one process, some at a time.
+# To be sourced: training several models, each in one process, some at a time.
 
 JOBS="${JOBS:-2}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -29,11 +29,14 @@ train_model() {
 }
 export -f train_model
 
-# train_models CONFIG FOLDER 'NAME [SETTING...]'...: JOBS at a time.
+# train_each 'CONFIG FOLDER NAME [SETTING...]'...: JOBS at a time.
+train_each() { printf '%s\n' "$@" | xargs -P "$JOBS" -I{} bash -c "train_model {}"; }
+
+# train_models CONFIG FOLDER 'NAME [SETTING...]'...: models of one configuration, JOBS at a time.
 train_models() {
     local config=$1 folder=$2
     shift 2
-    printf '%s\n' "$@" | xargs -P "$JOBS" -I{} bash -c "train_model $config $folder {}"
+    train_each "${@/#/$config $folder }"
 }
 
 # evaluate_models FOLDER OPTION 'NAME [SETTING...]'...: side by side, into FOLDER/evaluation.

@@ -5,29 +5,31 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/models.sh
 
+# prepare_set FOLDER NAME SOURCE...: a set with FOLDER's tokenizer.
+prepare_set() {
+    infini prepare "${@:3}" --tokenizer "passkey/$1/tokenizer" --valid-fraction 0.001 --out "passkey/$1/$2"
+}
+
 say "real text as filler: source code, with a tokenizer that knows the task's words"
 infini prepare python:networkx,numpy passkey:300,length=512..4K --tokenizer train:1024 --out passkey/text/tokenizer
 infini prepare python:networkx,numpy --tokenizer passkey/text/tokenizer --min-tokens 4096 --valid-fraction 0.2 \
     --out passkey/text/filler
 filler=filler=passkey/text/filler
-prepare_text() { infini prepare "$1,$filler" --tokenizer passkey/text/tokenizer --valid-fraction 0.001 --out "passkey/text/$2"; }
-prepare_text passkey:4000,length=128..200 short
-prepare_text passkey:4000,length=450..520,seed=1 window
-prepare_text passkey:1500,length=1K..16K,seed=2 long
+prepare_set text short "passkey:4000,length=128..200,$filler"
+prepare_set text window "passkey:4000,length=450..520,seed=1,$filler"
+prepare_set text long "passkey:1500,length=1K..16K,seed=2,$filler"
 
 say "up to eight named keys, each document asked for all that it holds"
 infini prepare passkey:300,length=2K,keys=8 --tokenizer train:1024 --valid-fraction 0.01 --out passkey/keys/tokenizer
-prepare_keys() { infini prepare "${@:2}" --tokenizer passkey/keys/tokenizer --valid-fraction 0.001 --out "passkey/keys/$1"; }
-prepare_keys short passkey:4000,length=130..220,keys=2,questions=2
-prepare_keys window passkey:3000,length=226..300,keys=4,questions=4 passkey:3000,length=430..520,keys=8,questions=8
-prepare_keys long passkey:600,length=1K..16K,keys=4,questions=4,seed=2 passkey:600,length=1K..16K,keys=8,questions=8,seed=2
+prepare_set keys short passkey:4000,length=130..220,keys=2,questions=2
+prepare_set keys window passkey:3000,length=226..300,keys=4,questions=4 passkey:3000,length=430..520,keys=8,questions=8
+prepare_set keys long passkey:600,length=1K..16K,keys=4,questions=4,seed=2 passkey:600,length=1K..16K,keys=8,questions=8,seed=2
 
 say "a model for each, $JOBS at a time"
 text_sets="data.sets.0.path=passkey/text/short data.sets.1.path=passkey/text/window data.sets.2.path=passkey/text/long"
 tied="model.memory.rule=gated_deltanet model.qk_init=tied model.init_std=0.1"
 sooner="train.steps=900 train.write_gate_penalty_from=225"
-printf '%s\n' "configs/passkey_1m.yaml passkey text/run $text_sets $tied $sooner" \
-    "configs/passkey_keys.yaml passkey keys/run" | xargs -P "$JOBS" -I{} bash -c "train_model {}"
+train_each "configs/passkey_1m.yaml passkey text/run $text_sets $tied $sooner" "configs/passkey_keys.yaml passkey keys/run"
 
 say "exact match by length"
 infini evaluate passkey/text/run --nproc "$JOBS" --no-perplexity 'evaluate.passkey_grid=[]' 'evaluate.passkey_depths=[]' \

@@ -195,6 +195,7 @@ class DecoderStage(nn.Module):
     def initialize(self, seed: int) -> None:
         """Give every parameter its initial value, a function of (seed, name) alone."""
         config = self.config
+        tied = config.qk_init == "tied"
         rule = build_rule(config.memory)
         rule_parameters = {} if rule is None else rule.parameters(layer_shape(config))
         for name, parameter in self.global_parameters():
@@ -212,7 +213,6 @@ class DecoderStage(nn.Module):
             if name.endswith(("attention.projection.weight", "mlp.linear_fc2.weight")):
                 std = output_projection_std(std, config.num_layers)
             draw = normal_values(parameter, std, self.tensor_size)
-            tied = config.qk_init == "tied"
             if tied and name.endswith("qkv.weight"):
                 draw = tie_keys_to_queries(draw, layer_shape(config))
             if RULE_PARAMETERS in name:

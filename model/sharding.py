@@ -130,7 +130,9 @@ def normal_values(parameter: nn.Parameter, std: float, tensor_size: int) -> Call
     return lambda generator: torch.randn(shape, generator=generator, dtype=torch.float32) * std
 
 
-def tie_keys_to_queries(draw: Callable[[torch.Generator], Tensor], layer: LayerShape) -> Callable:
+def tie_keys_to_queries(
+    draw: Callable[[torch.Generator], Tensor], layer: LayerShape
+) -> Callable[[torch.Generator], Tensor]:
     """Draws the q, k, v projection `[(heads + 2 groups) dim, hidden]` with keys that start as the mean query of their
     group, at the length that they are drawn with."""
 

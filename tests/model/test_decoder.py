@@ -1,5 +1,7 @@
 """The decoder stage: equal to a dense model, causal, no leak between documents, gradients cut where they should be."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -282,15 +284,12 @@ def test_initial_values_depend_on_seed_and_name_alone():
 @pytest.mark.parametrize("rule", ["deltanet", "gated_deltanet"])
 def test_tied_keys_and_queries_recall_before_training(rule):
     """Places that follow the same tokens match best; drawn independently, they do no better than any others."""
+    config = small_config(rule, hidden_size=128, segment_length=64)
+    default = dict(small_stage(config, scramble=False).named_parameters())
     matched = {}
     for qk_init in QK_INITS:
-        config = small_config(rule, hidden_size=128, segment_length=64, qk_init=qk_init)
-        stage = small_stage(config, scramble=False, last=1)
-        weights = dict(stage.global_parameters())
-        other = dict(
-            small_stage(small_config(rule, hidden_size=128, segment_length=64), scramble=False).named_parameters()
-        )
-        changed = {name for name, parameter in weights.items() if not torch.equal(parameter, other[name])}
+        stage = small_stage(replace(config, qk_init=qk_init), scramble=False, last=1)
+        changed = {name for name, value in stage.global_parameters() if not torch.equal(value, default[name])}
         assert changed <= {"layers.0.attention.qkv.weight", "layers.0.attention.memory_convolution"}
         assert bool(changed) == (qk_init == "tied")
         attention = stage.layers["0"].attention

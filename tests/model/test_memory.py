@@ -352,9 +352,9 @@ def test_parameters_and_state_have_the_declared_shapes(rule_name):
     """Initial decays are near one, in order; every parameter's first dim divides by key/value heads."""
     layer = LayerShape(hidden=12, heads=8, groups=4, dim=6)
     rule = build_rule(rule_name)
-    for name, (shape, initial, *_) in rule.parameters(layer).items():
-        value = initial(torch.Generator().manual_seed(0))
-        assert value.shape == shape and shape[0] % layer.groups == 0, name
+    for name, parameter in rule.parameters(layer).items():
+        value = parameter.initial(torch.Generator().manual_seed(0))
+        assert value.shape == parameter.shape and parameter.shape[0] % layer.groups == 0, name
     state = rule.init(3, layer, dtype=torch.float64, device=torch.device("cpu"))
     assert all(x.shape[:2] == (3, 4) and not x.any() for x in state)
     if rule_name == "gated_deltanet":
