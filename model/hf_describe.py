@@ -8,12 +8,14 @@ from typing import Any
 from model.config import ModelConfig, RopeScalingConfig
 from model.hf_export.memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES
 from model.hf_weights import head_shape
+from model.rules import has_convolution
 
 EXPORTED = "infini"
 """The `model_type` of the model with its memory."""
 
 MEMORY_SETTINGS = (
-    *("rule", "write_gate", "write_gate_bias", "mix_gate", "gate_floor", "beta_init", "skip_empty", "epsilon"),
+    *("rule", "write_gate", "write_gate_bias", "short_convolution", "mix_gate", "gate_floor", "beta_init"),
+    *("skip_empty", "epsilon"),
 )
 """Of `MemoryConfig`: `memory_<name>` in an exported `config.json`."""
 
@@ -71,6 +73,7 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "local_context": config.local_context,
         "max_position_embeddings": 1 << 20,
         **{f"memory_{name}": getattr(memory, name) for name in MEMORY_SETTINGS},
+        "memory_short_convolution": has_convolution(memory),
     }
 
 

@@ -13,8 +13,6 @@ tokens of a segment, d head dimension.
 
 from __future__ import annotations
 
-import functools
-from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -25,6 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 from model.config import ModelConfig
 from model.rotary import rotate
 from model.rules import LayerShape, State, build_rule
+from model.rules.base import extended_state
 
 Table = tuple[Tensor, Tensor]
 """Of `model.rotary`."""
@@ -59,7 +58,7 @@ def join_state(memory: State | None, context: LocalContext | None) -> State | No
     """A layer's state of what its memory and its local context carry."""
     if memory is None or context is None:
         return context if memory is None else memory
-    return _joined(type(memory))(*memory, *context)
+    return extended_state(type(memory), LocalContext._fields)(*memory, *context)
 
 
 def split_state(state: State | None) -> tuple[State | None, LocalContext | None]:
@@ -67,15 +66,8 @@ def split_state(state: State | None) -> tuple[State | None, LocalContext | None]
     own = len(LocalContext._fields)
     if state is None or state._fields[-own:] != LocalContext._fields:
         return state, None
-    memory = getattr(state, "memory_type", None)
+    memory = getattr(state, "inner", None)
     return None if memory is None else memory(*state[:-own]), LocalContext(*state[-own:])
-
-
-@functools.cache
-def _joined(memory: type) -> type:
-    joined = namedtuple(memory.__name__ + "WithContext", memory._fields + LocalContext._fields)
-    joined.memory_type = memory
-    return joined
 
 
 def sliding_attention(

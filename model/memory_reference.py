@@ -89,42 +89,47 @@ def window_deltanet(
 
 
 def window_gated_deltanet(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    log_decay: Tensor,
-    taps: Tensor,
-    M: Tensor,
-    tail: Tensor,
-    reset: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`gated_deltanet` over a window; arguments as in `window_normalized`, and
-
-    Args:
-        log_decay: log a, `[t, s]`.
-        taps: of the convolutions, `[r + 2, d, width]`: of the query heads, the key and the value, oldest token first.
-        tail: the width - 1 tokens before the window, `[r + 2, width - 1, d]`.
-
-    Returns:
-        Reads `[t, r, s, d]`, M and the tail carried out.
-    """
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, M: Tensor, reset: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """`gated_deltanet` behind its convolutions; arguments as in `window_deltanet`, and log a, `[t, s]`."""
     segments, queries, tokens, dim = q.shape
-    reads = [[[] for _ in range(queries)] for _ in range(segments)]
-    past = list(tail.unbind(dim=1))  # every token so far, [r + 2, d] each
+    reads = []
     for t in range(segments):
         if reset[t]:
             M, _ = _empty(dim, q)
-            past = [torch.zeros_like(past[0]) for _ in past]
-        before = M
+        for r in range(queries):
+            for i in range(tokens):
+                query = q[t, r, i]
+                reads.append((query / query.norm()) @ M)
         for i in range(tokens):
+            key = k[t, i] / k[t, i].norm()
+            M = log_decay[t, i].exp() * (M - gate[t, i] * torch.outer(key, key @ M))
+            M = M + gate[t, i] * torch.outer(key, v[t, i])
+    return torch.stack(reads).view(segments, queries, tokens, dim), M
+
+
+def window_convolution(
+    q: Tensor, k: Tensor, v: Tensor, taps: Tensor, tail: Tensor, reset: list[bool], *, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The short convolutions before a rule, over a window.
+
+    Args:
+        q, k, v, reset: as in `window_normalized`.
+        taps: `[r + 2, d, width]`, of the query heads, the key and the value, oldest token first.
+        tail: the width - 1 tokens before the window, `[r + 2, width - 1, d]`.
+        silu: what is convolved passes SiLU.
+
+    Returns:
+        q, k and v as the rule gets them, and the tail carried out.
+    """
+    past = list(tail.unbind(dim=1))  # every token so far, [r + 2, d] each
+    convolved = []
+    for t in range(q.shape[0]):
+        if reset[t]:
+            past = [torch.zeros_like(past[0]) for _ in past]
+        for i in range(q.shape[2]):
             past.append(torch.cat([q[t, :, i], k[t, i][None], v[t, i][None]]))
             summed = sum(taps[:, :, -1 - back] * past[-1 - back] for back in range(taps.shape[-1]))
-            convolved = summed / (1 + (-summed).exp())
-            for r in range(queries):
-                reads[t][r].append((convolved[r] / convolved[r].norm()) @ before)
-            key, value = convolved[-2] / convolved[-2].norm(), convolved[-1]
-            M = log_decay[t, i].exp() * (M - gate[t, i] * torch.outer(key, key @ M))
-            M = M + gate[t, i] * torch.outer(key, value)
-        past = past[-tail.shape[1] :]
-    return torch.stack([torch.stack([torch.stack(row) for row in rows]) for rows in reads]), M, torch.stack(past, dim=1)
+            convolved.append(summed / (1 + (-summed).exp()) if silu else summed)
+    by_segment = torch.stack(convolved).unflatten(0, (q.shape[0], -1)).transpose(1, 2)  # [t, r + 2, s, d]
+    return by_segment[:, :-2], by_segment[:, -2], by_segment[:, -1], torch.stack(past[-tail.shape[1] :], dim=1)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from model.config import MemoryConfig
 from model.rules import LayerShape, Tokens, build_rule
-from model.rules.gated_deltanet import WIDTH
 
 CODES = 90
 """Different values, such as the two-digit numbers of `recall`: guessing is right once in 90 times."""
@@ -52,13 +51,13 @@ def recalled(
         padding = x.new_zeros(LANES, rest, *x.shape[2:])
         return torch.cat([x, padding], dim=1).unflatten(1, (segments, 1, segment_length))
 
-    rule = build_rule(MemoryConfig(rule=rule_name))
+    rule = build_rule(MemoryConfig(rule=rule_name, short_convolution=False))
     layer = LayerShape(dim, 1, 1, dim)
     gate = split(torch.ones(LANES, pairs))
     query = split(k).unsqueeze(3)
     inputs = {name: torch.full_like(gate, NO_DECAY) for name in rule.token_inputs}
     tokens = Tokens(query, split(k), split(codes[chosen]), gate, inputs)
-    weights = _pass_through(dim) if rule_name == "gated_deltanet" else {}
+    weights = {name: parameter.initial(generator) for name, parameter in rule.parameters(layer).items()}
     state = rule.init(LANES, layer, dtype=torch.float32, device=k.device)
     states = rule.scan(tokens, weights, state, torch.ones(LANES, segments, dtype=torch.bool))
     last = type(states)(*(x[:, -1:].expand(-1, segments, *x.shape[2:]) for x in states))
@@ -78,13 +77,6 @@ def _keys(kind: str, dim: int, pairs: int, sharpness: float, generator: torch.Ge
         raise ValueError(f"{pairs} orthogonal keys do not fit in {dim} dimensions")
     basis = torch.linalg.qr(torch.randn(LANES, dim, dim, generator=generator)).Q
     return sharpness * dim**0.5 * basis[:, :pairs]
-
-
-def _pass_through(dim: int) -> dict[str, Tensor]:
-    """`gated_deltanet`'s weights when its convolutions see a token alone; their SiLU stays."""
-    taps = torch.zeros(3 * dim, WIDTH)
-    taps[:, -1] = 1
-    return {"convolution": taps, "decay_rate": torch.zeros(1)}
 
 
 def capacity_curve(

@@ -13,7 +13,8 @@ With h hidden size, d head dimension, n query heads, g key/value heads, f MLP wi
     local_attention   layers * 4 n d * S / 2, with a sliding context 3 S / 2
     memory            layers * (what the rule says: 2 n d^2 read + 2 g d^2 write
                                 [+ 2 g d^2 the value already stored: all but linear]
-                                [+ 8 d (n + 2 g) convolutions + 2 h g decay: gated_deltanet]
+                                [+ 2 h g decay: gated_deltanet]
+                                [+ 8 d (n + 2 g) short convolutions]
                                 [+ 2 h g write gate] [+ 2 h n mix gate per token])
     output            2 h V
 

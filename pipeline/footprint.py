@@ -21,8 +21,9 @@ key/value heads of dimension d and an MLP width f, a layer keeps per token
     + sliding   d e (n + 4 g) + 4 n, + n d m with a memory of the same precision
     memory      n d (5 m + 1 + c) + g d (2 m + 1 + 2 c)    linear
                 + g d m                                    delta
-                n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet
-                n d (5 m + c) + 10 g d m + 192 g m + h c   gated_deltanet
+                n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet, gated_deltanet
+                + 128 g m + h c                            gated_deltanet
+                + 2 n d m + g d (6 m - c)                  short convolutions; linear, delta: n d m + g d (4 m - 2 c)
                 + h c + g d m                              write gate
                 + h c + 3 n m                              mix gate per token
     states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (the others)

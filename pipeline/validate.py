@@ -307,7 +307,12 @@ def _memory(config: Config) -> Iterator[str]:
             f"model.memory.write_gate = {memory.write_gate}: must be none with model.memory.rule = none, "
             "there is nothing to write to"
         )
-    elif memory.write_gate == "none" and config.train.write_gate_penalty:
+    if memory.rule == "none" and memory.short_convolution:
+        yield (
+            "model.memory.short_convolution = true: must be null or false with model.memory.rule = none, there is "
+            "nothing to convolve for"
+        )
+    if memory.write_gate == "none" and config.train.write_gate_penalty:
         gates = " or ".join(gate for gate in WRITE_GATES if gate != "none")
         yield (
             f"train.write_gate_penalty = {config.train.write_gate_penalty}: must be 0 without a write gate, or "

@@ -6,14 +6,14 @@ dimension. A memory is a tuple of tensors that begin with `[b, n]`.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Memory = tuple[Tensor, ...]
 
 WRITE_BLOCK = 64
 """Tokens that the token-by-token delta rule solves for at once."""
 WIDTH = 4
-"""Tokens that `gated_deltanet`'s convolutions see."""
+"""Tokens that the short convolutions see."""
 
 
 def phi(x: Tensor) -> Tensor:
@@ -127,53 +127,70 @@ class DeltaNetRule(Rule):
         return (write_token_by_token(F.normalize(key, dim=-1), value, gate, None, memory[0]),)
 
 
-class GatedDeltaNetRule(Rule):
-    """`gated_deltanet`: the same with a decay, behind short convolutions that run through segment borders.
-
-    Beside M the last tokens before the convolution, `[b, n, r + 2, 3, d]`: queries up to the last piece, key and value
-    up to the last segment.
-    """
+class GatedDeltaNetRule(DeltaNetRule):
+    """`gated_deltanet`: the same with a decay."""
 
     inputs = ("decay",)
 
     def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
+        return {"decay_rate": torch.zeros(groups)}
+
+    def write(self, key, value, gate, inputs, weights, memory) -> Memory:
+        log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(inputs["decay"])
+        return (write_token_by_token(F.normalize(key, dim=-1), value, gate, log_decay, memory[0]),)
+
+
+class ConvolvedRule(Rule):
+    """Any rule behind short convolutions that run through segment borders, with SiLU where the rule has no phi.
+
+    Behind the rule's own memory the last tokens before the convolution, `[b, n, r + 2, 3, d]`: queries up to the last
+    piece, key and value up to the last segment.
+    """
+
+    def __init__(self, rule: Rule):
+        self.rule, self.inputs = rule, rule.inputs
+        self.activation = nn.Identity() if isinstance(rule, NormalizedRule) else F.silu
+
+    def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
         taps = torch.randn((heads + 2 * groups) * dim, WIDTH) * (3 * WIDTH) ** -0.5
-        return {"decay_rate": torch.zeros(groups), "convolution": taps}
+        return {**self.rule.parameters(heads, groups, dim), "convolution": taps}
 
     def init(self, like: Tensor, ratio: int) -> Memory:
         b, n, _, d = like.shape
-        return *super().init(like, ratio), like.new_zeros(b, n, ratio + 2, WIDTH - 1, d)
+        return *self.rule.init(like, ratio), like.new_zeros(b, n, ratio + 2, WIDTH - 1, d)
 
     def read(self, query: Tensor, weights: dict[str, Tensor], memory: Memory) -> Tensor:
-        matrix, tail = memory
+        *inner, tail = memory
         query = self._convolve(tail[:, :, :-2], query, self._taps(weights, tail)[:, :-2])
-        return F.normalize(query, dim=-1) @ matrix.unsqueeze(2)
+        return self.rule.read(query, weights, tuple(inner))
 
     def advance(self, query: Tensor, count: Tensor, memory: Memory) -> Memory:
-        matrix, tail = memory
+        *inner, tail = memory
         behind = torch.cat([tail[:, :, :-2], query], dim=3)
         last = count[:, None] + torch.arange(WIDTH - 1, device=count.device)
-        return matrix, torch.cat([behind.take_along_dim(last[:, None, None, :, None], dim=3), tail[:, :, -2:]], dim=2)
+        tail = torch.cat([behind.take_along_dim(last[:, None, None, :, None], dim=3), tail[:, :, -2:]], dim=2)
+        return *self.rule.advance(query, count, tuple(inner)), tail
 
     def write(self, key, value, gate, inputs, weights, memory) -> Memory:
-        matrix, tail = memory
+        *inner, tail = memory
         taps, raw = self._taps(weights, tail), torch.stack([key, value], dim=2)
         key, value = self._convolve(tail[:, :, -2:], raw, taps[:, -2:]).unbind(dim=2)
-        log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(inputs["decay"])
-        matrix = write_token_by_token(F.normalize(key, dim=-1), value, gate, log_decay, matrix)
         raw = torch.cat([tail[:, :, -2:], raw], dim=3)[:, :, :, -(WIDTH - 1) :]
-        return matrix, torch.cat([tail[:, :, :-2], raw], dim=2)
+        written = self.rule.write(key, value, gate, inputs, weights, tuple(inner))
+        return *written, torch.cat([tail[:, :, :-2], raw], dim=2)
+
+    def present(self, memory: Memory) -> Tensor:
+        return self.rule.present(memory[:-1])
 
     @staticmethod
     def _taps(weights: dict[str, Tensor], tail: Tensor) -> Tensor:
         """`[n, r + 2, d, WIDTH]`: per key/value head its query heads, its key, its value."""
         return weights["convolution"].view(-1, tail.shape[2], tail.shape[-1], WIDTH)
 
-    @staticmethod
-    def _convolve(tail: Tensor, x: Tensor, taps: Tensor) -> Tensor:
-        """SiLU of the causal convolution of `[..., m, d]` behind its tail."""
+    def _convolve(self, tail: Tensor, x: Tensor, taps: Tensor) -> Tensor:
+        """The causal convolution of `[..., m, d]` behind its tail, activated."""
         behind, length = torch.cat([tail, x], dim=-2), x.shape[-2]
-        return F.silu(sum(behind[..., i : i + length, :] * taps[..., None, :, i] for i in range(WIDTH)))
+        return self.activation(sum(behind[..., i : i + length, :] * taps[..., None, :, i] for i in range(WIDTH)))
 
 
 RULES = {
@@ -182,6 +199,14 @@ RULES = {
     "deltanet": lambda config: DeltaNetRule(),
     "gated_deltanet": lambda config: GatedDeltaNetRule(),
 }
+
+
+def build_rule(config) -> Rule:
+    """The rule that `config.json` describes; without a word about convolutions `gated_deltanet` alone has them."""
+    rule, convolved = RULES[config.memory_rule](config), config.memory_short_convolution
+    convolved = config.memory_rule == "gated_deltanet" if convolved is None else convolved
+    return ConvolvedRule(rule) if convolved else rule
+
 
 MIX_GATES = ("head", "token")
 

@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_infini import InfiniCache, InfiniCacheLayer
 from .configuration_infini import InfiniConfig
-from .memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES
+from .memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES, build_rule
 from .rotary_infini import rotary_frequencies, rotate
 
 
@@ -81,7 +81,7 @@ class InfiniMemory(nn.Module):
             )
         self.config, self.groups = config, config.num_key_value_heads
         self.ratio = config.num_attention_heads // self.groups
-        self.rule, self.gate = RULES[config.memory_rule](config), WRITE_GATES[config.memory_write_gate]
+        self.rule, self.gate = build_rule(config), WRITE_GATES[config.memory_write_gate]
         if config.memory_mix_gate not in MIX_GATES:
             raise ValueError(f"config.json: memory_mix_gate {config.memory_mix_gate!r}: not {', '.join(MIX_GATES)}")
         if config.memory_mix_gate == "token":

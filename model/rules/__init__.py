@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from model.config import MemoryConfig
 from model.rules.base import LayerShape, MatrixState, MemoryRule, RuleParameter, State, Tokens, layer_shape
+from model.rules.convolution import ConvolvedRule
 from model.rules.deltanet import DeltaNetRule
-from model.rules.gated_deltanet import ConvolvedState, GatedDeltaNetRule
+from model.rules.gated_deltanet import GatedDeltaNetRule
 from model.rules.normalized import NormalizedRule, NormalizedState
 
 __all__ = [
     "RULES",
-    "ConvolvedState",
     "LayerShape",
     "MatrixState",
     "MemoryRule",
@@ -21,6 +21,7 @@ __all__ = [
     "State",
     "Tokens",
     "build_rule",
+    "has_convolution",
     "layer_shape",
 ]
 
@@ -34,12 +35,24 @@ RULES: dict[str, Callable[[MemoryConfig], MemoryRule | None]] = {
 """By the name that `memory.rule` gives them. `none` is the plain transformer."""
 
 
+CONVOLVED_BY_DEFAULT = ("gated_deltanet",)
+"""Rules that stand behind short convolutions where `memory.short_convolution` is null."""
+
+
+def has_convolution(memory: MemoryConfig) -> bool:
+    """Whether q, k and v pass short convolutions on their way to the memory."""
+    if memory.short_convolution is None:
+        return memory.rule in CONVOLVED_BY_DEFAULT
+    return memory.short_convolution
+
+
 def build_rule(memory: MemoryConfig) -> MemoryRule | None:
-    """The rule that `memory.rule` names; None for `none`.
+    """The rule that `memory` describes; None for `none`.
 
     Raises:
         ValueError: no such rule.
     """
     if memory.rule not in RULES:
         raise ValueError(f"memory.rule: no rule {memory.rule!r}; valid: {', '.join(RULES)}")
-    return RULES[memory.rule](memory)
+    rule = RULES[memory.rule](memory)
+    return ConvolvedRule(rule) if rule is not None and has_convolution(memory) else rule

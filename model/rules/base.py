@@ -19,6 +19,8 @@ segment, d head dimension.
 
 from __future__ import annotations
 
+import functools
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
@@ -37,6 +39,15 @@ class MatrixState(NamedTuple):
 State = tuple[Tensor, ...]
 """What a rule carries: a NamedTuple of tensors. The first dim of every tensor is the lane, the second the key/value
 head: the trainer and the checkpoint rely on this and on nothing else."""
+
+
+@functools.cache
+def extended_state(inner: type, fields: tuple[str, ...]) -> type:
+    """The NamedTuple of `inner`'s tensors and of those that something around the rule carries beside them; its attribute
+    `inner` is `inner`."""
+    extended = namedtuple(inner.__name__ + "".join(f"_{field}" for field in fields), inner._fields + fields)
+    extended.inner = inner
+    return extended
 
 
 class LayerShape(NamedTuple):
@@ -98,9 +109,12 @@ class Tokens(NamedTuple):
 class MemoryRule:
     """Base of the rules. A rule has no tensors of its own: its parameters are made by the layer and handed in."""
 
-    token_inputs: ClassVar[tuple[str, ...]] = ()
+    token_inputs: tuple[str, ...] = ()
     """Names of numbers that the rule wants per token and key/value head, each a linear function of the layer's
     normalised input: `parameters` has its `<name>.weight [groups, hidden]` and `<name>.bias [groups]`."""
+
+    has_feature_map: ClassVar[bool] = False
+    """Queries and keys pass a nonlinear map of the rule's own."""
 
     def parameters(self, layer: LayerShape) -> dict[str, RuleParameter]:
         """What the rule adds to a layer, by name."""

@@ -39,6 +39,8 @@ def _divide(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
 class NormalizedRule(MemoryRule):
     """`linear`, or `delta` when `delta`."""
 
+    has_feature_map = True
+
     def __init__(self, delta: bool, epsilon: float) -> None:
         self.delta = delta
         self.epsilon = epsilon

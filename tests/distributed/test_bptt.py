@@ -22,7 +22,7 @@ RULES = {
         "model.memory.write_gate=hard",
         "model.memory.mix_gate=token",
     ],
-    "sliding": ["model.memory.rule=delta", "model.local_context=sliding"],
+    "sliding-convolution": ["model.memory.rule=delta", "model.local_context=sliding", "model.memory.short_convolution=true"],
 }
 
 

@@ -22,7 +22,7 @@ MODELS = {
         "model.memory.write_gate=sigmoid",
         "model.memory.mix_gate=token",
     ],
-    "sliding": ["model.memory.rule=delta", "model.local_context=sliding"],
+    "sliding-convolution": ["model.memory.rule=delta", "model.local_context=sliding", "model.memory.short_convolution=true"],
     "transformer-xl": ["model.memory.rule=none", "model.local_context=sliding"],
 }
 LAYOUTS = {
@@ -98,7 +98,7 @@ def test_same_layout_goes_on_bit_for_bit(runs, layout):
 
 @pytest.mark.parametrize(
     ("model", "layout", "other"),
-    [("gated_deltanet", "2111", "1111"), ("sliding", "1111", "2111"), ("transformer-xl", "1212", "1111")],
+    [("gated_deltanet", "2111", "1111"), ("sliding-convolution", "1111", "2111"), ("transformer-xl", "1212", "1111")],
 )
 def test_everything_a_layer_carries_goes_on_bit_for_bit(runs, model, layout, other):
     """The convolutions' last tokens and the previous segment are memory, too; read whole on another layout."""

@@ -11,10 +11,11 @@ VOCAB = 40
 def small_config(
     rule="delta", gate="none", *, skip_empty=True, beta=0.0, mix="head", floor=0.0, **changes
 ) -> ModelConfig:
-    """`rule` may be `delta+sliding`: with a sliding local context."""
-    rule, _, context = rule.partition("+")
-    changes = changes | ({"local_context": context} if context else {})
+    """`rule` may be `delta+sliding`, with a sliding local context, `delta+convolution`, or both."""
+    rule, *more = rule.split("+")
+    changes = changes | ({"local_context": "sliding"} if "sliding" in more else {})
     memory = MemoryConfig(rule, gate, skip_empty=skip_empty, beta_init=beta, mix_gate=mix, gate_floor=floor)
+    memory.short_convolution = "convolution" in more or None
     settings = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
     settings |= {"ffn_hidden_size": 20, "segment_length": 6, "vocab_size": VOCAB, "vocab_size_multiple": 16}
     return ModelConfig(**settings | changes, memory=memory)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.memory_reference import window_deltanet, window_gated_deltanet, window_normalized
+from model.memory_reference import window_convolution, window_deltanet, window_gated_deltanet, window_normalized
+from model.rules import has_convolution
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -81,18 +82,23 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
                 break
             empty = bool(reset[i]) or not bool(state[0].any())
             shown.append(not empty)
-            arguments = (q[i : i + 1], k[i : i + 1], v[i : i + 1], gate[i : i + 1])
-            carried = (*state, [bool(reset[i])])
+            starts = [bool(reset[i])]
+            qkv, tail = (q[i : i + 1], k[i : i + 1], v[i : i + 1]), ()
+            if has_convolution(config.memory):
+                taps = p["memory_convolution"].view(groups, ratio + 2, d, -1)[group]
+                *qkv, tail = window_convolution(*qkv, taps, state.pop(), starts, silu="deltanet" in rule)
+                tail = (tail,)
+            arguments = (*qkv, gate[i : i + 1])
             if rule == "deltanet":
-                read, *state = window_deltanet(*arguments, *carried)
+                read, *state = window_deltanet(*arguments, *state, starts)
             elif rule == "gated_deltanet":
                 x_decay = x[i : i + 1] @ p["memory_decay.weight"][group] + p["memory_decay.bias"][group]
                 log_decay = -p["memory_decay_rate"][group].exp() * (1 + x_decay.exp()).log()
-                taps = p["memory_convolution"].view(groups, ratio + 2, d, -1)[group]
-                read, *state = window_gated_deltanet(*arguments, log_decay, taps, *carried)
+                read, *state = window_gated_deltanet(*arguments, log_decay, *state, starts)
             else:
                 normalized = {"delta": rule == "delta", "epsilon": config.memory.epsilon}
-                read, *state = window_normalized(*arguments, *carried, **normalized)
+                read, *state = window_normalized(*arguments, *state, starts, **normalized)
+            state += tail
             reads.append(read[0])
         before = [None] * t  # what the local attention sees before its segment
         if config.local_context == "sliding":

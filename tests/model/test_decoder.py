@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.lane_schedule import WeightedSet
 from data.lanes import LaneLoader
@@ -12,14 +13,13 @@ from model.config import QK_INITS
 from model.decoder import padded_vocab_size, split_layers
 from model.rules import RULES
 from model.rules.deltanet import unit_length
-from model.rules.gated_deltanet import _convolve
 from tests.model import naive
 from tests.model.build import VOCAB, random_memory, random_tokens, small_config, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-SLIDING = ("delta+sliding", "gated_deltanet+sliding")
-MEMORY_RULES = (*(name for name in RULES if name != "none"), *SLIDING)
+COMBINED = ("delta+sliding", "gated_deltanet+sliding", "deltanet+convolution", "linear+convolution+sliding")
+MEMORY_RULES = (*(name for name in RULES if name != "none"), *COMBINED)
 B, T = 2, 4
 
 
@@ -32,7 +32,7 @@ def starts(*segments, t=T, b=1):
 
 @pytest.mark.parametrize("qwen", [False, True], ids=["llama", "bias-norms"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("rule", [*RULES, "none+sliding", "gated_deltanet+sliding"])
+@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *COMBINED])
 def test_model_is_the_dense_model(rule, tied, qwen):
     family = {"qkv_bias": qwen, "qk_norm": qwen}
     config = small_config(rule, "none" if rule.startswith("none") else "sigmoid", tie_embeddings=tied, **family)
@@ -93,7 +93,7 @@ def test_changing_a_token_changes_nothing_before_it(rule):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *SLIDING])
+@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *COMBINED])
 def test_document_before_does_not_leak(rule, precision):
     """A document's losses and memory, bit for bit, whatever stood in the lane before: in this window and earlier."""
     config = small_config(rule)
@@ -281,7 +281,14 @@ def test_initial_values_depend_on_seed_and_name_alone():
     assert scale["layers.1.mlp.linear_fc2.weight"] == pytest.approx(0.02 / 4**0.5, rel=0.15)
 
 
-@pytest.mark.parametrize("rule", ["deltanet", "gated_deltanet"])
+def convolved(x, taps):
+    """SiLU of torch's own causal depthwise convolution of `[..., s, d]`, taps `[..., d, 4]`."""
+    channels = x.transpose(-1, -2).flatten(0, -2)
+    summed = F.conv1d(F.pad(channels, (3, 0)), taps.reshape(-1, 1, 4), groups=len(channels))
+    return F.silu(summed).view(*x.shape[:-2], x.shape[-1], -1).transpose(-1, -2)
+
+
+@pytest.mark.parametrize("rule", ["deltanet", "deltanet+convolution", "gated_deltanet"])
 def test_tied_keys_and_queries_recall_before_training(rule):
     """Places that follow the same tokens match best; drawn independently, they do no better than any others."""
     config = small_config(rule, hidden_size=128, segment_length=64)
@@ -300,11 +307,9 @@ def test_tied_keys_and_queries_recall_before_training(rule):
         groups, ratio, dim = attention.groups, attention.heads // attention.groups, attention.dim
         qkv = attention.qkv(hidden)[0].view(64, groups, ratio + 2, dim).permute(1, 2, 0, 3)
         query, key = qkv[:, :ratio], qkv[:, ratio]
-        if rule == "gated_deltanet":
+        if rule != "deltanet":
             taps = attention.memory_convolution.view(groups, ratio + 2, dim, 4)
-            empty = qkv.new_zeros(groups, ratio, 3, dim)
-            query = _convolve(empty, query, taps[:, :ratio])
-            key = _convolve(empty[:, 0], key, taps[:, ratio])
+            query, key = convolved(query, taps[:, :ratio]), convolved(key, taps[:, ratio])
         scores = torch.einsum("grd,gsd->grs", unit_length(query[:, :, 43]), unit_length(key[:, :40]))
         matched[qk_init] = float((scores.argmax(dim=-1) == 12).double().mean())
     assert matched == {"independent": pytest.approx(0, abs=0.3), "tied": 1.0}
@@ -333,7 +338,7 @@ def test_vocabulary_is_padded_up():
     assert [padded_vocab_size(n, 64) for n in (1, 64, 65, 257)] == [64, 64, 128, 320]
 
 
-@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *SLIDING])
+@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *COMBINED])
 def test_probe_reads_what_its_segment_reads_and_writes_nothing(rule):
     """Against a stage without probes: run up to the segment, then the probe's text in its place."""
     config = small_config(rule, "none" if rule.startswith("none") else "sigmoid")

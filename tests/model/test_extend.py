@@ -19,6 +19,8 @@ RULES_AND_GATES = [
     ("gated_deltanet", "hard"),
     ("none+sliding", "none"),
     ("gated_deltanet+sliding", "hard"),
+    ("linear+convolution", "sigmoid"),
+    ("deltanet+convolution+sliding", "none"),
 ]
 LENGTHS = [6, 19, 24]
 """Tokens per lane, segments of 6: a whole one, some and a bit, and some whole ones."""

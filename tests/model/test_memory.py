@@ -7,29 +7,38 @@ from hypothesis import strategies as st
 
 from model.config import MemoryConfig
 from model.memory import remember, write_gate
-from model.memory_reference import window_deltanet, window_gated_deltanet, window_normalized
+from model.memory_reference import window_convolution, window_deltanet, window_gated_deltanet, window_normalized
 from model.rules import RULES as TABLE
-from model.rules import ConvolvedState, LayerShape, MatrixState, NormalizedState, Tokens, deltanet
+from model.rules import LayerShape, MatrixState, NormalizedState, Tokens, deltanet
 from model.rules import build_rule as rule_of
+from model.rules.base import extended_state
 from model.rules.normalized import phi
 
-RULES = tuple(name for name in TABLE if name != "none")
+PLAIN_RULES = tuple(name for name in TABLE if name != "none")
+RULES = PLAIN_RULES + tuple(f"{name}+convolution" for name in PLAIN_RULES)
 GATES = ("none", "hard", "sigmoid")
 EPSILON = 1e-6
 TOKENS = "qkvax"
 """Names of the leaves that have a segment dim."""
-STATES = {
-    "linear": (NormalizedState, "Mz"),
-    "delta": (NormalizedState, "Mz"),
-    "deltanet": (MatrixState, "M"),
-    "gated_deltanet": (ConvolvedState, ("M", "tail")),
-}
-"""Of each rule: its state, and the names of the leaves that it is made of."""
-ONLY_GATED = {"x", "rate", "taps", "tail"}
+STATES = {"linear": NormalizedState, "delta": NormalizedState, "deltanet": MatrixState, "gated_deltanet": MatrixState}
+
+
+def is_convolved(rule_name):
+    return rule_name.endswith("+convolution")
+
+
+def plain(rule_name):
+    return rule_name.removesuffix("+convolution")
+
+
+def state_type(rule_name):
+    """Its fields are the names of the leaves that a rule's state is made of."""
+    kind = STATES[plain(rule_name)]
+    return extended_state(kind, ("tail",)) if is_convolved(rule_name) else kind
 
 
 def build_rule(name, epsilon=EPSILON):
-    return rule_of(MemoryConfig(rule=name, epsilon=epsilon))
+    return rule_of(MemoryConfig(rule=plain(name), short_convolution=is_convolved(name), epsilon=epsilon))
 
 
 def reference_gate(kind: str, a: torch.Tensor) -> torch.Tensor:
@@ -66,8 +75,8 @@ def random_window(seed, *, b=2, t=3, n=2, r=2, s=4, d=6, empty=False):
 
 
 def state_of(rule_name, window):
-    kind, names = STATES[rule_name]
-    return kind(*(window[name] for name in names))
+    kind = state_type(rule_name)
+    return kind(*(window[name] for name in kind._fields))
 
 
 def tokens_of(window, gate):
@@ -99,16 +108,21 @@ def naive(rule_name, gate_kind, window, reset):
             q = window["q"][lane, :, head * ratio : (head + 1) * ratio]  # a group's query heads are neighbours
             k, v, g = window["k"][lane, :, head], window["v"][lane, :, head], gate[lane, :, head]
             M, z, starts = window["M"][lane, head], window["z"][lane, head], reset[lane].tolist()
-            if rule_name == "deltanet":
+            convolution = ()
+            if is_convolved(rule_name):
+                taps, tail = window["taps"].view(n, ratio + 2, -1, 4)[head], window["tail"][lane, head]
+                silu = STATES[plain(rule_name)] is MatrixState  # the others have phi
+                q, k, v, *convolution = window_convolution(q, k, v, taps, tail, starts, silu=silu)
+            if plain(rule_name) == "deltanet":
                 read, *after = window_deltanet(q, k, v, g, M, starts)
-            elif rule_name == "gated_deltanet":
-                x, rate, tail = window["x"][lane, :, head], window["rate"][head], window["tail"][lane, head]
+            elif plain(rule_name) == "gated_deltanet":
+                x, rate = window["x"][lane, :, head], window["rate"][head]
                 log_decay = -rate.exp() * (1 + x.exp()).log()
-                taps = window["taps"].view(n, ratio + 2, -1, 4)[head]
-                read, *after = window_gated_deltanet(q, k, v, g, log_decay, taps, M, tail, starts)
+                read, *after = window_gated_deltanet(q, k, v, g, log_decay, M, starts)
             else:
-                delta = rule_name == "delta"
+                delta = plain(rule_name) == "delta"
                 read, *after = window_normalized(q, k, v, g, M, z, starts, delta=delta, epsilon=EPSILON)
+            after += convolution
             reads.append(read)
             states.append(after)
     read = torch.stack(reads).unflatten(0, (b, n)).transpose(1, 2).flatten(2, 3)
@@ -167,14 +181,15 @@ def test_everything_at_once(rule_name, gate_kind):
     reset[1, 2] = True
     found = assert_same_as_reference(rule_name, gate_kind, window, reset)
     unused = {"a"} if gate_kind == "none" else set()
-    unused |= {"M", "z", "tail"} - set(STATES[rule_name][1])
-    unused |= ONLY_GATED if rule_name != "gated_deltanet" else set()
+    unused |= {"M", "z", "tail"} - set(state_type(rule_name)._fields)
+    unused |= set() if is_convolved(rule_name) else {"taps"}
+    unused |= set() if plain(rule_name) == "gated_deltanet" else {"x", "rate"}
     assert {name for name, x in found.items() if not x.any()} == unused
 
 
 @pytest.mark.parametrize("length", [3, 4, 6, 8, 16])
 @pytest.mark.parametrize("gate_kind", GATES)
-@pytest.mark.parametrize("rule_name", ["deltanet", "gated_deltanet"])
+@pytest.mark.parametrize("rule_name", ["deltanet", "gated_deltanet", "gated_deltanet+convolution"])
 def test_delta_rule_is_solved_in_blocks(rule_name, gate_kind, length, monkeypatch):
     """Segments shorter than a block, one block, several, and a length that blocks do not divide."""
     monkeypatch.setattr(deltanet, "WRITE_BLOCK", 4)
@@ -192,7 +207,7 @@ def test_two_windows_are_one_longer_window(rule_name, gate_kind):
     first = {name: x[:, :2] if name in TOKENS else x for name, x in window.items()}
     read_first, between = fast(rule_name, gate_kind, first, reset[:, :2])
     second = {name: x[:, 2:] if name in TOKENS else x for name, x in window.items()}
-    second |= dict(zip(STATES[rule_name][1], between, strict=True))
+    second |= between._asdict()
     read_second, after_second = fast(rule_name, gate_kind, second, reset[:, 2:])
     assert_close(torch.cat([read_first, read_second], dim=1), read, "read")
     for x, y in zip(after_second, after, strict=True):
@@ -248,7 +263,7 @@ def test_empty_memory_reads_zero_and_says_so(rule_name):
     assert all(x.isfinite().all() for x in gradients([read], window).values())
 
 
-@pytest.mark.parametrize("rule_name", [name for name in RULES if name != "gated_deltanet"])
+@pytest.mark.parametrize("rule_name", [name for name in PLAIN_RULES if name != "gated_deltanet"])
 def test_closed_gates_leave_the_memory_as_it_is(rule_name):
     window, reset = random_window(23)
     reset[:] = False
@@ -320,8 +335,9 @@ def test_document_starts_afresh_after_a_memory_that_overflowed(rule_name):
     healthy, _ = fast(rule_name, "none", window, reset)
     broken = window | {name: window[name].detach().clone() for name in ("M", "z", "tail")}
     broken["M"][0], broken["z"][1] = torch.inf, torch.nan
-    if "z" not in STATES[rule_name][1]:
-        broken["M"][1] = broken["tail"][0] = torch.nan
+    broken["tail"][0] = torch.nan
+    if "z" not in state_type(rule_name)._fields:
+        broken["M"][1] = torch.nan
     leaves = {name: x.requires_grad_() for name, x in broken.items()}
     read, after = fast(rule_name, "none", leaves, reset)
     assert torch.equal(read, healthy)
@@ -357,7 +373,7 @@ def test_parameters_and_state_have_the_declared_shapes(rule_name):
         assert value.shape == parameter.shape and parameter.shape[0] % layer.groups == 0, name
     state = rule.init(3, layer, dtype=torch.float64, device=torch.device("cpu"))
     assert all(x.shape[:2] == (3, 4) and not x.any() for x in state)
-    if rule_name == "gated_deltanet":
+    if plain(rule_name) == "gated_deltanet":
         found = {n: p.initial(torch.Generator()) for n, p in rule.parameters(layer).items() if p.is_gate}
         decay = found["decay_rate"].exp() * torch.nn.functional.softplus(found["decay.bias"])
         torch.testing.assert_close(decay, torch.logspace(-5, -3, 4), rtol=1e-4, atol=0)

@@ -24,6 +24,7 @@ from pipeline.optimizer import parameter_groups
 
 MEMORY_KINDS = [("none", "none"), ("linear", "none"), ("delta", "none"), ("delta", "hard"), ("deltanet", "hard")]
 MEMORY_KINDS += [("gated_deltanet", "none"), ("gated_deltanet", "hard")]
+MEMORY_KINDS += [("linear+convolution", "none"), ("delta+convolution", "none"), ("deltanet+convolution", "none")]
 
 
 def llama3_8b(rule="linear", **changes):
@@ -45,6 +46,7 @@ QWEN = {"qkv_bias": True, "qk_norm": True}
 
 
 def small(rule="delta", gate="hard", **changes):
+    rule, _, convolution = rule.partition("+")
     values = {
         "num_layers": 3,
         "hidden_size": 256,
@@ -53,7 +55,7 @@ def small(rule="delta", gate="hard", **changes):
         "ffn_hidden_size": 688,
         "vocab_size": 500,
         "segment_length": 256,
-        "memory": MemoryConfig(rule=rule, write_gate=gate),
+        "memory": MemoryConfig(rule, gate, short_convolution=bool(convolution) or None),
     }
     return ModelConfig(**(values | changes))
 
