@@ -22,8 +22,9 @@ class MemoryConfig:
     write_gate_bias: float = 2.0
     """Initial bias of the write gate. At +2 the hard gate is exactly 1 everywhere: the paper's rule."""
     short_convolution: bool | None = None
-    """Queries, keys and values pass a causal convolution over 4 tokens on their way to the memory, so that a key can hold
-    the token before it (see `model.rules.convolution`). null: `gated_deltanet` has them, as in its paper, the others not."""
+    """Queries, keys and values pass a causal convolution over 4 tokens on their way to the memory, so that a key can
+    hold the token before it (see `model.rules.convolution`). null: `gated_deltanet` has them, as in its paper, the
+    others do not."""
     mix_gate: str = "head"
     """What decides the memory's share of the output, sigmoid(beta): `head`, one beta per query head (the paper), or
     `token`, a linear function of the layer's normalised input per query head."""

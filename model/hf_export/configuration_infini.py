@@ -11,7 +11,7 @@ class InfiniConfig(PreTrainedConfig):
     """
 
     model_type = "infini"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 4096

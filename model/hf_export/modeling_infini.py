@@ -7,6 +7,7 @@ length. `InfiniCache` holds the memory and the keys and values of the segment th
 Segments are counted from each row's first real token, so rows of a padded batch give what they give alone.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ from .cache_infini import InfiniCache, InfiniCacheLayer
 from .configuration_infini import InfiniConfig
 from .memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES, build_rule
 from .rotary_infini import rotary_frequencies, rotate
+
+CACHE_NAME = next(x.name for x in fields(BaseModelOutputWithPast) if x.name in ("cache", "past_key_values"))
+"""What the cache is called in outputs and by `generate`: `past_key_values` before transformers 5.24, `cache` since."""
 
 
 class Piece(NamedTuple):
@@ -237,7 +241,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
     _no_split_modules = ["InfiniDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _is_stateful = True  # no going back to an earlier token: assisted generation is refused
     _keep_in_fp32_modules_strict = ["memory"]
@@ -278,13 +282,14 @@ class InfiniModel(InfiniPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         last_columns: int | None = None,
+        cache: InfiniCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Read tokens `[b, columns]`, any number of them.
 
         Args:
             attention_mask: `[b, columns]` or `[b, seen + columns]`, 0 for padding: at any place, it is left out.
-            past_key_values: what an earlier call returned; it is changed.
+            past_key_values: what an earlier call returned; it is changed. Also called `cache`.
             last_columns: return the hidden states of so many last columns only (those of a long prompt are large).
 
         Raises:
@@ -295,9 +300,12 @@ class InfiniModel(InfiniPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         source = input_ids if inputs_embeds is None else inputs_embeds
         b, columns = source.shape[:2]
-        cache = InfiniCache(self.config) if past_key_values is None else past_key_values
+        if past_key_values is not None and cache is not None:
+            raise ValueError("give either past_key_values or cache")
+        cache = past_key_values if cache is None else cache
+        cache = InfiniCache(self.config) if cache is None else cache
         if not isinstance(cache, InfiniCache):
-            raise ValueError(f"past_key_values must be an InfiniCache (or None), not {type(cache).__name__}")
+            raise ValueError(f"{CACHE_NAME} must be an InfiniCache (or None), not {type(cache).__name__}")
         if cache.fill is None:
             cache.fill = torch.zeros(b, dtype=torch.long)
         if len(cache.fill) != b:
@@ -338,7 +346,7 @@ class InfiniModel(InfiniPreTrainedModel):
             layer.columns += columns
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(torch.cat(pieces, dim=1)[rows, result - dropped]),
-            past_key_values=cache if (self.config.use_cache if use_cache is None else use_cache) else None,
+            **{CACHE_NAME: cache if (self.config.use_cache if use_cache is None else use_cache) else None},
         )
 
     def _read_piece(self, hidden: Tensor, now: Tensor, cache: InfiniCache) -> Tensor:
@@ -419,6 +427,7 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        cache: InfiniCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits `[b, columns, vocabulary]`, of the last `logits_to_keep` columns when that is not 0.
@@ -432,13 +441,14 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             last_columns=logits_to_keep or None,
+            cache=cache,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
 
 
 __all__ = ["InfiniCache", "InfiniForCausalLM", "InfiniModel"]

@@ -43,8 +43,8 @@ head: the trainer and the checkpoint rely on this and on nothing else."""
 
 @functools.cache
 def extended_state(inner: type, fields: tuple[str, ...]) -> type:
-    """The NamedTuple of `inner`'s tensors and of those that something around the rule carries beside them; its attribute
-    `inner` is `inner`."""
+    """The NamedTuple of the tensors of `inner` and of those that something around the rule carries beside them. Its
+    attribute `inner` is `inner`."""
     extended = namedtuple(inner.__name__ + "".join(f"_{field}" for field in fields), inner._fields + fields)
     extended.inner = inner
     return extended

@@ -4,8 +4,8 @@
     write    per token   M <- a (M - g k (k^T M)^T) + g k v^T
     read     A = q^T M, of the state before the segment
 
-with q and k L2-normalised and g the write gate (the paper's beta is `write_gate=sigmoid`). The paper's short convolutions
-are in `model.rules.convolution`.
+with q and k L2-normalised and g the write gate (the paper's beta is `write_gate=sigmoid`). The paper's short
+convolutions are in `model.rules.convolution`.
 
 Initial values. R = 0 and w = 0; b spreads the heads' decays per token geometrically from 1 - 1e-5 to 1 - 1e-3, half
 lives of 69,000 to 690 tokens: the paper's own (exp(-0.001) and less) forget within one segment, before training could

@@ -22,7 +22,11 @@ RULES = {
         "model.memory.write_gate=hard",
         "model.memory.mix_gate=token",
     ],
-    "sliding-convolution": ["model.memory.rule=delta", "model.local_context=sliding", "model.memory.short_convolution=true"],
+    "sliding-convolution": [
+        "model.memory.rule=delta",
+        "model.local_context=sliding",
+        "model.memory.short_convolution=true",
+    ],
 }
 
 

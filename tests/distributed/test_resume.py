@@ -22,7 +22,11 @@ MODELS = {
         "model.memory.write_gate=sigmoid",
         "model.memory.mix_gate=token",
     ],
-    "sliding-convolution": ["model.memory.rule=delta", "model.local_context=sliding", "model.memory.short_convolution=true"],
+    "sliding-convolution": [
+        "model.memory.rule=delta",
+        "model.local_context=sliding",
+        "model.memory.short_convolution=true",
+    ],
     "transformer-xl": ["model.memory.rule=none", "model.local_context=sliding"],
 }
 LAYOUTS = {

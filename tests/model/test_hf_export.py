@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="the extra `hf` is not
 
 from model.hf_export.cache_infini import InfiniCache  # noqa: E402
 from model.hf_export.configuration_infini import InfiniConfig  # noqa: E402
-from model.hf_export.modeling_infini import InfiniForCausalLM  # noqa: E402
+from model.hf_export.modeling_infini import CACHE_NAME, InfiniForCausalLM  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_process"), pytest.mark.filterwarnings("ignore")]
 
@@ -235,6 +235,16 @@ def test_embeddings_in_place_of_tokens(delta):
     assert torch.equal(delta(inputs_embeds=embedded).logits, delta(tokens).logits)
 
 
+@torch.no_grad()
+def test_the_cache_has_two_names(delta):
+    tokens = random_tokens(2, 20)
+    old, new = InfiniCache(delta.config), InfiniCache(delta.config)
+    for columns in (tokens[:, :9], tokens[:, 9:]):
+        left, right = delta(columns, past_key_values=old), delta(columns, cache=new)
+        assert torch.equal(left.logits, right.logits)
+        assert right[CACHE_NAME] is new
+
+
 def test_what_cannot_be_followed_is_refused(delta):
     tokens = random_tokens(2, 8)
     with pytest.raises(ValueError, match="position_ids"):
@@ -253,6 +263,8 @@ def test_what_cannot_be_followed_is_refused(delta):
         delta(tokens, attention_mask=torch.zeros_like(tokens))
     cache = InfiniCache(delta.config)
     delta(tokens, past_key_values=cache)
+    with pytest.raises(ValueError, match="give either past_key_values or cache"):
+        delta(tokens, past_key_values=cache, cache=cache)
     with pytest.raises(ValueError, match="cache of 2"):
         delta(tokens[:1], past_key_values=cache)
 

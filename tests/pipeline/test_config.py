@@ -195,6 +195,11 @@ def refused(overrides, world_size=None) -> list[str]:
         (["data.sets=[{path: a, weight: 0}]"], None, ["data.sets.0.weight = 0.0", "greater than 0"]),
         (["evaluate.passkey_depths=[0.5,1.5]"], None, ["evaluate.passkey_depths.1 = 1.5", "between 0 and 1"]),
         (["model.memory.rule=none", "model.memory.write_gate=hard"], None, ["model.memory.write_gate = hard"]),
+        (
+            ["model.memory.rule=none", "model.memory.short_convolution=true"],
+            None,
+            ["model.memory.short_convolution = true"],
+        ),
         (["model.local_context=wide"], None, ["model.local_context = wide", "segment, sliding"]),
         (["model.qk_init=equal"], None, ["model.qk_init = equal", "independent, tied"]),
         (["model.memory.mix_gate=layer"], None, ["model.memory.mix_gate = layer", "head, token"]),

@@ -143,6 +143,21 @@ def test_plain_gives_back_what_was_imported(tmp_path, family):
 
 
 @pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
+def test_an_older_export_does_not_speak_of_convolutions(tmp_path, rule):
+    """Then `gated_deltanet` alone has them: for the exported code, and for the import."""
+    run = write_run(tmp_path / "run", rule)
+    export_model(run, tmp_path / "hf")
+    tokens = torch.randint(0, 257, (1, 30), generator=torch.Generator().manual_seed(0))
+    logits = exported(tmp_path / "hf")(tokens).logits
+    description = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert description.pop("memory_short_convolution") == (rule == "gated_deltanet")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(description))
+    assert torch.equal(exported(tmp_path / "hf")(tokens).logits, logits)
+    import_model(tmp_path / "hf", tmp_path / "back", memory=None)
+    assert masters(run).keys() == masters(tmp_path / "back").keys()
+
+
+@pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
 def test_import_of_an_export_is_bit_equal(tmp_path, rule):
     """Import, (training,) export, import: the memory's parameters included."""
     run = write_run(tmp_path / "run", rule, qk_norm=True, local_context="sliding")
