@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # How many pairs each memory rule holds: documents of names with numbers -> a model per rule -> exact match
-# against the number of pairs, side by side. Everything lands in ./capacity. It can be stopped and run again.
+# against the number of pairs, side by side; every rule with and without short convolutions. Half an hour on two cores.
+# Everything lands in ./capacity. It can be stopped and run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/models.sh
@@ -14,8 +15,12 @@ infini prepare "$(pairs 6000 54..64 2 3)" --tokenizer capacity/long --valid-frac
 infini prepare "$(pairs 6000 90..110 4 4)" "$(pairs 6000 165..220 8 5)" --tokenizer capacity/long --valid-fraction 0.001 \
     --out capacity/short
 
-say "a model per rule, $JOBS at a time"
-train_models configs/recall.yaml capacity "${RULES[@]}"
+mapfile -t convolved < <(with_setting convolved model.memory.short_convolution=true "${RULES[@]}")
+mapfile -t plain < <(with_setting plain model.memory.short_convolution=false "${RULES[@]}")
+say "two models per rule, $JOBS at a time"
+train_models configs/recall.yaml capacity "${convolved[@]}" "${plain[@]}"
 
-say "exact match against the number of pairs"
-evaluate_models capacity --no-perplexity "${RULES[@]}"
+say "exact match against the number of pairs, without short convolutions"
+evaluate_models capacity evaluation_plain --no-perplexity "${plain[@]}"
+say "and with them"
+evaluate_models capacity evaluation_convolved --no-perplexity "${convolved[@]}"

@@ -21,4 +21,4 @@ say "a model per rule, $JOBS at a time"
 train_models configs/compare_rules.yaml compare "${MODELS[@]}"
 
 say "held-out loss by segment, differences paired by document"
-evaluate_models compare --no-passkey "${MODELS[@]}"
+evaluate_models compare evaluation --no-passkey "${MODELS[@]}"

@@ -13,6 +13,13 @@ RULES=(
     "gated_deltanet model.memory.rule=gated_deltanet model.memory.write_gate=sigmoid"
 )
 
+# with_setting SUFFIX SETTING 'NAME [SETTING...]'...: the same models with one more setting, a line each.
+with_setting() {
+    local suffix=$1 setting=$2 model
+    shift 2
+    for model in "$@"; do echo "${model%% *}_$suffix ${model#* } $setting"; done
+}
+
 say() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
 
 # train_model CONFIG FOLDER NAME [SETTING...]: the log is FOLDER/NAME.log; an interrupted run goes on.
@@ -39,10 +46,10 @@ train_models() {
     train_each "${@/#/$config $folder }"
 }
 
-# evaluate_models FOLDER OPTION 'NAME [SETTING...]'...: side by side, into FOLDER/evaluation.
+# evaluate_models FOLDER OUT OPTION 'NAME [SETTING...]'...: side by side, into FOLDER/OUT.
 evaluate_models() {
-    local folder=$1 option=$2 runs=() model
-    shift 2
+    local folder=$1 out=$2 option=$3 runs=() model
+    shift 3
     for model in "$@"; do runs+=("$folder/${model%% *}"); done
-    infini evaluate "${runs[@]}" --nproc "$JOBS" "$option" --out "$folder/evaluation"
+    infini evaluate "${runs[@]}" --nproc "$JOBS" "$option" --out "$folder/$out"
 }

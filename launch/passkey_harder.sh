@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The passkey task made harder: hidden in real text, and with several named keys.
-# Everything lands in ./passkey. It can be stopped and run again. docs/science.md has how far it goes.
+# Everything lands in ./passkey; two hours on two cores. It can be stopped and run again. docs/science.md has how far it goes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/models.sh
@@ -25,13 +25,22 @@ prepare_set keys short passkey:4000,length=130..220,keys=2,questions=2
 prepare_set keys window passkey:3000,length=226..300,keys=4,questions=4 passkey:3000,length=430..520,keys=8,questions=8
 prepare_set keys long passkey:600,length=1K..16K,keys=4,questions=4,seed=2 passkey:600,length=1K..16K,keys=8,questions=8,seed=2
 
-say "a model for each, $JOBS at a time"
+say "a model in real text and one per memory rule for named keys, $JOBS at a time"
 text_sets="data.sets.0.path=passkey/text/short data.sets.1.path=passkey/text/window data.sets.2.path=passkey/text/long"
 tied="model.memory.rule=gated_deltanet model.qk_init=tied model.init_std=0.1"
 sooner="train.steps=900 train.write_gate_penalty_from=225"
-train_each "configs/passkey_1m.yaml passkey text/run $text_sets $tied $sooner" "configs/passkey_keys.yaml passkey keys/run"
+models=("configs/passkey_1m.yaml passkey text/run $text_sets $tied $sooner")
+rules=(gated_deltanet deltanet delta linear)
+for rule in "${rules[@]}"; do
+    models+=("configs/passkey_keys.yaml passkey keys/$rule model.memory.rule=$rule model.memory.short_convolution=true")
+done
+train_each "${models[@]}"
 
 say "exact match by length"
 infini evaluate passkey/text/run --nproc "$JOBS" --no-perplexity 'evaluate.passkey_grid=[]' 'evaluate.passkey_depths=[]' \
     "evaluate.tasks=[\"passkey:100,length=256/1K/4K/16K,$filler\",\"passkey:20,length=64K,$filler\"]"
-infini evaluate passkey/keys/run --nproc "$JOBS" --no-perplexity
+infini evaluate passkey/keys/gated_deltanet --nproc "$JOBS" --no-perplexity
+
+say "exact match against the number of keys"
+infini evaluate "${rules[@]/#/passkey/keys/}" --nproc "$JOBS" --no-perplexity --out passkey/keys/evaluation \
+    'evaluate.tasks=["passkey:60,length=4K,keys=2/4/8/16/32"]'
