@@ -70,9 +70,10 @@ def window_normalized(
 
 
 def window_deltanet(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, M: Tensor, reset: list[bool]
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, M: Tensor, reset: list[bool], log_decay: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`deltanet` over a window; arguments as in `window_normalized`, without z."""
+    """`deltanet` over a window, and `gated_deltanet` with log a, `[t, s]`; the other arguments as in
+    `window_normalized`, without z."""
     segments, queries, tokens, dim = q.shape
     reads = []
     for t in range(segments):
@@ -84,27 +85,9 @@ def window_deltanet(
                 reads.append((query / query.norm()) @ M)
         for i in range(tokens):
             key = k[t, i] / k[t, i].norm()
+            if log_decay is not None:
+                M = log_decay[t, i].exp() * M
             M = M + gate[t, i] * torch.outer(key, v[t, i] - key @ M)
-    return torch.stack(reads).view(segments, queries, tokens, dim), M
-
-
-def window_gated_deltanet(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, M: Tensor, reset: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """`gated_deltanet` behind its convolutions; arguments as in `window_deltanet`, and log a, `[t, s]`."""
-    segments, queries, tokens, dim = q.shape
-    reads = []
-    for t in range(segments):
-        if reset[t]:
-            M, _ = _empty(dim, q)
-        for r in range(queries):
-            for i in range(tokens):
-                query = q[t, r, i]
-                reads.append((query / query.norm()) @ M)
-        for i in range(tokens):
-            key = k[t, i] / k[t, i].norm()
-            M = log_decay[t, i].exp() * (M - gate[t, i] * torch.outer(key, key @ M))
-            M = M + gate[t, i] * torch.outer(key, v[t, i])
     return torch.stack(reads).view(segments, queries, tokens, dim), M
 
 

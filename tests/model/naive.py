@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.memory_reference import window_convolution, window_deltanet, window_gated_deltanet, window_normalized
+from model.memory_reference import window_convolution, window_deltanet, window_normalized
 from model.rules import has_convolution
 
 
@@ -94,7 +94,7 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
             elif rule == "gated_deltanet":
                 x_decay = x[i : i + 1] @ p["memory_decay.weight"][group] + p["memory_decay.bias"][group]
                 log_decay = -p["memory_decay_rate"][group].exp() * (1 + x_decay.exp()).log()
-                read, *state = window_gated_deltanet(*arguments, log_decay, *state, starts)
+                read, *state = window_deltanet(*arguments, *state, starts, log_decay)
             else:
                 normalized = {"delta": rule == "delta", "epsilon": config.memory.epsilon}
                 read, *state = window_normalized(*arguments, *state, starts, **normalized)

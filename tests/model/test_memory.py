@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from model.config import MemoryConfig
 from model.memory import remember, write_gate
-from model.memory_reference import window_convolution, window_deltanet, window_gated_deltanet, window_normalized
+from model.memory_reference import window_convolution, window_deltanet, window_normalized
 from model.rules import RULES as TABLE
 from model.rules import LayerShape, MatrixState, NormalizedState, Tokens, deltanet
 from model.rules import build_rule as rule_of
@@ -118,7 +118,7 @@ def naive(rule_name, gate_kind, window, reset):
             elif plain(rule_name) == "gated_deltanet":
                 x, rate = window["x"][lane, :, head], window["rate"][head]
                 log_decay = -rate.exp() * (1 + x.exp()).log()
-                read, *after = window_gated_deltanet(q, k, v, g, log_decay, M, starts)
+                read, *after = window_deltanet(q, k, v, g, M, starts, log_decay)
             else:
                 delta = plain(rule_name) == "delta"
                 read, *after = window_normalized(q, k, v, g, M, z, starts, delta=delta, epsilon=EPSILON)
