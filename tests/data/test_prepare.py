@@ -96,7 +96,7 @@ def test_the_number_of_processes_changes_no_byte(corpus: Path, tmp_path: Path, m
 
 
 _STALLING = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from data.prepare import PrepareOptions, prepare
 
@@ -106,6 +106,7 @@ def stall(phase, done, total, tokens):
         time.sleep(60)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, tests among them
     options = PrepareOptions(tokenizer="train:400", shard_bytes=64 << 10, valid_fraction=0.1)
     try:
         prepare(sys.argv[1].split("|"), sys.argv[2], options, processes=2, report=stall)
