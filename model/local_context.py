@@ -22,8 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from model.config import ModelConfig
 from model.rotary import rotate
-from model.rules import LayerShape, State, build_rule
-from model.rules.base import extended_state
+from model.rules import LayerShape, State, build_rule, extended_state
 
 Table = tuple[Tensor, Tensor]
 """Of `model.rotary`."""

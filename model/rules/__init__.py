@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from model.config import MemoryConfig
-from model.rules.base import LayerShape, MatrixState, MemoryRule, RuleParameter, State, Tokens, layer_shape
+from model.rules.base import (
+    LayerShape,
+    MatrixState,
+    MemoryRule,
+    RuleParameter,
+    State,
+    Tokens,
+    extended_state,
+    layer_shape,
+)
 from model.rules.convolution import ConvolvedRule
 from model.rules.deltanet import DeltaNetRule
 from model.rules.gated_deltanet import GatedDeltaNetRule
@@ -21,6 +30,7 @@ __all__ = [
     "State",
     "Tokens",
     "build_rule",
+    "extended_state",
     "has_convolution",
     "layer_shape",
 ]

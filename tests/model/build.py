@@ -13,9 +13,11 @@ def small_config(
 ) -> ModelConfig:
     """`rule` may be `delta+sliding`, with a sliding local context, `delta+convolution`, or both."""
     rule, *more = rule.split("+")
+    assert set(more) <= {"sliding", "convolution"}, more
     changes = changes | ({"local_context": "sliding"} if "sliding" in more else {})
     memory = MemoryConfig(rule, gate, skip_empty=skip_empty, beta_init=beta, mix_gate=mix, gate_floor=floor)
-    memory.short_convolution = "convolution" in more or None
+    if "convolution" in more:
+        memory.short_convolution = True
     settings = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
     settings |= {"ffn_hidden_size": 20, "segment_length": 6, "vocab_size": VOCAB, "vocab_size_multiple": 16}
     return ModelConfig(**settings | changes, memory=memory)

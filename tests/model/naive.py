@@ -83,11 +83,11 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
             empty = bool(reset[i]) or not bool(state[0].any())
             shown.append(not empty)
             starts = [bool(reset[i])]
-            qkv, tail = (q[i : i + 1], k[i : i + 1], v[i : i + 1]), ()
+            qkv, convolution = (q[i : i + 1], k[i : i + 1], v[i : i + 1]), ()
             if has_convolution(config.memory):
                 taps = p["memory_convolution"].view(groups, ratio + 2, d, -1)[group]
-                *qkv, tail = window_convolution(*qkv, taps, state.pop(), starts, silu="deltanet" in rule)
-                tail = (tail,)
+                found = window_convolution(*qkv, taps, state.pop(), starts, silu="deltanet" in rule)
+                qkv, convolution = found[:3], found[3:]
             arguments = (*qkv, gate[i : i + 1])
             if rule == "deltanet":
                 read, *state = window_deltanet(*arguments, *state, starts)
@@ -98,7 +98,7 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
             else:
                 normalized = {"delta": rule == "delta", "epsilon": config.memory.epsilon}
                 read, *state = window_normalized(*arguments, *state, starts, **normalized)
-            state += tail
+            state += convolution
             reads.append(read[0])
         before = [None] * t  # what the local attention sees before its segment
         if config.local_context == "sliding":

@@ -9,9 +9,8 @@ from model.config import MemoryConfig
 from model.memory import remember, write_gate
 from model.memory_reference import window_convolution, window_deltanet, window_normalized
 from model.rules import RULES as TABLE
-from model.rules import LayerShape, MatrixState, NormalizedState, Tokens, deltanet
+from model.rules import LayerShape, MatrixState, NormalizedState, Tokens, deltanet, extended_state
 from model.rules import build_rule as rule_of
-from model.rules.base import extended_state
 from model.rules.normalized import phi
 
 PLAIN_RULES = tuple(name for name in TABLE if name != "none")

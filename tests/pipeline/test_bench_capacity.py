@@ -29,7 +29,7 @@ def test_a_decay_of_one_is_no_decay():
 
 
 def test_no_rule_holds_four_times_its_rank():
-    for rule in ("linear", "delta", "deltanet"):
+    for rule in ("linear", "delta", "deltanet", "gated_deltanet"):
         assert 1 / CODES < share(rule, 64, "random") < 0.5
 
 
