@@ -1,0 +1,282 @@
+"""Files of the disk, read and written so that neither can do harm: the floor that every other module stands on.
+
+Reading. A file that came from somewhere else may be damaged, endless, or made to deceive. `read_bytes` opens regular
+files only (a fifo would never answer) and stops at a bound; `read_json` reads against a declared type, so that whoever
+gets the value may rely on it; `inside` keeps a name that a file gives inside that file's folder. Whatever is wrong is
+a `FileError` that names the file, and the key where there is one.
+
+Writing. `writing` and `making_folder` write under a name beside the target that nobody can predict, opened exclusively,
+and rename it when all is on the disk: the old contents or the new ones, never half. Modes follow the umask. Nothing is
+removed that was not made here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+JSON_LIMIT = 256 << 20
+"""Bytes of the largest JSON file that is read: a manifest of a million shards has 200 MB."""
+
+_PARTIAL = ".partial"
+_SHOWN_CHARACTERS = 80
+
+
+class FileError(ValueError):
+    """A file that is damaged, of another kind than expected, or too large. The message names it."""
+
+
+def shown(value: object, characters: int = _SHOWN_CHARACTERS) -> str:
+    """`repr(value)` for a message: cut to a length, control characters escaped. Never raises."""
+    try:
+        text = value[: characters + 1] if isinstance(value, str | bytes) else value
+        text = repr(text)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits, a list inside itself
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= characters + 2 else f"{text[:characters]}..."
+
+
+# Reading
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file for reading; it must be a regular file, or a link to one.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        FileError: it is a folder, a fifo, a device or a socket.
+        OSError: it cannot be opened.
+    """
+    try:
+        # Opening a fifo would wait for somebody who writes into it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL in the name
+        raise FileError(f"{shown(str(path))} cannot be a file's name: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise FileError(f"{path} is a socket, not a file") from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise FileError(f"{path} is {_kind(mode)}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path | str, limit: int = JSON_LIMIT) -> bytes:
+    """The contents of a regular file of at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError, OSError: as `open_regular`.
+        FileError: as `open_regular`, or it is larger.
+    """
+    with open_regular(path) as file:
+        contents = file.read(limit + 1)
+    if len(contents) > limit:
+        raise FileError(f"{path} has more than {limit:,} bytes, the most that is read of such a file")
+    return contents
+
+
+def read_text(path: Path | str, limit: int = JSON_LIMIT) -> str:
+    """The contents of a regular UTF-8 file.
+
+    Raises:
+        FileNotFoundError, OSError, FileError: as `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start:,}") from None
+
+
+def read_json(path: Path | str, kind: type[T], *, limit: int = JSON_LIMIT) -> T:
+    """A JSON file as a value of the declared type; see `decode_json`.
+
+    Raises:
+        FileNotFoundError, OSError: it cannot be opened.
+        FileError: it is no regular file, too large, no JSON, or not of this type.
+    """
+    return decode_json(read_bytes(path, limit), kind, str(path))
+
+
+def decode_json(contents: bytes | str, kind: type[T], where: str) -> T:
+    """JSON text as a value of the declared type, whose constraints then hold.
+
+    Stricter than `json.loads`: UTF-8 only, no key twice in one object, no NaN or infinity, no half of a surrogate pair.
+
+    Args:
+        kind: what `msgspec.convert` takes: a Struct, a dataclass, `dict[str, Any]`, ...
+        where: the file, for messages.
+
+    Raises:
+        FileError: it is not.
+    """
+    try:
+        if isinstance(contents, bytes):
+            contents = contents.decode("utf-8")
+        value = json.loads(contents, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        if "\\u" in contents:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{where} is not text in UTF-8: {error.reason} at byte {error.start:,}") from None
+    except UnicodeEncodeError:
+        raise FileError(f"{where} is damaged: a text in it holds half of a surrogate pair") from None
+    except RecursionError:
+        raise FileError(f"{where} is damaged: its brackets are nested too deeply") from None
+    except ValueError as error:
+        raise FileError(f"{where} is damaged: {error}") from None
+    return convert(value, kind, where)
+
+
+def convert(value: Any, kind: type[T], where: str) -> T:
+    """A value as `json.loads` gives it, as one of the declared type.
+
+    Raises:
+        FileError: it is not; the message names `where` and the key.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=True, str_keys=True)
+    except msgspec.ValidationError as error:
+        reason, _, key = str(error).partition(" - at `$")
+        key = key.rstrip("`").lstrip(".")
+        at = f"{key}: " if key else ""
+        raise FileError(f"{where}: {at}{reason.replace('`', '')}") from None
+    except RecursionError:
+        raise FileError(f"{where} is damaged: it is nested too deeply") from None
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The file called `name` in `folder`, for a name that a file of somebody else's gives.
+
+    Args:
+        where: the file that gives the name, for messages.
+
+    Raises:
+        FileError: the name is empty, absolute, climbs out of the folder, or leads out of it over a link.
+    """
+    parts = name.split("/")
+    if not name or name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise FileError(f"{where} names {shown(name)}, which is not the name of a file in {folder}")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise FileError(f"{where} names {shown(name)}, a link that leads out of {folder}")
+    return path
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a fifo",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(double)} stands twice in one object")
+    return result
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {shown(text)} is too large")
+    return number
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the block ends, and leaves no trace when it raises.
+
+    Raises:
+        OSError: the disk would not have it.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
+    # 0o666 less the umask, as for every file that a program makes; O_EXCL follows no link that somebody planted.
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_whole(path: Path | str, contents: bytes | str) -> None:
+    """Write a file so that it is either the old one or all of the new one.
+
+    Raises:
+        OSError: the disk would not have it.
+    """
+    with writing(path) as file:
+        file.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
+
+
+@contextlib.contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path`, which is absent or empty, when the block ends; gone when it raises.
+
+    A process that is killed leaves it behind, under its hidden name: nobody can tell whose it is, so nobody removes it.
+
+    Raises:
+        OSError: the disk would not have it, or `path` holds something by now.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        if path.is_dir():
+            path.rmdir()
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that cannot be predicted: `.NAME.<16 hex digits>.partial`."""
+    # A file's name has at most 255 bytes.
+    name = os.fsdecode(os.fsencode(path.name)[:200])
+    return path.with_name(f".{name}.{secrets.token_hex(8)}{_PARTIAL}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
