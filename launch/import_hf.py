@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from launch.world import join_world
     from model.config import MemoryConfig
     from model.hf_config import is_exported
-    from model.hf_source import open_source
     from pipeline.console import progress
+    from pipeline.hf_source import open_source
     from pipeline.import_hf import import_model, parameter_elements
     from pipeline.topology import initialize, shutdown
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import MemoryConfig, ModelConfig
 from model.hf_config import is_exported, model_config
-from model.hf_source import ModelSource, open_source
 from model.hf_weights import Weight, backbone_weights, memory_weight
 from pipeline.config import Config, OptimizerConfig, TrainConfig
+from pipeline.hf_source import ModelSource, open_source
 from pipeline.initial_memory import memory_parameters
 from pipeline.validate import validate
 from pipeline.weights import write_weights

@@ -254,7 +254,7 @@ def test_weights_alone_cannot_be_resumed(llama, tmp_path):
 def test_gguf_of_the_llama_family(topology, tmp_path):
     """Rows permuted as llama.cpp's converter does it, settings in metadata, no output matrix: tied."""
     gguf = pytest.importorskip("gguf", reason="the extra `hf` is not installed")
-    from model.hf_source import open_source
+    from pipeline.hf_source import open_source
 
     model = write_hf_model(tmp_path / "hf", "llama-tied")
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")

@@ -53,7 +53,7 @@ _SETTINGS = {
 
 
 class GgufSource:
-    """See `model.hf_source.ModelSource`.
+    """See `pipeline.hf_source.ModelSource`.
 
     Raises:
         ValueError: the file is damaged, or its architecture is not Llama's; names what it found.

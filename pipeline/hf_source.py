@@ -118,7 +118,7 @@ def open_source(path: Path) -> ModelSource:
     if path.is_dir():
         return FolderSource(path)
     if path.is_file() and path.suffix == ".gguf":
-        from model.gguf_source import GgufSource
+        from pipeline.gguf_source import GgufSource
 
         return GgufSource(path)
     raise ValueError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
