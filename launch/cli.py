@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from launch import __version__
+from launch.terminal import visible
 
 COMMANDS = (
     "launch.prepare",
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("INFINI_DEBUG") == "1":
             raise
-        print(f"infini: error: {error}", file=sys.stderr)
+        print(f"infini: error: {visible(str(error))}", file=sys.stderr)
         return USER_ERROR
 
 

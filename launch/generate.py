@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.terminal import for_output
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -51,6 +53,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the first prompt; the next has N + 1 (%(default)s)"
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="write control characters of the text as they are to a terminal, too, where they are shown as \\x1b and "
+        "the like; files and pipes always get them",
     )
     parser.add_argument("--save-memory", metavar="FILE", help="keep what was read, before anything is generated")
     parser.add_argument("--load-memory", metavar="FILE", help="go on after what was kept")
@@ -124,6 +132,7 @@ def _start(args: argparse.Namespace) -> int:
     }
     # With the equals sign, a value that begins with a dash is no option.
     arguments += [f"{option}={value}" for option, values in options.items() for value in values if value is not None]
+    arguments += ["--raw"] if args.raw else []
     return launch_workers("launch.cli", arguments, args.nproc, args.master_port)
 
 
@@ -169,7 +178,7 @@ def _complete(generator: Generator, state: LaneState, sampling, args: argparse.N
     main, single = os.environ["RANK"] == "0", state.lanes == 1
 
     def show(lane: int, piece: str) -> None:
-        sys.stdout.write(piece)
+        sys.stdout.write(for_output(piece, raw=args.raw))
         sys.stdout.flush()
 
     start = time.perf_counter()
@@ -186,7 +195,8 @@ def _complete(generator: Generator, state: LaneState, sampling, args: argparse.N
             print(flush=True)
         else:
             for number, completion in enumerate(completions, start=1):
-                print(f"== prompt {number} ({completion.ended_by})\n{completion.text}", flush=True)
+                text = for_output(completion.text, raw=args.raw)
+                print(f"== prompt {number} ({completion.ended_by})\n{text}", flush=True)
     _report("generated", sum(len(completion.tokens) for completion in completions), start)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from types import SimpleNamespace
+
 import pytest
 
-from launch import agent, cli
+from launch import agent, cli, generate
 from launch.bench_generate import report
 from pipeline.bench_generate import GenerationCosts
 
@@ -34,7 +37,7 @@ def test_the_ranks_get_the_same_arguments(launched, tmp_path):
         str(book),
     ]
     asked += ["--stop=\n", "--temperature", "0.7", "--top-k", "5", "--top-p", "0.9", "--seed", "3"]
-    asked += ["--max-new-tokens", "9", "--save-memory", "m", "--tokenizer", "t"]
+    asked += ["--raw", "--max-new-tokens", "9", "--save-memory", "m", "--tokenizer", "t"]
     assert cli.main([*asked, "--nproc", "2", "--master-port", "4321"]) == 0
     ((module, arguments, nproc, port),) = launched
     assert (module, nproc, port) == ("launch.cli", 2, 4321)
@@ -63,6 +66,37 @@ def test_what_cannot_be_done_is_refused(launched, capfd, arguments, message):
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not launched
+
+
+TITLE = "a\tb\n\x1b]0;owned\x07 \x9b2J \u202e end\r"
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize(
+    ("terminal", "options", "expected"),
+    [
+        (True, [], "a\tb\n\\x1b]0;owned\\x07 \\x9b2J \\u202e end\\r"),
+        (True, ["--raw"], TITLE),
+        (False, [], TITLE),
+    ],
+)
+def test_generated_text_does_not_command_a_terminal(monkeypatch, lanes, terminal, options, expected):
+    """Neither when it comes piece by piece (one prompt) nor when it comes as a whole."""
+
+    class Model:
+        def complete(self, state, on_text=None, **_):
+            for piece in TITLE if on_text else ():
+                on_text(0, piece)
+            return [SimpleNamespace(text=TITLE, tokens=[1], ended_by="eos") for _ in range(state.lanes)]
+
+    written = io.StringIO()
+    written.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stdout", written)
+    monkeypatch.setenv("RANK", "0")
+    args = cli.parse(["generate", "runs/demo", "--prompt", "x", *options])
+    generate._complete(Model(), SimpleNamespace(lanes=lanes), None, args)
+    heads = ("", "\n") if lanes == 1 else ("== prompt 1 (eos)\n", f"\n== prompt 2 (eos)\n{expected}\n")
+    assert written.getvalue() == heads[0] + expected + heads[1]
 
 
 def test_the_note_has_a_row_per_prompt():
