@@ -227,7 +227,8 @@ class DecoderStage(nn.Module):
         return [layer.attention.initial_memory(lanes, device) for layer in self.layers.values()]
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The precision context; backward calls need it too (on a CPU they run in the caller's thread)."""
+        """The precision context of a forward pass. A backward pass must not run inside one: it would lower the memory's
+        precision as well, which leaves the context in its forward alone."""
         enabled = self.options.precision == "bf16"
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 

@@ -5,7 +5,13 @@ GPU paths are written here and nowhere else; they have not been run on a GPU yet
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+from megatron.core.tensor_parallel.layers import (
+    LinearWithFrozenWeight,
+    LinearWithGradAccumulationAndAsyncCommunication,
+)
 
 
 def default_device(local_rank: int = 0) -> torch.device:
@@ -23,8 +29,16 @@ def distributed_backend(device: torch.device) -> str:
 def prepare_megatron() -> None:
     """Let Megatron-core's layers run without CUDA; does nothing where CUDA exists.
 
-    Sequence parallelism allocates its gathered activations on `torch.cuda.current_device()`: that is the only thing the
-    layers in use ask of CUDA when there is none.
+    Two things in the layers in use ask for CUDA. Sequence parallelism allocates its gathered activations on
+    `torch.cuda.current_device()`. And the backward of a linear layer returns to the autocast state of its forward, but
+    only to CUDA's: without this a backward pass would need an autocast context around it, and everything else in the
+    graph, the float32 memory above all, would run under it too.
     """
-    if not torch.cuda.is_available():
-        torch.cuda.current_device = lambda: torch.device("cpu")
+    if torch.cuda.is_available():
+        return
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    for function in (LinearWithGradAccumulationAndAsyncCommunication, LinearWithFrozenWeight):
+        # What Megatron has decorated for CUDA, decorated for the CPU instead.
+        forward, backward = inspect.unwrap(function.forward), inspect.unwrap(function.backward)
+        function.forward = staticmethod(torch.amp.custom_fwd(forward, device_type="cpu"))
+        function.backward = staticmethod(torch.amp.custom_bwd(backward, device_type="cpu"))

@@ -334,9 +334,8 @@ class _Run:
         for tensor, gradient in zip(_tensors(output.memory), self.memory_gradient.pop(window, []), strict=False):
             if gradient is not None:
                 add(tensor, gradient)
-        # On a CPU the backward pass runs in this thread, so the precision context has to be around it as well.
-        with self.stage.autocast(self.topology.device):
-            torch.autograd.backward(tensors, gradients)
+        # Outside of autocast: what ran in bfloat16 goes back in bfloat16 by itself, and the memory in float32.
+        torch.autograd.backward(tensors, gradients)
         if chunk > 0 and self.carry_gradient:
             self.memory_gradient[window] = [x.grad for x in _tensors(record.memory_in)]
         if not self.stage.is_first:
