@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -46,6 +47,11 @@ def shown(value: object, characters: int = _SHOWN_CHARACTERS) -> str:
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits, a list inside itself
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= characters + 2 else f"{text[:characters]}..."
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with characters that a terminal would obey, or not show, escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 # Reading
@@ -155,6 +161,12 @@ def convert(value: Any, kind: type[T], where: str) -> T:
         raise FileError(f"{where}: {at}{reason.replace('`', '')}") from None
     except RecursionError:
         raise FileError(f"{where} is damaged: it is nested too deeply") from None
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a JSON file with its own SHA-256 in it, as `sha256`: a damaged or edited one has another."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def inside(folder: Path, name: str, where: str) -> Path:

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from data.manifest import MANIFEST, SPLITS, Manifest, SourceEntry, index_name, load_manifest, write_manifest
 from data.pool import EncodedDocument, encode_jobs
 from data.sampling import sample_texts
-from data.shards import FORMAT_VERSION, MANIFEST, SPLITS, PreparedSet, ShardSetWriter, index_name, load_manifest
+from data.shards import PreparedSet, ShardSetWriter
 from data.sources import TEXT_PATTERNS, Job, Source, open_source, parse_size
 from data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
@@ -81,7 +81,7 @@ class PrepareOptions:
 
 @dataclass
 class Prepared:
-    manifest: dict[str, Any]
+    manifest: Manifest
     built: bool
     """False: a complete set of the same sources and options was there already."""
 
@@ -191,27 +191,27 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _existing_set(out: Path, description: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _existing_set(out: Path, description: dict[str, Any], tokenizer: Tokenizer | None) -> Manifest:
     """The manifest of the complete set in `out`, when it is the one asked for."""
     advice = "choose another --out, or give --overwrite to replace it"
     try:
         manifest = load_manifest(out)
-        for split in manifest["splits"]:
+        for split in manifest.splits:
             PreparedSet(out, split)
     except ValueError as error:
         raise ValueError(f"{out} holds a damaged set ({error}); {advice}") from error
     differences = [
-        f"{name} is {manifest['options'].get(name)!r} there and {value!r} here"
+        f"{name} is {manifest.options.get(name)!r} there and {value!r} here"
         for name, value in description["options"].items()
-        if manifest["options"].get(name) != value
+        if manifest.options.get(name) != value
     ]
     keys = ("spec", "inputs", "fingerprint")
-    there = [{key: source.get(key) for key in keys} for source in manifest["sources"]]
+    there = [{key: getattr(source, key) for key in keys} for source in manifest.sources]
     if [source["spec"] for source in there] != [source["spec"] for source in description["sources"]]:
         differences.append("the sources are others")
     elif there != description["sources"]:
         differences.append("the sources' files have changed")
-    if tokenizer is not None and tokenizer.hash != manifest["tokenizer"]["hash"]:
+    if tokenizer is not None and tokenizer.hash != manifest.tokenizer.hash:
         differences.append("the tokenizer is another one")
     if differences:
         raise ValueError(f"{out} already holds a different set ({'; '.join(differences)}); {advice}")
@@ -226,7 +226,7 @@ def _build(
     description: dict[str, Any],
     processes: int,
     report: Report,
-) -> dict[str, Any]:
+) -> Manifest:
     if tokenizer is None:
         tokenizer = _train_tokenizer(sources, options, report)
     for source in sources:
@@ -271,20 +271,17 @@ def _build(
         raise
     finally:
         documents.close()
-    if not splits["valid"]["documents"]:
+    if not splits["valid"].documents:
         del splits["valid"]
         (building / index_name("valid")).unlink()
 
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": {**tokenizer.info, "hash": tokenizer.hash},
-        "options": description["options"],
-        "sources": [{**source, **count} for source, count in zip(description["sources"], counts, strict=True)],
-        "splits": splits,
-    }
-    (building / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(building / MANIFEST)
-    return manifest
+    return write_manifest(
+        building,
+        tokenizer=tokenizer.entry,
+        options=description["options"],
+        sources=[SourceEntry(**source, **count) for source, count in zip(description["sources"], counts, strict=True)],
+        splits=splits,
+    )
 
 
 def _parts(document: EncodedDocument, max_tokens: int | None, source: str, eos_id: int) -> list[EncodedDocument]:

@@ -23,13 +23,13 @@ class Question:
     after: int
     """May be asked once the document's tokens [0, after) have been read."""
 
-    def check(self) -> None:
-        """Raises: ValueError for spans that do not fit."""
+    def check(self, document_tokens: int) -> None:
+        """Raises: ValueError for spans that do not fit a document of so many tokens."""
         start, stop = self.answer
-        if not (0 < start < stop <= len(self.tokens)) or self.after < 0:
+        if not (0 < start < stop <= len(self.tokens)) or not 0 <= self.after <= document_tokens:
             raise ValueError(
                 f"a question of {len(self.tokens)} tokens cannot have its answer at [{start}, {stop}) "
-                f"and be asked after token {self.after}"
+                f"and be asked after token {self.after} of {document_tokens}"
             )
 
 

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import tarfile
 import threading
 from collections import OrderedDict
@@ -24,27 +25,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.questions import COLUMN_TYPE, Question, from_rows, to_rows
-
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
-SPLITS = ("train", "valid")
-INDEX_SCHEMA = pa.schema(
-    [
-        ("shard", pa.int32()),
-        ("key", pa.string()),
-        ("offset", pa.int64()),
-        ("tokens", pa.int64()),
-        ("answers", pa.list_(pa.int64())),
-        ("questions", COLUMN_TYPE),
-    ]
+from data.document_index import INDEX_SCHEMA, TAR_BLOCK, CheckedIndex, document_key, read_index
+from data.files import FileError, decode_json, inside, open_regular, shown
+from data.manifest import (
+    MANIFEST,
+    SPLITS,
+    Count,
+    IndexEntry,
+    Manifest,
+    Sha256,
+    ShardEntry,
+    SplitEntry,
+    TokenId,
+    index_name,
+    load_manifest,
+    shard_name,
 )
+from data.questions import Question, from_rows, to_rows
 
-_TAR_BLOCK = 512
+__all__ = ["MANIFEST", "SPLITS", "BadDocumentError", "PreparedSet", "ShardSetWriter", "index_name", "load_manifest"]
+
 _INDEX_ROWS_IN_MEMORY = 65_536
 _OPEN_SHARDS = 32
 
@@ -53,59 +58,27 @@ class BadDocumentError(ValueError):
     """A document of a prepared set cannot be read. The message names its shard and key."""
 
 
-def shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:06d}.tar"
+class QuestionRecord(msgspec.Struct, frozen=True):
+    tokens: tuple[TokenId, ...]
+    answer: tuple[Count, Count]
+    after: Count
 
 
-def index_name(split: str) -> str:
-    return f"{split}.index.parquet"
+class DocumentRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A document's `.json` member."""
+
+    id: str
+    source: str
+    tokens: Count
+    hash: Sha256
+    """Of the tokens' bytes."""
+    answers: list[tuple[Count, Count]] = []
+    questions: list[QuestionRecord] = []
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest unsigned type that holds every token id."""
     return np.dtype("<u2") if vocab_size <= 65_536 else np.dtype("<u4")
-
-
-def load_manifest(path: Path | str) -> dict[str, Any]:
-    """Read and check `manifest.json` of the prepared set at `path`.
-
-    Raises:
-        ValueError: the folder holds no complete set, or one of another format.
-    """
-    file = Path(path) / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{path} is not a prepared set: there is no {MANIFEST} (run `infini prepare SOURCE... --out {path}`)"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or "splits" not in manifest or "tokenizer" not in manifest:
-        raise ValueError(f"{file} is not the manifest of a prepared set")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format_version {manifest.get('format_version')!r}; this version reads {FORMAT_VERSION}"
-        )
-    return manifest
-
-
-def read_index(path: Path | str, split: str) -> pa.Table:
-    """The index of one split, one row per document.
-
-    Raises:
-        ValueError: the file is missing, damaged or has other columns.
-    """
-    file = Path(path) / index_name(split)
-    try:
-        table = pq.read_table(file)
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not table.schema.equals(INDEX_SCHEMA):
-        raise ValueError(f"{file} is not an index: its columns are {', '.join(table.schema.names)}")
-    return table
 
 
 class PreparedSet:
@@ -121,81 +94,60 @@ class PreparedSet:
     def __init__(self, path: Path | str, split: str = "train") -> None:
         self.path = Path(path)
         self.split = split
-        manifest = load_manifest(self.path)
-        if split not in manifest["splits"]:
-            raise ValueError(f"{self.path} has no split {split!r}; it has {', '.join(sorted(manifest['splits']))}")
-        self.manifest = manifest
-        self.tokenizer_hash: str = manifest["tokenizer"]["hash"]
-        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.eos_id: int = manifest["tokenizer"]["eos_id"]
+        self.manifest: Manifest = load_manifest(self.path)
+        entry = self.manifest.splits.get(split)
+        if entry is None:
+            raise ValueError(f"{self.path} has no split {split!r}; it has {', '.join(sorted(self.manifest.splits))}")
+        tokenizer = self.manifest.tokenizer
+        self.tokenizer_hash: str = tokenizer.hash
+        self.vocab_size: int = tokenizer.vocab_size
+        self.eos_id: int = tokenizer.eos_id
         self._dtype = token_dtype(self.vocab_size)
-        summary = manifest["splits"][split]
-        self._shards: list[Path] = [self.path / shard["name"] for shard in summary["shards"]]
-        sizes = self._check_shard_sizes(summary["shards"])
-
-        table = read_index(self.path, split)
-        self._shard = table["shard"].to_numpy()
-        self._offset = table["offset"].to_numpy()
-        self.lengths: np.ndarray = table["tokens"].to_numpy()
-        self._keys = table["key"].combine_chunks()
-        self._questions = table["questions"].combine_chunks()
-        answers = table["answers"].combine_chunks()
-        self._answer_values = answers.flatten().to_numpy()
-        self._answer_starts = np.concatenate([[0], np.cumsum(answers.value_lengths().to_numpy(), dtype=np.int64)])
-        self._check_index(summary, sizes)
+        self._shards = [self._find_shard(shard) for shard in entry.shards]
+        table = read_index(self.path, split, entry)
+        file = self.path / index_name(split)
+        self._index = CheckedIndex(file, table, entry, self._dtype.itemsize, self.vocab_size)
+        self.lengths: np.ndarray = self._index.lengths
 
         self._lock = threading.Lock()
         self._files: OrderedDict[int, int] = OrderedDict()
 
-    def _check_shard_sizes(self, shards: list[dict[str, Any]]) -> np.ndarray:
-        for file, shard in zip(self._shards, shards, strict=True):
-            try:
-                size = file.stat().st_size
-            except FileNotFoundError:
-                raise ValueError(f"shard {file} is missing") from None
-            if size != shard["bytes"]:
-                raise ValueError(
-                    f"shard {file} has {size:,} bytes where the manifest says {shard['bytes']:,} "
-                    f"(`infini inspect {self.path}` tells what is wrong)"
-                )
-        return np.array([shard["bytes"] for shard in shards], dtype=np.int64)
-
-    def _check_index(self, summary: dict[str, Any], sizes: np.ndarray) -> None:
-        file = self.path / index_name(self.split)
-        if len(self) != summary["documents"] or int(self.lengths.sum()) != summary["tokens"]:
+    def _find_shard(self, shard: ShardEntry) -> Path:
+        file = inside(self.path, shard.name, str(self.path / MANIFEST))
+        try:
+            found = file.stat()
+        except FileNotFoundError:
+            raise ValueError(f"shard {file} is missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise FileError(f"shard {file} is not a file")
+        if found.st_size != shard.bytes:
             raise ValueError(
-                f"{file} does not match the manifest: {len(self):,} documents with {int(self.lengths.sum()):,} tokens, "
-                f"where the manifest says {summary['documents']:,} with {summary['tokens']:,}"
+                f"shard {file} has {found.st_size:,} bytes where the manifest says {shard.bytes:,} "
+                f"(`infini inspect {self.path}` tells what is wrong)"
             )
-        if len(self) == 0:
-            return
-        inside = (self._shard >= 0) & (self._shard < len(sizes)) & (self._offset >= 0) & (self.lengths >= 0)
-        if inside.all():
-            inside = self._offset + self.lengths * self._dtype.itemsize <= sizes[self._shard]
-        if not inside.all():
-            key = self._keys[int(np.argmin(inside))]
-            raise ValueError(f"{file} does not match the shards: document {key} lies outside of its shard")
+        return file
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def document_name(self, i: int) -> str:
         """Shard and key of document `i`, for messages."""
-        return f"{self._shards[self._shard[i]]}:{self._keys[i].as_py()}"
+        return f"{self._shards[self._index.shard[i]]}:{document_key(i)}"
 
     def answers(self, i: int) -> list[tuple[int, int]]:
         """Token spans [start, stop) of document `i` that are answers."""
-        flat = self._answer_values[self._answer_starts[i] : self._answer_starts[i + 1]].tolist()
+        starts = self._index.answer_starts
+        flat = self._index.answer_values[starts[i] : starts[i + 1]].tolist()
         return list(zip(flat[::2], flat[1::2], strict=True))
 
     def questions(self, i: int) -> list[Question]:
         """What document `i` can be asked, see `data.questions`."""
-        return from_rows(self._questions[i].as_py())
+        return from_rows(self._index.questions[i].as_py())
 
     @property
     def has_questions(self) -> bool:
         """Whether any document can be asked something."""
-        return len(self._questions.flatten()) > 0
+        return len(self._index.questions.flatten()) > 0
 
     def read(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of document `i`, int64; `stop` None reads to the end.
@@ -210,7 +162,9 @@ class PreparedSet:
             raise IndexError(f"tokens [{start}, {stop}) of {self.document_name(i)}, which has {length}")
         size = (stop - start) * self._dtype.itemsize
         try:
-            data = self._pread(int(self._shard[i]), size, int(self._offset[i]) + start * self._dtype.itemsize)
+            data = self._pread(
+                int(self._index.shard[i]), size, int(self._index.offset[i]) + start * self._dtype.itemsize
+            )
         except OSError as error:
             raise BadDocumentError(f"document {self.document_name(i)} cannot be read: {error}") from error
         if len(data) != size:
@@ -223,14 +177,38 @@ class PreparedSet:
             )
         return tokens
 
-    def metadata(self, i: int) -> dict[str, Any]:
-        """The `.json` member of document `i`: id, source, tokens, hash, answers, questions."""
-        shard, key = self._shards[self._shard[i]], self._keys[i].as_py()
+    def metadata(self, i: int) -> DocumentRecord:
+        """The `.json` member of document `i`, which stands before its tokens.
+
+        Raises:
+            BadDocumentError: it cannot be read, or says something else than the index.
+        """
+        shard, offset = int(self._index.shard[i]), int(self._index.offset[i])
+        where = f"metadata of {self.document_name(i)}"
+        begin = 0
+        if i and self._index.shard[i - 1] == shard:
+            end = int(self._index.offset[i - 1]) + int(self.lengths[i - 1]) * self._dtype.itemsize
+            begin = -(-end // TAR_BLOCK) * TAR_BLOCK
         try:
-            with tarfile.open(shard, "r:") as tar:
-                return json.loads(tar.extractfile(f"{key}.json").read())
-        except (tarfile.TarError, KeyError, OSError, ValueError) as error:
-            raise BadDocumentError(f"metadata of {self.document_name(i)} cannot be read: {error}") from error
+            header = tarfile.TarInfo.frombuf(self._pread(shard, TAR_BLOCK, begin), "utf-8", "surrogateescape")
+            if header.name != f"{document_key(i)}.json" or not 0 <= header.size <= offset - begin - 2 * TAR_BLOCK:
+                raise BadDocumentError(f"{where} are not where the index says")
+            record = decode_json(self._pread(shard, header.size, begin + TAR_BLOCK), DocumentRecord, where)
+        except (tarfile.TarError, OSError) as error:
+            raise BadDocumentError(f"{where} cannot be read: {error}") from error
+        except FileError as error:
+            raise BadDocumentError(str(error)) from error
+        questions = [Question(question.tokens, question.answer, question.after) for question in record.questions]
+        told = (record.tokens, record.answers, questions)
+        for name, there, here in zip(
+            ("tokens", "answers", "questions"),
+            told,
+            (int(self.lengths[i]), self.answers(i), self.questions(i)),
+            strict=True,
+        ):
+            if there != here:
+                raise BadDocumentError(f"{where} say {name} {shown(there)}, where the index says {shown(here)}")
+        return record
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         # One lock for the cache and the read: a file must not be closed under a reading thread, and a segment comes
@@ -240,7 +218,8 @@ class PreparedSet:
             if descriptor is None:
                 if len(self._files) >= _OPEN_SHARDS:
                     os.close(self._files.popitem(last=False)[1])
-                descriptor = os.open(self._shards[shard], os.O_RDONLY)
+                with open_regular(self._shards[shard]) as file:
+                    descriptor = os.dup(file.fileno())
             self._files[shard] = descriptor
             return os.pread(descriptor, size, offset)
 
@@ -254,7 +233,7 @@ class _HashingFile:
     """A binary file for writing that hashes and counts what passes."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("wb", buffering=1 << 20)
+        self._file: BinaryIO = path.open("xb", buffering=1 << 20)
         self._sha256 = hashlib.sha256()
         self.bytes = 0
 
@@ -292,7 +271,8 @@ class ShardSetWriter:
         self._split = split
         self._dtype = token_dtype(vocab_size)
         self._shard_bytes = shard_bytes
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[ShardEntry] = []
+        self._begun = [0, 0]  # documents and tokens of the open shard
         self._file: _HashingFile | None = None
         self._tar: Any = None
         self._index = pq.ParquetWriter(folder / index_name(split), INDEX_SCHEMA, compression="zstd")
@@ -313,10 +293,17 @@ class ShardSetWriter:
         """Append one document; `tokens` end with eos.
 
         Raises:
-            ValueError: a question is not well formed.
+            ValueError: an answer or question is not well formed.
         """
         for question in questions:
-            question.check()
+            question.check(len(tokens))
+        end = 0
+        for start, stop in answers or ():
+            if not end <= start < stop <= len(tokens):
+                raise ValueError(
+                    f"{id}: the answer [{start}, {stop}) is outside of {len(tokens):,} tokens or out of order"
+                )
+            end = stop
         array = np.ascontiguousarray(tokens, dtype=self._dtype)
         payload = array.tobytes()
         metadata: dict[str, Any] = {
@@ -340,14 +327,14 @@ class ShardSetWriter:
             self._finish_shard()
         if self._tar is None:
             self._start_shard()
-        key = f"{self.documents:08d}"
+        key = document_key(self.documents)
         self._tar.write({"__key__": key, "json": text, "npy": npy})
         # Members are written in the order of their extensions: the npy is the last one, padded to whole blocks.
-        padded = -(-len(npy) // _TAR_BLOCK) * _TAR_BLOCK
+        padded = -(-len(npy) // TAR_BLOCK) * TAR_BLOCK
         offset = self._tar.tarstream.offset - padded + header.tell()
         self._rows.append(
             {
-                "shard": len(self._shards) - 1,
+                "shard": len(self._shards),
                 "key": key,
                 "offset": offset,
                 "tokens": len(array),
@@ -359,8 +346,8 @@ class ShardSetWriter:
             self._flush_index()
         bucket = 1 << (len(array).bit_length() - 1)
         self._histogram[bucket] = self._histogram.get(bucket, 0) + 1
-        self._shards[-1]["documents"] += 1
-        self._shards[-1]["tokens"] += len(array)
+        self._begun[0] += 1
+        self._begun[1] += len(array)
         self.documents += 1
         self.tokens += len(array)
 
@@ -370,19 +357,22 @@ class ShardSetWriter:
         name = shard_name(self._split, len(self._shards))
         self._file = _HashingFile(self._folder / name)
         self._tar = TarWriter(self._file, encoder=False, user="", group="", mtime=0, compress=False)
-        self._shards.append({"name": name, "bytes": 0, "sha256": "", "documents": 0, "tokens": 0})
+        self._begun = [0, 0]
 
     def _finish_shard(self) -> None:
         self._tar.close()
-        self._shards[-1]["sha256"] = self._file.close()
-        self._shards[-1]["bytes"] = self._file.bytes
+        documents, tokens = self._begun
+        name, digest = shard_name(self._split, len(self._shards)), self._file.close()
+        self._shards.append(
+            ShardEntry(name=name, bytes=self._file.bytes, sha256=digest, documents=documents, tokens=tokens)
+        )
         self._tar = self._file = None
 
     def _flush_index(self) -> None:
         self._index.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA))
         self._rows.clear()
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> SplitEntry:
         """Finish the last shard and the index; returns the split's entry in the manifest."""
         if self._tar is not None:
             self._finish_shard()
@@ -392,13 +382,13 @@ class ShardSetWriter:
         data = index.read_bytes()
         with open(index, "rb") as file:
             os.fsync(file.fileno())
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "shards": self._shards,
-            "index": {"name": index.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
-            "length_histogram": [[bucket, count] for bucket, count in sorted(self._histogram.items())],
-        }
+        return SplitEntry(
+            documents=self.documents,
+            tokens=self.tokens,
+            shards=self._shards,
+            index=IndexEntry(name=index.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()),
+            length_histogram=sorted(self._histogram.items()),
+        )
 
     def abandon(self) -> None:
         """Close files after an error; what was written is of no use."""

@@ -14,7 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+
+from data.files import write_whole
+from data.manifest import TokenizerEntry, TokenizerInfo
 
 EOS_TOKEN = "<|endoftext|>"
 INFO = "info.json"
@@ -66,8 +70,14 @@ class Tokenizer:
         return Tokenizer, (self.kind, self.eos_id, self._definition)
 
     @property
-    def info(self) -> dict[str, Any]:
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "eos_id": self.eos_id}
+    def info(self) -> TokenizerInfo:
+        """What `info.json` says."""
+        return TokenizerInfo(kind=self.kind, vocab_size=self.vocab_size, eos_id=self.eos_id)
+
+    @property
+    def entry(self) -> TokenizerEntry:
+        """What the manifest of a set says."""
+        return TokenizerEntry(**msgspec.structs.asdict(self.info), hash=self.hash)
 
     @cached_property
     def hash(self) -> str:
@@ -127,8 +137,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.kind != "byte":
-            (folder / TOKENIZER_JSON).write_bytes(self._definition)
-        (folder / INFO).write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
+            write_whole(folder / TOKENIZER_JSON, self._definition)
+        write_whole(folder / INFO, json.dumps(msgspec.to_builtins(self.info), indent=2) + "\n")
 
 
 def split_text(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:

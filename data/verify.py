@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data.shards import SPLITS, PreparedSet, index_name, load_manifest, read_index, token_dtype
+from data.document_index import read_index
+from data.files import decode_json, inside, open_regular, shown
+from data.manifest import (
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    TokenizerEntry,
+    index_name,
+    load_manifest,
+)
+from data.shards import DocumentRecord, PreparedSet, token_dtype
 from data.tokenizer import load_tokenizer
 
 _BLOCK = 512
@@ -54,14 +64,14 @@ def verify_set(path: Path | str, advance: Callable[[int], None] = lambda _: None
         manifest = load_manifest(path)
     except ValueError as error:
         return [Problem("manifest", str(error))]
-    problems = _check_tokenizer(path, manifest["tokenizer"])
-    for split, summary in manifest["splits"].items():
-        problems += _check_index(path, split, summary)
-        for shard in summary["shards"]:
-            file = path / shard["name"]
-            problem = _check_shard(file, shard, token_dtype(manifest["tokenizer"]["vocab_size"]), advance)
+    problems = _check_tokenizer(path, manifest.tokenizer)
+    dtype = token_dtype(manifest.tokenizer.vocab_size)
+    for split, entry in manifest.splits.items():
+        problems += _check_index(path, split, entry)
+        for shard in entry.shards:
+            problem = _check_shard(path, shard, dtype, advance)
             problems += [problem] if problem else []
-    known = {shard["name"] for summary in manifest["splits"].values() for shard in summary["shards"]}
+    known = {shard.name for entry in manifest.splits.values() for shard in entry.shards}
     for split in SPLITS:
         for file in sorted(path.glob(f"{split}-*.tar")):
             if file.name not in known:
@@ -69,55 +79,50 @@ def verify_set(path: Path | str, advance: Callable[[int], None] = lambda _: None
     return problems or _check_opening(path, manifest)
 
 
-def _check_tokenizer(path: Path, recorded: dict[str, Any]) -> list[Problem]:
+def _check_tokenizer(path: Path, recorded: TokenizerEntry) -> list[Problem]:
     try:
         tokenizer = load_tokenizer(path / "tokenizer")
     except (ValueError, OSError) as error:
         return [Problem("tokenizer-missing", str(error))]
-    if tokenizer.hash != recorded["hash"]:
+    if tokenizer.entry != recorded:
         return [
             Problem(
                 "tokenizer-foreign",
                 f"{path / 'tokenizer'} has the hash {tokenizer.hash[:12]} ({tokenizer.vocab_size:,} tokens), but the "
-                f"shards were made with {recorded['hash'][:12]} ({recorded['vocab_size']:,} tokens)",
+                f"shards were made with {recorded.hash[:12]} ({recorded.vocab_size:,} tokens)",
             )
         ]
     return []
 
 
-def _check_index(path: Path, split: str, summary: dict[str, Any]) -> list[Problem]:
+def _check_index(path: Path, split: str, entry: SplitEntry) -> list[Problem]:
     file = path / index_name(split)
-    if not file.is_file():
+    if not file.exists():
         return [Problem("index-missing", f"{file} is missing")]
-    if hashlib.sha256(file.read_bytes()).hexdigest() == summary["index"]["sha256"]:
-        return []
     try:
-        table = read_index(path, split)
-    except ValueError as error:
+        read_index(path, split, entry)
+    except (ValueError, OSError) as error:
         return [Problem("index-changed", str(error))]
-    tokens = int(np.sum(table["tokens"].to_numpy()))
-    return [
-        Problem(
-            "index-changed",
-            f"{file} is not the index that the manifest was written with: it lists {table.num_rows:,} documents and "
-            f"{tokens:,} tokens, the manifest {summary['documents']:,} and {summary['tokens']:,}",
-        )
-    ]
+    return []
 
 
-def _check_shard(file: Path, shard: dict[str, Any], dtype: np.dtype, advance: Callable[[int], None]) -> Problem | None:
-    if not file.is_file():
+def _check_shard(path: Path, shard: ShardEntry, dtype: np.dtype, advance: Callable[[int], None]) -> Problem | None:
+    file = path / shard.name
+    if not file.exists():
         return Problem("shard-missing", f"{file} is missing")
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while data := stream.read(_READ_BYTES):
-            digest.update(data)
-            advance(len(data))
-    if digest.hexdigest() == shard["sha256"]:
+    try:
+        with open_regular(inside(path, shard.name, str(path / MANIFEST))) as stream:
+            while data := stream.read(_READ_BYTES):
+                digest.update(data)
+                advance(len(data))
+            size = stream.tell()
+    except (ValueError, OSError) as error:
+        return Problem("shard-changed", str(error))
+    if digest.hexdigest() == shard.sha256:
         return None
-    size = file.stat().st_size
-    if size < shard["bytes"] and not _ends_like_a_tar(file):
-        return Problem("shard-truncated", f"{file} is truncated: {size:,} of {shard['bytes']:,} bytes are there")
+    if size < shard.bytes and not _ends_like_a_tar(file):
+        return Problem("shard-truncated", f"{file} is truncated: {size:,} of {shard.bytes:,} bytes are there")
     return Problem("shard-changed", f"{file} was changed after indexing: {_what_changed(file, shard, dtype)}")
 
 
@@ -136,41 +141,44 @@ def _ends_like_a_tar(file: Path) -> bool:
         return stream.read(2 * _BLOCK) == bytes(2 * _BLOCK)
 
 
-def _what_changed(file: Path, shard: dict[str, Any], dtype: np.dtype) -> str:
+def _what_changed(file: Path, shard: ShardEntry, dtype: np.dtype) -> str:
     """The documents whose tokens are not those their metadata tell, as far as the tar can be read."""
     wrong, documents, tokens = [], 0, 0
     try:
         with tarfile.open(file, "r:") as tar:
-            recorded: dict[str, Any] = {}
+            recorded = ""
             for member in tar:
                 key, _, extension = member.name.rpartition(".")
                 stream = tar.extractfile(member)
                 if stream is None:
                     continue
                 if extension == "json":
-                    recorded = json.loads(stream.read())
+                    recorded = decode_json(stream.read(), DocumentRecord, f"{file}:{shown(member.name)}").hash
                 elif extension == "npy":
                     array = np.load(io.BytesIO(stream.read()), allow_pickle=False)
-                    documents, tokens = documents + 1, tokens + len(array)
-                    same = hashlib.sha256(array.astype(dtype).tobytes()).hexdigest() == recorded.get("hash")
+                    documents, tokens = documents + 1, tokens + array.size
+                    same = array.dtype == dtype and hashlib.sha256(array.tobytes()).hexdigest() == recorded
                     wrong += [] if same else [key]
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        return f"it can no longer be read as a tar past document {documents} ({error})"
+    except Exception as error:  # numpy and tarfile raise whatever a damaged header leads them to
+        return f"it can no longer be read as a tar past document {documents} ({shown(str(error))})"
     if wrong:
-        return f"the tokens of {len(wrong)} document(s) do not match their hash, the first is {wrong[0]}"
-    if (documents, tokens) != (shard["documents"], shard["tokens"]):
+        return f"the tokens of {len(wrong)} document(s) do not match their hash, the first is {shown(wrong[0])}"
+    if (documents, tokens) != (shard.documents, shard.tokens):
         return (
             f"it is a whole tar of {documents:,} documents with {tokens:,} tokens, where "
-            f"{shard['documents']:,} with {shard['tokens']:,} were written"
+            f"{shard.documents:,} with {shard.tokens:,} were written"
         )
     return "its documents' tokens match their hashes, so only names or metadata differ"
 
 
-def _check_opening(path: Path, manifest: dict[str, Any]) -> list[Problem]:
+def _check_opening(path: Path, manifest: Manifest) -> list[Problem]:
     """Files that are intact, but do not belong together: a manifest from another set, for instance."""
-    for split in manifest["splits"]:
+    for split in manifest.splits:
         try:
-            PreparedSet(path, split)
+            prepared = PreparedSet(path, split)
+            for i in range(len(prepared)):
+                prepared.metadata(i)
+            prepared.close()
         except ValueError as error:
             return [Problem("manifest", f"{path}: manifest, index and shards do not belong together: {error}")]
     return []

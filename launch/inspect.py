@@ -6,10 +6,15 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.manifest import Manifest
 
 _BAR_CHARACTERS = 40
 _SHARDS_SHOWN = 20
+_SOURCES_SHOWN = 100
+_SPEC_CHARACTERS = 500
 _LANES_SHOWN = 32
 _EXCERPTS = 3
 _EXCERPT_TOKENS = 200
@@ -72,14 +77,14 @@ def _inspect_prepared_set(folder: Path, verify: bool) -> int:
         console.print(f"DAMAGED  {PROBLEMS['manifest']}: {error}")
         return DAMAGED
     _print_manifest(console, folder, manifest)
-    for split in manifest["splits"]:
+    for split in manifest.splits:
         _print_excerpts(console, folder, split)
     if not verify:
         console.print("\nnot verified (--no-verify)")
         return 0
     from rich.progress import Progress
 
-    total = sum(shard["bytes"] for summary in manifest["splits"].values() for shard in summary["shards"])
+    total = sum(shard.bytes for summary in manifest.splits.values() for shard in summary.shards)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=total)
         problems = verify_set(folder, lambda done: progress.advance(task, done))
@@ -88,47 +93,60 @@ def _inspect_prepared_set(folder: Path, verify: bool) -> int:
         console.print(f"DAMAGED  {PROBLEMS[problem.kind]} [{problem.kind}]: {problem.message}")
     if problems:
         return DAMAGED
-    console.print(f"intact: all hashes match ({total:,} bytes of shards)")
+    if manifest.sha256 is None:
+        console.print("manifest.json is not sealed (written by an older version): that it is as written cannot be said")
+        console.print(f"all hashes in it match ({total:,} bytes of shards)")
+    else:
+        console.print(f"intact: all hashes match ({total:,} bytes of shards)")
     return 0
 
 
-def _print_manifest(console: Any, folder: Path, manifest: dict[str, Any]) -> None:
+def _print_manifest(console: Any, folder: Path, manifest: Manifest) -> None:
     from rich.table import Table
 
-    tokenizer = manifest["tokenizer"]
+    from data.files import printable, shown
+
+    tokenizer = manifest.tokenizer
     console.print(f"prepared set {folder}")
     console.print(
-        f"  tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, end token {tokenizer['eos_id']}, "
-        f"hash {tokenizer['hash'][:12]}"
+        f"  tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, end token {tokenizer.eos_id}, "
+        f"hash {tokenizer.hash[:12]}"
     )
-    for source in manifest["sources"]:
+    for source in manifest.sources[:_SOURCES_SHOWN]:
         console.print(
-            f"  source: {source['spec']}: {source['documents']:,} documents, {source['tokens']:,} tokens, "
-            f"{source['too_short']:,} too short, {source['skipped_files']:,} files skipped"
+            f"  source: {printable(source.spec[:_SPEC_CHARACTERS])}: "
+            f"{source.documents:,} documents, {source.tokens:,} tokens, "
+            f"{source.too_short:,} too short, {source.skipped_files:,} files skipped"
         )
-    options = ", ".join(f"{name} {value}" for name, value in manifest["options"].items() if name != "text_patterns")
+    if len(manifest.sources) > _SOURCES_SHOWN:
+        console.print(f"  ... and {len(manifest.sources) - _SOURCES_SHOWN:,} more sources")
+    options = ", ".join(
+        f"{printable(name[:_SPEC_CHARACTERS])} {shown(value)}"
+        for name, value in manifest.options.items()
+        if name != "text_patterns"
+    )
     console.print(f"  options: {options}")
-    for split, summary in manifest["splits"].items():
-        console.print(f"\n{split}: {summary['documents']:,} documents, {summary['tokens']:,} tokens")
+    for split, summary in manifest.splits.items():
+        console.print(f"\n{split}: {summary.documents:,} documents, {summary.tokens:,} tokens")
         table = Table("shard", "documents", "tokens", "bytes", "sha256", box=None, padding=(0, 2, 0, 2))
         for column in table.columns[1:4]:
             column.justify = "right"
-        for shard in summary["shards"][:_SHARDS_SHOWN]:
-            numbers = (f"{shard[name]:,}" for name in ("documents", "tokens", "bytes"))
-            table.add_row(shard["name"], *numbers, shard["sha256"][:12])
+        for shard in summary.shards[:_SHARDS_SHOWN]:
+            numbers = (f"{getattr(shard, name):,}" for name in ("documents", "tokens", "bytes"))
+            table.add_row(shard.name, *numbers, shard.sha256[:12])
         console.print(table)
-        if len(summary["shards"]) > _SHARDS_SHOWN:
-            console.print(f"  ... and {len(summary['shards']) - _SHARDS_SHOWN:,} more shards")
+        if len(summary.shards) > _SHARDS_SHOWN:
+            console.print(f"  ... and {len(summary.shards) - _SHARDS_SHOWN:,} more shards")
         console.print("  documents by length in tokens")
-        for line in histogram_lines(summary["length_histogram"]):
+        for line in histogram_lines(summary.length_histogram):
             console.print(f"  {line}")
 
 
-def histogram_lines(histogram: list[list[int]]) -> list[str]:
+def histogram_lines(histogram: list[tuple[int, int]]) -> list[str]:
     """Text bars for [[lower bound, documents], ...], bounds doubling; empty buckets in between are shown too."""
     if not histogram:
         return []
-    counts = dict(map(tuple, histogram))
+    counts = dict(histogram)
     largest = max(counts.values())
     lines, bound = [], min(counts)
     while bound <= max(counts):
@@ -141,6 +159,7 @@ def histogram_lines(histogram: list[list[int]]) -> list[str]:
 
 
 def _print_excerpts(console: Any, folder: Path, split: str) -> None:
+    from data.files import printable, shown
     from data.shards import PreparedSet
     from data.tokenizer import load_tokenizer
 
@@ -149,11 +168,13 @@ def _print_excerpts(console: Any, folder: Path, split: str) -> None:
         console.print(f"\n{split}: how documents begin")
         for i in sorted({round(k * (len(prepared) - 1) / max(_EXCERPTS - 1, 1)) for k in range(_EXCERPTS)}):
             tokens = prepared.read(i, 0, min(_EXCERPT_TOKENS, int(prepared.lengths[i])))
-            text = " ".join(tokenizer.decode(tokens).split())[:_EXCERPT_CHARACTERS]
+            text = printable(" ".join(tokenizer.decode(tokens).split())[:_EXCERPT_CHARACTERS])
             metadata = prepared.metadata(i)
-            console.print(f"  {metadata['id']} ({prepared.lengths[i]:,} tokens): {text}")
+            console.print(f"  {printable(metadata.id[:_SPEC_CHARACTERS])} ({prepared.lengths[i]:,} tokens): {text}")
             for start, stop in prepared.answers(i)[:1]:
-                console.print(f"    answer [{start}, {stop}): {tokenizer.decode(prepared.read(i, start, stop))!r}")
+                stop_shown = min(stop, start + _EXCERPT_TOKENS)
+                answer = shown(tokenizer.decode(prepared.read(i, start, stop_shown)), _EXCERPT_CHARACTERS)
+                console.print(f"    answer [{start}, {stop}): {answer}")
         prepared.close()
     except ValueError as error:
         console.print(f"\n{split}: documents cannot be shown: {error}")

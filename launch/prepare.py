@@ -191,25 +191,22 @@ def _print_summary(out: str, prepared: Prepared, elapsed_s: float) -> None:
         console.print(f"prepared {out} in {elapsed_s:.1f} s")
     else:
         console.print(f"{out} is complete already: same sources, same options; nothing to do")
-    for source in manifest["sources"]:
+    for source in manifest.sources:
         left_out = [
-            f"{source['too_short']:,} documents too short" if source["too_short"] else "",
-            f"{source['skipped_files']:,} files that are not UTF-8" if source["skipped_files"] else "",
+            f"{source.too_short:,} documents too short" if source.too_short else "",
+            f"{source.skipped_files:,} files that are not UTF-8" if source.skipped_files else "",
         ]
         left_out_text = ", ".join(filter(None, left_out))
         console.print(
-            f"  {source['spec']}: {source['documents']:,} documents, {source['tokens']:,} tokens"
+            f"  {source.spec}: {source.documents:,} documents, {source.tokens:,} tokens"
             + (f" (left out: {left_out_text})" if left_out_text else ""),
             markup=False,
         )
-    tokenizer = manifest["tokenizer"]
-    console.print(
-        f"  tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens (hash {tokenizer['hash'][:12]})"
-    )
-    for split, summary in manifest["splits"].items():
+    tokenizer = manifest.tokenizer
+    console.print(f"  tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens (hash {tokenizer.hash[:12]})")
+    for split, summary in manifest.splits.items():
         console.print(
-            f"  {split}: {summary['documents']:,} documents, {summary['tokens']:,} tokens, "
-            f"{len(summary['shards']):,} shards"
+            f"  {split}: {summary.documents:,} documents, {summary.tokens:,} tokens, {len(summary.shards):,} shards"
         )
-    if "valid" not in manifest["splits"]:
+    if "valid" not in manifest.splits:
         console.print("  valid: no documents are held out")

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.files import sealed
 from model.decoder import DecoderStage
 from model.sharding import Partition, full_shape, partition_of, shard, unshard
 from pipeline.executor import Memory
@@ -68,12 +69,6 @@ def candidates(folder: Path) -> list[Path]:
     found = sorted((path for path in folder.glob("step_*") if (path / SUMMARY).is_file()), reverse=True)
     named = named_by_latest(folder)
     return sorted(found, key=lambda path: named is not None and path > named)
-
-
-def sealed(summary: dict[str, Any]) -> dict[str, Any]:
-    """The content of `checkpoint.json` with its own SHA-256 in it."""
-    rest = {name: value for name, value in summary.items() if name != "sha256"}
-    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def open_newest(run_dir: Path, warn) -> CheckpointReader | None:

@@ -176,7 +176,7 @@ def _held_out_sets(
     else:
         sets = []
         for path in dict.fromkeys(entry.path for entry in config.data.sets):
-            if "valid" in PreparedSet(path).manifest["splits"]:
+            if "valid" in PreparedSet(path).manifest.splits:
                 sets.append(PreparedSet(path, "valid"))
             else:
                 notes.append(f"{path} holds no documents out: nothing to evaluate in it")
@@ -204,8 +204,8 @@ def _trained_hash(config: Config) -> set[str]:
 
 
 def _is_synthetic(source: PreparedSet) -> bool:
-    specs = [entry["spec"] if isinstance(entry, dict) else entry for entry in source.manifest["sources"]]
-    return bool(specs) and all(is_synthetic(spec) for spec in specs)
+    sources = source.manifest.sources
+    return bool(sources) and all(is_synthetic(entry.spec) for entry in sources)
 
 
 def _documents(source: PreparedSet, config: Config, notes: list[str]) -> list[Document]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from data.manifest import SourceEntry, write_manifest
 from data.questions import Question
-from data.shards import FORMAT_VERSION, MANIFEST, ShardSetWriter
+from data.shards import ShardSetWriter
 from data.tokenizer import byte_tokenizer
 
 
@@ -39,12 +39,5 @@ def write_set(
                 questions=[Question(asked, (6, 9), after=3)] if questions else (),
             )
         splits[split] = writer.close()
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer.info | {"hash": tokenizer.hash},
-        "options": {},
-        "sources": ["noise"],
-        "splits": splits,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(folder, tokenizer=tokenizer.entry, sources=[SourceEntry(spec="noise")], splits=splits)
     return folder

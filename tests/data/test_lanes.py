@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from data.config import DataConfig, SetConfig
 from data.lane_schedule import LaneSchedule
 from data.lanes import LaneLoader, WeightedSet, WindowBatch, build_loader
+from data.manifest import TokenizerEntry, write_manifest
 from data.prefetch import Prefetcher
 from data.questions import Question
-from data.shards import FORMAT_VERSION, BadDocumentError, ShardSetWriter
+from data.shards import BadDocumentError, ShardSetWriter
 
 EOS = 0
 DOCUMENT_STRIDE = 100_000  # token i of document d is 1 + d * stride + i: a token tells where it comes from
@@ -631,13 +632,9 @@ def write_set(folder: Path, documents: list[np.ndarray], answers: dict[int, list
     writer = ShardSetWriter(folder, "train", 257, shard_bytes=4096)
     for i, document in enumerate(documents):
         writer.add(document, id=str(i), source="test", answers=answers.get(i))
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": {"kind": "byte", "hash": "h", "vocab_size": 257, "eos_id": 256},
-        "splits": {"train": writer.close()},
-    }
-    assert len(manifest["splits"]["train"]["shards"]) > 2
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    entry = TokenizerEntry(kind="byte", hash="0" * 64, vocab_size=257, eos_id=256)
+    manifest = write_manifest(folder, tokenizer=entry, splits={"train": writer.close()})
+    assert len(manifest.splits["train"].shards) > 2
 
 
 def test_prepared_sets_on_disk(tmp_path):

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 import data.shards
+from data.manifest import load_manifest
 from data.pool import EncodedDocument, encode_jobs
 from data.prepare import PrepareOptions, SplitAssigner, prepare
 from data.shards import PreparedSet
@@ -64,22 +65,22 @@ def test_every_document_arrives_whole_and_in_one_split(corpus: Path, tmp_path: P
             assert tokenizer.eos_id not in tokens[:-1]
             assert len(tokens) >= 60
             metadata = prepared.metadata(i)
-            assert metadata["id"] not in found
-            found[metadata["id"]] = (split, tokenizer.decode(tokens))
+            assert metadata.id not in found
+            found[metadata.id] = (split, tokenizer.decode(tokens))
             for start, stop in prepared.answers(i):
                 digits = tokenizer.decode(tokens[start:stop])
                 assert len(digits) == 5
                 assert digits.isdigit()
                 assert tokenizer.decode(tokens[:start]).endswith("The pass key is ")
-            assert len(prepared.answers(i)) == (1 if metadata["id"].startswith("passkey") else 0)
+            assert len(prepared.answers(i)) == (1 if metadata.id.startswith("passkey") else 0)
     texts = {f"corpus/{file.name}": file.read_text() for file in corpus.glob("*.txt")}
     assert {name: found[name][1] for name in texts} == texts
-    files, passkeys = manifest["sources"]
-    assert files["documents"] + files["too_short"] == 340
-    assert 0 < files["too_short"] < 300
-    assert passkeys["documents"] == 60
-    assert sum(split == "valid" for split, _ in found.values()) == manifest["splits"]["valid"]["documents"]
-    assert 0.04 * len(found) < manifest["splits"]["valid"]["documents"] < 0.2 * len(found)
+    files, passkeys = manifest.sources
+    assert files.documents + files.too_short == 340
+    assert 0 < files.too_short < 300
+    assert passkeys.documents == 60
+    assert sum(split == "valid" for split, _ in found.values()) == manifest.splits["valid"].documents
+    assert 0.04 * len(found) < manifest.splits["valid"].documents < 0.2 * len(found)
     # The training sample held the passkeys' words, so each is one token.
     assert len(tokenizer.encode(" grass")) == len(tokenizer.encode(" yellow")) == 1
 
@@ -159,7 +160,7 @@ def test_a_complete_set_is_kept_and_a_different_one_refused(corpus: Path, tmp_pa
     written = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     again = prepare([str(corpus)], out, options)
     assert not again.built
-    assert again.manifest == json.loads((out / "manifest.json").read_text())
+    assert again.manifest == load_manifest(out)
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == written
 
     with pytest.raises(ValueError, match=r"min_tokens is 2 there and 90 here.*--overwrite"):
@@ -232,13 +233,13 @@ def test_long_documents_are_cut_into_equal_parts_within_a_split(corpus: Path, tm
     for split in ("train", "valid"):
         prepared = PreparedSet(whole, split)
         for i in range(len(prepared)):
-            texts[prepared.metadata(i)["id"]] = (split, prepared.read(i).tolist())
+            texts[prepared.metadata(i).id] = (split, prepared.read(i).tolist())
     assert max(len(tokens) for _, tokens in texts.values()) > 3000
     parts: dict[str, list[list[int]]] = {}
     for split in ("train", "valid"):
         prepared = PreparedSet(cut, split)
         for i in range(len(prepared)):
-            id = prepared.metadata(i)["id"]
+            id = prepared.metadata(i).id
             name, part = (id, 0) if id in texts else (id.rpartition("#")[0], int(id.rpartition("#")[2]))
             assert texts[name][0] == split
             parts.setdefault(name, []).append(prepared.read(i).tolist())
@@ -251,8 +252,8 @@ def test_long_documents_are_cut_into_equal_parts_within_a_split(corpus: Path, tm
         lengths = [len(piece) for piece in pieces]
         assert max(lengths) <= 300 and max(lengths) - min(lengths) <= 1
         assert len(pieces) == 1 or min(lengths) >= 150
-    assert manifest["sources"][0]["documents"] == sum(map(len, parts.values()))
-    assert manifest["sources"][0]["tokens"] == sum(split["tokens"] for split in manifest["splits"].values())
+    assert manifest.sources[0].documents == sum(map(len, parts.values()))
+    assert manifest.sources[0].tokens == sum(split.tokens for split in manifest.splits.values())
 
 
 def test_documents_with_questions_are_not_cut(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def test_prepare_and_prepare_again(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"prepared {tmp_path / 'set'} in" in shown
     assert "passkey:8,length=512..1K: 8 documents" in shown
     prepared = PreparedSet(tmp_path / "set")
-    assert prepared.manifest["options"]["shard_bytes"] == 8192
-    assert prepared.manifest["options"]["seed"] == 5
+    assert prepared.manifest.options["shard_bytes"] == 8192
+    assert prepared.manifest.options["seed"] == 5
     assert f"train: {len(prepared)} documents, {prepared.lengths.sum():,} tokens" in shown
     assert cli.main(command) == 0
     assert "complete already" in capsys.readouterr().out
