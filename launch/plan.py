@@ -128,7 +128,8 @@ def _print_memory(config: Config, world: int, vocab: int) -> None:
 
     rows = []
     for needs in per_rank_bytes(config, world, vocab):
-        sizes = (needs.parameters, needs.gradients, needs.optimizer, needs.memory_state, needs.activations, needs.total)
+        sizes = (needs.parameters, needs.gradients, needs.optimizer, needs.memory_state, needs.activations)
+        sizes += (needs.working, needs.total)
         rows.append([str(needs.stage), str(needs.layers), f"{needs.parameter_count:,}", *map(format_bytes, sizes)])
     header = (
         "stage",
@@ -139,6 +140,7 @@ def _print_memory(config: Config, world: int, vocab: int) -> None:
         "optimizer",
         "memory state",
         "activations",
+        "working",
         "total",
     )
     print_table("estimated bytes of each rank, by pipeline stage", rows, header=header)

@@ -331,7 +331,9 @@ class DecoderStage(nn.Module):
         # Rows that only pad the matrix are no tokens: without them a model with another padding is the same model.
         known = self.unpadded_vocab_size - self.tensor_rank * logits.shape[-1]
         if known < logits.shape[-1]:
-            logits[..., max(known, 0) :] = -torch.inf
+            # Not recorded: the softmax gives these columns a gradient of 0, and autograd would copy all of it for that.
+            with torch.no_grad():
+                logits[..., max(known, 0) :] = -torch.inf
         return logits
 
 

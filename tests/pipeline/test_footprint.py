@@ -1,0 +1,58 @@
+"""Bytes of a rank that has tensor-parallel neighbours, against what autograd keeps on such a rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.config import MemoryConfig, ModelConfig
+from model.decoder import DecoderStage, StageOptions
+from pipeline.config import BpttConfig, Config, ParallelConfig, TrainConfig
+from pipeline.footprint import per_rank_bytes
+from pipeline.planner import pretended_rank
+from tests.saved_bytes import saved_bytes
+
+TENSOR, LANES, SEGMENTS, LENGTH = 4, 2, 2, 64
+
+
+def run_config(memory, sequence_parallel, recompute, precision):
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=256,
+        num_attention_heads=8,
+        num_query_groups=4,
+        ffn_hidden_size=688,
+        vocab_size=512,
+        vocab_size_multiple=128,
+        segment_length=LENGTH,
+        memory=memory,
+    )
+    return Config(
+        model=model,
+        parallel=ParallelConfig(tensor=TENSOR, sequence_parallel=sequence_parallel),
+        bptt=BpttConfig(recompute=recompute),
+        train=TrainConfig(lanes=LANES, segments_per_window=SEGMENTS, precision=precision),
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(
+    "memory",
+    [MemoryConfig("delta", "hard", mix_gate="token"), MemoryConfig("gated_deltanet", "none")],
+    ids=["delta", "gated_deltanet"],
+)
+def test_estimate_against_what_autograd_keeps(memory, sequence_parallel, recompute, precision):
+    """The collectives of a pretended rank do nothing, so numbers mean nothing; bytes do."""
+    config = run_config(memory, sequence_parallel, recompute, precision)
+    options = StageOptions(precision=precision, recompute=recompute, sequence_parallel=sequence_parallel)
+    with pretended_rank(0, TENSOR, tensor=TENSOR, pipeline=1):
+        stage = DecoderStage(
+            config.model, options, vocab_size=512, first_layer=0, last_layer=2, tensor_rank=0, tensor_size=TENSOR
+        )
+        stage.initialize(seed=0)
+        tokens = torch.randint(0, 512, (LANES, SEGMENTS, LENGTH))
+        measured = saved_bytes(stage, tokens, tokens, torch.zeros(LANES, SEGMENTS, dtype=torch.bool))
+    (rank,) = per_rank_bytes(config, world_size=TENSOR)
+    assert rank.chunk_activations == pytest.approx(measured, rel=0.05)
