@@ -68,8 +68,11 @@ class ModelConfig:
     """A Llama-style decoder whose attention is Infini-attention."""
 
     num_layers: int = 4
+    """Layers, each with a memory of its own."""
     hidden_size: int = 128
+    """Width of the residual stream."""
     num_attention_heads: int = 4
+    """Query heads of a layer."""
     num_query_groups: int | None = None
     """Key/value heads (grouped-query attention); null means one per attention head."""
     kv_channels: int | None = None
@@ -92,8 +95,10 @@ class ModelConfig:
     """`segment`: the local attention ends at the segment (the paper). `sliding`: it sees the segment before as well,
     whose keys and values are carried like memory; with `memory.rule=none` that is Transformer-XL."""
     rope_base: float = 10000.0
+    """Base of the rotary frequencies (`rope_theta` of Hugging Face)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_epsilon: float = 1e-5
+    """What the root-mean-square norms add to the mean square."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 num_layers)."""
     qk_init: str = "independent"

@@ -21,7 +21,9 @@ class ParallelConfig:
     """How the processes are laid out. Data parallelism takes what tensor and pipeline leave."""
 
     tensor: int = 1
+    """Ranks that share every layer (its heads, its MLP, the vocabulary)."""
     pipeline: int = 1
+    """Stages that share the layers."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1 or 2 everywhere, 3 without pipeline stages."""
     sequence_parallel: bool = False
@@ -51,9 +53,13 @@ class OptimizerConfig:
     """AdamW. Weight decay applies to matrices only; beta and the write gate are groups of their own."""
 
     lr: float = 1e-3
+    """Peak learning rate, reached after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of AdamW's first and second moment."""
     eps: float = 1e-8
+    """What AdamW adds to the root of the second moment."""
     weight_decay: float = 0.1
+    """Decoupled, times the learning rate; of matrices."""
     clip: float = 1.0
     """Global gradient norm; 0 turns clipping off."""
     beta_lr_scale: float = 10.0
@@ -61,10 +67,13 @@ class OptimizerConfig:
     write_gate_lr_scale: float = 3.0
     """Learning rate of the write gate, and of what a rule decays by, relative to lr."""
     schedule: str = "cosine"
+    """After the warm-up: `cosine` and `linear` fall to the end, `wsd` stays and falls at the end, `constant` stays."""
     warmup_steps: int = 50
+    """Steps in which the learning rate rises from 0."""
     decay_steps: int | None = None
     """Length of the final decay of `wsd`; null means a fifth of the steps."""
     min_lr_ratio: float = 0.1
+    """Learning rate at the end, relative to lr."""
 
 
 @dataclass
@@ -82,6 +91,7 @@ class TrainConfig:
     """P: read-only segments per lane and step that ask a question of the memory (documents with questions only). They
     are spread evenly: segments_per_window must be a multiple, and P one of bptt.chunks_per_window."""
     seed: int = 0
+    """Of the initial weights and of the order of the documents."""
     precision: str = "fp32"
     """`bf16` keeps float32 masters and a float32 memory; `fp64` is for parity tests."""
     write_gate_penalty: float = 0.0
@@ -120,6 +130,7 @@ class MetricsConfig:
     memory_interval: int = 100
     """Steps between the per-layer memory statistics (gate histograms, norms, shares)."""
     tensorboard: bool = True
+    """Write `tensorboard/` in the run folder, beside `metrics.jsonl`."""
 
 
 @dataclass
@@ -153,6 +164,7 @@ class PasskeyRowConfig:
     lengths: list[int] = field(default_factory=list)
     """Lengths of the documents in tokens, cut to whole segments."""
     depths: list[float] = field(default_factory=lambda: [0.05, 0.5, 0.95])
+    """Where the key stands, from 0 (beginning) to 1 (end)."""
     documents: int = 20
     """Documents per length, depth and seed."""
     seeds: int = 1
@@ -170,6 +182,7 @@ class EvaluateConfig:
     passkey_lengths: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
     """Lengths of the passkey documents, in segments."""
     passkey_depths: list[float] = field(default_factory=lambda: [0.05, 0.5, 0.95])
+    """Where the key stands, from 0 (beginning) to 1 (end)."""
     passkey_documents: int = 20
     """Documents per cell."""
     passkey_grid: list[PasskeyRowConfig] = field(default_factory=list)
@@ -177,12 +190,15 @@ class EvaluateConfig:
     tasks: list[str] = field(default_factory=list)
     """Synthetic tasks, such as `recall:50,length=1K,pairs=4/8/16/32` (docs/synthetic_data.md)."""
     seed: int = 1234
+    """Of the documents that are made or chosen."""
 
 
 @dataclass
 class Config:
     name: str = "run"
+    """Name of the run; `run_dir` has it."""
     run_dir: str = "runs/${name}"
+    """Folder of the run: checkpoints, metrics, configuration. On a cluster every node must see it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,23 +1,42 @@
 """Read, override and write a run's configuration: schema <- YAML file <- `key=value`, the last word wins.
 
-Every value is assigned on its own to the OmegaConf structured schema, so one message can name all mistakes of a file
-and the command line together, each with its key and what would be valid.
+Every value is read by the type that its setting declares (`pipeline.config_values`) and assigned on its own to the
+OmegaConf structured schema, so one message can name all mistakes of a file and the command line together, each with its
+key and what would be valid.
+
+`${other.key}` copies another setting. Of OmegaConf's resolvers there is one, `${oc.env:NAME}`, for the few variables in
+`ENVIRONMENT` that say where a machine keeps files. What is stored is the value: a checkpoint's configuration says what
+was, and means the same elsewhere. A configuration that was stored, perhaps by a stranger, never reads the environment.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from data.files import FileError, read_text, shown, write_whole
+from pipeline import config_yaml
 from pipeline.config import Config
+from pipeline.config_keys import UnknownKey, item_section, type_at
+from pipeline.config_values import MAX_ITEMS, MAX_TEXT, WrongValue, convert, is_interpolation, is_text
+from pipeline.config_yaml import Node, YamlError
+
+ENVIRONMENT = ("HOME", "PROJECT", "SCRATCH", "TMPDIR", "USER", "WORK")
+"""Variables that a configuration may read: where files are, no secrets (the values are printed and stored)."""
+
+_INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
+_VARIABLE = re.compile(r"oc\.env:([A-Za-z_][A-Za-z0-9_]*)(?:,([^{}]*))?")
+_KEY = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z0-9_]+)*")
+_MAX_CHAIN = 16
+"""Settings that copy one another."""
 
 
 class ConfigError(ValueError):
@@ -32,42 +51,53 @@ class ConfigError(ValueError):
         )
 
 
-def load_config(path: str | os.PathLike | dict[str, Any] | None, overrides: list[str]) -> Config:
+@dataclass(frozen=True)
+class _Source:
+    """Where settings come from."""
+
+    name: str
+    own: bool
+    """The user's, now: it may read the environment."""
+
+    def at(self, node: Node) -> str:
+        return f"{self.name}, line {node.line}" if node.line and self is not _COMMAND_LINE else self.name
+
+
+_COMMAND_LINE = _Source("command line", own=True)
+
+
+def load_config(path: str | os.PathLike | None, overrides: list[str], *, own: bool = True) -> Config:
     """The configuration of a run.
 
     Args:
-        path: YAML file, None for the defaults, or the settings themselves as a checkpoint has them.
-        overrides: `key=value` strings such as `model.memory.rule=linear`; the value is YAML, list items are
-            addressed by number (`data.sets.0.path=...`), `${other.key}` copies another setting.
+        path: YAML file, or None for the defaults.
+        overrides: `key=value` strings such as `model.memory.rule=linear`; list items are addressed by number
+            (`data.sets.0.path=...`), `${other.key}` copies another setting.
+        own: the file is what the user starts a run from; False for one that a run has stored.
 
     Raises:
-        ConfigError: unknown keys, values of the wrong type, missing values, unresolvable interpolations.
-        OSError: the file cannot be read.
+        ConfigError: unknown keys, values of the wrong type, missing values, interpolations that name nothing.
+        OSError, FileError: the file cannot be read.
     """
-    problems: list[str] = []
-    schema = OmegaConf.structured(Config)
-    sources = []
-    if isinstance(path, dict):
-        sources.append(("checkpoint", "", path))
-    elif path is not None:
-        sources.append((str(path), "", _read_yaml(Path(path))))
-    for override in overrides:
-        try:
-            sources.append(("command line", *_parse_override(override)))
-        except ValueError as error:
-            problems.append(str(error))
-    for source, key, value in sources:
-        for leaf, leaf_value in _leaves(Config, key, value, source, problems):
-            _assign(schema, leaf, leaf_value, source, problems)
-    if problems:
-        raise ConfigError(problems)
+    return _load([] if path is None else [(_Source(str(path), own), _read(Path(path)))], overrides)
+
+
+def stored_config(settings: Any, overrides: list[str], where: str) -> Config:
+    """The configuration that a checkpoint was written with.
+
+    Args:
+        settings: as its JSON has them.
+        overrides: as for `load_config`.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
     try:
-        return OmegaConf.to_object(schema)
-    except MissingMandatoryValue as error:
-        raise ConfigError([f"{_dotted(error)} must be given"]) from error
-    except OmegaConfBaseException as error:
-        where = f"{_dotted(error)}: " if error.full_key else ""
-        raise ConfigError([where + _first_line(error)]) from error
+        root = config_yaml.from_json(settings)
+    except YamlError as error:
+        raise ConfigError([f"{where}: {error}"]) from None
+    return _load([(_Source(where, own=False), root)], overrides)
 
 
 def save_config(config: Config, path: str | os.PathLike) -> None:
@@ -76,79 +106,216 @@ def save_config(config: Config, path: str | os.PathLike) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_whole(path, config_yaml.dump(asdict(config)))
+
+
+def _load(sources: list[tuple[_Source, Node]], overrides: list[str]) -> Config:
+    problems: list[str] = []
+    settings = [(source, "", root) for source, root in sources]
+    for override in overrides:
+        try:
+            settings.append((_COMMAND_LINE, *_parse_override(override)))
+        except ValueError as error:
+            problems.append(f"{_COMMAND_LINE.name}: {error}")
+    schema = OmegaConf.structured(Config)
+    for source, key, node in settings:
+        for leaf, value in _leaves(key, node, source, problems):
+            _assign(schema, leaf, value, source, problems)
+    if not problems:
+        _resolve(schema, problems)
+    if problems:
+        raise ConfigError(problems)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return OmegaConf.to_object(schema)
+    except MissingMandatoryValue as error:
+        raise ConfigError([f"{_dotted(error)} must be given"]) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read(path: Path) -> Node:
+    try:
+        root = config_yaml.parse(read_text(path, config_yaml.LIMIT_BYTES))
+    except FileNotFoundError:
         nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; there are {', '.join(nearby)}" if nearby else ""
-        raise FileNotFoundError(f"configuration file {path} does not exist{hint}")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
-    if not isinstance(content, dict):
-        raise ConfigError([f"{path} must hold settings (`key: value`), not a {type(content).__name__}"])
-    return content
+        raise FileNotFoundError(f"configuration file {path} does not exist{hint}") from None
+    except FileError as error:
+        raise ConfigError([str(error)]) from None
+    except YamlError as error:
+        raise ConfigError([f"{path} is no configuration: {error}"]) from None
+    if not isinstance(root.value, dict):
+        raise ConfigError([f"{path} must hold settings (`key: value`), not {root}"])
+    return root
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, value = override.partition("=")
+def _parse_override(override: str) -> tuple[str, Node]:
+    """Key and value; the value is taken by the setting's type, so that a text needs no quotes."""
+    key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"command line: {override!r} is not of the form key=value, such as train.steps=100")
-    if "${" in value:  # braces of an interpolation are not YAML's
-        return key, value
+        raise ValueError(f"{shown(override)} is not of the form key=value, such as train.steps=100")
     try:
-        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ValueError(f"command line: the value of {key} is not valid YAML: {value!r} ({problem})") from error
+        kind = type_at(key)
+    except UnknownKey:
+        return key, Node(text)  # said where the settings of all sources are looked up
+    quoted = len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]
+    bracketed = text.lstrip()[:1] in ("[", "{")
+    if not (quoted or bracketed and not is_text(kind)):
+        return key, Node(text if is_text(kind) else text.strip())
+    try:
+        return key, config_yaml.parse_flow(text)
+    except YamlError as error:
+        if quoted:
+            return key, Node(text)
+        raise ValueError(f"the value of {key} is not valid YAML: {shown(text)} ({error})") from None
 
 
-def _leaves(root: type, key: str, value: Any, source: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """The single settings in `value` as (full key, value); unknown keys go to `problems`."""
+def _leaves(key: str, node: Node, source: _Source, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """The single settings in `node` as (full key, node or items of a list); unknown keys go to `problems`."""
     try:
-        kind = _type_at(root, key)
-    except KeyError as unknown:
-        problems.append(f"{source}: {unknown.args[0]}")
+        kind = type_at(key)
+    except UnknownKey as unknown:
+        problems.append(f"{source.at(node)}: {unknown}")
         return
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            names = ", ".join(_field_types(kind))
-            problems.append(f"{source}: {key} is a section with the settings {names}; got {value!r}")
+        if not isinstance(node.value, dict):
+            names = ", ".join(field.name for field in dataclasses.fields(kind))
+            what = f"{key} is a section with" if key else "a configuration has"
+            problems.append(f"{source.at(node)}: {what} the settings {names}; got {node}")
             return
-        for name, item in value.items():
-            yield from _leaves(root, f"{key}.{name}" if key else str(name), item, source, problems)
-    elif (item_kind := _item_section(kind)) and isinstance(value, list):
+        for name, item in node.value.items():
+            yield from _leaves(f"{key}.{name}" if key else name, item, source, problems)
+    elif (section := item_section(kind)) and isinstance(node.value, list):
+        if len(node.value) > MAX_ITEMS:
+            problems.append(f"{source.at(node)}: {key} has {len(node.value):,} items; valid are at most {MAX_ITEMS:,}")
+            return
         # A list of sections replaces the whole list: first as many empty items, then their settings.
-        yield key, [item_kind() for _ in value]
-        for number, item in enumerate(value):
-            yield from _leaves(root, f"{key}.{number}", item, source, problems)
+        yield key, [section() for _ in node.value]
+        for number, item in enumerate(node.value):
+            yield from _leaves(f"{key}.{number}", item, source, problems)
     else:
-        yield key, value
+        yield key, node
 
 
-def _assign(schema: Any, key: str, value: Any, source: str, problems: list[str]) -> None:
+def _assign(schema: Any, key: str, value: Any, source: _Source, problems: list[str]) -> None:
+    kind, where = type_at(key), source.name
     try:
+        if isinstance(value, Node):
+            where = source.at(value)
+            value = convert(_with_environment(value, source), kind)
         OmegaConf.update(schema, key, value)
+    except WrongValue as error:
+        problems.append(f"{where}: {key} = {value} {error}")
     except OmegaConfBaseException as error:
-        if missing := _missing_item(schema, key):
-            problems.append(f"{source}: {key} does not exist: {missing}")
-        else:
-            reason = (
-                "has the wrong type" if isinstance(error, ValidationError) else f"cannot be read ({_first_line(error)})"
+        missing = _missing_item(schema, key)
+        problems.append(f"{where}: {key} {f'does not exist: {missing}' if missing else _first_line(error)}")
+
+
+def _with_environment(node: Node, source: _Source) -> Node:
+    """`node` with the variables of the environment in it, and its interpolations seen to be ones.
+
+    Raises:
+        WrongValue: it reads what it may not.
+    """
+    if isinstance(node.value, list):
+        return dataclasses.replace(node, value=[_with_environment(item, source) for item in node.value])
+    if not is_interpolation(node):
+        return node
+
+    def read(match: re.Match) -> str:
+        variable = _VARIABLE.fullmatch(match[1])
+        if variable is None:
+            if not _KEY.fullmatch(match[1]):
+                raise WrongValue(
+                    f"is not read: valid are ${{other.key}}, such as ${{name}}, and ${{oc.env:NAME}} with one of "
+                    f"{', '.join(ENVIRONMENT)}"
+                )
+            return match[0]
+        if not source.own:
+            raise WrongValue("reads the environment, which a stored configuration may not")
+        if variable[1] not in ENVIRONMENT:
+            raise WrongValue(
+                f"reads {shown(variable[1])} from the environment, which would be printed and stored; valid are "
+                f'{", ".join(ENVIRONMENT)}. The shell gives any other: key="$NAME" on the command line'
             )
-            problems.append(f"{source}: {key} = {value!r} {reason}; valid is {_type_name(_type_at(Config, key))}")
+        found = os.environ.get(variable[1], variable[2])
+        if found is None or "${" in found:
+            raise WrongValue(f"reads the variable {variable[1]}, which {'is not set' if found is None else 'has ${'}")
+        return found
+
+    text = _INTERPOLATION.sub(read, node.value)
+    if text.count("${") != len(_INTERPOLATION.findall(text)):
+        raise WrongValue("is not read: `${` must begin the name of another setting, such as ${name}")
+    return dataclasses.replace(node, value=text)
+
+
+def _resolve(schema: Any, problems: list[str]) -> None:
+    """Put values in the place of interpolations."""
+    copies = _Copies(OmegaConf.to_container(schema, resolve=False))
+    for key, text in list(_texts(copies.content, "")):
+        if "${" in text:
+            try:
+                OmegaConf.update(schema, key, convert(copies.read(text, (key,)), type_at(key)))
+            except WrongValue as error:
+                problems.append(f"{key} = {shown(text)[1:-1]} {error}")
+
+
+def _texts(content: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, dict | list):
+        for name, item in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
+
+
+class _Copies:
+    """What interpolations stand for, each setting looked up once: their number can double with every step."""
+
+    def __init__(self, content: dict[str, Any]):
+        self.content = content
+        self._known: dict[str, Node] = {}
+
+    def read(self, text: str, chain: tuple[str, ...]) -> Node:
+        """The value of `text`, which stands under the last key of `chain`.
+
+        Raises:
+            WrongValue: it copies what does not exist, or itself, or too much.
+        """
+        if len(chain) > _MAX_CHAIN or chain[-1] in chain[:-1]:
+            raise WrongValue(f"copies settings in a circle, or over too many: {' -> '.join(chain)}")
+        if whole := _INTERPOLATION.fullmatch(text):
+            return self._setting(whole[1], chain)
+        pieces, end = [], 0
+        for match in _INTERPOLATION.finditer(text):
+            copied = self._setting(match[1], chain)
+            if not isinstance(copied.value, str):
+                raise WrongValue(f"copies {match[1]}, which is no single value")
+            pieces += [text[end : match.start()], copied.value]
+            end = match.end()
+            if sum(map(len, pieces)) > MAX_TEXT:
+                raise WrongValue(f"becomes a text of more than {MAX_TEXT:,} characters")
+        return Node("".join([*pieces, text[end:]]), plain=False)
+
+    def _setting(self, key: str, chain: tuple[str, ...]) -> Node:
+        if key not in self._known:
+            self._known[key] = self._look_up(key, chain)
+        return self._known[key]
+
+    def _look_up(self, key: str, chain: tuple[str, ...]) -> Node:
+        try:
+            kind = type_at(key)
+        except UnknownKey as unknown:
+            raise WrongValue(f"copies an {unknown}") from None
+        value: Any = self.content
+        for part in key.split("."):
+            if not isinstance(value, dict | list) or isinstance(value, list) and int(part) >= len(value):
+                raise WrongValue(f"copies {key}, which does not exist")
+            value = value[part] if isinstance(value, dict) else value[int(part)]
+        if dataclasses.is_dataclass(kind) or item_section(kind):
+            raise WrongValue(f"copies {key}, which is no single setting")
+        if isinstance(value, list) and any("${" in item for item in value if isinstance(item, str)):
+            raise WrongValue(f"copies {key}, whose items copy others themselves")
+        if isinstance(value, str) and "${" in value:
+            value = convert(self.read(value, (*chain, key)), kind)
+        return config_yaml.from_json(value)
 
 
 def _missing_item(schema: Any, key: str) -> str:
@@ -160,73 +327,6 @@ def _missing_item(schema: Any, key: str) -> str:
             if items is None or int(part) >= len(items):
                 return f"{'.'.join(parts[:i])} has {len(items or [])} item(s), counted from 0"
     return ""
-
-
-def _type_at(root: type, key: str) -> Any:
-    """Declared type of the setting `key`; KeyError with a message for people when there is none."""
-    kind: Any = root
-    parts = key.split(".") if key else []
-    for depth, part in enumerate(parts):
-        if part.isdigit() and (item := _item_type(kind)) is not None:
-            kind = item
-            continue
-        fields = _field_types(kind) if dataclasses.is_dataclass(kind) else {}
-        if part not in fields:
-            raise KeyError(_unknown_key(root, key, ".".join(parts[:depth]), part, list(fields)))
-        kind = fields[part]
-    return kind
-
-
-def _unknown_key(root: type, key: str, section: str, name: str, valid: list[str]) -> str:
-    if not valid:
-        return f"unknown key {key!r}: {section} is a single setting, not a section"
-    prefix = f"{section}." if section else ""
-    close = [prefix + match for match in difflib.get_close_matches(name, valid, n=3)]
-    # The right name in the wrong section, such as train.lr for optimizer.lr.
-    every = list(_all_keys(root))
-    close += [k for k in every if k.split(".")[-1] == key.split(".")[-1] and k not in close]
-    close = close or difflib.get_close_matches(key, every, n=3)
-    if close:
-        return f"unknown key {key!r}; did you mean {' or '.join(close)}?"
-    return f"unknown key {key!r}; valid in {section or 'the top level'}: {', '.join(valid)}"
-
-
-def _all_keys(kind: type, prefix: str = "") -> Iterator[str]:
-    for name, field_kind in _field_types(kind).items():
-        if dataclasses.is_dataclass(field_kind):
-            yield from _all_keys(field_kind, f"{prefix}{name}.")
-        elif section := _item_section(field_kind):
-            yield from _all_keys(section, f"{prefix}{name}.0.")
-        else:
-            yield prefix + name
-
-
-def _field_types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _item_type(kind: Any) -> Any:
-    """Type of a list's items (`list[int] | None` counts as a list), else None."""
-    for candidate in (kind, *get_args(kind)):
-        if getattr(candidate, "__origin__", None) is list:
-            return get_args(candidate)[0]
-    return None
-
-
-def _item_section(kind: Any) -> type | None:
-    item = _item_type(kind)
-    return item if dataclasses.is_dataclass(item) else None
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    if kind in names:
-        return names[kind]
-    if getattr(kind, "__origin__", None) is list:
-        item = get_args(kind)[0]
-        many = {int: "integers", float: "numbers", str: "texts", bool: "true or false"}
-        return f"a list of {many.get(item, 'sections')}"
-    return " or ".join(_type_name(argument) for argument in get_args(kind))
 
 
 def _dotted(error: OmegaConfBaseException) -> str:

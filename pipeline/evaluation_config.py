@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.config_io import ConfigError, load_config
+from pipeline.config_io import ConfigError, load_config, stored_config
 from pipeline.derived import model_parallel_size
 from pipeline.validate import validate
 
@@ -32,23 +32,26 @@ def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) 
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not a run folder: there is no {path.name}")
-    config = load_config(path, [*OWN_LAYOUT, *overrides])
+    config = load_config(path, [*OWN_LAYOUT, *overrides], own=False)
     _check_layout(config, world_size)
     return config
 
 
-def generation_config(saved: dict[str, Any], overrides: Sequence[str], world_size: int) -> Config:
+def generation_config(
+    saved: dict[str, Any], overrides: Sequence[str], world_size: int, where: str = "checkpoint"
+) -> Config:
     """The configuration that a checkpoint was written with, with the layout of a generation on `world_size` processes.
 
     Args:
         saved: `config` of the checkpoint's summary.
+        where: the checkpoint, for messages.
 
     Raises:
         ConfigError: it cannot run so, needs data parallelism, or would be another model.
     """
-    config = load_config(saved, [*OWN_LAYOUT, *overrides])
+    config = stored_config(saved, [*OWN_LAYOUT, *overrides], where)
     problems = []
-    if config.model != load_config(saved, []).model:
+    if config.model != stored_config(saved, [], where).model:
         problems.append("settings under model belong to the checkpoint: generation cannot change them")
     if config.parallel.sequence_parallel:
         problems.append(

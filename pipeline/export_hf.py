@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.hf_describe import describe_infini, describe_plain
 from model.hf_weights import Weight, backbone_weights, memory_weight
 from pipeline.checkpoint import CheckpointError, CheckpointReader, find_checkpoint
-from pipeline.config_io import load_config
+from pipeline.config_io import stored_config
 from pipeline.find_tokenizer import find_tokenizer
 from pipeline.tensor_file import TensorFile
 
@@ -81,7 +81,7 @@ def export_model(
         raise ValueError(f"{out} exists already: choose another folder")
     reader = CheckpointReader(find_checkpoint(source))
     reader.verify()
-    run, vocab_size = load_config(reader.summary["config"], []), reader.summary["vocab_size"]
+    run, vocab_size = stored_config(reader.summary["config"], [], str(reader.folder)), reader.summary["vocab_size"]
     config = run.model
     export = Export(reader.folder)
     described = (describe_plain if plain else describe_infini)(config, vocab_size)

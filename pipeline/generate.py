@@ -81,7 +81,9 @@ class Generator:
         """
         path = find_checkpoint(Path(checkpoint))
         reader = CheckpointReader(path)
-        config = generation_config(reader.summary["config"], overrides, int(os.environ.get("WORLD_SIZE", "1")))
+        config = generation_config(
+            reader.summary["config"], overrides, int(os.environ.get("WORLD_SIZE", "1")), str(path)
+        )
         _, found = find_tokenizer(path, config, reader.summary["vocab_size"], tokenizer)
         parallel = config.parallel
         topology = initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)

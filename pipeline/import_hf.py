@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +19,7 @@ from model.config import MemoryConfig, ModelConfig
 from model.hf_config import is_exported, model_config
 from model.hf_weights import Weight, backbone_weights, memory_weight
 from pipeline.config import Config, OptimizerConfig, TrainConfig
+from pipeline.config_yaml import dump
 from pipeline.hf_source import ModelSource, open_source
 from pipeline.initial_memory import memory_parameters
 from pipeline.validate import validate
@@ -176,9 +176,6 @@ def _yaml(config: Config, source: Path) -> str:
     """The configuration of a run that continues from the import: complete but for the data."""
     sections = asdict(config)
     optimizer = {name: sections["optimizer"][name] for name in ("lr", "beta_lr_scale", "write_gate_lr_scale")}
-
-    def dump(content: dict) -> str:
-        return yaml.safe_dump(content, sort_keys=False, default_flow_style=False)
 
     return (
         f"# Continues the pretraining of {source}.\n"
