@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launch.worker import FOLLOWED
+from launch.worker import CLAIM_FOLDER, FOLLOWED, INTERRUPTED
 from launch.world import LOOPBACK, check_port
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         # The agent would kill the ranks 30 s after any other signal; those are passed on instead.
         options = ["--log-dir", logs, "--signals-to-handle", "SIGQUIT"]
         args = parse_args([*options, *torchrun_arguments])
+        os.environ[CLAIM_FOLDER] = logs
         if args.max_restarts > 0:
             # By default all attempts share the agent's store, in which ranks then find the addresses of dead ones
             # ('connection refused'). Without sharing every attempt has a store of its own.
@@ -147,10 +148,14 @@ def _explain(error: ChildFailedError, ending: int | None) -> int:
             hint = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
             print(f"infini: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
             return 128 - failure.exitcode
-    spoke = [failure.exitcode for _, failure in failures if failure.exitcode > 0 and failure.exitcode != FOLLOWED]
+    spoke = [(f.exitcode, rank) for rank, f in failures if f.exitcode > 0 and f.exitcode != FOLLOWED]
     if not spoke:
         print("infini: error: the ranks of this node left because a rank elsewhere failed", file=sys.stderr)
-    return spoke[0] if spoke else 1
+        return 1
+    code, rank = spoke[0]
+    if code == INTERRUPTED:
+        print(f"infini: error: rank {rank} was interrupted", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def attempt_id() -> str:
     if "TORCHELASTIC_RUN_ID" in env:
         parts = [env["TORCHELASTIC_RUN_ID"], env.get("TORCHELASTIC_RESTART_COUNT", "0")]
     else:
-        parts = [env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
+        # Where neither torchrun nor Slurm names the launch, the place to meet does.
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+        parts = [env.get(name, "0") for name in names]
     return "".join(c if c.isalnum() else "-" for c in "-".join(parts))
 
 

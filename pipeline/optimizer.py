@@ -28,6 +28,8 @@ from pipeline.config import Config, OptimizerConfig
 from pipeline.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCTIONS = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")
+"""DeepSpeed's methods that reduce the gradients at the end of `coalesce_grad_reduction`."""
 
 
 class StepOutcome(NamedTuple):
@@ -171,10 +173,23 @@ class ZeroOptimizer:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Run all forward and backward passes of a step inside; at the end the gradients are synchronised."""
-        with self.engine.coalesce_grad_reduction():
-            yield
-            self._synchronise_replicas()
+        """Run all forward and backward passes of a step inside; at the end the gradients are synchronised.
+
+        An exception leaves without that: DeepSpeed's context reduces whatever passes through it, and would wait, with
+        the reason of the failure, for ranks that are somewhere else.
+        """
+        engine = vars(self.engine)
+        try:
+            with self.engine.coalesce_grad_reduction():
+                try:
+                    yield
+                    self._synchronise_replicas()
+                except BaseException:
+                    engine.update(dict.fromkeys(REDUCTIONS, lambda optimizer: None))
+                    raise
+        finally:
+            for name in REDUCTIONS:
+                engine.pop(name, None)
 
     def _synchronise_replicas(self) -> None:
         """Sum the gradients of parameters that exist more than once inside one model copy."""

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed import cases
+from launch.worker import FOLLOWED
+from tests.distributed import cases, failing_ranks
 from tests.prepared import write_set
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -25,6 +26,53 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_set(tmp_path_factory.mktemp("failures") / "set", [37, 500, 130, 64, 250, 90, 17, 400])
+
+
+# One rank of four
+
+
+FAULTS = [
+    "none:-1:0",
+    "loader:1:3",
+    "to_device:3:2",
+    "forward:3:3",
+    "backward:2:3",
+    "statistics:2:2",
+    "optimizer:0:3",
+    "writer:3:2",
+    "save:1:2",
+    "exit:0:2",
+    "load:2:0",
+    "evaluate:3:0",
+]
+"""PLACE:RANK:STEP, see `failing_ranks`. The first is nowhere: the run whose checkpoint the last ones load."""
+
+
+@pytest.fixture(scope="module")
+def faults(data, tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("faults")
+    command = [sys.executable, "-m", "tests.distributed.failing_ranks", str(folder), str(data), *FAULTS]
+    ran = subprocess.run(command, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", FAULTS[1:])
+def test_a_failing_rank_says_why_and_takes_the_others_along(faults, fault):
+    """From every place of a step, out of DeepSpeed's context and out of collectives, without a launcher that kills."""
+    place, rank, _ = fault.split(":")
+    assert faults["none"]["codes"] == [0, 0, 0, 0], faults["none"]["output"]
+    found = faults[place]
+    expected = failing_ranks.ERRORS.get(place, RuntimeError(f"something is wrong in {place}"))
+    reason = str(expected) if isinstance(expected, ValueError) else f"{type(expected).__name__}: {expected}"
+    told = [line for line in found["output"].splitlines() if "error:" in line.lower()]
+    assert told == [f"[rank {rank}] error: {reason}"], found["output"]
+    assert "Traceback" not in found["output"]
+    codes = [FOLLOWED] * 4
+    codes[int(rank)] = 2 if isinstance(expected, ValueError) else 1
+    assert found["codes"] == codes
+    assert found["outlived_s"] < 10
 
 
 # Numbers that are not finite

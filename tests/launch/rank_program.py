@@ -36,6 +36,8 @@ def main() -> int:
                 raise ValueError("shard train-000003.tar is truncated")
             if mode in ("bug", "blocked"):
                 raise RuntimeError("wrong number")
+            if mode == "interrupted-early":
+                raise KeyboardInterrupt
             if mode == "bad-thread":
                 threading.Thread(target=fail, args=("the writer's thread failed",)).start()
                 stop.wait()
@@ -57,7 +59,7 @@ def main() -> int:
         dist.destroy_process_group()
         return 0
 
-    return run_rank(work, run_dir)
+    return run_rank(work, None if mode == "interrupted-early" else run_dir)
 
 
 if __name__ == "__main__":

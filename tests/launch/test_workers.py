@@ -27,9 +27,11 @@ def environment(**settings) -> dict[str, str]:
     return inherited | {"PYTHONPATH": f"{ROOT}:{HERE}", "PYTHON": sys.executable} | settings
 
 
-def start(mode: str, run_dir: Path) -> subprocess.Popen:
+def start(mode: str, run_dir: Path, **settings) -> subprocess.Popen:
     command = [sys.executable, "-c", LAUNCH, mode, str(run_dir)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment(**settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -53,7 +55,15 @@ def test_first_failure_is_the_only_one_told(tmp_path):
     assert output == f"[rank 1] error: shard train-000003.tar is truncated\n(traceback in {report})\n"
     assert code == 2
     assert "rank_program.py" in report.read_text()
-    assert not (tmp_path / "error-rank0.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["error-rank1.txt"]
+
+
+def test_one_interrupted_rank_ends_all_before_there_is_a_run_folder(tmp_path):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    code, output = finish(start("interrupted-early", tmp_path, TMPDIR=str(temporary)))
+    assert (code, output) == (130, "infini: error: rank 1 was interrupted\n")
+    assert list(temporary.iterdir()) == []
 
 
 def test_failing_thread_ends_a_rank_whose_main_thread_waits(tmp_path):
