@@ -196,23 +196,23 @@ def _inspect_checkpoint(folder: Path, verify: bool) -> int:
     found = read_contents(folder, verify=verify)
     if found.damage:
         return _tell_damage(console, folder, found.damage)
-    summary, layout, config = found.summary, found.summary["layout"], found.summary["config"]
-    model, memory = config["model"], config["model"]["memory"]
+    summary, layout, config = found.summary, found.summary.layout, found.config
+    model, memory = config.model, config.model.memory
     rows = {
-        "step": f"{summary['step']:,} ({summary['optimizer_steps']:,} of them applied)",
-        "tokens": f"{summary['tokens']:,}",
-        "run": config["name"],
-        "written for": f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}, "
-        f"ZeRO {layout['zero_stage']}, {layout['world_size']} processes; any other layout can read it",
-        "model": f"{model['num_layers']} layers of {model['hidden_size']}, {model['num_attention_heads']} heads, "
-        f"{found.parameters:,} parameters, vocabulary {summary['vocab_size']:,}",
-        "memory": f"{memory['rule']}, write gate {memory['write_gate']}, segments of {model['segment_length']} tokens",
-        "size": f"{found.bytes:,} bytes in {len(summary['files']) + 1} files",
-        "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+        "step": f"{summary.step:,} ({summary.optimizer_steps:,} of them applied)",
+        "tokens": f"{summary.tokens:,}",
+        "run": config.name,
+        "written for": f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
+        f"ZeRO {layout.zero_stage}, {layout.world_size} processes; any other layout can read it",
+        "model": f"{model.num_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"{found.parameters:,} parameters, vocabulary {summary.vocab_size:,}",
+        "memory": f"{memory.rule}, write gate {memory.write_gate}, segments of {model.segment_length} tokens",
+        "size": f"{found.bytes:,} bytes in {len(summary.files) + 1} files",
+        "versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
     }
-    if summary.get("weights_only"):
+    if summary.weights_only:
         rows["written for"] = "weights alone, for train.init_from; any layout can read it"
-        rows["source"] = f"{summary['source']['path']} ({summary['source']['model_type']})"
+        rows["source"] = f"{summary.source.path} ({summary.source.model_type})"
     print_table(f"checkpoint {folder}", list(rows.items()), console=console)
     lanes = [
         [str(lane.number), lane.document, f"{lane.segment:,}", f"{lane.begun:,}"] for lane in found.lanes[:_LANES_SHOWN]
@@ -272,6 +272,8 @@ def _inspect_run(folder: Path, verify: bool) -> int:
     print(f"newest whole checkpoint: {newest if newest else 'none'}")
     metrics = [[name, f"{value:.6g}"] for name, value in found.metrics.items() if name != "time"]
     print_table("last metrics", metrics, console=console)
+    for note in found.notes:
+        print(f"note: {note}")
     return _tell_damage(console, folder, found.damage) if found.damage else 0
 
 

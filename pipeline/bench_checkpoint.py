@@ -10,12 +10,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pipeline.bench_step import random_batch
-from pipeline.checkpoint import RunState
 from pipeline.config import Config
 from pipeline.config_io import load_config
 from pipeline.executor import Executor
 from pipeline.optimizer import ZeroOptimizer
-from pipeline.saving import CheckpointSaver, SaveReport, Snapshot, take_snapshot
+from pipeline.saving import CheckpointSaver, RunState, SaveReport, Snapshot, take_snapshot
 from pipeline.schedule import build_schedule
 from pipeline.setup import build_stage
 from pipeline.topology import initialize

@@ -7,373 +7,315 @@ is moved after that.
 
 Each process writes its own ZeRO fragment of the float32 parameters and Adam's moments, and the memory of its own
 lanes and heads. A tensor is described by where it belongs in the whole model (name, range, partition over
-tensor-parallel ranks; layer, lanes, heads), so a reader on another layout puts the parts together one tensor at a time.
+tensor-parallel ranks; layer, lanes, heads), so a reader on another layout puts the parts together one tensor at a time,
+and reads of each file only what it needs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
+import math
+from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.files import sealed
-from model.decoder import DecoderStage
-from model.sharding import Partition, full_shape, partition_of, shard, unshard
-from pipeline.executor import Memory
-from pipeline.optimizer import ZeroOptimizer
-from pipeline.topology import Topology
+from data.files import convert
+from model.sharding import Partition, full_shape
+from pipeline.checkpoint_folder import (
+    SUMMARY,
+    CheckpointError,
+    checkpoint_errors,
+    file_damage,
+    raise_damage,
+    read_part,
+    read_summary,
+)
+from pipeline.checkpoint_parts import StoredMemory, StoredParameter, overlaps, stored_memory, stored_parameter
+from pipeline.checkpoint_schema import MemoryEntry, ParameterEntry
+from pipeline.config import Config
+from pipeline.config_io import ConfigError, stored_config
+from pipeline.tensor_reader import TensorReader
 
-FORMAT_VERSION = 1
-SUMMARY = "checkpoint.json"
-LATEST = "latest"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or does not fit; the message names the file."""
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-@dataclass
-class RunState:
-    """What a step moves besides the weights, the optimizer and the memory."""
-
-    step: int
-    tokens: int
-    lanes: dict[str, Any]
-    """Lane cursors by global lane id (`LaneLoader.state_dict()['lanes']`)."""
-    windows: int
-    """Windows by which the lanes have moved: the steps, and what roll-backs left out."""
-    recent_losses: list[float]
-    """What loss spikes are measured against."""
-
-
-def named_by_latest(folder: Path) -> Path | None:
-    """What `latest` in a run's `checkpoints` folder names, be it there or not; None without a `latest`."""
-    pointer = folder / LATEST
-    return folder / pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
-
-
-def candidates(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` folder, best first: what `latest` names, the ones before it, newest
-    first, and then those after it: a run that went back to an earlier checkpoint has left them aside."""
-    found = sorted((path for path in folder.glob("step_*") if (path / SUMMARY).is_file()), reverse=True)
-    named = named_by_latest(folder)
-    return sorted(found, key=lambda path: named is not None and path > named)
-
-
-def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
-    """The newest whole checkpoint of a run, verified; None when it has none. Collective: the ranks share the hashing.
-
-    A damaged one is passed over, and `warn(message)` is called on rank 0.
-    """
-    box = [candidates(run_dir / "checkpoints") if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    for path in box[0]:
-        try:
-            return open_verified(path)
-        except CheckpointError as error:
-            if dist.get_rank() == 0:
-                warn(f"DAMAGED CHECKPOINT, trying an older one: {error}")
-    return None
-
-
-def open_verified(path: Path) -> CheckpointReader:
-    """Open a checkpoint and check all its files; collective.
-
-    Raises:
-        CheckpointError: the same on all ranks.
-    """
-    reader, error = None, None
-    try:
-        reader = CheckpointReader(path)
-        reader.verify(dist.get_rank(), dist.get_world_size())
-    except CheckpointError as problem:
-        error = str(problem)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((error for error in errors if error), None)
-    if first:
-        raise CheckpointError(first)
-    return reader
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint that `latest` names in a run's `checkpoints` folder, or `folder` itself when it is a checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (folder / SUMMARY).is_file():
-        return folder
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        raise CheckpointError(f"{folder}: no checkpoint here (no {SUMMARY}, no {LATEST})")
-    found = named_by_latest(folder)
-    if not (found / SUMMARY).is_file():
-        raise CheckpointError(f"{pointer} names {found.name}, which is not a checkpoint (no {SUMMARY})")
-    return found
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+OPEN_FILES = 32
+"""That a reader keeps open: a parameter's parts stand in few files, and the next one's in the same."""
 
 
 class CheckpointReader:
     """Reads a checkpoint from any layout.
 
     Raises:
-        CheckpointError: a file is missing, has another size than recorded, or cannot be read.
+        CheckpointError: a file is missing, has another size than recorded, or cannot be read; the parts of a tensor do
+            not make a whole.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.summary = read_summary(folder)
         self.lanes: dict[str, Any] = {}
-        self._entries: dict[str, list[dict[str, Any]]] = {}
-        for name, facts in self.summary["files"].items():
-            index_file = name.endswith(".json")
-            _raise(file_damage(folder / name, facts, contents=index_file))
-            if index_file:
-                index = json.loads((folder / name).read_text(encoding="utf-8"))
-                self.lanes |= index["lanes"]
-                for entry in index["tensors"]:
-                    file = name.replace(".json", ".safetensors")
-                    self._entries.setdefault(entry["key"], []).append({"file": file, **entry})
+        """As `LaneLoader.load_state_dict` takes them."""
+        self.bytes_read = 0
+        """Of tensors."""
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._files: OrderedDict[str, TensorReader] = OrderedDict()
+        self._dtypes: dict[str, tuple[str, str]] = {}
+        parameters: dict[str, list[tuple[str, ParameterEntry]]] = {}
+        memories: dict[str, list[tuple[str, MemoryEntry]]] = {}
+        lane_files: dict[str, str] = {}
+        for name, facts in self.summary.files.items():
+            if name.endswith(".json"):
+                self._read_part(name, facts, parameters, memories, lane_files)
+            else:
+                raise_damage(file_damage(folder, name, facts, contents=False))
+        try:
+            self._parameters = {key: stored_parameter(key, entries) for key, entries in parameters.items()}
+            self._memories = {key: stored_memory(key, entries) for key, entries in memories.items()}
+            self._check_lanes()
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+
+    def _read_part(self, name: str, facts, parameters, memories, lane_files: dict[str, str]) -> None:
+        """Sort what one index says into what is known of each tensor and lane."""
+        path, part = self.folder / name, read_part(self.folder, name, facts)
+        for lane, cursor in part.lanes.items():
+            if lane in lane_files:
+                raise CheckpointError(f"{path}: lanes has {lane}, which is in {lane_files[lane]} too")
+            lane_files[lane], self.lanes[lane] = name, msgspec.to_builtins(cursor)
+        file = name.removesuffix(".json") + ".safetensors"
+        shapes = self._shapes.setdefault(file, {})
+        for number, fields in enumerate(part.tensors):
+            of_memory = str(fields.get("key", "")).startswith("memory/")
+            with checkpoint_errors():
+                entry = convert(fields, MemoryEntry if of_memory else ParameterEntry, f"{path}: tensors[{number}]")
+            if entry.key in shapes:
+                raise CheckpointError(f"{path}: {entry.key} stands in it twice")
+            shapes[entry.key] = tuple(entry.shape) if of_memory else (entry.count,)
+            (memories if of_memory else parameters).setdefault(entry.key, []).append((file, entry))
+
+    def _check_lanes(self) -> None:
+        lanes = sorted(map(int, self.lanes))
+        if lanes != list(range(len(lanes))):
+            missing = next(number for number in range(len(lanes)) if str(number) not in self.lanes)
+            raise ValueError(f"the cursor of lane {missing} is in no file")
+        for memory in self._memories.values():
+            if lanes and memory.shape[0] != len(lanes):
+                raise ValueError(f"{memory.key} has {memory.shape[0]} lanes, but there are {len(lanes)} cursors")
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration of the run that wrote it.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        try:
+            return stored_config(self.summary.config, [], f"{self.folder / SUMMARY}: config")
+        except (ConfigError, RecursionError) as error:
+            raise CheckpointError(str(error)) from error
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the SHA-256 of every file (of every `parts`-th, from `part` on) with the recorded one.
+        """Compare every file (every `parts`-th, from `part` on) with its recorded SHA-256 and with its index.
 
         Raises:
             CheckpointError: names the first file that differs.
         """
-        for name in sorted(self.summary["files"])[part::parts]:
-            _raise(file_damage(self.folder / name, self.summary["files"][name], contents=True))
+        for name in sorted(self.summary.files)[part::parts]:
+            raise_damage(file_damage(self.folder, name, self.summary.files[name], contents=True))
+            if name in self._shapes:
+                self._file(name)
+
+    def check_headers(self) -> None:
+        """Compare what the files of tensors say that they hold with their indices, without reading it.
+
+        Raises:
+            CheckpointError: names the first file that differs.
+        """
+        for name in self._shapes:
+            self._file(name)
 
     def keys(self) -> list[str]:
         """Names of all tensors but the random states: `master/...`, `exp_avg/...`, `memory/<layer>/<field>`."""
-        return list(self._entries)
+        return [*self._parameters, *self._memories]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a whole parameter-like tensor."""
-        entry = self._entries[key][0]
-        partition = Partition(entry["partition_dim"], entry["partition_stride"])
-        return full_shape(entry["local_shape"], partition, entry["tensor_size"])
+        """Shape of a whole tensor."""
+        return self._memories[key].shape if key in self._memories else self._parameter(key).shape
 
     def whole_tensor(self, key: str) -> Tensor:
         """A parameter-like tensor, put together from all processes' parts.
 
         Raises:
-            CheckpointError: parts are missing.
+            CheckpointError: it is not there.
         """
-        entries = self._entries[key]
-        ranks = sorted({entry["tensor_rank"] for entry in entries})
-        parts = [self._assemble(key, [e for e in entries if e["tensor_rank"] == rank]) for rank in ranks]
-        return unshard(parts, Partition(entries[0]["partition_dim"], entries[0]["partition_stride"]))
+        stored = self._parameter(key)
+        return self.local_tensor(key, stored.shape, stored.partition, 0, 1)
 
     def whole_memory(self, layer: str, field: str) -> Tensor:
         """The carried memory of all lanes and heads.
 
         Raises:
-            CheckpointError: parts are missing.
+            CheckpointError: it is not there.
         """
-        entries = self._entries[f"memory/{layer}/{field}"]
-        lanes = max(entry["first_lane"] + entry["shape"][0] for entry in entries)
-        heads = max(entry["first_head"] + entry["shape"][1] for entry in entries)
-        return self.memory_tensor(layer, field, torch.empty(lanes, heads, *entries[0]["shape"][2:]), 0, 0)
+        stored = self._memory(f"memory/{layer}/{field}")
+        self._check_files({part.file for part in stored.parts})
+        return self.memory_tensor(layer, field, torch.empty(stored.shape), 0, 0)
 
     def local_tensor(self, key: str, shape: tuple[int, ...], partition: Partition, rank: int, size: int) -> Tensor:
         """The part of a parameter-like tensor that tensor-parallel rank `rank` of `size` holds.
 
         Raises:
-            CheckpointError: the tensor is missing, incomplete or of another shape.
+            CheckpointError: the tensor is missing or of another shape.
         """
-        entries = self._entries.get(key)
-        if not entries:
-            raise CheckpointError(f"{self.folder} holds no tensor {key}")
-        written = Partition(entries[0]["partition_dim"], entries[0]["partition_stride"])
-        ranks = {entry["tensor_rank"] for entry in entries}
-        needed = {rank} if len(ranks) == size else ranks
-        parts = [self._assemble(key, [e for e in entries if e["tensor_rank"] == r]) for r in sorted(needed)]
-        if len(needed) == entries[0]["tensor_size"]:
-            local = shard(unshard(parts, written), written, rank, size)
-        else:
-            local = parts[0]
-        if tuple(local.shape) != tuple(shape) or (size > 1 and written != partition):
-            raise CheckpointError(
-                f"{self.folder}: {key} has shape {full_shape(local.shape, written, size)}; the model's has "
-                f"{full_shape(shape, partition, size)}"
-            )
-        return local
+        return self.local_range(key, shape, partition, rank, size, 0, math.prod(shape)).view(shape)
 
-    def _assemble(self, key: str, entries: list[dict[str, Any]]) -> Tensor:
-        """One tensor-parallel rank's part from its ZeRO fragments."""
-        shape = entries[0]["local_shape"]
-        flat: Tensor | None = None
-        filled = 0
-        for entry in entries:
-            piece = self._tensor(entry["file"], key)
-            if flat is None:
-                flat = torch.empty(torch.Size(shape).numel(), dtype=piece.dtype)
-            flat[entry["start"] : entry["start"] + entry["count"]] = piece
-            filled += entry["count"]
-        if flat is None or filled != flat.numel():
-            raise CheckpointError(f"{self.folder}: {key} is incomplete ({filled} of {shape} elements)")
-        return flat.view(shape)
+    def local_range(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        partition: Partition,
+        rank: int,
+        size: int,
+        start: int,
+        stop: int,
+        *,
+        rows: int | None = None,
+    ) -> Tensor:
+        """Elements [start, stop) of the flattened part that `rank` of `size` holds, from the files that have them.
+
+        Not to be written to: it may be the file itself.
+
+        Args:
+            shape: of the part.
+            rows: of the whole tensor only so many matter, the others (padding) are 0 here and may be missing there.
+
+        Raises:
+            CheckpointError: the tensor is missing or of another shape.
+        """
+        stored, wanted = self._parameter(key), full_shape(shape, partition, size)
+        there = stored.shape
+        fits = there == wanted if rows is None else there[1:] == wanted[1:] and rows <= min(there[0], wanted[0])
+        if not fits or (max(size, stored.size) > 1 and stored.partition != partition):
+            raise CheckpointError(f"{self.folder}: {key} has shape {there}; the model's has {wanted}")
+        dim = partition.dim
+        if there == wanted and (dim is None or stored.size == size):
+            return self._flat(stored, 0 if dim is None else rank, start, stop)
+        dim = 0 if dim is None else dim
+        inner, outer, width = math.prod(shape[dim + 1 :]), math.prod(shape[:dim]), math.prod(shape[dim:])
+        result: Tensor | None = None
+        first, last = (0, 1) if outer == 1 else (start // width, -(-stop // width))
+        low, high = (start, stop) if outer == 1 else (0, width)
+        for source in range(stored.size):
+            pieces = overlaps(stored, source, wanted, rank, size, rows)
+            from_width = math.prod(stored.local_shape[dim:])
+            block: Tensor | None = None
+            for target, begin, count in pieces:
+                # In elements of one of the `outer` rows, and of those only what was asked for.
+                a, b = max(target * inner, low), min((target + count) * inner, high)
+                if a >= b:
+                    continue
+                begin = begin * inner + a - target * inner
+                if outer == 1:
+                    piece = self._flat(stored, source, begin, begin + b - a).view(1, -1)
+                else:
+                    if block is None:
+                        block = self._flat(stored, source, first * from_width, last * from_width).view(-1, from_width)
+                    piece = block[:, begin : begin + b - a]
+                if result is None:
+                    result = piece.new_zeros(last - first, high - low)
+                result[:, a - low : b - low] = piece
+        if result is None:
+            return torch.zeros(stop - start)
+        return result.flatten()[start - first * width - low : stop - first * width - low]
+
+    def _flat(self, stored: StoredParameter, rank: int, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of what a tensor-parallel rank had, flattened, from its ZeRO fragments."""
+        parts = [
+            self._read(file, stored.key, slice(max(start, first) - first, min(stop, last) - first))
+            for first, last, file in stored.fragments[rank]
+            if first < stop and last > start
+        ]
+        if not parts:
+            return torch.zeros(0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def memory_tensor(self, layer: str, field: str, like: Tensor, first_lane: int, first_head: int) -> Tensor:
-        """The carried memory of some lanes and heads; `like` gives their number (dims 0 and 1).
+        """The carried memory of some lanes and heads; `like` gives their number (dims 0 and 1) and the precision.
 
         Raises:
             CheckpointError: lanes or heads are not all there.
         """
-        key = f"memory/{layer}/{field}"
-        result = torch.empty(like.shape, dtype=like.dtype)
-        filled = 0
-        for entry in self._entries.get(key, []):
-            lanes, heads = entry["shape"][:2]
-            if entry["shape"][2:] != list(like.shape[2:]):
-                raise CheckpointError(f"{self.folder}: {key} has shape {entry['shape']}, expected {list(like.shape)}")
-            target_lanes, source_lanes = _overlap(first_lane, like.shape[0], entry["first_lane"], lanes)
-            target_heads, source_heads = _overlap(first_head, like.shape[1], entry["first_head"], heads)
-            if target_lanes.stop <= target_lanes.start or target_heads.stop <= target_heads.start:
-                continue
-            piece = self._tensor(entry["file"], key)[source_lanes, source_heads]
-            result[target_lanes, target_heads] = piece
-            filled += piece.numel()
-        if filled != result.numel():
+        stored = self._memory(f"memory/{layer}/{field}")
+        if stored.shape[2:] != tuple(like.shape[2:]):
+            raise CheckpointError(f"{self.folder}: {stored.key} has shape {stored.shape}, expected {tuple(like.shape)}")
+        last_lane, last_head = first_lane + like.shape[0], first_head + like.shape[1]
+        if last_lane > stored.shape[0] or last_head > stored.shape[1]:
             raise CheckpointError(
-                f"{self.folder}: {key} does not hold lanes {first_lane} to {first_lane + like.shape[0] - 1}, heads "
-                f"{first_head} to {first_head + like.shape[1] - 1}; was the run's train.lanes changed?"
+                f"{self.folder}: {stored.key} does not hold lanes {first_lane} to {last_lane - 1}, heads {first_head} "
+                f"to {last_head - 1}; was the run's train.lanes changed?"
             )
+        result = torch.empty(like.shape, dtype=like.dtype)
+        for part in stored.parts:
+            target_lanes, source_lanes = _overlap(first_lane, like.shape[0], part.first_lane, part.lanes)
+            target_heads, source_heads = _overlap(first_head, like.shape[1], part.first_head, part.heads)
+            if target_lanes.stop > target_lanes.start and target_heads.stop > target_heads.start:
+                result[target_lanes, target_heads] = self._read(part.file, stored.key, source_lanes, source_heads)
         return result
 
-    def _tensor(self, file: str, key: str) -> Tensor:
-        try:
-            with safe_open(self.folder / file, framework="pt") as tensors:
-                return tensors.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / file}: cannot read {key}: {error}") from error
-
     def rng_state(self, rank: int) -> Tensor:
-        return self._tensor(f"rank_{rank:05d}.safetensors", "rng")
+        """The random state of a process.
 
+        Raises:
+            CheckpointError: it is not there.
+        """
+        file = f"rank_{rank:05d}.safetensors"
+        if file not in self._shapes or self._file(file).dtypes.get("rng") != "U8":
+            raise CheckpointError(f"{self.folder}: there is no random state of rank {rank}")
+        return self._read(file, "rng").clone()
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's `checkpoint.json` says.
+    def _parameter(self, key: str) -> StoredParameter:
+        if key not in self._parameters:
+            raise CheckpointError(f"{self.folder} holds no tensor {key}")
+        return self._parameters[key]
 
-    Raises:
-        CheckpointError: it is missing, damaged or of another version.
-    """
-    path = folder / SUMMARY
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    version = summary.get("format_version") if isinstance(summary, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version}; this program reads version {FORMAT_VERSION}")
-    if summary.get("sha256") != sealed(summary)["sha256"]:
-        raise CheckpointError(f"{path} was changed after it was written (its SHA-256 differs)")
-    return summary
+    def _memory(self, key: str) -> StoredMemory:
+        if key not in self._memories:
+            raise CheckpointError(f"{self.folder} holds no tensor {key}")
+        return self._memories[key]
 
+    def _check_files(self, names: set[str]) -> None:
+        """Open files, so that their shapes are known to be true before anything of that size is made."""
+        for name in names:
+            self._file(name)
 
-def file_damage(path: Path, facts: dict[str, Any], *, contents: bool) -> str | None:
-    """What is wrong with a file of a checkpoint; None when it is as recorded.
+    def _file(self, name: str) -> TensorReader:
+        """An open file whose header is what its index says."""
+        if name in self._files:
+            self._files.move_to_end(name)
+            return self._files[name]
+        with checkpoint_errors():
+            file = TensorReader(self.folder / name)
+            file.check(self._shapes[name], beside=("rng",))
+        for key in self._shapes[name]:
+            known, first = self._dtypes.setdefault(key, (file.dtypes[key], name))
+            if known != file.dtypes[key]:
+                raise CheckpointError(f"{file.path}: {key} is of {file.dtypes[key]}, but of {known} in {first}")
+        self._files[name] = file
+        if len(self._files) > OPEN_FILES:
+            self._files.popitem(last=False)
+        return file
 
-    Args:
-        facts: the `bytes` and `sha256` that were recorded.
-        contents: compare the hash as well.
-    """
-    try:
-        size = path.stat().st_size if path.exists() else None
-        if size != facts["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            return f"{path} {found}; the checkpoint recorded {facts['bytes']} bytes"
-        if contents and file_hash(path) != facts["sha256"]:
-            return f"{path} was changed after it was written (SHA-256 differs)"
-    except OSError as error:
-        return f"{path} cannot be read: {error}"
-    return None
-
-
-def _raise(damage: str | None) -> None:
-    if damage is not None:
-        raise CheckpointError(damage)
+    def _read(self, name: str, key: str, *ranges: slice) -> Tensor:
+        file = self._file(name)
+        with checkpoint_errors():
+            part = file.read(key, *ranges)
+        self.bytes_read += part.numel() * part.element_size()
+        return part
 
 
 def _overlap(first: int, count: int, other_first: int, other_count: int) -> tuple[slice, slice]:
     """Where two ranges overlap, as slices of the one and of the other."""
     start, stop = max(first, other_first), min(first + count, other_first + other_count)
     return slice(start - first, stop - first), slice(start - other_first, stop - other_first)
-
-
-def load_training(
-    reader: CheckpointReader,
-    optimizer: ZeroOptimizer,
-    memory: Memory,
-    topology: Topology,
-    *,
-    lane_range: tuple[int, int],
-) -> Memory:
-    """Restore weights, optimizer and random state in place; collective. Returns the carried memory.
-
-    Raises:
-        CheckpointError: the checkpoint holds weights alone, or does not fit.
-    """
-    if reader.summary.get("weights_only"):
-        raise CheckpointError(
-            f"{reader.folder} holds weights alone, there is nothing to resume: start a run from it with "
-            f"train.init_from={reader.folder}"
-        )
-    steps = reader.summary["optimizer_steps"]
-    optimizer.set_steps_taken(steps, reader.summary.get("backbone_optimizer_steps", steps))
-    for fragment in optimizer.fragments():
-        shape, partition = optimizer.local_shape(fragment.parameter), partition_of(fragment.parameter)
-        for kind, tensor in fragment.tensors.items():
-            full = reader.local_tensor(
-                f"{kind}/{fragment.name}", shape, partition, topology.tensor_rank, topology.tensor_size
-            )
-            tensor.copy_(full.flatten()[fragment.start : fragment.start + tensor.numel()])
-    optimizer.refresh_parameters()
-    if reader.summary["layout"]["world_size"] == dist.get_world_size():
-        torch.set_rng_state(reader.rng_state(dist.get_rank()))
-    loaded: Memory = []
-    for layer, state in zip(optimizer.stage.layers, memory, strict=True):
-        if state is None:
-            loaded.append(None)
-            continue
-        fields = state._asdict()
-        loaded.append(
-            type(state)(
-                *(
-                    reader.memory_tensor(layer, field, like, lane_range[0], topology.tensor_rank * like.shape[1]).to(
-                        like.device
-                    )
-                    for field, like in fields.items()
-                )
-            )
-        )
-    return loaded
-
-
-def load_weights(reader: CheckpointReader, stage: DecoderStage) -> None:
-    """Load the parameters alone, for evaluation."""
-    for name, parameter in stage.global_parameters():
-        local = reader.local_tensor(
-            f"master/{name}", tuple(parameter.shape), partition_of(parameter), stage.tensor_rank, stage.tensor_size
-        )
-        with torch.no_grad():
-            parameter.copy_(local)

@@ -21,7 +21,8 @@ from data.shards import PreparedSet
 from data.synthetic import is_synthetic
 from data.tokenizer import Tokenizer, load_tokenizer
 from pipeline import answers, heldout, passkey, report
-from pipeline.checkpoint import CheckpointReader, find_checkpoint
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import find_checkpoint
 from pipeline.config import Config
 from pipeline.config_io import ConfigError
 from pipeline.console import progress
@@ -99,8 +100,8 @@ def evaluate_run(
         "run": str(run_dir),
         "name": config.name,
         "checkpoint": str(path),
-        "step": reader.summary["step"],
-        "training_tokens": reader.summary["tokens"],
+        "step": reader.summary.step,
+        "training_tokens": reader.summary.tokens,
         "layout": {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size},
         "seed": evaluate.seed,
         "config": asdict(config),
@@ -161,7 +162,7 @@ def _check_model(reader: CheckpointReader, config: Config) -> None:
         elif trained != wanted:
             problems.append(f"{key} is {wanted!r}, but {reader.folder} was trained with {trained!r}")
 
-    compare("model", reader.summary["config"]["model"], asdict(config.model))
+    compare("model", asdict(reader.config.model), asdict(config.model))
     if problems:
         raise ConfigError(problems)
 
@@ -185,9 +186,9 @@ def _held_out_sets(
             notes.extend(f"{source.path}: synthetic documents only, not used" for source in sets if source not in text)
             sets = text
     for source in sets:
-        if source.vocab_size > reader.summary["vocab_size"]:
+        if source.vocab_size > reader.summary.vocab_size:
             raise ConfigError(
-                [f"{source.path} has tokens up to {source.vocab_size}; the model knows {reader.summary['vocab_size']}"]
+                [f"{source.path} has tokens up to {source.vocab_size}; the model knows {reader.summary.vocab_size}"]
             )
     hashes = {source.tokenizer_hash for source in sets} | _trained_hash(config)
     if len(hashes) > 1:
@@ -262,11 +263,11 @@ def _tokenizer(config: Config, data: Sequence[str], reader: CheckpointReader) ->
             ]
         )
     tokenizer = load_tokenizer(paths[0])
-    if tokenizer.vocab_size > reader.summary["vocab_size"]:
+    if tokenizer.vocab_size > reader.summary.vocab_size:
         raise ConfigError(
             [
                 f"the tokenizer of {paths[0]} has {tokenizer.vocab_size} tokens; the model knows "
-                f"{reader.summary['vocab_size']}"
+                f"{reader.summary.vocab_size}"
             ]
         )
     return tokenizer

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
+from data.files import writing
 from data.hf_tokenizer import tokenizer_files
 from model import hf_export
 from model.config import ModelConfig
 from model.hf_describe import describe_infini, describe_plain
 from model.hf_weights import Weight, backbone_weights, memory_weight
-from pipeline.checkpoint import CheckpointError, CheckpointReader, find_checkpoint
-from pipeline.config_io import stored_config
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import CheckpointError, find_checkpoint
 from pipeline.find_tokenizer import find_tokenizer
 from pipeline.tensor_file import TensorFile
 
@@ -81,7 +82,7 @@ def export_model(
         raise ValueError(f"{out} exists already: choose another folder")
     reader = CheckpointReader(find_checkpoint(source))
     reader.verify()
-    run, vocab_size = stored_config(reader.summary["config"], [], str(reader.folder)), reader.summary["vocab_size"]
+    run, vocab_size = reader.config, reader.summary.vocab_size
     config = run.model
     export = Export(reader.folder)
     described = (describe_plain if plain else describe_infini)(config, vocab_size)
@@ -123,7 +124,7 @@ def _weights(reader: CheckpointReader, config: ModelConfig, plain: bool, export:
     Raises:
         ValueError: a parameter is missing, has another shape, or has no place in the exported model.
     """
-    weights = backbone_weights(config, reader.summary["vocab_size"])
+    weights = backbone_weights(config, reader.summary.vocab_size)
     shapes = {key.removeprefix(_MASTER): reader.shape(key) for key in reader.keys() if key.startswith(_MASTER)}
     if missing := [name for name in weights if name not in shapes]:
         raise CheckpointError(f"{reader.folder} holds no {_some(missing)}")
@@ -174,13 +175,13 @@ def _write_weights(
             for hf_name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)
         }
         places |= dict.fromkeys(shapes, name)
-        file = TensorFile(folder / name, shapes, metadata={"format": "pt"})
-        for own_name, weight in shard.weights:
-            whole = reader.whole_tensor(_MASTER + own_name).to(torch.float32)  # the masters, but for fp64 runs
-            for hf_name, tensor in zip(weight.hf_names, weight.to_hf(whole), strict=True):
-                file.write(hf_name, tensor)
-            progress(whole.numel())
-        file.close()
+        with writing(folder / name) as out:
+            file = TensorFile(out, shapes, metadata={"format": "pt"})
+            for own_name, weight in shard.weights:
+                whole = reader.whole_tensor(_MASTER + own_name).to(torch.float32)  # the masters, but for fp64 runs
+                for hf_name, tensor in zip(weight.hf_names, weight.to_hf(whole), strict=True):
+                    file.write(hf_name, tensor)
+                progress(whole.numel())
     if len(shards) > 1:
         total = sum(shard.bytes for shard in shards)
         _write(

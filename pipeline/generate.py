@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from data.tokenizer import Tokenizer
-from pipeline.checkpoint import CheckpointReader, find_checkpoint, open_verified
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import find_checkpoint
 from pipeline.evaluation_config import generation_config
 from pipeline.find_tokenizer import find_tokenizer
 from pipeline.incremental import IncrementalModel, LaneState
+from pipeline.loading import open_verified
 from pipeline.memory_file import Identity, load_memory, save_memory
 from pipeline.sampling import Sampling, choose
 from pipeline.streaming import Streamer
@@ -81,17 +83,15 @@ class Generator:
         """
         path = find_checkpoint(Path(checkpoint))
         reader = CheckpointReader(path)
-        config = generation_config(
-            reader.summary["config"], overrides, int(os.environ.get("WORLD_SIZE", "1")), str(path)
-        )
-        _, found = find_tokenizer(path, config, reader.summary["vocab_size"], tokenizer)
+        config = generation_config(reader.summary.config, overrides, int(os.environ.get("WORLD_SIZE", "1")), str(path))
+        _, found = find_tokenizer(path, config, reader.summary.vocab_size, tokenizer)
         parallel = config.parallel
         topology = initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
         reader = open_verified(path)
-        streamer = Streamer(config, topology, reader.summary["vocab_size"])
+        streamer = Streamer(config, topology, reader.summary.vocab_size)
         streamer.load(reader)
-        identity = Identity(asdict(config.model), reader.summary["sha256"], found.hash)
-        return cls(streamer, found, identity, reader.summary["vocab_size"])
+        identity = Identity(asdict(config.model), reader.summary.sha256, found.hash)
+        return cls(streamer, found, identity, reader.summary.vocab_size)
 
     def read(
         self,

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from data.shards import PreparedSet
 from model.attention import effective_rank
-from model.config import MemoryConfig
-from pipeline.checkpoint import (
-    LATEST,
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import (
     CheckpointError,
-    CheckpointReader,
+    checkpoint_folders,
     file_damage,
-    named_by_latest,
+    read_latest,
     read_summary,
 )
+from pipeline.checkpoint_schema import Summary
+from pipeline.config import Config
 from pipeline.diagnosis import Finding, LayerNumbers, diagnose, read_history
-from pipeline.metrics import METRICS_FILE, read_metrics
+from pipeline.metrics import METRICS_FILE, metric_lines, read_metrics
 
 
 @dataclass
@@ -59,7 +60,8 @@ class CheckpointContents:
     folder: Path
     damage: list[str]
     """One message per damaged file; nothing below is filled in when there are any."""
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Summary | None = None
+    config: Config | None = None
     bytes: int = 0
     parameters: int = 0
     lanes: list[Lane] = field(default_factory=list)
@@ -70,12 +72,14 @@ class CheckpointContents:
 
 
 def find_damage(folder: Path, *, contents: bool) -> list[str]:
-    """One message per damaged file of a checkpoint; with `contents` every byte is read."""
+    """What is wrong with a checkpoint, one message per damaged file; with `contents` every byte is read."""
     try:
         summary = read_summary(folder)
+        damage = [file_damage(folder, name, facts, contents=contents) for name, facts in sorted(summary.files.items())]
+        if not any(damage):
+            CheckpointReader(folder).check_headers()
     except CheckpointError as error:
         return [str(error)]
-    damage = (file_damage(folder / name, facts, contents=contents) for name, facts in sorted(summary["files"].items()))
     return [message for message in damage if message]
 
 
@@ -86,8 +90,8 @@ def read_contents(folder: Path, *, verify: bool) -> CheckpointContents:
         return found
     try:
         reader = CheckpointReader(folder)
-        found.summary = reader.summary
-        found.bytes = sum(facts["bytes"] for facts in reader.summary["files"].values())
+        found.summary, found.config = reader.summary, reader.config
+        found.bytes = sum(facts.bytes for facts in reader.summary.files.values())
         found.lanes = _lanes(reader, found.notes)
         found.layers, found.parameters = _layers(reader)
         found.findings = _findings(found)
@@ -98,17 +102,17 @@ def read_contents(folder: Path, *, verify: bool) -> CheckpointContents:
 
 def _lanes(reader: CheckpointReader, notes: list[str]) -> list[Lane]:
     sets: list[PreparedSet | None] = []
-    for entry in reader.summary["config"]["data"]["sets"]:
+    for entry in reader.config.data.sets:
         try:
-            sets.append(PreparedSet(entry["path"]))
+            sets.append(PreparedSet(entry.path))
         except (ValueError, OSError) as error:
             sets.append(None)
-            notes.append(f"documents of {entry['path']} go by number, the set cannot be opened: {error}")
+            notes.append(f"documents of {entry.path} go by number, the set cannot be opened: {error}")
     lanes = []
     for number, cursor in sorted((int(number), cursor) for number, cursor in reader.lanes.items()):
         if cursor["set"] is None:
             document = "between documents"
-        elif (prepared := sets[cursor["set"]]) is None or cursor["document"] >= len(prepared):
+        elif (prepared := dict(enumerate(sets)).get(cursor["set"])) is None or cursor["document"] >= len(prepared):
             document = f"document {cursor['document']} of set {cursor['set']}"
         else:
             document = prepared.document_name(cursor["document"])
@@ -122,9 +126,11 @@ def _lanes(reader: CheckpointReader, notes: list[str]) -> list[Lane]:
 def _layers(reader: CheckpointReader) -> tuple[list[Layer], int]:
     """The layers, and the number of parameters."""
     weights = {key.removeprefix("master/"): key for key in reader.keys() if key.startswith("master/")}
-    count = sum(reader.whole_tensor(key).numel() for key in weights.values())
+    count = sum(math.prod(reader.shape(key)) for key in weights.values())
     layers = []
-    for number in range(reader.summary["config"]["model"]["num_layers"]):
+    # Those that are there, not as many as the configuration claims.
+    matches = (re.match(r"(?:master/layers\.|memory/)([0-9]{1,6})[./]", key) for key in reader.keys())
+    for number in sorted({int(match[1]) for match in matches if match}):
         prefix = f"layers.{number}.attention."
         gate = bias = None
         beta = next((weights[prefix + key] for key in ("beta", "mix_gate.bias") if prefix + key in weights), None)
@@ -146,10 +152,9 @@ def _layers(reader: CheckpointReader) -> tuple[list[Layer], int]:
 
 
 def _findings(found: CheckpointContents) -> list[Finding]:
-    settings = found.summary["config"]["model"]["memory"]
-    memory = MemoryConfig(**{name: settings[name] for name in MemoryConfig.__dataclass_fields__ if name in settings})
+    memory = found.config.model.memory
     metrics = found.folder.resolve().parent.parent / METRICS_FILE
-    history = read_history(read_metrics(metrics), found.summary["step"]) if metrics.is_file() else []
+    history = read_history(read_metrics(metrics), found.summary.step) if metrics.is_file() else []
     measured = history[-1][1] if history else {}
     now = {}
     for layer in found.layers:
@@ -160,7 +165,7 @@ def _findings(found: CheckpointContents) -> list[Finding]:
         if layer.effective_rank is not None:
             numbers = replace(numbers, effective_rank=layer.effective_rank, norm_M=layer.norms["M"])
         now[int(layer.name)] = numbers
-    return diagnose([*history[:-1], (found.summary["step"], now)], memory)
+    return diagnose([*history[:-1], (found.summary.step, now)], memory)
 
 
 @dataclass
@@ -175,6 +180,8 @@ class RunContents:
     """Of all checkpoints, and a `latest` that points nowhere."""
     metrics: dict[str, float]
     """The newest value of every scalar in metrics.jsonl."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out."""
 
     @property
     def newest_whole(self) -> Path | None:
@@ -184,21 +191,27 @@ class RunContents:
 def read_run(folder: Path, *, verify: bool) -> RunContents:
     """Look at a run's checkpoints and metrics; `verify` compares all hashes."""
     checkpoints = folder / "checkpoints"
-    found = [(path, find_damage(path, contents=verify)) for path in sorted(checkpoints.glob("step_*"))]
+    found = [(path, find_damage(path, contents=verify)) for path in checkpoint_folders(checkpoints)]
     damage = [message for _, messages in found for message in messages]
-    named = named_by_latest(checkpoints)
-    if named is not None and named not in [path for path, _ in found]:
-        damage.append(f"{checkpoints / LATEST} names {named.name}, which is not there")
-    return RunContents(found, None if named is None else named.name, damage, _last_metrics(folder / METRICS_FILE))
+    named, problem = read_latest(checkpoints)
+    if problem is not None and not any(name.name == named and messages for name, messages in found):
+        damage.append(problem)
+    contents = RunContents(found, named, damage, {})
+    _read_last_metrics(folder / METRICS_FILE, contents)
+    return contents
 
 
-def _last_metrics(path: Path) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the last line of a run that was killed
-            metrics |= {name: value for name, value in record.items() if isinstance(value, int | float)}
-    return metrics
+def _read_last_metrics(path: Path, contents: RunContents) -> None:
+    broken = 0
+    try:
+        for _, record in metric_lines(path):
+            if isinstance(record, str):
+                broken += 1
+            else:
+                contents.metrics |= {name: value for name, value in record.items() if isinstance(value, int | float)}
+    except FileNotFoundError:
+        return
+    except (ValueError, OSError) as error:
+        contents.damage.append(str(error))
+    if broken:
+        contents.notes.append(f"{path}: {broken} lines are no records and were left out")

@@ -23,9 +23,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+
+from data.files import FileError, convert, decode_json, open_regular, shown, writing
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,30 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 RESERVED_NAMES = ("step", "time", "nonfinite")
 HISTOGRAM_BINS = 32
+LINE_LIMIT = 16 << 20
+"""Bytes of a line: the longest hold a number for each segment index of a document."""
+
+
+class Histogram(msgspec.Struct, frozen=True):
+    """See `MetricsWriter.histogram`."""
+
+    mean: float | None
+    min: float | None
+    max: float | None
+    edges: list[float]
+    counts: list[float]
+
+
+class Reserved(msgspec.Struct, frozen=True):
+    """Fields of every line."""
+
+    step: Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+    time: float = 0.0
+    nonfinite: list[str] = []
+
+
+Line = dict[str, int | float | None | list[int | float | None | str] | Histogram]
+"""What a line holds: the reserved fields, and numbers, lists of them and histograms."""
 
 
 class MetricsWriter:
@@ -196,12 +223,50 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         ValueError: a complete line is not a record; names the file and the line.
     """
     records = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
-        record = _parse(line)
-        if record is None:
-            raise ValueError(f"{path}, line {number}: not a JSON object with a step: {line[:80]!r}")
-        records.append(record)
+    for line, record in metric_lines(path):
+        if not isinstance(record, str):
+            records.append(record)
+        elif line.endswith(b"\n"):
+            raise ValueError(record)
     return records
+
+
+def metric_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | str]]:
+    """The lines of a `metrics.jsonl`, each with its record, or with what is wrong with it.
+
+    A last line without a newline is not complete.
+
+    Raises:
+        FileNotFoundError, OSError, FileError: the file cannot be read, or a line never ends.
+    """
+    with open_regular(path) as file:
+        number = 0
+        while line := file.readline(LINE_LIMIT + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > LINE_LIMIT:
+                raise FileError(f"{where}: more than {LINE_LIMIT:,} bytes")
+            if not line.endswith(b"\n"):
+                yield line, f"{where}: not complete"
+                continue
+            try:
+                yield line, _record(line, where)
+            except FileError as error:
+                yield line, f"{error}: {shown(line)}"
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    record = decode_json(line, Line, where)
+    fields = {name: record.pop(name) for name in RESERVED_NAMES if name in record}
+    reserved = msgspec.to_builtins(convert(fields, Reserved, where))
+    for name, value in record.items():
+        if isinstance(value, list) and any(isinstance(entry, str) for entry in value):
+            raise FileError(f"{where}: {shown(name)} holds a text among its numbers")
+        if isinstance(value, Histogram):
+            if len(value.edges) != len(value.counts) + bool(value.counts):
+                raise FileError(f"{where}: {shown(name)} has {len(value.edges)} edges of {len(value.counts)} bins")
+            record[name] = msgspec.to_builtins(value)
+    return {name: reserved[name] for name in fields} | record
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -209,29 +274,15 @@ def _drop_lines_after(path: Path, step: int) -> None:
     run should not fail to resume over a line of its log."""
     if not path.exists():
         return
-    lines = path.read_bytes().split(b"\n")
-    unfinished = lines.pop()
-    records = [_parse(line) for line in lines]
-    broken = sum(record is None for record in records) + bool(unfinished)
+    broken = 0
+    with writing(path) as kept:
+        for line, record in metric_lines(path):
+            if isinstance(record, str):
+                broken += 1
+            elif record["step"] <= step:
+                kept.write(line)
     if broken:
         logger.warning("%s: dropped %d broken line(s)", path, broken)
-    kept = [line for line, record in zip(lines, records, strict=True) if record is not None and record["step"] <= step]
-    if len(kept) == len(lines) and not unfinished:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _number(value: Any) -> int | float:

@@ -7,27 +7,52 @@ the checkpoint its name and move `latest`. At most one save is in flight.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import hashlib
 import json
 import os
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from data.files import sealed, shown, sync_folder, temporary_name, write_whole
 from model.sharding import partition_of
-from pipeline.checkpoint import FORMAT_VERSION, LATEST, SUMMARY, RunState, checkpoint_name, file_hash, sealed
+from pipeline.checkpoint_folder import (
+    LATEST,
+    SUMMARY,
+    checkpoint_folders,
+    checkpoint_name,
+    checkpoint_step,
+    leftovers,
+    others_in,
+)
+from pipeline.checkpoint_schema import FORMAT_VERSION
 from pipeline.executor import Memory
 from pipeline.optimizer import ZeroOptimizer
+from pipeline.tensor_file import write_tensors
 from pipeline.topology import Topology
+
+
+@dataclass
+class RunState:
+    """What a step moves besides the weights, the optimizer and the memory."""
+
+    step: int
+    tokens: int
+    lanes: dict[str, Any]
+    """Lane cursors by global lane id (`LaneLoader.state_dict()['lanes']`)."""
+    windows: int
+    """Windows by which the lanes have moved: the steps, and what roll-backs left out."""
+    recent_losses: list[float]
+    """What loss spikes are measured against."""
 
 
 @dataclass
@@ -54,6 +79,8 @@ class SaveReport:
     write_s: float = 0.0
     bytes: int = 0
     """Written by this process."""
+    notes: list[str] = field(default_factory=list)
+    """What was left alone while older checkpoints were removed; on rank 0."""
 
 
 def take_snapshot(
@@ -132,6 +159,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._report: SaveReport | None = None
         self._failure: BaseException | None = None
+        self._noted: set[Path] = set()
 
     def save(self, make_snapshot) -> None:
         """Save what `make_snapshot()` returns; collective. Fetch the outcome with `finished`.
@@ -205,11 +233,12 @@ class CheckpointSaver:
     def _write(self, snapshot: Snapshot) -> None:
         """Write this process's files and finish the checkpoint together with the others."""
         report = self._report
-        temporary = self.folder / f".{report.path.name}.partial"
         rank = dist.get_rank()
         error, written = None, {}
+        # A name that nobody can have taken before; rank 0 makes the folder, the others must write into the same one.
+        temporary = _from_rank_zero(temporary_name(report.path), self.group)
         if rank == 0:
-            error = _try(lambda: _fresh_folder(temporary), temporary)
+            error = _try(lambda: _make_folder(temporary), temporary)
         error = _from_rank_zero(error, self.group)
         if error is None:
             error = _try(lambda: written.update(_write_part(temporary, rank, snapshot)), temporary)
@@ -236,32 +265,60 @@ class CheckpointSaver:
             **snapshot.summary,
         }
         write_whole(temporary / SUMMARY, json.dumps(sealed(content), indent=1))
-        _sync(temporary)
+        sync_folder(temporary)
         if report.path.exists():  # the same step again, after a resume from an earlier one
-            discarded = self.folder / f".{report.path.name}.replaced"
-            shutil.rmtree(discarded, ignore_errors=True)
-            os.rename(report.path, discarded)
+            discarded = _set_aside(report.path)
             os.rename(temporary, report.path)
-            shutil.rmtree(discarded, ignore_errors=True)
+            self._discard(discarded)
         else:
             os.rename(temporary, report.path)
-        _sync(self.folder)
+        sync_folder(self.folder)
         move_latest(report.path)
-        self._prune(report.path)
+        try:
+            self._prune(report.path)
+        except OSError as error:  # the new checkpoint is whole: an old one that stays is no failure of this save
+            report.notes.append(f"older checkpoints could not all be removed: {error}")
 
     def _prune(self, newest: Path) -> None:
         """Remove what `keep` and `keep_every` do not hold. Left-overs of killed saves go as well.
 
-        Checkpoints of later steps than `newest` were left aside when the run went back: they go first.
+        Checkpoints of later steps than `newest` were left aside when the run went back: they go first. Whatever has
+        another name than a save gives is the user's and stays, a checkpoint with a file of theirs in it as well.
         """
-        for old in sorted(self.folder.glob("step_*"), key=lambda path: (path <= newest, path))[: -self.keep]:
-            step = int(old.name.removeprefix("step_"))
-            if not (self.keep_every and step % self.keep_every == 0):
-                # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name.
-                discarded = old.with_name(f".{old.name}.replaced")
-                os.rename(old, discarded)
-        for leftover in (*self.folder.glob(".step_*.replaced"), *self.folder.glob(".step_*.partial")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        last = checkpoint_step(newest)
+        found = sorted(
+            checkpoint_folders(self.folder), key=lambda path: (checkpoint_step(path) <= last, checkpoint_step(path))
+        )
+        for old in found[: -self.keep]:
+            if self.keep_every and checkpoint_step(old) % self.keep_every == 0:
+                continue
+            if others := others_in(old):
+                self._note(old, f"{old} is not removed: {shown(others[0])} in it was not put there by a save")
+                continue
+            # Renamed first: a removal that is cut short must not leave half a checkpoint under a good name.
+            _set_aside(old)
+        for leftover in leftovers(self.folder):
+            self._discard(leftover)
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a folder that saves have made, unless something else has come into it."""
+        if others := others_in(folder):
+            self._note(folder, f"{folder} is not removed: {shown(others[0])} in it was not put there by a save")
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _note(self, folder: Path, note: str) -> None:
+        """Say something of a folder, once."""
+        if folder not in self._noted:
+            self._noted.add(folder)
+            self._report.notes.append(note)
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint's name from its folder; the new one."""
+    aside = temporary_name(checkpoint).with_suffix(".replaced")
+    os.rename(checkpoint, aside)
+    return aside
 
 
 def move_latest(checkpoint: Path) -> None:
@@ -269,60 +326,36 @@ def move_latest(checkpoint: Path) -> None:
     write_whole(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
-def _try(action, folder: Path) -> str | None:
+def _try(action: Callable[[], object], folder: Path) -> str | None:
     """Run `action`; the reason when the disk would not have it."""
     try:
         action()
     except OSError as error:
         return f"rank {dist.get_rank()} could not write the checkpoint in {folder}: {error}"
-    except Exception as error:
-        # safetensors reports a full disk as an error of its own.
-        if type(error).__name__ != "SafetensorError":
-            raise
-        return f"rank {dist.get_rank()} could not write the checkpoint in {folder}: {error}"
     return None
 
 
-def _fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _make_folder(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
 
 
 def _write_part(folder: Path, rank: int, snapshot: Snapshot) -> dict[str, Any]:
     """Write one process's two files; their sizes and hashes by name."""
-    tensors = folder / f"rank_{rank:05d}.safetensors"
-    save_file(snapshot.tensors, tensors)
-    _sync(tensors)
-    index = folder / f"rank_{rank:05d}.json"
+    tensors, index = f"rank_{rank:05d}.safetensors", f"rank_{rank:05d}.json"
     lanes = snapshot.state.lanes if snapshot.owns_lanes else {}
-    write_whole(index, json.dumps({"tensors": snapshot.entries, "lanes": lanes}))
-    return {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in (tensors, index)}
+    text = json.dumps({"tensors": snapshot.entries, "lanes": lanes}).encode()
+    facts = {tensors: write_tensors(folder / tensors, snapshot.tensors)}
+    write_whole(folder / index, text)
+    return facts | {index: file_facts(text)}
+
+
+def file_facts(contents: bytes) -> dict[str, Any]:
+    """Size and hash of a file's contents, as `checkpoint.json` records them."""
+    return {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
 
 
 def _from_rank_zero(value: Any, group: dist.ProcessGroup) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old one or all of the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -64,28 +64,25 @@ FIXED_FOR_A_RUN: dict[str, Any] = {
 mean. Everything else (layout, learning rate, intervals, number of steps) may change."""
 
 
-def check_same_run(saved: dict[str, Any], config: Config) -> None:
-    """Refuse to resume with settings that contradict the checkpoint.
+def check_same_run(saved: Config, config: Config) -> None:
+    """Refuse to resume with settings that contradict the checkpoint's, which has today's defaults where it is older.
 
     Raises:
         ConfigError: names every key that differs.
     """
-    current, default = asdict(config), asdict(Config())
+    current, before = asdict(config), asdict(saved)
     problems = []
 
-    def compare(key: str, old: Any, new: Any, default: Any) -> None:
+    def compare(key: str, old: Any, new: Any) -> None:
         if isinstance(new, dict):
             for name in new:
-                # A setting that is younger than the checkpoint: it was trained with what is the default now.
-                fallback = default.get(name) if isinstance(default, dict) else None
-                compare(f"{key}.{name}", old.get(name, fallback), new[name], fallback)
+                compare(f"{key}.{name}", old[name], new[name])
         elif old != new:
             problems.append(f"{key} is {new!r}, but the checkpoint was written with {old!r}")
 
     for section, keys in FIXED_FOR_A_RUN.items():
         for name in keys or current[section]:
-            fallback = default[section][name]
-            compare(f"{section}.{name}", saved[section].get(name, fallback), current[section][name], fallback)
+            compare(f"{section}.{name}", before[section][name], current[section][name])
     if problems:
         raise ConfigError(problems)
 

@@ -20,9 +20,10 @@ from data.lanes import WindowBatch
 from model.attention import MemoryStatistics
 from model.decoder import DecoderStage
 from model.local_context import join_state, split_state
-from pipeline.checkpoint import CheckpointReader, load_weights, open_verified
+from pipeline.checkpoint import CheckpointReader
 from pipeline.config import Config
 from pipeline.executor import Executor, Memory, StepResult, map_memory
+from pipeline.loading import load_weights, open_verified
 from pipeline.memory_statistics import gather_statistics
 from pipeline.schedule import build_forward_schedule
 from pipeline.setup import build_stage
@@ -278,6 +279,6 @@ def open_checkpoint(config: Config, topology: Topology, path: Path) -> tuple[Str
         CheckpointError: it is missing, damaged or does not fit the configuration.
     """
     reader = open_verified(path)
-    streamer = Streamer(config, topology, reader.summary["vocab_size"])
+    streamer = Streamer(config, topology, reader.summary.vocab_size)
     streamer.load(reader)
     return streamer, reader

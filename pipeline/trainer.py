@@ -14,15 +14,18 @@ import torch
 import torch.distributed as dist
 
 from data.lanes import WindowBatch, build_loader
-from pipeline import checkpoint, derived
+from pipeline import derived
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import candidates, find_checkpoint
 from pipeline.config import Config
 from pipeline.config_io import ConfigError, save_config
 from pipeline.executor import Executor, Memory, StepResult, map_memory
 from pipeline.learning_rate import learning_rate
+from pipeline.loading import load_training, open_newest, open_verified
 from pipeline.monitor import Monitor
 from pipeline.optimizer import ZeroOptimizer
 from pipeline.resilience import SpikeDetector, StopRequest, Watchdog
-from pipeline.saving import CheckpointSaver, move_latest, take_snapshot
+from pipeline.saving import CheckpointSaver, RunState, move_latest, take_snapshot
 from pipeline.schedule import build_schedule
 from pipeline.setup import build_stage, check_same_run, versions, vocabulary
 from pipeline.topology import Topology, initialize, shutdown
@@ -131,7 +134,7 @@ class Trainer:
         restarts = int(self.topology.all_reduce([own_restarts], op=dist.ReduceOp.MAX)[0])
         if restarts:
             notes.append(f"restart {restarts} after a failure")
-            if resume is None or checkpoint.candidates(checkpoints):
+            if resume is None or candidates(checkpoints):
                 resume = "latest"
         if resume is None and (self.run_dir / "metrics.jsonl").exists():
             raise ConfigError(
@@ -139,13 +142,13 @@ class Trainer:
             )
         reader = None
         if resume == "latest":
-            reader = checkpoint.open_newest(self.run_dir, notes.append)
+            reader = open_newest(self.run_dir, notes.append)
             if reader is None:
                 notes.append(f"no whole checkpoint in {self.run_dir} yet: starting from the beginning")
             else:
                 self.load(reader)
         elif resume is not None:
-            reader = checkpoint.open_verified(checkpoint.find_checkpoint(Path(resume)))
+            reader = open_verified(find_checkpoint(Path(resume)))
             self.load(reader)
             if self.topology.is_main and reader.folder.resolve().parent == checkpoints.resolve():
                 move_latest(reader.folder)  # the run goes on from here: restarts and roll-backs must not pass it
@@ -161,7 +164,7 @@ class Trainer:
             self.monitor.message(note)
 
     def _start_from(self, folder: Path) -> list[str]:
-        reader = checkpoint.open_verified(checkpoint.find_checkpoint(folder))
+        reader = open_verified(find_checkpoint(folder))
         return start_from(reader, self.optimizer, self.topology, self.config, self.vocab_size)
 
     def close(self) -> None:
@@ -359,7 +362,7 @@ class Trainer:
         topology = self.topology
         self.saver.save(
             lambda: take_snapshot(
-                checkpoint.RunState(
+                RunState(
                     self.step,
                     self.tokens,
                     self.loader.state_dict()["lanes"],
@@ -399,6 +402,8 @@ class Trainer:
         if report is None:
             return
         self.monitor.saved(report)
+        for note in report.notes:
+            self.monitor.message(note)
         if report.error is None:
             self.failed_saves = 0
             self.rollbacks = 0
@@ -408,17 +413,15 @@ class Trainer:
         if self.failed_saves == self.config.checkpoint.attempts:
             raise OSError(f"{report.error} ({self.failed_saves} attempts in a row)")
 
-    def load(self, reader: checkpoint.CheckpointReader) -> None:
+    def load(self, reader: CheckpointReader) -> None:
         """Go on from a checkpoint; collective."""
-        check_same_run(reader.summary["config"], self.config)
-        self.memory = checkpoint.load_training(
-            reader, self.optimizer, self.memory, self.topology, lane_range=self.lane_range
-        )
+        check_same_run(reader.config, self.config)
+        self.memory = load_training(reader, self.optimizer, self.memory, self.topology, lane_range=self.lane_range)
         self.loader.load_state_dict({"lanes": reader.lanes})
-        self.step = self.saved_step = reader.summary["step"]
-        self.tokens = reader.summary["tokens"]
-        self.windows = reader.summary["windows"]
-        self.spikes.restore(reader.summary["recent_losses"])
+        self.step = self.saved_step = reader.summary.step
+        self.tokens = reader.summary.tokens
+        self.windows = reader.summary.windows
+        self.spikes.restore(reader.summary.recent_losses)
         self.skipped.clear()
 
     def _after_spike(self, loss: float, score: float) -> None:
@@ -443,13 +446,13 @@ class Trainer:
         self._settle_save()
         if self.rollbacks == self.config.resilience.max_rollbacks:
             raise SpikeError(f"loss spike at step {at}, after {self.rollbacks} roll-backs to the same checkpoint")
-        reader = checkpoint.open_newest(self.run_dir, self.monitor.message)
+        reader = open_newest(self.run_dir, self.monitor.message)
         if reader is None:
             self.monitor.message("there is no checkpoint to roll back to: the step was skipped")
             return False
         self.rollbacks += 1
         # Not the steps since then: an earlier roll-back to this checkpoint has left windows out already.
-        windows = self.windows - reader.summary["windows"]
+        windows = self.windows - reader.summary.windows
         self.load(reader)
         self.skip_windows(windows)
         self.monitor.rolled_back()

@@ -5,7 +5,6 @@ They are checkpoints like any other (`pipeline.checkpoint`), of step 0, without 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -13,17 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.files import sealed, write_whole, writing
 from model.config import ModelConfig
 from model.hf_weights import backbone_weights, head_shape
-from model.sharding import full_shape, partition_named, partition_of, shard
-from pipeline.checkpoint import FORMAT_VERSION, SUMMARY, CheckpointError, CheckpointReader, checkpoint_name, sealed
+from model.sharding import partition_named, partition_of
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import SUMMARY, CheckpointError, checkpoint_name
+from pipeline.checkpoint_schema import FORMAT_VERSION
 from pipeline.config import Config
 from pipeline.optimizer import ZeroOptimizer
-from pipeline.saving import move_latest, write_whole
+from pipeline.saving import file_facts, move_latest
 from pipeline.setup import versions
 from pipeline.tensor_file import TensorFile
 from pipeline.topology import Topology
@@ -58,12 +59,13 @@ def write_weights(
     files: dict[str, Any] = {}
     for number, names in enumerate(_parts(shapes)):
         tensors = path / f"weights_{number:05d}.safetensors"
-        file = TensorFile(tensors, {f"master/{name}": (math.prod(shapes[name]),) for name in names})
-        for name in names:
-            file.write(f"master/{name}", read(name).flatten())
-        files[tensors.name] = file.close()
+        with writing(tensors) as out:
+            file = TensorFile(out, {f"master/{name}": (math.prod(shapes[name]),) for name in names})
+            for name in names:
+                file.write(f"master/{name}", read(name).flatten())
+            files[tensors.name] = file.facts()
         index = path / f"weights_{number:05d}.json"
-        text = json.dumps({"tensors": [_entry(name, shapes[name]) for name in names], "lanes": {}})
+        text = json.dumps({"tensors": [_entry(name, shapes[name]) for name in names], "lanes": {}}).encode()
         write_whole(index, text)
         files[index.name] = file_facts(text)
     content = {
@@ -100,12 +102,12 @@ def start_from(
     Raises:
         CheckpointError: the model is another one; names every setting that differs.
     """
-    problems = model_differences(reader.summary, config, vocab_size)
+    problems = model_differences(reader, config, vocab_size)
     if problems:
         raise CheckpointError(f"{reader.folder} cannot start this run: " + "; ".join(problems))
     backbone = backbone_weights(config.model, vocab_size).keys()
     held = {key.removeprefix("master/") for key in reader.keys() if key.startswith("master/")}
-    untrained = reader.summary.get("source", {}).get("memory") == "initial"
+    untrained = reader.summary.source.memory == "initial"
     usable = held & backbone if untrained else held
     everyone: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everyone, {name for name, _ in optimizer.stage.global_parameters()})
@@ -122,38 +124,25 @@ def start_from(
         if fragment.name not in usable:
             continue
         shape, partition = optimizer.local_shape(fragment.parameter), partition_of(fragment.parameter)
-        key, place = f"master/{fragment.name}", (topology.tensor_rank, topology.tensor_size)
-        if fragment.name in ("embedding.weight", "output.weight"):
-            rows = full_shape(shape, partition, topology.tensor_size)[0]
-            whole = shard(_with_rows(reader.whole_tensor(key), vocab_size, rows), partition, *place)
-        else:
-            whole = reader.local_tensor(key, shape, partition, *place)
-        master = fragment.tensors["master"]
-        master.copy_(whole.flatten()[fragment.start : fragment.start + master.numel()])
+        master, place = fragment.tensors["master"], (topology.tensor_rank, topology.tensor_size)
+        # The padding behind the tokens may be another one here.
+        rows = vocab_size if fragment.name in ("embedding.weight", "output.weight") else None
+        bounds = fragment.start, fragment.start + master.numel()
+        master.copy_(reader.local_range(f"master/{fragment.name}", shape, partition, *place, *bounds, rows=rows))
     optimizer.refresh_parameters()
-    notes = [f"weights from {reader.folder}, step {reader.summary['step']}"]
+    notes = [f"weights from {reader.folder}, step {reader.summary.step}"]
     if initial := sorted({name.split(".attention.", 1)[-1] for name in own - usable}):
         notes.append(f"not in those weights, initial values in every layer: {', '.join(initial)}")
     return notes
 
 
-def _with_rows(embedding: Tensor, tokens: int, rows: int) -> Tensor:
-    """The tokens' rows, and zeros up to `rows`: the padding may be another one here."""
-    if embedding.shape[0] == rows:
-        return embedding
-    return torch.cat([embedding[:tokens], embedding.new_zeros(rows - tokens, embedding.shape[1])])
-
-
-def model_differences(summary: Mapping[str, Any], config: Config, vocab_size: int) -> list[str]:
+def model_differences(reader: CheckpointReader, config: Config, vocab_size: int) -> list[str]:
     """What keeps a checkpoint's weights from being this model's; empty when nothing does.
 
     The segment length, the padding of the vocabulary, how the memory starts and (before its parameters are trained)
     which memory it is may differ.
     """
-    default = asdict(ModelConfig())
-    saved = default | summary["config"]["model"]
-    saved["rope_scaling"] = default["rope_scaling"] | saved["rope_scaling"]
-    current = asdict(config.model)
+    saved, current, summary = asdict(reader.config.model), asdict(config.model), reader.summary
     for model in (saved, current):
         _, model["num_query_groups"], model["kv_channels"] = head_shape(ModelConfig(**_heads(model)))
     names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
@@ -163,20 +152,14 @@ def model_differences(summary: Mapping[str, Any], config: Config, vocab_size: in
         for name in names
         if current[name] != saved[name]
     ]
-    if summary["vocab_size"] != vocab_size:
-        problems.append(f"the vocabulary has {vocab_size} tokens here, {summary['vocab_size']} there")
-    trained = summary.get("source", {}).get("memory") != "initial"
+    if summary.vocab_size != vocab_size:
+        problems.append(f"the vocabulary has {vocab_size} tokens here, {summary.vocab_size} there")
+    trained = summary.source.memory != "initial"
     for name in ("rule", "write_gate"):
         ours, theirs = current["memory"][name], saved["memory"][name]
         if trained and theirs != "none" and ours != theirs:
             problems.append(f"model.memory.{name} is {ours!r} here, {theirs!r} there")
     return problems
-
-
-def file_facts(text: str) -> dict[str, Any]:
-    """Size and hash of a text file, as `checkpoint.json` records them."""
-    data = text.encode("utf-8")
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _heads(model: Mapping[str, Any]) -> dict[str, Any]:

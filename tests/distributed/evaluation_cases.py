@@ -12,7 +12,8 @@ import torch.distributed as dist
 from data.shards import PreparedSet
 from data.tokenizer import byte_tokenizer
 from pipeline import answers, evaluate, heldout
-from pipeline.checkpoint import CheckpointReader, find_checkpoint
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import find_checkpoint
 from pipeline.config import Config
 from pipeline.evaluation_config import evaluation_config
 from pipeline.streaming import Document, Streamer, open_checkpoint, window

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import psutil
 
-from pipeline.checkpoint import SUMMARY, CheckpointReader
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import SUMMARY
 from tests.distributed import saving_cases
 from tests.distributed.cases import TINY
 
@@ -127,7 +128,7 @@ class Run:
         reader = CheckpointReader(self.checkpoints / pointer)
         reader.verify()
         keys = ("step", "tokens", "windows", "recent_losses", "optimizer_steps", "files")
-        return {key: reader.summary[key] for key in keys}
+        return {key: getattr(reader.summary, key) for key in keys}
 
     def losses(self) -> dict[int, float]:
         """Training loss by step, as in metrics.jsonl."""

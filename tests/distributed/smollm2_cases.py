@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from model.config import MemoryConfig
-from pipeline.checkpoint import find_checkpoint
+from pipeline.checkpoint_folder import find_checkpoint
 from pipeline.config_io import load_config
 from pipeline.import_hf import import_model
 from pipeline.streaming import Streamer, open_checkpoint

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import SUMMARY, CheckpointError, CheckpointReader
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import SUMMARY, CheckpointError
 from tests.distributed import cases, saving_cases
 from tests.prepared import write_set
 
@@ -28,7 +29,7 @@ def data(tmp_path_factory) -> str:
 
 
 def files(checkpoint: Path) -> dict:
-    return CheckpointReader(checkpoint).summary["files"]
+    return CheckpointReader(checkpoint).summary.files
 
 
 def test_training_goes_on_during_the_write_and_does_not_show(pools, data, tmp_path):
@@ -140,8 +141,9 @@ def test_any_byte_of_the_summary_counts(pools, data, tmp_path):
                 assert CheckpointReader(path.parent).summary == reader.summary  # white space
             except CheckpointError as error:
                 assert SUMMARY in str(error)
-    for key in reader.summary:
-        path.write_text(json.dumps({name: value for name, value in reader.summary.items() if name != key}))
+    summary = json.loads(content)
+    for key in summary:
+        path.write_text(json.dumps({name: value for name, value in summary.items() if name != key}))
         with pytest.raises(CheckpointError, match=SUMMARY):
             CheckpointReader(path.parent)
 

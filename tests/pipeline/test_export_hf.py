@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_uti
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.cli import USER_ERROR, main  # noqa: E402
 from model.config import MemoryConfig  # noqa: E402
-from pipeline.checkpoint import CheckpointError, CheckpointReader, find_checkpoint  # noqa: E402
+from pipeline.checkpoint import CheckpointReader  # noqa: E402
+from pipeline.checkpoint_folder import CheckpointError, find_checkpoint  # noqa: E402
 from pipeline.export_hf import export_model  # noqa: E402
 from pipeline.generate import Generator  # noqa: E402
 from pipeline.import_hf import import_model  # noqa: E402

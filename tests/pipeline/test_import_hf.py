@@ -16,7 +16,8 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from model.config import MemoryConfig  # noqa: E402
 from model.decoder import DecoderStage, StageOptions  # noqa: E402
-from pipeline.checkpoint import CheckpointError, CheckpointReader, find_checkpoint  # noqa: E402
+from pipeline.checkpoint import CheckpointReader  # noqa: E402
+from pipeline.checkpoint_folder import CheckpointError, find_checkpoint  # noqa: E402
 from pipeline.config_io import load_config  # noqa: E402
 from pipeline.import_hf import import_model  # noqa: E402
 from pipeline.inspect_checkpoint import read_contents  # noqa: E402
@@ -82,7 +83,7 @@ def test_what_an_import_leaves_behind(llama, tmp_path):
     assert contents.damage == []
     assert contents.layers[2].gate == pytest.approx([1 / (1 + math.exp(4))] * 3)
     assert contents.layers[2].write_gate_bias == 2.0
-    assert contents.summary["source"]["memory"] == "initial"
+    assert contents.summary.source.memory == "initial"
 
 
 def test_weights_are_bit_for_bit_those_of_the_file(llama, tmp_path):
@@ -234,17 +235,18 @@ def test_a_second_copy_of_the_tied_embedding_is_left_out(topology, tmp_path):
 
 def test_tensor_file_is_what_safetensors_writes(tmp_path):
     tensors = {"a": torch.randn(3, 5), "empty": torch.zeros(0, 2), "b": torch.randn(7)}
-    file = TensorFile(tmp_path / "x.safetensors", {name: tuple(x.shape) for name, x in tensors.items()})
-    for name, x in tensors.items():
-        file.write(name, x)
-    facts = file.close()
+    with open(tmp_path / "x.safetensors", "wb") as out:
+        file = TensorFile(out, {name: tuple(x.shape) for name, x in tensors.items()})
+        for name, x in tensors.items():
+            file.write(name, x)
+        facts = file.facts()
     assert facts["bytes"] == (tmp_path / "x.safetensors").stat().st_size
     back = load_file(tmp_path / "x.safetensors")
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], x) for name, x in tensors.items())
 
 
 def test_weights_alone_cannot_be_resumed(llama, tmp_path):
-    from pipeline.checkpoint import load_training
+    from pipeline.loading import load_training
 
     imported(llama[0], tmp_path / "out")
     with pytest.raises(CheckpointError, match="train.init_from"):

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data.files import sealed
 from launch import cli
 from pipeline import resilience
-from pipeline.checkpoint import FORMAT_VERSION, LATEST, SUMMARY, candidates, file_hash, sealed
+from pipeline.checkpoint_folder import LATEST, SUMMARY, candidates, file_hash
+from pipeline.checkpoint_schema import FORMAT_VERSION
 from pipeline.config import ResilienceConfig
 from pipeline.resilience import SpikeDetector, StopRequest
 from tests.prepared import write_set
@@ -131,7 +133,8 @@ def write_checkpoint(run, step: int, data, lanes: int = 2):
             entries.append({"key": key, "partition_dim": None, "partition_stride": 1, **place})
             entries[-1] |= {"tensor_rank": 0, "tensor_size": 1}
     save_file(tensors, folder / "rank_00000.safetensors")
-    cursors = [{"set": 0, "document": 1, "segment": 7, "taken": [5]}, {"set": None, "segment": 0, "taken": [6]}]
+    common = {"consumed": [0], "credit": [0], "stream": "s"}
+    cursors = [common | {"set": 0, "document": 1, "segment": 7, "taken": [5]}, common | {"set": None, "taken": [6]}]
     index = {"tensors": entries, "lanes": dict(zip(("0", "1"), cursors, strict=True))}
     (folder / "rank_00000.json").write_text(json.dumps(index))
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in sorted(folder.iterdir())}
@@ -141,6 +144,8 @@ def write_checkpoint(run, step: int, data, lanes: int = 2):
         "format_version": FORMAT_VERSION,
         "step": step,
         "tokens": 1000 * step,
+        "windows": step,
+        "recent_losses": [],
         "optimizer_steps": step - 1,
         "files": files,
         "layout": {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 2, "world_size": 1},
@@ -195,7 +200,7 @@ def test_inspecting_damage(tmp_path, capsys):
     assert f"DAMAGED {new / SUMMARY}" in inspect(capsys, new)[1]
     (run / "checkpoints" / LATEST).write_text("step_00000099\n")
     code, text = inspect(capsys, run)
-    assert code == 1 and "latest names step_00000099, which is not there" in text
+    assert code == 1 and "latest names step_00000099, which is not a checkpoint here" in text
 
 
 def test_checkpoints_that_the_run_has_left_aside_come_last(tmp_path):

@@ -1,0 +1,133 @@
+"""Opening checkpoints together, and putting what they hold into a run: the counterpart of `pipeline.saving`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.decoder import DecoderStage
+from model.sharding import partition_of
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import CheckpointError, candidates, read_latest
+from pipeline.executor import Memory
+from pipeline.optimizer import ZeroOptimizer
+from pipeline.topology import Topology
+
+
+def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
+    """The newest whole checkpoint of a run, verified; None when it has none. Collective: the ranks share the hashing.
+
+    `warn(message)` is called on rank 0 for a damaged one that is passed over, and for a `latest` that names none.
+    """
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        folder = run_dir / "checkpoints"
+        box = [candidates(folder), read_latest(folder)[1]]
+    dist.broadcast_object_list(box, src=0)
+    found, problem = box
+    for path in found:
+        try:
+            reader = open_verified(path)
+        except CheckpointError as error:
+            if dist.get_rank() == 0:
+                warn(f"DAMAGED CHECKPOINT, trying an older one: {error}")
+            continue
+        if problem and dist.get_rank() == 0:
+            warn(f"{problem}: going on from {path.name}, the newest that is whole")
+        return reader
+    if problem and dist.get_rank() == 0:
+        warn(f"{problem}, and there is no other whole checkpoint")
+    return None
+
+
+def open_verified(path: Path) -> CheckpointReader:
+    """Open a checkpoint and check all its files; collective.
+
+    Raises:
+        CheckpointError: the same on all ranks.
+    """
+    reader, error = None, None
+    try:
+        reader = CheckpointReader(path)
+        reader.verify(dist.get_rank(), dist.get_world_size())
+    except CheckpointError as problem:
+        error = str(problem)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = next((error for error in errors if error), None)
+    if first:
+        raise CheckpointError(first)
+    return reader
+
+
+def load_training(
+    reader: CheckpointReader,
+    optimizer: ZeroOptimizer,
+    memory: Memory,
+    topology: Topology,
+    *,
+    lane_range: tuple[int, int],
+) -> Memory:
+    """Restore weights, optimizer and random state in place; collective. Returns the carried memory.
+
+    Raises:
+        CheckpointError: the checkpoint holds weights alone, or does not fit.
+    """
+    summary = reader.summary
+    if summary.weights_only:
+        raise CheckpointError(
+            f"{reader.folder} holds weights alone, there is nothing to resume: start a run from it with "
+            f"train.init_from={reader.folder}"
+        )
+    steps, backbone_steps = summary.optimizer_steps, summary.backbone_optimizer_steps
+    optimizer.set_steps_taken(steps, steps if backbone_steps is None else backbone_steps)
+    for fragment in optimizer.fragments():
+        shape, partition = optimizer.local_shape(fragment.parameter), partition_of(fragment.parameter)
+        for kind, tensor in fragment.tensors.items():
+            tensor.copy_(
+                reader.local_range(
+                    f"{kind}/{fragment.name}",
+                    shape,
+                    partition,
+                    topology.tensor_rank,
+                    topology.tensor_size,
+                    fragment.start,
+                    fragment.start + tensor.numel(),
+                )
+            )
+    optimizer.refresh_parameters()
+    if summary.layout.world_size == dist.get_world_size():
+        try:
+            torch.set_rng_state(reader.rng_state(dist.get_rank()))
+        except RuntimeError as error:
+            raise CheckpointError(f"{reader.folder}: the random state of rank {dist.get_rank()}: {error}") from error
+    loaded: Memory = []
+    for layer, state in zip(optimizer.stage.layers, memory, strict=True):
+        if state is None:
+            loaded.append(None)
+            continue
+        fields = state._asdict()
+        loaded.append(
+            type(state)(
+                *(
+                    reader.memory_tensor(layer, field, like, lane_range[0], topology.tensor_rank * like.shape[1]).to(
+                        like.device
+                    )
+                    for field, like in fields.items()
+                )
+            )
+        )
+    return loaded
+
+
+def load_weights(reader: CheckpointReader, stage: DecoderStage) -> None:
+    """Load the parameters alone, for evaluation."""
+    for name, parameter in stage.global_parameters():
+        local = reader.local_tensor(
+            f"master/{name}", tuple(parameter.shape), partition_of(parameter), stage.tensor_rank, stage.tensor_size
+        )
+        with torch.no_grad():
+            parameter.copy_(local)
