@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -33,6 +34,7 @@ JSON_LIMIT = 256 << 20
 
 _PARTIAL = ".partial"
 _SHOWN_CHARACTERS = 80
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class FileError(ValueError):
@@ -52,6 +54,12 @@ def shown(value: object, characters: int = _SHOWN_CHARACTERS) -> str:
 def printable(text: str) -> str:
     """`text` on one line, with characters that a terminal would obey, or not show, escaped."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def file_name(path: Path | str) -> str:
+    """A path as text that can be written everywhere: bytes that are not UTF-8, and control characters, as escapes."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 # Reading

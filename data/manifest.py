@@ -95,12 +95,24 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     inputs: Count = 0
     """Files, or what else it is made of."""
     fingerprint: Text = ""
+    """Of the names and sizes."""
+    contents: Sha256 | None = None
+    """Of the contents (`data.identity`); none in sets of versions that did not look at them."""
     documents: Count = 0
     tokens: Count = 0
     too_short: Count = 0
     """Documents left out."""
+    empty: Count = 0
+    """Documents without text, left out."""
     skipped_files: Count = 0
-    """Files left out because they are not UTF-8."""
+    """Files of Python packages left out because they are not UTF-8."""
+    bad_records: Count = 0
+    bad_files: Count = 0
+    """Left out because they cannot be read (`--skip-bad`); of a file that breaks off, its rest."""
+    bad: list[Text] = []
+    """What is wrong with the first ones."""
+    passed_over: dict[Text, Count] = {}
+    """Files of a folder that are not read, by their kind."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ no more than a few batches are under way, so memory is bounded by the largest do
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -14,13 +15,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from data.files import shown
 from data.questions import Question
 from data.shards import token_dtype
-from data.sources import Job
+from data.sources import BadInputError, Job
 from data.tokenizer import Tokenizer
 
 # Small documents travel together: about a second of work at 2 MB/s keeps the pipes' cost below a percent.
@@ -41,14 +43,23 @@ class EncodedDocument:
     """In the shards' type, the end token included."""
     answers: list[tuple[int, int]]
     questions: list[Question]
-    skipped_files: int
+    skipped_files: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    """sha256 of the files that were read for it."""
+    error: str | None = None
+    """Why there are no tokens: the input is bad."""
+    is_record: bool = False
+    """It is one of many of its file."""
+    is_empty: bool = False
+    """There is no text."""
 
 
 def encode_jobs(jobs: Iterable[tuple[int, Job]], tokenizer: Tokenizer, processes: int) -> Iterator[EncodedDocument]:
     """Encode (source number, job) pairs with `processes` processes; results come in the order of the jobs.
 
     Raises:
-        ValueError: a document cannot be read or made.
+        ValueError: a document cannot be made or encoded. (One whose input is bad comes with its error.)
+        OSError: a document does not fit into the memory.
         ChildProcessError: an encoding process was killed.
     """
     batches = _batches(jobs)
@@ -60,17 +71,25 @@ def encode_jobs(jobs: Iterable[tuple[int, Job]], tokenizer: Tokenizer, processes
     # spawn: a fork would copy the threads' locks of whatever has been imported so far.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process, initargs=(tokenizer,))
-    pending: deque[Future[list[EncodedDocument]]] = deque()
+    pending: deque[tuple[str, Future[list[EncodedDocument]]]] = deque()
+    oldest = ""
+
+    def oldest_result() -> list[EncodedDocument]:
+        nonlocal oldest
+        oldest, future = pending.popleft()
+        return future.result()
+
     try:
         for batch in batches:
-            pending.append(executor.submit(_encode_batch, batch))
+            pending.append((batch[0][1].id, executor.submit(_encode_batch, batch)))
             if len(pending) >= processes * _BATCHES_PER_PROCESS:
-                yield from pending.popleft().result()
+                yield from oldest_result()
         while pending:
-            yield from pending.popleft().result()
+            yield from oldest_result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "an encoding process was killed, most likely for lack of memory; use fewer --processes"
+            "an encoding process was killed, most likely for lack of memory; use fewer --processes "
+            f"(it had document {oldest} or one soon after it)"
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -90,11 +109,32 @@ def _batches(jobs: Iterable[tuple[int, Job]]) -> Iterator[list[tuple[int, Job]]]
 
 
 def _encode(source: int, job: Job, tokenizer: Tokenizer) -> EncodedDocument:
-    encoded = job.encode(tokenizer)
-    tokens = np.append(encoded.tokens.astype(token_dtype(tokenizer.vocab_size)), tokenizer.eos_id)
-    tokens = tokens.astype(token_dtype(tokenizer.vocab_size), copy=False)
+    dtype = token_dtype(tokenizer.vocab_size)
+    common = {"id": job.id, "source": source, "input_bytes": job.input_bytes, "is_record": job.is_record}
+    try:
+        encoded = job.encode(tokenizer)
+        tokens = np.append(encoded.tokens.astype(dtype), tokenizer.eos_id).astype(dtype, copy=False)
+    except BadInputError as error:
+        return EncodedDocument(
+            **common, tokens=np.zeros(0, dtype), answers=[], questions=[], digests=error.digests, error=str(error)
+        )
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"document {job.id} ({job.weight:,} bytes) does not fit into the memory") from None
+    except Exception:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        # A panic of the tokenizer's library: of a class that another process cannot be told of.
+        raise ValueError(f"document {job.id} cannot be encoded: {shown(str(error))}") from None
     return EncodedDocument(
-        job.id, source, job.input_bytes, tokens, encoded.answers, encoded.questions, encoded.skipped_files
+        **common,
+        tokens=tokens,
+        answers=encoded.answers,
+        questions=encoded.questions,
+        skipped_files=encoded.skipped_files,
+        digests=encoded.digests,
+        is_empty=len(encoded.tokens) == 0,
     )
 
 

@@ -1,45 +1,44 @@
 """From sources to a prepared set: train or load the tokenizer, encode, split, write, and only then show the result.
 
-Everything is written to `DIR/.building` and moved into `DIR` when it is complete, the manifest last. So a folder with
-a manifest is complete, whatever happened, and a run that was interrupted is simply started again. The result depends
-on the sources and the options alone: same bytes for any number of processes.
+Everything is written to a folder of its own in `DIR` and moved into `DIR` when it is complete, the manifest last (see
+`data.building`). So a folder with a manifest is complete, whatever happened, and a run that was interrupted is simply
+started again. The result depends on the sources and the options alone: same bytes for any number of processes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import hashlib
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.building import TOKENIZER_FOLDER, building_in, clear_remains, locked, move_into_place, refuse_foreign
+from data.files import FileError, file_name, sync_folder
+from data.identity import changed_sources, contents_hash, write_inputs
 from data.manifest import MANIFEST, SPLITS, Manifest, SourceEntry, index_name, load_manifest, write_manifest
 from data.pool import EncodedDocument, encode_jobs
 from data.sampling import sample_texts
 from data.shards import PreparedSet, ShardSetWriter
-from data.sources import TEXT_PATTERNS, Job, Source, open_source, parse_size
+from data.sources import Job, Source, SourceOptions, open_sources, parse_size
+from data.splits import SplitAssigner
 from data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
-BUILDING = ".building"
-TOKENIZER_FOLDER = "tokenizer"
-
-_OWN_NAMES = re.compile(r"(train|valid)(-\d{6}\.tar|\.index\.parquet)|manifest\.json|tokenizer|\.building")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BAD_NAMED = 10
+"""Messages of bad records and files that a manifest keeps, of each source."""
+_MESSAGE_CHARACTERS = 300
 
 Report = Callable[[str, int, int, int], None]
-"""Called with (phase, input bytes done, input bytes in all, tokens so far)."""
+"""Called with (phase, input bytes done, input bytes in all, tokens so far); 0 in all: there is no telling."""
+Say = Callable[[str], None]
+"""Called with what a user should know, a line each."""
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(SourceOptions):
     """What decides the contents of a prepared set, besides its sources."""
 
     tokenizer: str = "byte"
@@ -54,11 +53,6 @@ class PrepareOptions:
     """Share of the documents that is held out."""
     shard_bytes: int = 64 << 20
     """A shard is closed before it grows past this; one document is never divided."""
-    seed: int = 0
-    """For synthetic sources that name none and for the tokenizer's sample."""
-    text_column: str = "text"
-    text_patterns: tuple[str, ...] = TEXT_PATTERNS
-    """File names that are texts, in folders."""
 
     def check(self) -> None:
         """Raises: ValueError for values that make no set."""
@@ -75,8 +69,33 @@ class PrepareOptions:
             raise ValueError(f"--shard-size {self.shard_bytes}: valid are 4K and more")
         if self.tokenizer_sample_bytes < 1024:
             raise ValueError(f"--tokenizer-sample {self.tokenizer_sample_bytes}: valid are 1K and more")
+        if self.max_document_bytes < 1024:
+            raise ValueError(f"--max-document-bytes {self.max_document_bytes}: valid are 1K and more")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: it must not be negative")
+
+
+@dataclass
+class _Counts:
+    """The counts of a `SourceEntry`."""
+
+    documents: int = 0
+    tokens: int = 0
+    too_short: int = 0
+    empty: int = 0
+    skipped_files: int = 0
+    bad_records: int = 0
+    bad_files: int = 0
+    bad: list[str] = field(default_factory=list)
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    def add_bad(self, document: EncodedDocument) -> None:
+        if document.is_record:
+            self.bad_records += 1
+        else:
+            self.bad_files += 1
+        if len(self.bad) < _BAD_NAMED:
+            self.bad.append(str(document.error)[:_MESSAGE_CHARACTERS])
 
 
 @dataclass
@@ -94,6 +113,7 @@ def prepare(
     processes: int = 1,
     overwrite: bool = False,
     report: Report = lambda *_: None,
+    say: Say = lambda _: None,
 ) -> Prepared:
     """Turn sources into a prepared set in the folder `out`.
 
@@ -108,31 +128,30 @@ def prepare(
     if not specs:
         raise ValueError("no source given; valid are files, folders, python:PACKAGE,... and passkey:N,length=LO..HI")
     out = Path(out)
-    sources = [
-        open_source(spec, text_column=options.text_column, text_patterns=options.text_patterns, seed=options.seed)
-        for spec in specs
-    ]
+    sources = open_sources(specs, options)
     tokenizer = _given_tokenizer(options.tokenizer)
-    _refuse_foreign_folder(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {file_name(out)} is a file; it must be a folder, or not exist")
     description = _describe(sources, options)
+    for source in sources:
+        for note in source.notes:
+            say(note)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out):
         if (out / MANIFEST).exists() and not overwrite:
-            return Prepared(_existing_set(out, description, tokenizer), built=False)
-        building = out / BUILDING
-        shutil.rmtree(building, ignore_errors=True)
+            return Prepared(_existing_set(out, sources, description, tokenizer, report, say), built=False)
+        clear_remains(out)
+        refuse_foreign(out)
         try:
-            building.mkdir()
-            manifest = _build(building, sources, options, tokenizer, description, processes, report)
-            _move_into_place(building, out)
+            with building_in(out) as building:
+                manifest = _build(building, sources, options, tokenizer, description, processes, report)
+                move_into_place(building, out)
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise OSError(
                     error.errno, f"the disk is full: the set in {out} could not be finished and was removed"
                 ) from error
             raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     return Prepared(manifest, built=True)
 
 
@@ -168,49 +187,34 @@ def _describe(sources: list[Source], options: PrepareOptions) -> dict[str, Any]:
     }
 
 
-def _refuse_foreign_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; it must be a folder, or not exist")
-    if out.is_dir():
-        foreign = sorted(entry.name for entry in out.iterdir() if not _OWN_NAMES.fullmatch(entry.name))
-        if foreign:
-            raise ValueError(f"--out {out} holds other files ({foreign[0]}, ...); choose an empty or a new folder")
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder against a second `infini prepare`; the system lets go when the process dies."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another `infini prepare` is writing to {out}") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _existing_set(out: Path, description: dict[str, Any], tokenizer: Tokenizer | None) -> Manifest:
+def _existing_set(
+    out: Path,
+    sources: list[Source],
+    description: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    report: Report,
+    say: Say,
+) -> Manifest:
     """The manifest of the complete set in `out`, when it is the one asked for."""
     advice = "choose another --out, or give --overwrite to replace it"
     try:
         manifest = load_manifest(out)
         for split in manifest.splits:
-            PreparedSet(out, split)
+            PreparedSet(out, split).close()
     except ValueError as error:
         raise ValueError(f"{out} holds a damaged set ({error}); {advice}") from error
+    # A set of an older version has no entry for an option that came later: it was made with today's default.
+    defaults = asdict(PrepareOptions())
+    there = {name: manifest.options.get(name, defaults[name]) for name in description["options"]}
     differences = [
-        f"{name} is {manifest.options.get(name)!r} there and {value!r} here"
+        f"{name} is {there[name]!r} there and {value!r} here"
         for name, value in description["options"].items()
-        if manifest.options.get(name) != value
+        if there[name] != value
     ]
-    keys = ("spec", "inputs", "fingerprint")
-    there = [{key: getattr(source, key) for key in keys} for source in manifest.sources]
-    if [source["spec"] for source in there] != [source["spec"] for source in description["sources"]]:
+    if [source.spec for source in manifest.sources] != [source.spec for source in sources]:
         differences.append("the sources are others")
-    elif there != description["sources"]:
-        differences.append("the sources' files have changed")
+    elif not differences:
+        differences += changed_sources(out, manifest, sources, report, say)
     if tokenizer is not None and tokenizer.hash != manifest.tokenizer.hash:
         differences.append("the tokenizer is another one")
     if differences:
@@ -232,18 +236,17 @@ def _build(
     for source in sources:
         source.check(tokenizer)
     tokenizer.save(building / TOKENIZER_FOLDER)
-    for file in (building / TOKENIZER_FOLDER).iterdir():
-        _sync(file)
+    sync_folder(building / TOKENIZER_FOLDER)
 
-    counts = [{"documents": 0, "tokens": 0, "too_short": 0, "skipped_files": 0} for _ in sources]
+    counts = [_Counts(passed_over=source.passed_over) for source in sources]
     total, done, longest = sum(source.total_bytes for source in sources), 0, 0
     writers = {split: ShardSetWriter(building, split, tokenizer.vocab_size, options.shard_bytes) for split in SPLITS}
 
     def write(split: str, document: EncodedDocument) -> None:
         source, count = sources[document.source].spec, counts[document.source]
         for part in _parts(document, options.max_tokens, source, tokenizer.eos_id):
-            count["documents"] += 1
-            count["tokens"] += len(part.tokens)
+            count.documents += 1
+            count.tokens += len(part.tokens)
             writers[split].add(part.tokens, id=part.id, source=source, answers=part.answers, questions=part.questions)
 
     assigner = SplitAssigner(options.valid_fraction)
@@ -251,11 +254,18 @@ def _build(
     try:
         for document in documents:
             count = counts[document.source]
-            count["skipped_files"] += document.skipped_files
+            count.skipped_files += document.skipped_files
+            sources[document.source].digests.update(document.digests)
             length = len(document.tokens)
             longest = max(longest, length)
-            if length < options.min_tokens:
-                count["too_short"] += 1
+            if document.error is not None:
+                if not options.skip_bad:
+                    raise FileError(f"{document.error} (--skip-bad leaves such records and files out, counted)")
+                count.add_bad(document)
+            elif document.is_empty:
+                count.empty += 1
+            elif length < options.min_tokens:
+                count.too_short += 1
             else:
                 for split, ready in assigner.add(document):
                     write(split, ready)
@@ -275,11 +285,18 @@ def _build(
         del splits["valid"]
         (building / index_name("valid")).unlink()
 
+    for source in sources:
+        for file in source.files:
+            source.digests.setdefault(file.name, "")  # one that could not be read
+    write_inputs(building, sources)
     return write_manifest(
         building,
         tokenizer=tokenizer.entry,
         options=description["options"],
-        sources=[SourceEntry(**source, **count) for source, count in zip(description["sources"], counts, strict=True)],
+        sources=[
+            SourceEntry(**entry, **asdict(count), contents=contents_hash(source.digests))
+            for entry, count, source in zip(description["sources"], counts, sources, strict=True)
+        ],
         splits=splits,
     )
 
@@ -307,14 +324,22 @@ def _parts(document: EncodedDocument, max_tokens: int | None, source: str, eos_i
 
 def _train_tokenizer(sources: list[Source], options: PrepareOptions, report: Report) -> Tokenizer:
     total, done = sum(source.total_bytes for source in sources if not source.synthetic), 0
+    phase = "reading a sample for the tokenizer"
+    report(phase, 0, total, 0)
 
     def advance(input_bytes: int) -> None:
         nonlocal done
         done += input_bytes
-        report("training the tokenizer", done, total, 0)
+        report(phase, done, total, 0)
 
-    texts = sample_texts(sources, options.tokenizer_sample_bytes, options.seed, advance)
-    return train_bpe(texts, _vocab_size(options.tokenizer))
+    def told() -> Iterator[str]:
+        yield from sample_texts(
+            sources, options.tokenizer_sample_bytes, options.seed, advance, skip_bad=options.skip_bad
+        )
+        # The library says nothing until it is done.
+        report("training the tokenizer on the sample", 0, 0, 0)
+
+    return train_bpe(told(), _vocab_size(options.tokenizer))
 
 
 def _numbered_jobs(sources: list[Source]) -> Iterator[tuple[int, Job]]:
@@ -323,77 +348,18 @@ def _numbered_jobs(sources: list[Source]) -> Iterator[tuple[int, Job]]:
             yield number, job
 
 
-def _refuse_empty(sources: list[Source], counts: list[dict[str, int]], longest: int, min_tokens: int) -> None:
+def _refuse_empty(sources: list[Source], counts: list[_Counts], longest: int, min_tokens: int) -> None:
     for source, count in zip(sources, counts, strict=True):
-        if count["documents"] == 0:
-            if count["too_short"] == 0:
-                raise ValueError(f"source {source.spec} is empty: it has no documents")
-            raise ValueError(
-                f"source {source.spec}: none of its {count['too_short']:,} documents has --min-tokens {min_tokens:,} "
-                f"(the longest of all sources has {longest:,})"
-            )
-
-
-class SplitAssigner:
-    """Sends each document to `train` or `valid` by a hash of its id, and sees to it that both get one.
-
-    While all documents so far belong to one split, the one whose hash is nearest to the other split is held back; when
-    the end comes first, it goes there.
-    """
-
-    def __init__(self, valid_fraction: float) -> None:
-        self._fraction = valid_fraction
-        self._seen: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self._held: EncodedDocument | None = None
-
-    @staticmethod
-    def _place(document: EncodedDocument) -> float:
-        """Uniform in [0, 1): below the fraction is `valid`."""
-        return int.from_bytes(hashlib.sha256(document.id.encode()).digest()[:8], "big") / 2**64
-
-    def _split(self, document: EncodedDocument) -> str:
-        return "valid" if self._place(document) < self._fraction else "train"
-
-    def add(self, document: EncodedDocument) -> list[tuple[str, EncodedDocument]]:
-        """Documents that can be written now, with their splits."""
-        split = self._split(document)
-        self._seen[split] += 1
-        if self._fraction == 0.0:
-            return [(split, document)]
-        held, self._held = self._held, None
-        if all(self._seen.values()):
-            return ([(self._split(held), held)] if held else []) + [(split, document)]
-        if held is None:
-            self._held = document
-            return []
-        nearest = min if split == "train" else max
-        self._held = nearest(held, document, key=self._place)
-        return [(split, document if self._held is held else held)]
-
-    def finish(self) -> list[tuple[str, EncodedDocument]]:
-        if self._held is None:
-            return []
-        alone = sum(self._seen.values()) == 1
-        other = "valid" if self._seen["train"] else "train"
-        return [("train" if alone else other, self._held)]
-
-
-def _move_into_place(building: Path, out: Path) -> None:
-    # The old manifest goes first and the new one comes last: between the two the folder holds no complete set.
-    (out / MANIFEST).unlink(missing_ok=True)
-    for entry in list(out.iterdir()):
-        if entry.name == TOKENIZER_FOLDER:
-            shutil.rmtree(entry)
-        elif entry.name != BUILDING:
-            entry.unlink()
-    for entry in sorted(building.iterdir(), key=lambda entry: entry.name == MANIFEST):
-        entry.rename(out / entry.name)
-    _sync(out)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if count.documents:
+            continue
+        if not count.too_short + count.empty + count.bad_records + count.bad_files:
+            raise ValueError(f"source {source.spec} is empty: it has no documents")
+        why = [
+            f"{count.empty:,} are empty" if count.empty else "",
+            f"{count.bad_records:,} bad records and {count.bad_files:,} bad files are left out" if count.bad else "",
+        ]
+        reasons = "".join(f"; {reason}" for reason in why if reason)
+        raise ValueError(
+            f"source {source.spec}: none of its {count.too_short:,} documents has --min-tokens {min_tokens:,} "
+            f"(the longest of all sources has {longest:,}){reasons}"
+        )

@@ -1,114 +1,138 @@
-"""Files with many documents: `.jsonl`, `.jsonl.gz`, `.jsonl.zst` and `.parquet`, streamed record by record.
+"""Files with many documents, read record by record: lines of JSON, an array of JSON, parquet.
 
-Every error names the file and the line or row.
+    .jsonl .ndjson    a record per line; blank lines are passed over, as every reader of such files does
+    .json             the same where the first line is a whole object; else an array of records; else one record
+    .parquet          a record per row (`data.parquet`)
+
+and the first two compressed, with .gz or .zst behind. Every message names the file and the line, element or row.
 """
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import msgspec
 
-RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+from data.files import FileError, decode_json, shown
+from data.parquet import read_parquet
+from data.streams import (
+    BOM,
+    COMPRESSED_SUFFIXES,
+    FileInput,
+    HashingReader,
+    Record,
+    lines,
+    listed,
+    refuse_other_contents,
+    too_long,
+)
 
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_PARQUET_ROWS = 256
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+RECORD_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+"""The first three may have one of `COMPRESSED_SUFFIXES` behind. Small or capital letters."""
+
+
+def without_compression(name: str) -> str:
+    """The name in small letters, without a suffix of compression."""
+    lower = name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        lower = lower.removesuffix(suffix)
+    return lower
 
 
 def is_record_file(name: str) -> bool:
-    return name.endswith(RECORD_SUFFIXES)
+    return without_compression(name).endswith(JSON_SUFFIXES) or name.lower().endswith(".parquet")
 
 
-def read_records(path: Path, column: str) -> Iterator[tuple[int, int, str]]:
-    """Yield (line or row counted from 1, bytes of the file used up for it, text) for every record.
+def read_records(file: FileInput, column: str, limit: int, digests: dict[str, str]) -> Iterator[Record]:
+    """The records of a file, bad ones included; at the end its sha256 stands in `digests` under its name.
+
+    Args:
+        limit: bytes of the longest document.
 
     Raises:
-        ValueError: the file is damaged or ends early, or a record has no text in `column`.
+        FileError: the file is damaged, ends early or is something else; its records so far have been given.
+        OSError: it cannot be opened.
     """
-    return _read_parquet(path, column) if path.name.endswith(".parquet") else _read_jsonl(path, column)
+    if file.path.name.lower().endswith(".parquet"):
+        yield from read_parquet(file, column, limit, digests)
+        return
+    with HashingReader(file) as reader:
+        try:
+            yield from _read_json(file, reader, column, limit)
+        except FileError:
+            digests[file.name] = reader.finish()
+            raise
+        digests[file.name] = reader.finish()
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[tuple[int, int, str]]:
-    compression = _COMPRESSION.get(path.suffix)
-    number, position = 0, 0
-    with path.open("rb") as raw:
-        # Arrow's decompressor, because it takes an input that ends early for an error and zstandard's does not.
-        stream = (
-            io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), compression))
-            if compression
-            else raw
-        )
-        while True:
-            try:
-                line = stream.readline()
-            except OSError as error:
-                raise ValueError(f"{path} is damaged after line {number}: {error}") from error
-            if not line:
-                break
-            number += 1
-            if line.isspace():
-                continue
-            advanced, position = raw.tell() - position, raw.tell()
-            yield number, advanced, _record_text(line, column, f"{path}, line {number}")
-
-
-def _record_text(line: bytes, column: str, where: str) -> str:
+def _read_json(file: FileInput, reader: HashingReader, column: str, limit: int) -> Iterator[Record]:
+    stream = reader.contents
+    whole = without_compression(file.path.name).endswith(".json")
+    number, position, before = 0, 0, b""
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not a JSON record in UTF-8: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a record must be a JSON object, not {type(record).__name__}")
+        refuse_other_contents(stream.peek(4)[:4], file.shown)
+        found = lines(stream, limit)
+        while (line := next(found, b"")) != b"":
+            number += 1
+            line = line and line.removeprefix(BOM)
+            if line is not None and (not line or line.isspace()):
+                continue
+            if whole and line is not None and not _is_object(line):
+                before = line
+                break
+            whole = False
+            where = f"{file.shown}, line {number}"
+            advanced, position = reader.position - position, reader.position
+            yield _record(line, column, where, number, advanced, limit)
+        else:
+            return
+        contents = before + stream.read(limit + 1)
+    except OSError as error:
+        raise FileError(f"{file.shown} is damaged after line {number}: {error}") from error
+    yield from _read_whole(file, contents, column, limit)
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether the line looks like a whole object, not like the beginning of something that goes on."""
+    stripped = line.strip()
+    return stripped.startswith(b"{") and stripped.endswith(b"}")
+
+
+def _read_whole(file: FileInput, contents: bytes, column: str, limit: int) -> Iterator[Record]:
+    """An array of records, or one record on several lines."""
+    if len(contents) > limit:
+        raise FileError(
+            f"{file.shown}: an array or object of more than {limit:,} bytes is not read: write a record per line "
+            "(.jsonl), or see --max-document-bytes"
+        )
+    elements: list[Any] = [contents]
+    if contents.lstrip().startswith(b"["):
+        try:
+            elements = msgspec.json.decode(contents, type=list[msgspec.Raw])
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            raise FileError(f"{file.shown} is damaged: {error}") from None
+    for number, element in enumerate(elements, start=1):
+        share = number * file.size // len(elements) - (number - 1) * file.size // len(elements)
+        yield _record(bytes(element), column, f"{file.shown}, record {number}", number, share, limit)
+
+
+def _record(line: bytes | None, column: str, where: str, number: int, input_bytes: int, limit: int) -> Record:
+    if line is None:
+        return Record(number, input_bytes, "", too_long(where, limit))
+    try:
+        return Record(number, input_bytes, _text(line, column, where))
+    except FileError as error:
+        return Record(number, input_bytes, "", str(error))
+
+
+def _text(line: bytes, column: str, where: str) -> str:
+    record = decode_json(line, dict[str, Any], where)
     if column not in record:
-        raise ValueError(f"{where}: no column {column!r}; it has {', '.join(map(repr, record))} (see --text-column)")
+        raise FileError(f"{where}: no column {shown(column)}; it has {listed(record)} (see --text-column)")
     text = record[column]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: column {column!r} holds {type(text).__name__}, not text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: column {column!r} holds half of a surrogate pair at character {error.start}"
-        ) from None
+        holds = "null" if text is None else type(text).__name__
+        raise FileError(f"{where}: column {shown(column)} holds {holds}, not text")
     return text
-
-
-def open_parquet(path: Path, column: str) -> pq.ParquetFile:
-    """Open a file and check that it has texts in `column`."""
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    schema = file.schema_arrow
-    if column not in schema.names:
-        raise ValueError(
-            f"{path}: no column {column!r}; it has {', '.join(map(repr, schema.names))} (see --text-column)"
-        )
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{path}: column {column!r} holds {kind}, not text")
-    return file
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[tuple[int, int, str]]:
-    size = path.stat().st_size
-    with open_parquet(path, column) as file:
-        rows, row = file.metadata.num_rows, 0
-        batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column])
-        while True:
-            try:
-                batch = next(batches, None)
-                texts = [] if batch is None else batch.column(0).to_pylist()
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is damaged after row {row}: {error}") from error
-            if batch is None:
-                return
-            for text in texts:
-                row += 1
-                if text is None:
-                    raise ValueError(f"{path}, row {row}: column {column!r} is null")
-                yield row, row * size // rows - (row - 1) * size // rows, text

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 
-from data.sources import Source
+from data.sources import BadInputError, Source
 from data.tokenizer import split_text
 
 _PIECE_CHARACTERS = 1 << 13
@@ -17,7 +17,12 @@ _SYNTHETIC_SHARE = 1 / 16
 
 
 def sample_texts(
-    sources: Sequence[Source], sample_bytes: int, seed: int, advance: Callable[[int], None]
+    sources: Sequence[Source],
+    sample_bytes: int,
+    seed: int,
+    advance: Callable[[int], None],
+    *,
+    skip_bad: bool = False,
 ) -> Iterator[str]:
     """Pieces of some 8K characters, about `sample_bytes` of them, from documents of all sources.
 
@@ -26,7 +31,7 @@ def sample_texts(
     input bytes that are done.
 
     Raises:
-        ValueError: a document cannot be read.
+        BadInputError: a document cannot be read, and `skip_bad` does not say that such are left out.
     """
     synthetic = [source for source in sources if source.synthetic]
     real = [source for source in sources if not source.synthetic]
@@ -36,7 +41,7 @@ def sample_texts(
         for job in source.sample_jobs():
             if left <= 0:
                 break
-            text, _ = job.load()
+            text = job.load().text
             left -= len(text)
             yield text
 
@@ -44,7 +49,12 @@ def sample_texts(
     chosen_characters = 0
     for number, source in enumerate(real):
         for job in source.sample_jobs():
-            text, _ = job.load()
+            try:
+                text = job.load().text
+            except BadInputError:
+                if not skip_bad:
+                    raise
+                text = ""
             for position, piece in enumerate(split_text(text, _PIECE_CHARACTERS)):
                 place = f"{seed}:{number}:{job.id}:{position}".encode()
                 rank = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")

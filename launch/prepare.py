@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from launch.terminal import visible
+
 if TYPE_CHECKING:
+    from data.manifest import Manifest, SourceEntry
     from data.prepare import Prepared, Report
 
 _SOURCES = """\
 sources:
-  notes.md, book.txt           a text file is one document
-  folder/                      every text and record file in it (see --text-pattern)
-  corpus.jsonl[.gz|.zst]       one document per line, its text in --text-column
+  notes.md, book.txt           a text file in UTF-8 is one document
+  folder/                      every text (see --text-pattern) and record file in it and in linked folders; hidden ones,
+                               and all that is neither, are passed over, with a count
+  corpus.jsonl, corpus.ndjson  one document per line, its text in --text-column
+  corpus.json                  the same where the first line is a whole object; else an array of records, or one record
   corpus.parquet               one document per row
+                               all but parquet also as .gz or .zst; suffixes in small or capital letters
   python:torch,numpy           installed packages' own source code, one document per sub-package
   TASK:N,length=LO..HI[,seed=K][,OPTION=V ...]
                                N synthetic documents with questions; lengths in tokens (16K is 16,384) and options
@@ -89,13 +96,26 @@ def add_parser(subparsers: Any) -> None:
         "--seed", type=int, default=0, metavar="K", help="for passkey sources and the tokenizer's sample (default: 0)"
     )
     parser.add_argument(
-        "--text-column", default="text", metavar="NAME", help="field of .jsonl and .parquet records (default: text)"
+        "--text-column", default="text", metavar="NAME", help="field of JSON and parquet records (default: text)"
     )
     parser.add_argument(
         "--text-pattern",
         action="append",
         metavar="GLOB",
-        help="file names that are texts, in folders; may be given several times (default: *.txt, *.md and the like)",
+        help="file names that are texts, in folders, in small or capital letters; may be given several times (default: "
+        "*.txt, *.text, *.md, *.markdown, *.rst, *.tex)",
+    )
+    parser.add_argument(
+        "--max-document-bytes",
+        default="1G",
+        metavar="BYTES",
+        help="longest text file, line, row or sub-package that is read; a longer one is bad (default: 1G)",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out records and files that cannot be read (damaged, not UTF-8, null, too long), count them and "
+        "name the first ones (default: the first one ends the command)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another set in DIR")
     parser.set_defaults(run=run)
@@ -115,15 +135,21 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         text_column=args.text_column,
         text_patterns=tuple(args.text_pattern) if args.text_pattern else TEXT_PATTERNS,
+        max_document_bytes=_size("--max-document-bytes", args.max_document_bytes),
+        skip_bad=args.skip_bad,
     )
     processes = len(os.sched_getaffinity(0)) if args.processes is None else args.processes
     started = time.perf_counter()
     with _progress() as report:
         prepared = prepare(
-            args.sources, args.out, options, processes=processes, overwrite=args.overwrite, report=report
+            args.sources, args.out, options, processes=processes, overwrite=args.overwrite, report=report, say=_note
         )
     _print_summary(args.out, prepared, time.perf_counter() - started)
     return 0
+
+
+def _note(text: str) -> None:
+    print(f"note: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def _size(option: str, text: str) -> int:
@@ -149,10 +175,15 @@ def _progress() -> Iterator[Report]:
         def report_line(phase: str, done: int, total: int, tokens: int) -> None:
             nonlocal printed
             now = time.perf_counter()
+            # A phase that cannot tell how far it is says so at once, and nothing more.
+            printed = printed if total or phase in started else 0.0
             began = started.setdefault(phase, now)
             if now - printed >= _PLAIN_INTERVAL_S:
                 printed = now
                 left = (now - began) * (total - done) / done if done else 0.0
+                if not total:
+                    console.print(f"{phase} ...", highlight=False)
+                    return
                 console.print(
                     f"{phase}  {done / 1e6:,.1f}/{total / 1e6:,.1f} MB  {tokens:,} tokens  {left:,.0f} s left",
                     highlight=False,
@@ -174,7 +205,7 @@ def _progress() -> Iterator[Report]:
         def report_bar(phase: str, done: int, total: int, tokens: int) -> None:
             if phase not in tasks:
                 started[phase] = time.perf_counter()
-                tasks[phase] = progress.add_task(phase, total=total, rate="")
+                tasks[phase] = progress.add_task(phase, total=total or None, rate="")
             elapsed = max(time.perf_counter() - started[phase], 1e-3)
             rate = f"{done / 1e6 / elapsed:,.1f} MB/s" + (f", {tokens / elapsed:,.0f} tokens/s" if tokens else "")
             progress.update(tasks[phase], completed=min(done, total), rate=rate)
@@ -185,28 +216,52 @@ def _progress() -> Iterator[Report]:
 def _print_summary(out: str, prepared: Prepared, elapsed_s: float) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    from data.files import file_name, printable
+
+    # What comes from files is not rich's markup.
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     manifest = prepared.manifest
     if prepared.built:
-        console.print(f"prepared {out} in {elapsed_s:.1f} s")
+        console.print(f"prepared {file_name(out)} in {elapsed_s:.1f} s")
     else:
-        console.print(f"{out} is complete already: same sources, same options; nothing to do")
+        console.print(f"{file_name(out)} is complete already: same sources, same options; nothing to do")
     for source in manifest.sources:
-        left_out = [
-            f"{source.too_short:,} documents too short" if source.too_short else "",
-            f"{source.skipped_files:,} files that are not UTF-8" if source.skipped_files else "",
-        ]
-        left_out_text = ", ".join(filter(None, left_out))
         console.print(
-            f"  {source.spec}: {source.documents:,} documents, {source.tokens:,} tokens"
-            + (f" (left out: {left_out_text})" if left_out_text else ""),
-            markup=False,
+            f"  {printable(source.spec)}: {source.documents:,} documents, {source.tokens:,} tokens{_left_out(source)}"
         )
+        for message in source.bad:
+            console.print(f"    left out: {printable(message)}")
+        if source.bad_records + source.bad_files > len(source.bad):
+            console.print(f"    ... and {source.bad_records + source.bad_files - len(source.bad):,} more")
     tokenizer = manifest.tokenizer
     console.print(f"  tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens (hash {tokenizer.hash[:12]})")
     for split, summary in manifest.splits.items():
         console.print(
             f"  {split}: {summary.documents:,} documents, {summary.tokens:,} tokens, {len(summary.shards):,} shards"
         )
+    console.print(f"  held out: {_held_out(manifest)}")
+
+
+def _left_out(source: SourceEntry) -> str:
+    counts = (
+        (source.too_short, "documents too short"),
+        (source.empty, "documents empty"),
+        (source.skipped_files, "files that are not UTF-8"),
+        (source.bad_records, "bad records"),
+        (source.bad_files, "bad files"),
+        (sum(source.passed_over.values()), "files passed over"),
+    )
+    texts = [f"{count:,} {what}" for count, what in counts if count]
+    return f" (left out: {', '.join(texts)})" if texts else ""
+
+
+def _held_out(manifest: Manifest) -> str:
+    """What was asked for, and what came of it: documents are held out whole."""
+    asked = manifest.options.get("valid_fraction")
+    wanted = f"--valid-fraction {asked} asked for {asked:.1%}" if isinstance(asked, float) else "none asked for"
     if "valid" not in manifest.splits:
-        console.print("  valid: no documents are held out")
+        return f"nothing ({wanted})"
+    train, valid = manifest.splits["train"], manifest.splits["valid"]
+    documents = valid.documents / (train.documents + valid.documents)
+    tokens = valid.tokens / (train.tokens + valid.tokens)
+    return f"{documents:.1%} of the documents, {tokens:.1%} of the tokens ({wanted}; documents are held out whole)"

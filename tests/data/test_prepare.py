@@ -102,7 +102,7 @@ from pathlib import Path
 from data.prepare import PrepareOptions, prepare
 
 def stall(phase, done, total, tokens):
-    if list(Path(sys.argv[2]).glob(".building/train-000001.tar")):
+    if list(Path(sys.argv[2]).glob(".building-*/train-000001.tar")):
         print("stalled", flush=True)
         time.sleep(60)
 
@@ -142,7 +142,7 @@ def test_an_interrupted_run_leaves_nothing_and_a_second_one_finishes(
     for worker in alive:
         worker.kill()
     assert not alive
-    assert (out / ".building").exists() == (blow == signal.SIGKILL)
+    assert bool(list(out.glob(".building-*"))) == (blow == signal.SIGKILL)
     assert not (out / "manifest.json").exists()
     with pytest.raises(ValueError, match="not a prepared set"):
         PreparedSet(out)
@@ -169,11 +169,12 @@ def test_a_complete_set_is_kept_and_a_different_one_refused(corpus: Path, tmp_pa
         prepare([str(corpus), PASSKEYS], out, options)
     with (corpus / "00.txt").open("a") as file:
         file.write("more")
-    with pytest.raises(ValueError, match="files have changed"):
+    with pytest.raises(ValueError, match=r"files of .* have changed: corpus/00\.txt"):
         prepare([str(corpus)], out, options)
     assert contents(out) == before
     assert prepare([str(corpus), PASSKEYS], out, replace(options, valid_fraction=0.0), overwrite=True).built
     assert sorted(entry.name for entry in out.iterdir()) == [
+        "inputs.parquet",
         "manifest.json",
         "tokenizer",
         "train-000000.tar",

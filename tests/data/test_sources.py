@@ -13,17 +13,25 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.sources import TEXT_PATTERNS, Source, SyntheticSource, open_source, parse_size
+from data.sources import TEXT_PATTERNS, BadInputError, Source, SourceOptions, SyntheticSource, open_sources, parse_size
 from data.tokenizer import byte_tokenizer, train_bpe
 from tests.prepared import write_set
 
 
-def source(spec: object, column: str = "text", patterns: tuple[str, ...] = TEXT_PATTERNS) -> Source:
-    return open_source(str(spec), text_column=column, text_patterns=patterns, seed=0)
+def source(
+    spec: object, column: str = "text", patterns: tuple[str, ...] = TEXT_PATTERNS, limit: int = 1 << 20
+) -> Source:
+    options = SourceOptions(text_column=column, text_patterns=patterns, max_document_bytes=limit)
+    return open_sources([str(spec)], options)[0]
 
 
 def texts(found: Source) -> list[tuple[str, str]]:
     return [(job.id, job.load()[0]) for job in found.jobs()]
+
+
+def load_all(found: Source) -> None:
+    for job in found.jobs():
+        job.load()
 
 
 RECORDS = [{"text": f"record {i} ü", "other": i} for i in range(700)]
@@ -70,9 +78,9 @@ def test_record_files_give_every_record_and_add_up_to_their_size(tmp_path: Path,
     assert texts(found) == [(f"x.{suffix}#{i + 1}", record["text"]) for i, record in enumerate(RECORDS)]
     assert sum(job.input_bytes for job in found.jobs()) == found.total_bytes == file.stat().st_size
     with pytest.raises(ValueError, match=rf"x\.{suffix}.*no column 'body'; it has 'text', 'other'.*--text-column"):
-        list(source(file, column="body").jobs())
+        load_all(source(file, column="body"))
     with pytest.raises(ValueError, match=r"column 'other' holds int\d*, not text"):
-        list(source(file, column="other").jobs())
+        load_all(source(file, column="other"))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "parquet"])
@@ -92,29 +100,39 @@ def test_a_broken_file_is_named(tmp_path: Path, suffix: str, damage: str) -> Non
     damaged = contents[:half] if damage == "truncated" else contents[:half] + bytes(64) + contents[half + 64 :]
     file.write_bytes(damaged)
     with pytest.raises(ValueError, match=rf"x\.{suffix}"):
-        list(source(file).jobs())
+        load_all(source(file))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', "line 2: not a JSON record"),
-        (b'{"text": "\xff"}', "line 2: not a JSON record in UTF-8"),
-        (b'["text"]', "line 2: a record must be a JSON object, not list"),
-        (b'{"text": null}', "line 2: column 'text' holds NoneType"),
-        (b'{"text": "\\ud800"}', "line 2: .* surrogate pair at character 0"),
+        (b'{"text": "a"', "line 2 is damaged"),
+        (b'{"text": "\xff"}', "line 2 is not text in UTF-8: .* at byte 10"),
+        (b'["text"]', "line 2: Expected object, got array"),
+        (b'{"text": null}', "line 2: column 'text' holds null, not text"),
+        (b'{"text": "\\ud800"}', "line 2 is damaged: .* half of a surrogate pair"),
+        (b'{"text": "a", "text": "b"}', "line 2 is damaged: the key 'text' stands twice"),
+        (b'{"text": NaN}', "line 2 is damaged: NaN is no number"),
+        (b'{"text": "a", "x": 1e999}', "line 2 is damaged: the number '1e999' is too large"),
+        (b'{"text": "a", "x": ' + b"[" * 100_000, "line 2 is damaged: its brackets are nested too deeply"),
+        (b'{"text": "' + b"a" * 2000 + b'"}', "line 2 has more than 1,000 bytes.*--max-document-bytes"),
+        (b'{"title": "a", "body": "b"}', "line 2: no column 'text'; it has 'title', 'body' .*--text-column"),
     ],
 )
-def test_a_bad_record_is_named(tmp_path: Path, line: bytes, message: str) -> None:
-    (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"x\.jsonl, {message}"):
-        list(source(tmp_path / "x.jsonl").jobs())
+def test_a_bad_record_is_named_and_the_others_are_read(tmp_path: Path, line: bytes, message: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "too"}\n')
+    limit = 1000 if b"aaa" in line else 1 << 20
+    first, bad, last = source(tmp_path / "x.jsonl", limit=limit).jobs()
+    assert (first.load()[0], last.load()[0], last.id) == ("fine", "too", "x.jsonl#3")
+    with pytest.raises(BadInputError, match=rf"x\.jsonl, {message}") as error:
+        bad.load()
+    assert len(str(error.value)) < 400 and bad.is_record
 
 
 def test_null_in_parquet_and_text_that_is_not_utf8(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="row 2: column 'text' is null"):
-        list(source(tmp_path / "x.parquet").jobs())
+        load_all(source(tmp_path / "x.parquet"))
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text: byte 1 is 0xfc"):
         texts(source(tmp_path / "latin.txt"))
@@ -138,7 +156,7 @@ def test_python_packages_give_a_document_per_sub_package(package: str) -> None:
     found = source(f"python:{package}")
     jobs = list(found.jobs())
     assert [job.id for job in jobs] == [f"python:{package}{sub}" for sub in ("", ".core", ".ops")]
-    text, skipped = jobs[1].load()
+    text, skipped, digests = jobs[1].load()
     assert text == (
         f"# file: {package}/core/__init__.py\nNAME = 'core/__init__'\n"
         f"# file: {package}/core/deep/er.py\nNAME = 'core/deep/er'\n"
