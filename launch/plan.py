@@ -7,13 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.devices import ACCELERATORS, GPUS_PER_NODE
+
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.planner import Rates
 
 ASSUMED_VOCAB = 32768
 """Tokens of a tokenizer that is not there yet; the plan says so when it assumes it."""
-DEFAULT_TFLOPS = 400.0
-DEFAULT_LINK_GB = 50.0
+ASSUMED_SHARE = 0.4
+"""Of a device's peak that it reaches while it computes. Nothing has been measured on a GPU with this code; torchtitan
+reports 33 to 39 % for Llama 3.1 8B on H100s in bf16, communication included."""
+BETWEEN_NODES_GB = 50.0
+"""400 Gbit/s for each device."""
+TIGHT = 0.1
+"""Of a device's memory, left over: less may go to what the estimate leaves out."""
 DRAWN_WINDOWS = 8
 """Of a longer step only the first windows are drawn: the rest repeats them."""
 
@@ -23,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "plan",
         help="show what a configuration needs, without data or devices",
         description="Check a configuration for a number of processes, build all its stages without memory, and print "
-        "parameters, bytes per rank, tokens and FLOPs per step.",
+        "parameters, bytes per rank, tokens and FLOPs per step; whether it fits a device, and how long the run takes.",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file's")
@@ -33,23 +41,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--png", metavar="PATH", help="draw the simulated timeline; implies --schedule")
     parser.add_argument(
+        "--gpu", choices=ACCELERATORS, default="H100", help="device, by its data sheet (default %(default)s)"
+    )
+    parser.add_argument(
         "--tflops",
         type=_positive,
-        default=DEFAULT_TFLOPS,
         metavar="T",
-        help=f"TFLOP/s that a rank reaches in practice (default {DEFAULT_TFLOPS:g}: an H100 in bf16 at 40 %%)",
+        help=f"TFLOP/s that a rank reaches while it computes (default: {100 * ASSUMED_SHARE:g} %% of its peak)",
     )
     parser.add_argument(
         "--link",
         type=_positive,
-        default=DEFAULT_LINK_GB,
         metavar="GB",
-        help=f"GB/s between the ranks of two stages (default {DEFAULT_LINK_GB:g}: 400 Gbit/s)",
+        help="GB/s, each way, between the ranks of two stages and between data-parallel ranks (default: that of a "
+        f"node's devices for up to {GPUS_PER_NODE} processes, else {BETWEEN_NODES_GB:g}: 400 Gbit/s)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    # At once: importing the libraries and building the stages take seconds.
+    print(f"planning {args.config} on {args.world_size:,} processes ...", flush=True)
     from launch.quiet import quiet_libraries
 
     quiet_libraries()
@@ -65,9 +77,23 @@ def run(args: argparse.Namespace) -> int:
     check_counts(config, args.world_size, vocab, stages)
     print_table(config.name, _summary(config, args.world_size, vocab, vocab_source))
     _print_memory(config, args.world_size, vocab)
+    rates = planned_rates(config, args)
+    _print_prediction(config, args, vocab, rates)
     if args.schedule or args.png:
-        _print_schedule(config, args, vocab)
+        _print_schedule(config, args, vocab, rates)
     return 0
+
+
+def planned_rates(config: Config, args: argparse.Namespace) -> Rates:
+    """What the options and the device's data sheet say."""
+    from pipeline.planner import Rates
+
+    device = ACCELERATORS[args.gpu]
+    tflops = args.tflops or ASSUMED_SHARE * device.tflops[config.train.precision]
+    one_node = args.world_size <= GPUS_PER_NODE
+    link = args.link or (device.node_link_gb_per_s if one_node else BETWEEN_NODES_GB)
+    tensor_link = device.node_link_gb_per_s if config.parallel.tensor <= GPUS_PER_NODE else link
+    return Rates(tflops * 1e12, link * 1e9, tensor_link * 1e9)
 
 
 def planned_vocabulary(config: Config) -> tuple[int, str]:
@@ -146,18 +172,85 @@ def _print_memory(config: Config, world: int, vocab: int) -> None:
     print_table("estimated bytes of each rank, by pipeline stage", rows, header=header)
 
 
-def _print_schedule(config: Config, args: argparse.Namespace, vocab: int) -> None:
+def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rates: Rates) -> None:
+    from pipeline.console import format_bytes, format_duration, print_table
+    from pipeline.flops import train_flops_per_token
+    from pipeline.footprint import per_rank_bytes
+    from pipeline.planner import predict_step
+
+    world, train, device = args.world_size, config.train, ACCELERATORS[args.gpu]
+    peak = device.tflops[train.precision]
+    largest = max(per_rank_bytes(config, world, vocab), key=lambda needs: needs.total)
+    step = predict_step(config, world, vocab, rates)
+    tokens = train.lanes * train.segments_per_window * config.model.segment_length
+    per_s = tokens / step.step_s
+    # The questions of probes are work, too, but no tokens of the run.
+    work = 1 + train.probes_per_window / train.segments_per_window
+    mfu = train_flops_per_token(config.model, vocab) * work * per_s / (world * peak * 1e12)
+    run_s = step.step_s * train.steps
+
+    def sent(per_stage: list[int]) -> str:
+        most = max(per_stage)
+        return "0 B" if most == 0 else f"{format_bytes(most)}, stage {per_stage.index(most)}"
+
+    rows = [
+        (
+            "device, by its data sheet",
+            f"{device.memory_gb} GB, {peak:,g} TFLOP/s in {train.precision}, {device.node_link_gb_per_s:g} GB/s each "
+            "way inside a node",
+        ),
+        ("memory", memory_verdict(largest.total, device.memory_bytes) + f" (stage {largest.stage})"),
+        ("sent per rank and step, tensor", sent(step.tensor_sent)),
+        ("sent per rank and step, pipeline", sent(step.pipeline_sent)),
+        ("sent per rank and step, data", sent(step.data_sent)),
+        (
+            "seconds per step",
+            f"{step.step_s:.3g}: pipeline {step.pipeline_s:.3g} ({100 * step.bubble_share:.1f} % bubbles), then "
+            f"data-parallel communication {step.data_s:.3g}",
+        ),
+        ("tokens per second", f"{per_s:,.0f}, {per_s / world:,.0f} per device"),
+        ("MFU", f"{100 * mfu:.1f} % predicted"),
+        (
+            "the run",
+            f"{run_s / 86400:,.2f} days ({format_duration(run_s)}) for {train.steps:,} steps, "
+            f"{world * run_s / 3600:,.0f} device hours",
+        ),
+    ]
+    print_table(f"on {world:,} x {args.gpu}", rows)
+    source = "--tflops" if args.tflops else f"ASSUMED, {100 * ASSUMED_SHARE:g} % of the peak"
+    link = "--link" if args.link else "ASSUMED"
+    print(
+        f"taken: {rates.flops_per_s / 1e12:,.4g} TFLOP/s while computing ({source}); "
+        f"{rates.link_bytes_per_s / 1e9:g} GB/s between stages and data-parallel ranks ({link}), "
+        f"{rates.tensor_bytes_per_s / 1e9:g} GB/s between tensor-parallel ranks; only transfers between stages hide "
+        "behind computation; the optimizer's own work, reading data and saving take no time"
+    )
+
+
+def memory_verdict(needed: int, available: int) -> str:
+    """Whether a rank fits, and by how much."""
+    from pipeline.console import format_bytes
+
+    left = available - needed
+    if left < 0:
+        return f"DOES NOT FIT: {format_bytes(needed)} of {format_bytes(available)}, {format_bytes(-left)} too much"
+    numbers = f"{format_bytes(needed)} of {format_bytes(available)}, {format_bytes(left)} left"
+    if left < TIGHT * available:
+        return f"TIGHT: {numbers}; communication buffers and the allocator need some of that"
+    return f"fits: {numbers}"
+
+
+def _print_schedule(config: Config, args: argparse.Namespace, vocab: int, rates: Rates) -> None:
     from pipeline import planner
     from pipeline.console import format_bytes, print_table
     from pipeline.footprint import per_rank_bytes
 
     windows, chunks = planner.windows_per_step(config, args.world_size), config.bptt.chunks_per_window
-    rates = {"flops_per_s": args.tflops * 1e12, "bytes_per_s": args.link * 1e9}
     rows, drawings = [], []
     for pieces in sorted({1, chunks}, reverse=True):
         variant = replace(config, bptt=replace(config.bptt, chunks_per_window=pieces))
         name = "1f1b" if pieces == 1 else f"segment_1f1b, {pieces} chunks per window"
-        costs = planner.estimated_costs(variant, args.world_size, vocab, **rates)
+        costs = planner.estimated_costs(variant, args.world_size, vocab, rates)
         timeline = planner.simulate_step(variant, costs, windows)
         shown = min(windows, DRAWN_WINDOWS)
         drawings.append((f"{name}, {shown} of {windows} windows", planner.simulate_step(variant, costs, shown)))
@@ -175,7 +268,8 @@ def _print_schedule(config: Config, args: argparse.Namespace, vocab: int) -> Non
             )
     header = ("schedule", "step", "bubbles", "stage", "idle", "live chunks", "activations", "sent per rank")
     print_table(
-        f"simulated step of {windows} windows: {args.tflops:g} TFLOP/s per rank, {args.link:g} GB/s between stages",
+        f"simulated pipeline of {windows} windows per step: {rates.flops_per_s / 1e12:,.4g} TFLOP/s per rank, "
+        f"{rates.link_bytes_per_s / 1e9:g} GB/s between stages",
         rows,
         header=header,
     )

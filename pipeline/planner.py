@@ -17,8 +17,9 @@ from megatron.core import parallel_state
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.device import prepare_megatron
 from model.sharding import full_shape, partition_of
+from pipeline.communication import chunk_tokens, data_bytes, number_bytes, tensor_bytes
 from pipeline.config import Config
-from pipeline.derived import lanes_per_microbatch, lanes_per_rank, model_parallel_size, segments_per_chunk
+from pipeline.derived import lanes_per_microbatch, lanes_per_rank, model_parallel_size
 from pipeline.flops import forward_flops_per_token, parameter_count
 from pipeline.footprint import per_rank_bytes
 from pipeline.schedule import Kind, build_schedule
@@ -110,15 +111,22 @@ def windows_per_step(config: Config, world_size: int) -> int:
     return lanes_per_rank(config, world_size) // lanes_per_microbatch(config, world_size)
 
 
-def estimated_costs(config: Config, world_size: int, vocab: int, *, flops_per_s: float, bytes_per_s: float) -> Costs:
-    """Costs of one chunk by the FLOP formulas.
+@dataclass(frozen=True)
+class Rates:
+    """What a rank and its links reach in practice."""
+
+    flops_per_s: float
+    link_bytes_per_s: float
+    """Between stages and between data-parallel ranks, each way."""
+    tensor_bytes_per_s: float = math.inf
+    """Between tensor-parallel ranks, each way."""
+
+
+def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -> Costs:
+    """Costs of one chunk by the FLOP formulas and the bytes of tensor parallelism, which nothing hides here.
 
     A backward costs two forwards and what recomputation runs again. With window recomputation the output matrix is left
     to the replay (of all chunks: that the last chunk of a window may go without replay is not told apart).
-
-    Args:
-        flops_per_s: what a rank reaches in practice.
-        bytes_per_s: what a link between two stages carries.
     """
     model, parallel = config.model, config.parallel
     flops = forward_flops_per_token(model, vocab)
@@ -129,30 +137,31 @@ def estimated_costs(config: Config, world_size: int, vocab: int, *, flops_per_s:
         "layer": layers_flops,
         "window": 0.0,
     }[config.bptt.recompute]
-    segments = segments_per_chunk(config)
-    tokens = lanes_per_microbatch(config, world_size) * segments * model.segment_length
+    tokens = chunk_tokens(config, world_size)
     per_stage = []
     for stage, (first, last) in enumerate(split_layers(model.num_layers, parallel.pipeline, parallel.layers_per_stage)):
         share = (last - first) / model.num_layers
         output = flops["output"] if stage == parallel.pipeline - 1 else 0.0
         layers = share * layers_flops
-        seconds = tokens / parallel.tensor / flops_per_s
+        seconds = tokens / parallel.tensor / rates.flops_per_s
+        ends = {"is_first": stage == 0, "is_last": stage == parallel.pipeline - 1}
+        sent = tensor_bytes(config, world_size, layers=last - first, **ends)
+        forward_s, backward_s = (n / rates.tensor_bytes_per_s for n in (sent.forward, sent.backward))
         without_output = config.bptt.recompute == "window"
         per_stage.append(
             {
-                Kind.FORWARD: (layers + (0.0 if without_output else output)) * seconds,
-                Kind.REPLAY: (layers + output) * seconds,
-                Kind.BACKWARD: (2 * (layers + output) + share * again) * seconds,
+                Kind.FORWARD: (layers + (0.0 if without_output else output)) * seconds + forward_s,
+                Kind.REPLAY: (layers + output) * seconds + forward_s,
+                Kind.BACKWARD: (2 * (layers + output) + share * again) * seconds + backward_s,
             }
         )
-    return Costs(per_stage, message_bytes(config, tokens), bytes_per_s, LATENCY_S)
+    return Costs(per_stage, message_bytes(config, tokens), rates.link_bytes_per_s, LATENCY_S)
 
 
 def message_bytes(config: Config, tokens: int) -> int:
     """Bytes that one tensor-parallel rank sends to the next stage for a chunk of `tokens` tokens."""
-    number = {"bf16": 2, "fp32": 4, "fp64": 8}[config.train.precision]
     share = config.parallel.tensor if config.parallel.sequence_parallel else 1
-    return tokens // share * config.model.hidden_size * number
+    return tokens // share * config.model.hidden_size * number_bytes(config)
 
 
 def simulate_step(config: Config, costs: Costs, windows: int) -> Timeline:
@@ -164,3 +173,48 @@ def simulate_step(config: Config, costs: Costs, windows: int) -> Timeline:
         "replay": config.bptt.recompute == "window",
     }
     return simulate([build_schedule(stage=stage, **shape) for stage in range(config.parallel.pipeline)], costs)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One step, by arithmetic."""
+
+    pipeline_s: float
+    """Forward and backward passes of all windows, bubbles and tensor-parallel communication included."""
+    data_s: float
+    """Gradients and parameters between data-parallel ranks, after that."""
+    bubble_share: float
+    tensor_sent: list[int]
+    """Per stage, bytes that one rank sends in a step."""
+    pipeline_sent: list[int]
+    data_sent: list[int]
+
+    @property
+    def step_s(self) -> float:
+        return self.pipeline_s + self.data_s
+
+
+def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> Prediction:
+    """How long a step takes, and what it sends.
+
+    Not counted: the optimizer's own work, reading data, writing checkpoints, and that communication may hide behind
+    computation (which would be faster).
+    """
+    costs = estimated_costs(config, world_size, vocab, rates)
+    timeline = simulate_step(config, costs, windows_per_step(config, world_size))
+    needs = per_rank_bytes(config, world_size, vocab)
+    sent = [data_bytes(config, world_size, stage) for stage in needs]
+    tensor = []
+    for stage, events in zip(needs, timeline.events, strict=True):
+        ends = {"is_first": stage.stage == 0, "is_last": stage.stage == len(needs) - 1}
+        own = tensor_bytes(config, world_size, layers=stage.layers, **ends)
+        bytes_of = {Kind.FORWARD: own.forward, Kind.REPLAY: own.forward, Kind.BACKWARD: own.backward}
+        tensor.append(sum(bytes_of.get(event.operation.kind, 0) for event in events))
+    return Prediction(
+        pipeline_s=timeline.makespan_s,
+        data_s=max(sent) / rates.link_bytes_per_s,
+        bubble_share=timeline.bubble_share,
+        tensor_sent=tensor,
+        pipeline_sent=[timeline.messages_sent(stage.stage) * costs.message_bytes for stage in needs],
+        data_sent=sent,
+    )

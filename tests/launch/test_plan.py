@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from launch.cli import main
-from launch.plan import ASSUMED_VOCAB, planned_vocabulary
+from launch.plan import ASSUMED_VOCAB, add_parser, memory_verdict, planned_rates, planned_vocabulary
 from pipeline import planner
+from pipeline.config import PRECISIONS
 from pipeline.config_io import load_config
+from pipeline.devices import ACCELERATORS
 from pipeline.flops import train_flops_per_token
 from pipeline.footprint import per_rank_bytes
 from pipeline.schedule import Kind
@@ -34,13 +37,76 @@ def test_llama3_8b_with_its_schedule(capsys, tmp_path):
     # Meta's 8,030,261,248 and one beta for each of 32 heads in 32 layers.
     assert "parameters 8,030,262,272, all stages built and counted; 1,024 of them for the memory" in out
     assert "tokens per step 1,048,576 = 128 lanes x 4 segments x 2048 tokens" in out
-    assert "simulated step of 64 windows" in out
+    assert "simulated pipeline of 64 windows per step" in out
     assert "segment_1f1b, 4 chunks per window" in out
     # 64 windows of 8,192 tokens, split over 8 ranks by sequence parallelism, 4,096 bfloat16 numbers each.
     assert 64 * 8192 // 8 * 4096 * 2 == 512 * 2**20
     assert "512 MiB" in out
     assert png.stat().st_size > 10_000
     assert not dist.is_initialized()
+
+
+def test_fit_speed_and_duration_on_a_device(capsys):
+    """The 8B recipe on 512 devices, its numbers added up by hand."""
+    code, out, _ = plan(capsys, CONFIGS / "llama3_8b.yaml", "--world-size", 512, "--gpu", "A100-40", "--tflops", 100)
+    assert code == 0
+    config = load_config(CONFIGS / "llama3_8b.yaml", [])
+    rates = planner.Rates(100e12, 50e9, 300e9)  # tensor-parallel ranks share a node of A100s
+    step = planner.predict_step(config, 512, 128256, rates)
+    per_s = 2**20 / step.step_s
+    mfu = 100 * per_s * train_flops_per_token(config.model, 128256) / (512 * 312e12)
+    assert f"tokens per second {per_s:,.0f}, {per_s / 512:,.0f} per device" in out
+    assert f"MFU {mfu:.1f} % predicted" in out
+    assert f"the run {30_000 * step.step_s / 86400:,.2f} days" in out
+    assert "312 TFLOP/s in bf16" in out and "taken: 100 TFLOP/s while computing (--tflops); 50 GB/s" in out
+    assert "memory fits: 5.73 GiB of 37.3 GiB, 31.5 GiB left (stage 0)" in out
+    # Stage 0 of 8 tensor-parallel ranks: 7/8 of the gradients (311,107,620 float32 numbers) thrice, over 16 replicas.
+    assert step.data_sent[0] == 3 * 4 * 311_107_620 * 15 // 16
+    # 11 passes of bfloat16 hidden states per layer and chunk, and the embedding's two in float32.
+    assert step.tensor_sent[0] == 32 * 2048 * 4096 * (9 * 11 * 2 + 2 * 4) * 7 // 8
+    assert step.pipeline_sent == [2**26, 2**27, 2**27, 2**26]
+
+
+def test_what_does_not_fit_is_said(capsys):
+    code, out, _ = plan(capsys, CONFIGS / "llama3_8b.yaml", "--world-size", 4, "parallel.tensor=1", "--gpu", "A100-40")
+    assert code == 2  # sequence parallelism needs tensor parallelism
+    arguments = ("parallel.tensor=1", "parallel.sequence_parallel=false", "--gpu", "A100-40")
+    code, out, _ = plan(capsys, CONFIGS / "llama3_8b.yaml", "--world-size", 4, *arguments)
+    assert code == 0 and "memory DOES NOT FIT: " in out and " too much (stage 0)" in out
+    assert memory_verdict(95 * 2**30, 100 * 2**30).startswith("TIGHT: 95.0 GiB of 100 GiB, 5.00 GiB left")
+    assert memory_verdict(80 * 2**30, 100 * 2**30) == "fits: 80.0 GiB of 100 GiB, 20.0 GiB left"
+
+
+@pytest.mark.parametrize("device", ACCELERATORS)
+def test_every_device_has_its_values(device):
+    """A slip of a digit: no device of this table has less than 40 GB, or more float32 than bfloat16."""
+    known = ACCELERATORS[device]
+    assert 40 <= known.memory_gb < 300 and 100 < known.node_link_gb_per_s < 1000
+    assert 5 < known.tflops["bf16"] / known.tflops["fp32"] < 40
+    assert set(known.tflops) == set(PRECISIONS)
+
+
+def test_links_inside_a_node_are_the_devices_own(capsys):
+    """Up to eight processes share a node; a link that is given counts in any case."""
+    model = ("model.vocab_size=100", "train.lanes=8")
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    for world, link, expected in ((8, [], 450e9), (16, [], 50e9), (8, ["--link", "25"], 25e9)):
+        args = parser.parse_args(["plan", "x", "--world-size", str(world), *link])
+        rates = planned_rates(load_config(None, list(model)), args)
+        assert (rates.link_bytes_per_s, rates.tensor_bytes_per_s) == (expected, 450e9)
+        assert rates.flops_per_s == pytest.approx(0.4 * 67e12)  # float32 is the default
+
+
+def test_a_line_comes_at_once(capsys, monkeypatch):
+    """Before a library is imported or a file read."""
+
+    def look():
+        assert capsys.readouterr().out == "planning no_such.yaml on 8 processes ...\n"
+        raise ValueError("seen")
+
+    monkeypatch.setattr("launch.quiet.quiet_libraries", look)
+    assert plan(capsys, "no_such.yaml", "--world-size", 8)[0] == 2
 
 
 def test_paper_model_says_that_its_vocabulary_is_assumed(capsys):
@@ -94,7 +160,7 @@ def test_costs_add_up_to_the_flops_of_a_step(recompute):
             *("train.segments_per_window=8", "bptt.chunks_per_window=4", f"bptt.recompute={recompute}"),
         ],
     )
-    costs = planner.estimated_costs(config, 3, 128, flops_per_s=1.0, bytes_per_s=1e9)
+    costs = planner.estimated_costs(config, 3, 128, planner.Rates(flops_per_s=1.0, link_bytes_per_s=1e9))
     timeline = planner.simulate_step(config, costs, planner.windows_per_step(config, 3))
     seconds = sum(timeline.compute_s(stage) for stage in range(3))
     tokens = 4 * 8 * config.model.segment_length

@@ -1,0 +1,98 @@
+"""Bytes that a plan says are sent, against the collectives of a rank whose neighbours are pretended."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from model.config import MemoryConfig, ModelConfig
+from model.decoder import DecoderStage, StageOptions
+from pipeline.communication import data_bytes, tensor_bytes
+from pipeline.config import BpttConfig, Config, ParallelConfig, TrainConfig
+from pipeline.footprint import per_rank_bytes
+from pipeline.planner import pretended_rank
+
+TENSOR, LANES, SEGMENTS, LENGTH, LAYERS = 4, 2, 2, 32, 2
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes that one rank of a ring sends in the collectives of whole hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if "c10d" in name:
+            tensors = [x for x in tree_iter(args) if isinstance(x, torch.Tensor)]
+            largest = max(tensors, key=lambda x: x.numel())
+            if largest.numel() >= LANES * SEGMENTS * LENGTH * 64:  # not the loss's sums
+                twice = 2 if "allreduce" in name else 1
+                self.sent += twice * largest.numel() * largest.element_size() * (TENSOR - 1) // TENSOR
+                self.calls[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(
+    "memory",
+    [MemoryConfig("delta", "hard", mix_gate="token"), MemoryConfig("gated_deltanet", "none"), MemoryConfig("none")],
+    ids=["delta", "gated_deltanet", "none"],
+)
+def test_tensor_parallel_bytes_of_a_chunk(memory, sequence_parallel, recompute):
+    precision = "bf16"  # numbers of 2 bytes in the residual stream, of 4 in the gates and the embedding
+    model = ModelConfig(
+        num_layers=LAYERS,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        ffn_hidden_size=80,
+        vocab_size=128,
+        segment_length=LENGTH,
+        tie_embeddings=False,
+        memory=memory,
+    )
+    config = Config(
+        model=model,
+        parallel=ParallelConfig(tensor=TENSOR, sequence_parallel=sequence_parallel),
+        bptt=BpttConfig(recompute=recompute),
+        train=TrainConfig(lanes=LANES, segments_per_window=SEGMENTS, precision=precision),
+    )
+    options = StageOptions(precision=precision, recompute=recompute, sequence_parallel=sequence_parallel)
+    with pretended_rank(0, TENSOR, tensor=TENSOR, pipeline=1):
+        stage = DecoderStage(
+            model, options, vocab_size=128, first_layer=0, last_layer=LAYERS, tensor_rank=0, tensor_size=TENSOR
+        )
+        stage.initialize(seed=0)
+        tokens = torch.randint(0, 128, (LANES, SEGMENTS, LENGTH))
+        reset = torch.zeros(LANES, SEGMENTS, dtype=torch.bool)
+        with Collectives() as forward:
+            output = stage(tokens, stage.initial_memory(LANES, torch.device("cpu")), reset, tokens)
+        with Collectives() as backward:
+            output.token_loss.sum().backward()
+    said = tensor_bytes(config, TENSOR, layers=LAYERS, is_first=True, is_last=True)
+    assert (said.forward, said.backward) == (forward.sent, backward.sent), (forward.calls, backward.calls)
+
+
+def test_data_parallel_bytes():
+    """An all-reduce of the gradients, and parameters gathered after the step; with ZeRO 3 for every pass of a chunk."""
+    config = Config(
+        model=ModelConfig(vocab_size=128, num_layers=2),
+        train=TrainConfig(lanes=8, segments_per_window=8, lanes_per_microbatch=1),
+        bptt=BpttConfig(chunks_per_window=2),
+    )
+    (needs,) = per_rank_bytes(config, 4)
+    gradients = 4 * needs.parameter_count
+    assert data_bytes(config, 4, needs) == 3 * gradients * 3 // 4
+    assert data_bytes(config, 1, per_rank_bytes(config, 1)[0]) == 0
+    config.parallel.zero_stage = 3
+    (needs,) = per_rank_bytes(config, 4)
+    # Two lanes of two chunks each: forward and backward of four chunks, and the gradients once.
+    assert data_bytes(config, 4, needs) == (1 + 2 * 4) * gradients * 3 // 4
