@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -52,6 +53,21 @@ class WindowBatch:
     documents: list[list[str]]
     """Per lane the names of the documents in the window, in order."""
     probes: ProbeBatch | None = None
+    digests: list[int] = field(default_factory=list)
+    """Per lane 48 bits of a hash over all of the above: equal windows have equal ones. Empty where nobody compares."""
+
+    @property
+    def digest(self) -> int:
+        """All lanes' digests in one of 48 bits: a float64 holds it exactly."""
+        return _digest(np.array(self.digests, dtype=np.int64))
+
+
+def _digest(*parts: np.ndarray | bytes) -> int:
+    """48 bits of a hash over the parts."""
+    digest = hashlib.blake2b(digest_size=6)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
 
 
 class WindowBuilder:
@@ -111,7 +127,15 @@ class WindowBuilder:
             padded_tokens=self._tokens.size - self._filled,
             documents=self._documents,
             probes=self._probes.batch() if self._probes else None,
+            digests=[self._lane_digest(row, lane) for row, lane in enumerate(lane_ids)],
         )
+
+    def _lane_digest(self, row: int, lane: int) -> int:
+        arrays = [self._tokens, self._labels, self._loss_weight, self._answer_mask, self._reset, self._position]
+        if self._probes is not None:
+            arrays += self._probes.arrays()
+        names = "\0".join([str(lane), *self._documents[row]])
+        return _digest(names.encode("utf-8", "surrogateescape"), *(array[row] for array in arrays))
 
 
 class ProbeBuilder:
@@ -157,6 +181,10 @@ class ProbeBuilder:
         self._labels[row, probe, : len(tokens) - 1] = tokens[1:]
         self._loss_weight[row, probe, answer_start - 1 : answer_stop - 1] = source.answer_weight
         self._segment[row, probe] = segment
+
+    def arrays(self) -> list[np.ndarray]:
+        """All that is put to a lane, each `[B, P, ...]`."""
+        return [self._tokens, self._labels, self._loss_weight, self._segment]
 
     def batch(self) -> ProbeBatch:
         return ProbeBatch(

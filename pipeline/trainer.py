@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from data.lanes import WindowBatch, build_loader
 from pipeline import derived
+from pipeline.agreement import agreed_weight
 from pipeline.checkpoint import CheckpointReader
 from pipeline.checkpoint_folder import candidates, find_checkpoint
 from pipeline.config import Config
@@ -261,12 +262,12 @@ class Trainer:
             objective's token part), `weight`, `answer_loss`, `answers`, `probe_loss` and `probe_answers` (of the
             probes' answers), `gate`, `tokens`, `padded`; and `spike`, the loss's robust z-score where that counts as a
             spike, else 0.
+
+        Raises:
+            DifferentWindowsError: the processes of one model copy have not read the same window.
         """
         config, topology = self.config, self.topology
-        own_weight = float(batch.loss_weight.double().sum())
-        if batch.probes is not None:
-            own_weight += float(batch.probes.loss_weight.double().sum())
-        weight = topology.all_reduce([own_weight], group=topology.data_group)[0]
+        weight = agreed_weight(batch, topology, step=self.step + 1)
         # DeepSpeed averages over data parallelism; the factor makes the average a sum over all lanes.
         scale = topology.data_size / max(weight, 1e-30)
         penalty = config.train.write_gate_penalty if self.step >= config.train.write_gate_penalty_from else 0.0

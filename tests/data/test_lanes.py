@@ -24,6 +24,7 @@ from data.manifest import TokenizerEntry, write_manifest
 from data.prefetch import Prefetcher
 from data.questions import Question
 from data.shards import BadDocumentError, ShardSetWriter
+from data.window import WindowBuilder
 
 EOS = 0
 DOCUMENT_STRIDE = 100_000  # token i of document d is 1 + d * stride + i: a token tells where it comes from
@@ -784,3 +785,33 @@ def test_probes_need_questions_and_an_even_spread(make_loader):
         make_loader(sets_of([30]), segments_per_window=4, probes_per_window=2)
     with pytest.raises(ValueError, match="divide segments_per_window"):
         make_loader(questioned_sets([30]), segments_per_window=4, probes_per_window=3)
+
+
+def test_a_lanes_digest_is_over_all_that_the_lane_gets():
+    def fresh() -> WindowBuilder:
+        return WindowBuilder(random_sets(), lanes=2, segments=2, segment_length=8, probes=2)
+
+    whole = fresh().batch(range(2))
+    assert fresh().batch(range(2)).digests == whole.digests and fresh().batch(range(2)).digest == whole.digest
+    assert whole.digests[0] != whole.digests[1]  # the lane's number is in it
+    window, probes = vars(fresh()), vars(fresh()._probes)
+    arrays = [(name, ()) for name, value in window.items() if isinstance(value, np.ndarray)]
+    arrays += [(name, ("_probes",)) for name, value in probes.items() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 6 + 4
+    for name, inside in arrays:
+        builder = fresh()
+        owner = builder._probes if inside else builder
+        array = getattr(owner, name)
+        array[1].flat[-1] = not array[1].flat[-1] if array.dtype == bool else array[1].flat[-1] + 1
+        changed = builder.batch(range(2))
+        assert changed.digests[0] == whole.digests[0] and changed.digests[1] != whole.digests[1], name
+        assert changed.digest != whole.digest and float(changed.digest) == changed.digest
+    builder = fresh()
+    builder._documents[0].append("set-0/3")
+    assert builder.batch(range(2)).digests[0] != whole.digests[0]
+
+
+def test_two_loaders_of_the_same_lanes_have_equal_digests(make_loader):
+    one, other = (make_loader(random_sets()) for _ in range(2))
+    digests = [[loader.next_batch().digest for _ in range(6)] for loader in (one, other)]
+    assert digests[0] == digests[1] and len(set(digests[0])) == 6

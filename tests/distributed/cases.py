@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.shards import BadDocumentError, PreparedSet
 from model.sharding import partition_of, unshard
+from pipeline.agreement import DifferentWindowsError
 from pipeline.config_io import load_config
 from pipeline.executor import map_memory
 from pipeline.trainer import NonFiniteError, Trainer
@@ -302,3 +304,28 @@ def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, fi
     result["optimizer_steps"] = trainer.optimizer.steps_taken()[0]
     finish(trainer)
     return result
+
+
+def one_rank_skips(folder: str, data: str, overrides: list[str], rank: int, document: int) -> dict[str, Any]:
+    """Train while rank `rank` alone cannot read a document: the error, and the steps that were taken before it."""
+    trainer = make_trainer(folder, data, ["data.skip_bad_documents=true", *overrides])
+    trainer.start(None)
+    read, error = PreparedSet.read, None
+
+    def unreadable(self, i, *span):
+        if i == document:
+            raise BadDocumentError(f"document {self.document_name(i)} cannot be read: Input/output error")
+        return read(self, i, *span)
+
+    if dist.get_rank() == rank:
+        PreparedSet.read = unreadable
+    try:
+        for _ in range(20):
+            trainer.train_step()
+    except DifferentWindowsError as problem:
+        error = str(problem)
+    finally:
+        PreparedSet.read = read
+    skipped = trainer.loader.skipped_documents
+    finish(trainer)
+    return {"error": error, "step": trainer.step, "skipped": skipped}

@@ -118,6 +118,23 @@ def test_too_many_bad_steps_end_the_run_with_their_circumstances(pools, data, tm
     assert all("train-000000.tar" in lane for lane in message.split("lane ")[1:])
 
 
+# Windows that differ
+
+
+@pytest.mark.parametrize(("layout", "rank"), [("parallel.tensor=2", 1), ("parallel.pipeline=2", 0)])
+def test_ranks_that_share_lanes_and_read_different_windows_stop(pools, data, tmp_path, layout, rank):
+    arguments = {"folder": str(tmp_path), "data": str(data), "overrides": [layout, "data.stagger=false"]}
+    ranks = pools.run(2, cases.one_rank_skips, **arguments, rank=rank, document=1)
+    assert [r["skipped"] > 0 for r in ranks] == [rank == 0, rank == 1]
+    assert ranks[0]["error"] == ranks[1]["error"] and ranks[0]["step"] == ranks[1]["step"]
+    message = ranks[0]["error"]
+    assert re.match(rf"step {ranks[0]['step'] + 1}: processes that share .* lane \d: rank \d read ", message), message
+    reading = {int(r): names for r, names in re.findall(r"rank (\d) read ([^;]*?)(?=, rank|;|\. Is)", message)}
+    assert sorted(reading) == [0, 1]
+    assert "train-000000.tar:00000001" in reading[1 - rank] and "00000001" not in reading[rank]
+    assert "data.skip_bad_documents" in message
+
+
 # The real command
 
 

@@ -1,0 +1,88 @@
+"""Do the processes of one model copy train on the same windows? Each of them reads its own.
+
+Tensor-parallel ranks and pipeline stages with the same lanes get tokens, resets and labels from the prepared set, every
+one for itself. A document that one of them alone cannot read, or another version of a file on one node, would train a
+model that exists nowhere, without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from data.lanes import WindowBatch
+from pipeline.topology import Topology
+
+SHOWN = 4
+"""Lanes, ranks and documents that a message names, of each."""
+
+
+class DifferentWindowsError(ValueError):
+    """Processes that must train on the same window have read different ones."""
+
+
+class RankWindow(NamedTuple):
+    """What a process has read for a step."""
+
+    rank: int
+    lanes: list[int]
+    digests: list[int]
+    documents: list[list[str]]
+    """Per lane, the names in order."""
+
+
+def agreed_weight(batch: WindowBatch, topology: Topology, *, step: int) -> float:
+    """The sum of the loss weights of all lanes; collective. One all-reduce finds it and compares the windows.
+
+    Raises:
+        DifferentWindowsError: the same on all processes.
+    """
+    weight = float(batch.loss_weight.double().sum())
+    if batch.probes is not None:
+        weight += float(batch.probes.loss_weight.double().sum())
+    # Three numbers for each data-parallel rank, which all its processes put in: the largest is everybody's, and so is
+    # the least, if the windows are equal.
+    values = [-math.inf] * (3 * topology.data_size)
+    values[3 * topology.data_rank : 3 * topology.data_rank + 3] = [weight, batch.digest, -batch.digest]
+    reduced = topology.all_reduce(values, op=dist.ReduceOp.MAX)
+    if any(most != -least for most, least in zip(reduced[1::3], reduced[2::3], strict=True)):
+        own = RankWindow(dist.get_rank(), batch.lane_ids.tolist(), batch.digests, batch.documents)
+        everyone: list[RankWindow] = [own] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        raise DifferentWindowsError(f"step {step}: {different_windows(everyone)}")
+    return sum(reduced[0::3])
+
+
+def different_windows(windows: list[RankWindow]) -> str:
+    """What is different between the windows of processes with the same lanes, for a message."""
+    readings: dict[int, dict[int, list[tuple[int, list[str]]]]] = {}
+    for window in windows:
+        for lane, digest, documents in zip(window.lanes, window.digests, window.documents, strict=True):
+            readings.setdefault(lane, {}).setdefault(digest, []).append((window.rank, documents))
+    different = {lane: found for lane, found in sorted(readings.items()) if len(found) > 1}
+    lines = []
+    for lane, found in list(different.items())[:SHOWN]:
+        # The reading of the most ranks first: it is the likelier one.
+        groups = sorted(found.values(), key=lambda group: (-len(group), group[0][0]))
+        told = [f"{_ranks([rank for rank, _ in group])} read {_some(group[0][1])}" for group in groups]
+        same_names = len({tuple(group[0][1]) for group in groups}) == 1
+        lines.append(f"lane {lane}: {', '.join(told)}" + (" with other contents" if same_names else ""))
+    if len(different) > SHOWN:
+        lines.append(f"and {len(different) - SHOWN} more lanes")
+    return (
+        "processes that share the work on a lane have read different windows of it. "
+        + "; ".join(lines)
+        + ". Is the prepared set the same on all nodes, and can all of them read it? With data.skip_bad_documents a "
+        "process leaves out what it cannot read"
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + _some(list(map(str, ranks)))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

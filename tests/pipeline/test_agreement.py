@@ -1,0 +1,38 @@
+"""What is said about windows that differ; the comparison itself runs in tests/distributed/test_failures.py."""
+
+from __future__ import annotations
+
+from pipeline.agreement import RankWindow, different_windows
+
+
+def windows(*changes: tuple[int, int, int, list[str]]) -> list[RankWindow]:
+    """Four ranks with lanes 0 and 1, four with lanes 2 and 3; changes are (rank, row, digest, documents)."""
+    found = [
+        RankWindow(rank, [2 * (rank // 4), 2 * (rank // 4) + 1], [7, 8], [["a:0", "a:1"], ["b:0"]]) for rank in range(8)
+    ]
+    for rank, row, digest, documents in changes:
+        found[rank].digests[row] = digest
+        found[rank].documents[row] = documents
+    return found
+
+
+def test_rank_lane_and_documents_are_named():
+    message = different_windows(windows((5, 1, 9, ["b:0", "b:1"])))
+    assert "lane 3: ranks 4, 6, 7 read b:0, rank 5 read b:0, b:1. Is" in message
+    assert "lane 0" not in message and "lane 2" not in message
+
+
+def test_equal_names_with_other_contents():
+    assert "lane 0: ranks 0, 1, 3 read a:0, a:1, rank 2 read a:0, a:1 with other contents." in different_windows(
+        windows((2, 0, 1, ["a:0", "a:1"]))
+    )
+
+
+def test_a_long_list_is_cut_with_a_count():
+    many = [
+        RankWindow(rank, list(range(9)), [rank // 6] * 9, [[f"{rank // 6}:{i}" for i in range(7)]] * 9)
+        for rank in range(7)
+    ]
+    message = different_windows(many)
+    assert "lane 0: ranks 0, 1, 2, 3 and 2 more read 0:0, 0:1, 0:2, 0:3 and 3 more, rank 6 read 1:0" in message
+    assert "lane 3" in message and "lane 4" not in message and "; and 5 more lanes" in message
