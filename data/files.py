@@ -177,11 +177,12 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
-def inside(folder: Path, name: str, where: str) -> Path:
+def inside(folder: Path, name: str, where: str, *, also: Path | None = None) -> Path:
     """The file called `name` in `folder`, for a name that a file of somebody else's gives.
 
     Args:
         where: the file that gives the name, for messages.
+        also: another folder that a link in `folder` may lead into.
 
     Raises:
         FileError: the name is empty, absolute, climbs out of the folder, or leads out of it over a link.
@@ -190,7 +191,11 @@ def inside(folder: Path, name: str, where: str) -> Path:
     if not name or name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise FileError(f"{where} names {shown(name)}, which is not the name of a file in {folder}")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise FileError(f"{where} names {shown(name)}, which cannot be followed: {error}") from None
+    if not any(target.is_relative_to(allowed.resolve()) for allowed in (folder, also) if allowed is not None):
         raise FileError(f"{where} names {shown(name)}, a link that leads out of {folder}")
     return path
 

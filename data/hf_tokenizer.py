@@ -5,33 +5,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from data.files import read_bytes
 from data.tokenizer import EOS_TOKEN, TOKENIZER_JSON, Tokenizer
 
 CONFIG = "tokenizer_config.json"
-_CARRIED = (CONFIG, "special_tokens_map.json", "chat_template.jinja")
-"""Taken over from the folder as they are."""
 
 
 def tokenizer_files(folder: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files by name.
+    """The files by name: `tokenizer.json`, and a `tokenizer_config.json` that knows the end token and nothing else.
 
-    A `tokenizer_config.json` beside the tokenizer (with special tokens, a chat template) is taken over; otherwise one
-    is made that knows the end token. `transformers` reads end tokens in a text as such; ours reads them as text.
+    `transformers` reads end tokens in a text as such; ours reads them as text.
 
     Args:
         folder: where the tokenizer was loaded from.
         tokenizer: what was loaded.
     """
-    definition = _byte_level() if tokenizer.kind == "byte" else (folder / TOKENIZER_JSON).read_bytes()
-    files = {name: (folder / name).read_bytes() for name in _CARRIED if (folder / name).is_file()}
-    if CONFIG not in files:
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": _token(definition, tokenizer.eos_id),
-            "clean_up_tokenization_spaces": False,
-        }
-        files[CONFIG] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-    return files | {TOKENIZER_JSON: definition}
+    definition = _byte_level() if tokenizer.kind == "byte" else read_bytes(folder / TOKENIZER_JSON)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": _token(definition, tokenizer.eos_id),
+        "clean_up_tokenization_spaces": False,
+    }
+    config = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    return {TOKENIZER_JSON: definition, CONFIG: config}
 
 
 def _token(definition: bytes, token_id: int) -> str:

@@ -94,6 +94,11 @@ class ModelConfig:
     local_context: str = "segment"
     """`segment`: the local attention ends at the segment (the paper). `sliding`: it sees the segment before as well,
     whose keys and values are carried like memory; with `memory.rule=none` that is Transformer-XL."""
+    sliding_window: int | None = None
+    """Of an imported model whose attention slides: the tokens that it saw. A segment is at most as long, and a plain
+    export slides again. null: it saw everything before."""
+    sliding_layers: list[int] | None = None
+    """The layers whose attention slid, counted from 0; null means all of them."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies (`rope_theta` of Hugging Face)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)

@@ -13,6 +13,13 @@ from model.rules import has_convolution
 EXPORTED = "infini"
 """The `model_type` of the model with its memory."""
 
+EXPORTED_CODE = {
+    "AutoConfig": "configuration_infini.InfiniConfig",
+    "AutoModel": "modeling_infini.InfiniModel",
+    "AutoModelForCausalLM": "modeling_infini.InfiniForCausalLM",
+}
+"""Its `auto_map`: the code in `model.hf_export`, which goes with it."""
+
 MEMORY_SETTINGS = (
     *("rule", "write_gate", "write_gate_bias", "short_convolution", "mix_gate", "gate_floor", "beta_init"),
     *("skip_empty", "epsilon"),
@@ -23,6 +30,7 @@ _MODEL = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
     *("vocab_size", "vocab_size_multiple", "tie_embeddings", "qkv_bias", "qk_norm", "segment_length", "rope_base"),
     *("local_context", "rope_scaling", "norm_epsilon", "init_std", "qk_init", "memory"),
+    *("sliding_window", "sliding_layers"),
 }
 _ROPE_SETTINGS = {
     "none": (),
@@ -60,11 +68,7 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
                 raise ValueError(f"{section}.{field.name} = {value}: the exported model does not have this setting")
     return {
         "architectures": ["InfiniForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_infini.InfiniConfig",
-            "AutoModel": "modeling_infini.InfiniModel",
-            "AutoModelForCausalLM": "modeling_infini.InfiniForCausalLM",
-        },
+        "auto_map": EXPORTED_CODE,
         "model_type": EXPORTED,
         **_common(config, vocab_size),
         "qkv_bias": config.qkv_bias,
@@ -74,6 +78,7 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "max_position_embeddings": 1 << 20,
         **{f"memory_{name}": getattr(memory, name) for name in MEMORY_SETTINGS},
         "memory_short_convolution": has_convolution(memory),
+        **_source_sliding(config),
     }
 
 
@@ -81,7 +86,7 @@ def describe_plain(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """The transformer without the memory, as the family of models that has these parts.
 
     Its `max_position_embeddings` is what the rotary scaling was made for, or else what the local attention sees, one
-    segment or two: the training has seen no longer distance.
+    segment or two: the training has seen no longer distance. A sliding window is that of the imported model.
 
     Raises:
         ValueError: no family has these parts.
@@ -89,6 +94,19 @@ def describe_plain(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     if config.qkv_bias and config.qk_norm:
         raise ValueError("model.qkv_bias with model.qk_norm: no plain model of transformers has both")
     kind = "Qwen2" if config.qkv_bias else "Qwen3" if config.qk_norm else "Llama"
+    sliding: dict[str, Any] = {}
+    if config.sliding_window is not None:
+        if kind == "Llama" and config.sliding_layers is not None:
+            raise ValueError(
+                "model.sliding_layers: a plain model without query biases or norms (Mistral) slides in all layers or "
+                "in none; model.sliding_window = null gives up the window"
+            )
+        kind = "Mistral" if kind == "Llama" else kind
+        sliding = {"sliding_window": config.sliding_window}
+        if kind != "Mistral":
+            layers = range(config.num_layers) if config.sliding_layers is None else config.sliding_layers
+            kinds = ["sliding_attention" if i in layers else "full_attention" for i in range(config.num_layers)]
+            sliding |= {"use_sliding_window": True, "max_window_layers": 0, "layer_types": kinds}
     positions = config.segment_length * (2 if config.local_context == "sliding" else 1)
     scaling = config.rope_scaling
     if scaling.type in ("llama3", "yarn"):
@@ -99,7 +117,14 @@ def describe_plain(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         **_common(config, vocab_size),
         "hidden_act": "silu",
         "max_position_embeddings": positions,
+        **sliding,
     }
+
+
+def _source_sliding(config: ModelConfig) -> dict[str, Any]:
+    """What a plain export of the model would have: the model with its memory does not use it."""
+    settings = {"source_sliding_window": config.sliding_window, "source_sliding_layers": config.sliding_layers}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _common(config: ModelConfig, vocab_size: int) -> dict[str, Any]:

@@ -7,9 +7,6 @@ whole.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +14,9 @@ from typing import Any
 
 import torch
 
-from data.files import writing
+from data.files import making_folder, write_whole, writing
 from data.hf_tokenizer import tokenizer_files
+from data.tokenizer import TOKENIZER_JSON, Tokenizer
 from model import hf_export
 from model.config import ModelConfig
 from model.hf_describe import describe_infini, describe_plain
@@ -26,6 +24,8 @@ from model.hf_weights import Weight, backbone_weights, memory_weight
 from pipeline.checkpoint import CheckpointReader
 from pipeline.checkpoint_folder import CheckpointError, find_checkpoint
 from pipeline.find_tokenizer import find_tokenizer
+from pipeline.hf_schema import CONFIG, GENERATION_CONFIG, INDEX
+from pipeline.hf_tokens import TOKEN_IDS, SourceTokens, as_json, source_tokens
 from pipeline.tensor_file import TensorFile
 
 SHARD_BYTES = 5 * 10**9
@@ -89,27 +89,34 @@ def export_model(
     described["dtype"] = "float32"
     shards = _plan(_weights(reader, config, plain, export), shard_bytes)
     folder, found = find_tokenizer(reader.folder, run, vocab_size, tokenizer)
-    described["eos_token_id"] = found.eos_id
+    files = tokenizer_files(folder, found)
+    kept = source_tokens(folder, found, files[TOKENIZER_JSON], run.train.init_from)
+    files |= _token_files(kept, found, described)
+    export.notes += kept.notes
 
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        files = tokenizer_files(folder, found)
-        files["config.json"] = _json(described)
-        files["generation_config.json"] = _json({"eos_token_id": found.eos_id, "do_sample": False})
+    with making_folder(out) as partial:
+        files[CONFIG] = as_json(described)
         if not plain:
             files |= _code()
         _write_weights(partial, shards, reader, progress)
         for name, content in files.items():
-            _write(partial / name, content)
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (partial / name).parent.mkdir(exist_ok=True)
+            write_whole(partial / name, content)
     export.bytes, export.shards = sum(shard.bytes for shard in shards), len(shards)
     return export
+
+
+def _token_files(kept: SourceTokens, tokenizer: Tokenizer, described: dict[str, Any]) -> dict[str, bytes]:
+    """What goes with the tokenizer, by file; `config.json` gets what it says of tokens.
+
+    What came with an imported model goes out as it came. Else the tokenizer's end token ends a text, and there is no
+    other special token: null, because a Llama's default is token 1.
+    """
+    ids = kept.ids or {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
+    described |= ids
+    described["tokenizer_sha256"] = Tokenizer("hf", tokenizer.eos_id, kept.definition).hash
+    files = {name: content for name, content in kept.files.items() if name != TOKEN_IDS}
+    return {GENERATION_CONFIG: as_json({"eos_token_id": ids.get("eos_token_id"), "do_sample": False})} | files
 
 
 def exported_elements(source: Path) -> int:
@@ -184,26 +191,14 @@ def _write_weights(
                 progress(whole.numel())
     if len(shards) > 1:
         total = sum(shard.bytes for shard in shards)
-        _write(
-            folder / "model.safetensors.index.json", _json({"metadata": {"total_size": total}, "weight_map": places})
-        )
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        content = {"metadata": {"total_size": total}, "weight_map": places}
+        write_whole(folder / INDEX, as_json(content))
 
 
 def _code() -> dict[str, bytes]:
     """The files that `trust_remote_code` runs."""
     folder = Path(hf_export.__path__[0])
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*_infini.py"))}
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _some(names: list[str]) -> str:

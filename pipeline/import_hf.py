@@ -5,8 +5,7 @@ Everything is checked before anything is written, and the folder gets its name w
 
 from __future__ import annotations
 
-import os
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.files import making_folder, shown, write_whole
+from data.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
 from model.config import MemoryConfig, ModelConfig
 from model.hf_config import is_exported, model_config
 from model.hf_weights import Weight, backbone_weights, memory_weight
 from pipeline.config import Config, OptimizerConfig, TrainConfig
+from pipeline.config_io import ConfigError
 from pipeline.config_yaml import dump
 from pipeline.hf_source import ModelSource, open_source
+from pipeline.hf_tokens import SourceTokens
 from pipeline.initial_memory import memory_parameters
 from pipeline.validate import validate
 from pipeline.weights import write_weights
@@ -31,6 +33,17 @@ BETA_LR_SCALE = 100.0
 _IGNORED = ("rotary_emb.inv_freq",)
 """Tensors that older exports carry and that follow from the configuration."""
 _LISTED = 5
+_HF_NAMES = {
+    "num_query_groups": "num_key_value_heads",
+    "num_layers": "num_hidden_layers",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "rope_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "init_std": "initializer_range",
+    **{name: name for name in ("num_attention_heads", "hidden_size", "vocab_size", "segment_length")},
+}
+"""What `config.json` calls our settings."""
 
 
 def import_model(
@@ -63,26 +76,30 @@ def import_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: choose another folder")
     opened = open_source(source)
-    model = model_config(opened.config, source=opened.config_name, segment_length=segment_length, memory=memory)
+    notes = list(opened.notes)
+    model = model_config(
+        opened.config, source=opened.config_name, segment_length=segment_length, memory=memory, notes=notes
+    )
     config = Config(
         name=out.name,
         model=model,
         train=TrainConfig(init_from=str(out)),
         optimizer=OptimizerConfig(lr=5e-5, beta_lr_scale=BETA_LR_SCALE),
     )
-    validate(config, data_exists=False)
-    weights = backbone_weights(model, model.vocab_size)
+    _validate(config, opened)
+    # The files' shapes bound what is built from the configuration's numbers.
+    backbone = backbone_weights(model, model.vocab_size)
+    _check_tensors(opened, backbone, with_memory=is_exported(opened.config))
     initial = memory_parameters(config, model.vocab_size)
     trained = _trained_memory(opened, initial)
-    _check_tensors(opened, weights | trained)
-    notes = _check_tied(opened, model)
-    tokenizer_files = opened.tokenizer_files()
+    weights = backbone | trained
+    _check_tensors(opened, weights)
+    notes += _check_tied(opened, model)
+    tokens = opened.tokens()
+    notes += tokens.notes
 
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        tokenizer = _write_tokenizer(partial / "tokenizer", tokenizer_files)
+    with making_folder(out) as partial:
+        tokenizer = _write_tokenizer(partial / "tokenizer", tokens, opened, notes)
         if tokenizer.vocab_size > model.vocab_size:
             raise ValueError(
                 f"{opened.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding "
@@ -90,24 +107,19 @@ def import_model(
             )
 
         def read(name: str) -> Tensor:
-            weight = weights.get(name) or trained.get(name)
+            weight = weights.get(name)
             if weight is None:
                 return initial[name]
-            parts = [opened.read(hf_name) for hf_name in weight.hf_names]
+            parts = [_finite(opened, hf_name) for hf_name in weight.hf_names]
             progress(sum(part.numel() for part in parts))
             return weight.from_hf(parts)
 
-        shapes = {name: weight.shape for name, weight in weights.items()}
+        shapes = {name: weight.shape for name, weight in backbone.items()}
         shapes |= {name: tuple(tensor.shape) for name, tensor in initial.items()}
         origin = {"path": str(source), "model_type": opened.config["model_type"]}
         origin["memory"] = "trained" if trained else "initial"
         write_weights(partial / "checkpoints", config, model.vocab_size, shapes, read, source=origin)
-        (partial / "config.yaml").write_text(_yaml(config, source), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_whole(partial / "config.yaml", _yaml(config, source))
     if tokenizer.vocab_size < model.vocab_size:
         notes.append(f"the embedding has {model.vocab_size - tokenizer.vocab_size} rows more than the tokenizer tokens")
     return notes
@@ -125,8 +137,36 @@ def _trained_memory(source: ModelSource, initial: dict[str, Tensor]) -> dict[str
     return {name: memory_weight(name, tensor.shape) for name, tensor in initial.items()}
 
 
-def _check_tensors(source: ModelSource, weights: dict[str, Weight]) -> None:
+def _validate(config: Config, source: ModelSource) -> None:
+    """See `pipeline.validate`; what is wrong goes by the names of the file that says it."""
+    try:
+        validate(config, data_exists=False)
+    except ConfigError as error:
+        names = re.compile(r"\bmodel\.(\w+)")
+        problems = [names.sub(lambda found: _HF_NAMES.get(found[1], found[0]), text) for text in error.problems]
+        raise ValueError(f"{source.config_name}: " + "; ".join(problems)) from None
+
+
+def _finite(source: ModelSource, name: str) -> Tensor:
+    """A tensor of the source, without NaN and infinity.
+
+    Raises:
+        ValueError: there are some; names the file and the tensor, and says how many.
+    """
+    tensor = source.read(name)
+    if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
+        raise ValueError(
+            f"{source.place(name)} holds {bad:,} of {tensor.numel():,} numbers that are NaN or infinite in float32: "
+            "nothing can be computed with such a model"
+        )
+    return tensor
+
+
+def _check_tensors(source: ModelSource, weights: dict[str, Weight], *, with_memory: bool = False) -> None:
     """Exactly the expected tensors, each with the expected shape.
+
+    Args:
+        with_memory: let tensors of a memory be there that `weights` does not have.
 
     Raises:
         ValueError: names the first of each kind of trouble.
@@ -138,7 +178,7 @@ def _check_tensors(source: ModelSource, weights: dict[str, Weight]) -> None:
     problems = []
     if missing := [name for name in expected if name not in given]:
         problems.append(f"missing: {_some(missing)}")
-    if extra := [name for name in given if name not in expected]:
+    if extra := [name for name in given if name not in expected and not (with_memory and ".memory." in name)]:
         problems.append(f"not part of this decoder: {_some(extra)}")
     wrong = [
         f"{name} has shape {list(given[name])} where {source.config_name} means {list(shape)}"
@@ -163,11 +203,31 @@ def _check_tied(source: ModelSource, model: ModelConfig) -> list[str]:
     return ["lm_head.weight is the tied embedding once more and was left out"]
 
 
-def _write_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    tokenizer = load_tokenizer(folder)
+def _write_tokenizer(folder: Path, tokens: SourceTokens, source: ModelSource, notes: list[str]) -> Tokenizer:
+    """Write the tokenizer and what goes with it.
+
+    Raises:
+        ValueError: it is damaged, has no end token, or is another one than the model was exported with.
+    """
+    for name, content in {TOKENIZER_JSON: tokens.definition, **tokens.files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, content)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:  # of the place that the user knows
+        raise ValueError(str(error).replace(str(folder), str(source.path))) from None
+    named = source.config.get("tokenizer_sha256")
+    if named is not None and named != tokenizer.hash:
+        raise ValueError(
+            f"{source.config_name}: tokenizer_sha256 is {named[:12]}..., but the tokenizer beside it is "
+            f"{tokenizer.hash[:12]}...: another one than the model was exported with. Put the right one there, or take "
+            "the setting out if the change is meant"
+        )
+    if not tokens.names_end:
+        notes.append(
+            f"{source.path}: nothing there names an end token; {shown(tokens.token(tokenizer.eos_id))} of the "
+            "vocabulary ends documents"
+        )
     tokenizer.save(folder)
     return tokenizer
 

@@ -56,6 +56,7 @@ def _numbers(config: Config) -> Iterator[str]:
             "model.vocab_size": model.vocab_size,
             "model.vocab_size_multiple": model.vocab_size_multiple,
             "model.segment_length": model.segment_length,
+            "model.sliding_window": model.sliding_window,
             "data.prefetch": config.data.prefetch,
             "parallel.tensor": parallel.tensor,
             "parallel.pipeline": parallel.pipeline,
@@ -212,6 +213,18 @@ def _model(config: Config) -> Iterator[str]:
             yield (
                 f"model.rope_scaling.{low} = {getattr(rope, low)}: must be less than model.rope_scaling.{high} = "
                 f"{getattr(rope, high)}"
+            )
+    if model.sliding_window is not None and model.segment_length > model.sliding_window:
+        yield (
+            f"model.segment_length = {model.segment_length}: must be at most model.sliding_window = "
+            f"{model.sliding_window}, what the imported model's attention saw (null: let it see more)"
+        )
+    if model.sliding_layers is not None:
+        valid = set(range(model.num_layers))
+        if model.sliding_window is None or not set(model.sliding_layers) <= valid:
+            yield (
+                f"model.sliding_layers = {model.sliding_layers}: must be null without model.sliding_window, and name "
+                f"layers from 0 to {model.num_layers - 1}"
             )
     if heads % tensor or groups % tensor:
         what = f"model.num_attention_heads = {heads} and model.num_query_groups = {groups}"

@@ -19,6 +19,8 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
 }
 LLAMA3 = {
     "rope_type": "llama3",
