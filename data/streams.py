@@ -24,8 +24,8 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 BOM = b"\xef\xbb\xbf"
 _WINDOW_BYTES = 1 << 31
 """zstd's largest (`--long=31`). Its own default limit, 128 MiB, is less than published corpora are written with."""
-_FEED_BYTES = 4 << 10
-"""Compressed bytes given to zstd at once: its most extreme ratio, 32,768, makes 128 MiB of them."""
+_FEED_BYTES = 512
+"""Compressed bytes given to zstd at once: its most extreme ratio, 32,768, makes 16 MiB of them."""
 _BUFFER_BYTES = 1 << 16
 _NAMES_SHOWN = 10
 _LOOKED_AT_BYTES = 8000
@@ -192,7 +192,7 @@ class _Zstd(io.RawIOBase):
         self._reader = reader
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
         self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._fed = b""
+        self._compressed = memoryview(b"")
         self._out = memoryview(b"")
 
     def readable(self) -> bool:
@@ -200,19 +200,23 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._out:
-            data = self._fed or self._reader.read(_FEED_BYTES)
-            self._fed = b""
-            if not data:
+            if not self._compressed:
+                self._compressed = memoryview(self._reader.read(_BUFFER_BYTES))
+            fed = self._compressed[:_FEED_BYTES]
+            if not fed:
                 if self._frame is not None:
                     raise OSError("it ends inside a frame")
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
             try:
-                self._out = memoryview(self._frame.decompress(data))
+                self._out = memoryview(self._frame.decompress(fed))
             except zstandard.ZstdError as error:
                 raise OSError(str(error)) from error
+            used = len(fed)
             if self._frame.eof:
-                self._fed, self._frame = self._frame.unused_data, None
+                used -= len(self._frame.unused_data)
+                self._frame = None
+            self._compressed = self._compressed[used:]
         count = min(len(buffer), len(self._out))
         buffer[:count] = self._out[:count]
         self._out = self._out[count:]

@@ -92,7 +92,9 @@ class FileSource(Source):
         prefix = f"{root.resolve().name}/" if root.is_dir() else ""
         kept = self._once(found, prefix, seen)
         if found and not kept:
-            raise ValueError(f"source {self.spec} has nothing that is not in another source already")
+            raise ValueError(
+                f"source {self.spec} has only files that another source has ({seen[found[0].identity]}); leave it out"
+            )
         self._files = [FileInput.of(file_name(prefix + file.relative), file.path, file.status) for file in kept]
         if not options.skip_bad:
             for file, status in zip(self._files, (file.status for file in kept), strict=True):
