@@ -121,6 +121,11 @@ class LaneLoader:
         """Unreadable documents that these lanes have left out since the run began (it is part of the state)."""
         return sum(cursor.skipped for cursor in self._returned)
 
+    @property
+    def tokenizer(self) -> tuple[str, str]:
+        """Hash of the tokenizer that all the sets were prepared with, and the first one's path."""
+        return self._sets[0].set.tokenizer_hash, str(self._sets[0].set.path)
+
     def skip_windows(self, count: int) -> None:
         """Move all lanes on by `count` windows after the last one returned, without reading them.
 

@@ -27,6 +27,7 @@ from pipeline.config import Config
 from pipeline.config_io import ConfigError
 from pipeline.console import progress
 from pipeline.evaluation_config import evaluation_config
+from pipeline.find_tokenizer import check_tokenizer
 from pipeline.setup import versions
 from pipeline.streaming import Document, Streamer, open_checkpoint
 from pipeline.task_spec import Task
@@ -190,18 +191,17 @@ def _held_out_sets(
             raise ConfigError(
                 [f"{source.path} has tokens up to {source.vocab_size}; the model knows {reader.summary.vocab_size}"]
             )
-    hashes = {source.tokenizer_hash for source in sets} | _trained_hash(config)
-    if len(hashes) > 1:
-        raise ConfigError(
-            [f"{', '.join(str(source.path) for source in sets)}: not the tokenizer that the run was trained with"]
-        )
-    return sets
-
-
-def _trained_hash(config: Config) -> set[str]:
-    """Hash of the tokenizer of the training data, empty when the data is not there any more."""
+    untold: list[str] = []
+    for source in sets:
+        untold = check_tokenizer(reader, source.tokenizer_hash, source.path)
+    notes.extend(untold)
+    hashes = {source.tokenizer_hash: str(source.path) for source in sets}
     path = config.data.sets[0].path if config.data.sets else None
-    return {PreparedSet(path).tokenizer_hash} if path and Path(path, "manifest.json").is_file() else set()
+    if path and Path(path, "manifest.json").is_file():
+        hashes.setdefault(PreparedSet(path).tokenizer_hash, path)  # of the training data
+    if len(hashes) > 1:
+        raise ConfigError([f"{' and '.join(hashes.values())} were prepared with different tokenizers"])
+    return sets
 
 
 def _is_synthetic(source: PreparedSet) -> bool:
@@ -270,6 +270,7 @@ def _tokenizer(config: Config, data: Sequence[str], reader: CheckpointReader) ->
                 f"{reader.summary.vocab_size}"
             ]
         )
+    check_tokenizer(reader, tokenizer.hash, paths[0])
     return tokenizer
 
 

@@ -88,7 +88,7 @@ def export_model(
     described = (describe_plain if plain else describe_infini)(config, vocab_size)
     described["dtype"] = "float32"
     shards = _plan(_weights(reader, config, plain, export), shard_bytes)
-    folder, found = find_tokenizer(reader.folder, run, vocab_size, tokenizer)
+    folder, found = find_tokenizer(reader, run, tokenizer, export.notes)
     files = tokenizer_files(folder, found)
     kept = source_tokens(folder, found, files[TOKENIZER_JSON], run.train.init_from)
     files |= _token_files(kept, found, described)

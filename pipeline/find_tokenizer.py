@@ -1,38 +1,100 @@
-"""The tokenizer that belongs to a checkpoint."""
+"""The tokenizer that belongs to a checkpoint: the same tokens, whatever its size."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import SUMMARY
 from pipeline.config import Config
 from pipeline.config_io import ConfigError
 
 
 def find_tokenizer(
-    checkpoint: Path, config: Config, vocab_size: int, given: str | Path | None
+    reader: CheckpointReader, config: Config, given: str | Path | None, notes: list[str]
 ) -> tuple[Path, Tokenizer]:
-    """The tokenizer of a model with `vocab_size` tokens, and the folder that holds its files.
+    """The tokenizer of a checkpoint's model, and the folder that holds its files.
 
     It is `given`, a folder of a tokenizer or of a prepared set; else the one in the run's folder, else its data's.
 
+    Args:
+        notes: gets what a reader should know.
+
     Raises:
-        ValueError: there is none, or it has tokens that the model does not know.
+        ValueError: there is none, or it is another than the one that the model was trained with.
     """
-    if given is not None:
-        place = Path(given)
-    else:
-        run_dir = checkpoint.parent.parent
-        places = [run_dir, *(Path(entry.path) for entry in config.data.sets)]
-        place = next((place for place in places if (place / "tokenizer").is_dir()), None)
-        if place is None:
-            raise ConfigError(
-                [
-                    f"{checkpoint}: there is no {run_dir / 'tokenizer'}, and none of data.sets is there any more: give "
-                    "the folder of a tokenizer or of a prepared set with --tokenizer"
-                ]
-            )
+    run_dir = reader.folder.parent.parent
+    places = [run_dir, *(Path(entry.path) for entry in config.data.sets)]
+    places = [place for place in places if (place / "tokenizer").is_dir()] if given is None else [Path(given)]
+    if not places:
+        raise ConfigError(
+            [
+                f"{reader.folder}: there is no {run_dir / 'tokenizer'}, and none of data.sets is there any more: give "
+                "the folder of a tokenizer or of a prepared set with --tokenizer"
+            ]
+        )
+    place = places[0]
     tokenizer = load_tokenizer(place)
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError([f"the tokenizer of {place} has {tokenizer.vocab_size} tokens; the model knows {vocab_size}"])
+    if tokenizer.vocab_size > reader.summary.vocab_size:
+        raise ConfigError(
+            [
+                f"the tokenizer of {place} has {tokenizer.vocab_size} tokens; the model of {reader.folder} knows "
+                f"{reader.summary.vocab_size}"
+            ]
+        )
+    notes += check_tokenizer(reader, tokenizer.hash, place)
+    if reader.summary.tokenizer_sha256 is None:
+        for other in places[1:]:
+            if load_tokenizer(other).hash != tokenizer.hash:
+                raise ConfigError(
+                    [
+                        f"{place} and {other} hold different tokenizers, and {reader.folder / SUMMARY} does not say "
+                        "which one the model was trained with: choose with --tokenizer"
+                    ]
+                )
     return place / "tokenizer" if (place / "tokenizer").is_dir() else place, tokenizer
+
+
+def check_tokenizer(reader: CheckpointReader, found: str, place: Path | str) -> list[str]:
+    """Refuse to read a checkpoint's model with other tokens than those it was trained with.
+
+    Args:
+        found: hash of the tokenizer.
+        place: where it is.
+
+    Returns:
+        A note when the checkpoint does not say which tokenizer it was trained with.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    trained = reader.summary.tokenizer_sha256
+    if trained is None:
+        return [
+            f"{reader.folder / SUMMARY} does not say which tokenizer the model was trained with (older versions did "
+            f"not record it): that of {place} is taken without comparison"
+        ]
+    if trained != found:
+        raise ConfigError(
+            [
+                f"the tokenizer of {place} ({found[:12]}) is not the one that {reader.folder} was trained with "
+                f"({trained[:12]}): its tokens mean other things to the model"
+            ]
+        )
+    return []
+
+
+def check_run_folder(run_dir: Path, found: str, place: Path | str) -> None:
+    """Refuse a run whose folder holds another tokenizer than its data was prepared with.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if (run_dir / "tokenizer").is_dir() and (own := load_tokenizer(run_dir).hash) != found:
+        raise ConfigError(
+            [
+                f"the tokenizer in {run_dir / 'tokenizer'} ({own[:12]}) is not the one that {place} was prepared with "
+                f"({found[:12]})"
+            ]
+        )

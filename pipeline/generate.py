@@ -9,6 +9,7 @@ Every process of the layout makes the same calls and gets the same results.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ from pipeline.sampling import Sampling, choose
 from pipeline.streaming import Streamer
 from pipeline.text_stream import TextStream
 from pipeline.topology import initialize
+
+logger = logging.getLogger(__name__)
 
 BLOCK_CHARACTERS = 1 << 18
 """What is read of a file at a time."""
@@ -84,10 +87,13 @@ class Generator:
         path = find_checkpoint(Path(checkpoint))
         reader = CheckpointReader(path)
         config = generation_config(reader.summary.config, overrides, int(os.environ.get("WORLD_SIZE", "1")), str(path))
-        _, found = find_tokenizer(path, config, reader.summary.vocab_size, tokenizer)
+        notes: list[str] = []
+        _, found = find_tokenizer(reader, config, tokenizer, notes)
         parallel = config.parallel
         topology = initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
         reader = open_verified(path)
+        for note in notes if topology.is_main else ():
+            logger.warning("%s", note)
         streamer = Streamer(config, topology, reader.summary.vocab_size)
         streamer.load(reader)
         identity = Identity(asdict(config.model), reader.summary.sha256, found.hash)

@@ -118,7 +118,15 @@ def import_model(
         shapes |= {name: tuple(tensor.shape) for name, tensor in initial.items()}
         origin = {"path": str(source), "model_type": opened.config["model_type"]}
         origin["memory"] = "trained" if trained else "initial"
-        write_weights(partial / "checkpoints", config, model.vocab_size, shapes, read, source=origin)
+        write_weights(
+            partial / "checkpoints",
+            config,
+            model.vocab_size,
+            shapes,
+            read,
+            source=origin,
+            tokenizer_sha256=tokenizer.hash,
+        )
         write_whole(partial / "config.yaml", _yaml(config, source))
     if tokenizer.vocab_size < model.vocab_size:
         notes.append(f"the embedding has {model.vocab_size - tokenizer.vocab_size} rows more than the tokenizer tokens")

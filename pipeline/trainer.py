@@ -21,6 +21,7 @@ from pipeline.checkpoint_folder import candidates, find_checkpoint
 from pipeline.config import Config
 from pipeline.config_io import ConfigError, save_config
 from pipeline.executor import Executor, Memory, StepResult, map_memory
+from pipeline.find_tokenizer import check_run_folder, check_tokenizer
 from pipeline.learning_rate import learning_rate
 from pipeline.loading import load_training, open_newest, open_verified
 from pipeline.monitor import Monitor
@@ -141,15 +142,18 @@ class Trainer:
             raise ConfigError(
                 [f"run_dir: {self.run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
             )
+        check_run_folder(self.run_dir, *self.loader.tokenizer)
         reader = None
         if resume == "latest":
             reader = open_newest(self.run_dir, notes.append)
             if reader is None:
                 notes.append(f"no whole checkpoint in {self.run_dir} yet: starting from the beginning")
             else:
+                notes += check_tokenizer(reader, *self.loader.tokenizer)
                 self.load(reader)
         elif resume is not None:
             reader = open_verified(find_checkpoint(Path(resume)))
+            notes += check_tokenizer(reader, *self.loader.tokenizer)
             self.load(reader)
             if self.topology.is_main and reader.folder.resolve().parent == checkpoints.resolve():
                 move_latest(reader.folder)  # the run goes on from here: restarts and roll-backs must not pass it
@@ -166,7 +170,8 @@ class Trainer:
 
     def _start_from(self, folder: Path) -> list[str]:
         reader = open_verified(find_checkpoint(folder))
-        return start_from(reader, self.optimizer, self.topology, self.config, self.vocab_size)
+        notes = check_tokenizer(reader, *self.loader.tokenizer)
+        return notes + start_from(reader, self.optimizer, self.topology, self.config, self.vocab_size)
 
     def close(self) -> None:
         """End the background work of a run that ended well."""
@@ -383,6 +388,7 @@ class Trainer:
                         "world_size": dist.get_world_size(),
                     },
                     "vocab_size": self.vocab_size,
+                    "tokenizer_sha256": self.loader.tokenizer[0],
                     "config": asdict(self.config),
                     "versions": versions(),
                 },

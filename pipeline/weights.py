@@ -41,6 +41,7 @@ def write_weights(
     read: Callable[[str], Tensor],
     *,
     source: Mapping[str, Any],
+    tokenizer_sha256: str | None,
 ) -> Path:
     """Write a checkpoint of step 0 into `folder` (a run's `checkpoints`), one tensor at a time.
 
@@ -50,6 +51,7 @@ def write_weights(
         shapes: of all parameters, whole, by global name.
         read: gives a parameter, whole, float32.
         source: where they came from; kept in `checkpoint.json`.
+        tokenizer_sha256: `Tokenizer.hash` of what the token ids mean; None when nobody knows.
 
     Returns:
         The checkpoint's folder.
@@ -80,6 +82,7 @@ def write_weights(
         "files": files,
         "layout": {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0, "world_size": 1},
         "vocab_size": vocab_size,
+        "tokenizer_sha256": tokenizer_sha256,
         "config": asdict(config),
         "versions": versions(),
     }

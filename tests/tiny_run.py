@@ -30,6 +30,8 @@ def write_run(folder: Path, rule="delta", gate="hard", *, leave_out=(), **settin
         noise = torch.randn(shapes[name], generator=generator) * (0.25 if len(shapes[name]) == 2 else 0.3)
         return 1 + noise if name.endswith("norm.weight") else noise
 
-    write_weights(folder / "checkpoints", config, 257, shapes, read, source={"memory": "trained"})
-    byte_tokenizer().save(folder / "tokenizer")
+    tokenizer = byte_tokenizer()
+    source = {"memory": "trained"}
+    write_weights(folder / "checkpoints", config, 257, shapes, read, source=source, tokenizer_sha256=tokenizer.hash)
+    tokenizer.save(folder / "tokenizer")
     return folder

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.files import sealed
 from tests.distributed import cases
 from tests.prepared import write_set
 
@@ -238,6 +239,30 @@ def test_latest_pointing_nowhere(resume):
         assert rank["error"][0] == "CheckpointError"
         assert "latest names step_00000007, which is not a checkpoint" in rank["error"][1]
     assert [rank["step"] for rank in start("latest")] == [2, 2]
+
+
+@pytest.mark.parametrize("content", ["\x1b[2Jnonsense\n", "../../run/checkpoints/step_00000001\n", "x" * 5000])
+def test_latest_that_holds_something_else_is_told(resume, content):
+    run, start = resume
+    pointer = run / "checkpoints" / "latest"
+    pointer.write_text(content)
+    ranks = start("latest")
+    assert [(rank["error"], rank["step"]) for rank in ranks] == [(None, 2)] * 2
+    printed = "".join(ranks[0]["printed"].split())
+    assert str(pointer) in printed and "goingonfromstep_00000002" in printed
+    assert "\x1b" not in printed and len(printed) < 6000
+
+
+def test_data_of_another_tokenizer_is_refused(resume):
+    run, start = resume
+    path = run / "checkpoints" / "step_00000002" / "checkpoint.json"
+    content = json.loads(path.read_text())
+    assert content["tokenizer_sha256"]
+    path.write_text(json.dumps(sealed(content | {"tokenizer_sha256": "0" * 64})))
+    for resumed in ("latest", str(run)):
+        for rank in start(resumed):
+            kind, message = rank["error"]
+            assert kind == "ConfigError" and str(path.parent) in message and "(000000000000)" in message
 
 
 def test_no_checkpoint_at_all(resume):
