@@ -67,7 +67,7 @@ FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("optimizer/gradient_norm", lambda value: f"grad {value:.3g}"),
     ("speed/tokens_per_s", lambda value: f"{value:,.0f} tok/s"),
     ("speed/mfu", lambda value: f"mfu {100 * value:.3g} %"),
-    ("memory/process_bytes", lambda value: f"mem {format_bytes(value)}"),
+    ("system/process_bytes", lambda value: f"mem {format_bytes(value)}"),
 )
 """The metrics that a line shows, in this order, those of them that are given."""
 
@@ -83,23 +83,35 @@ def format_values(values: Mapping[str, float], names: Collection[str]) -> list[s
 class Eta:
     """Seconds that are left, from the pace since the first report.
 
-    The time before the first report does not count: it holds start-up, first allocations and compilation.
+    The time before the first report does not count, since it holds first allocations and compilation; only that report
+    itself has nothing else to go by.
+
+    Args:
+        total: units of work.
+        clock: a monotonic clock in seconds.
+        done: what was done before.
     """
 
-    def __init__(self, total: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, total: int, clock: Callable[[], float] = time.perf_counter, done: int = 0) -> None:
         self._total = total
         self._clock = clock
+        self._done = done
+        self.begin()
+
+    def begin(self) -> None:
+        """Work begins now, not when the object was made."""
+        self._start = (self._done, self._clock())
         self._first: tuple[int, float] | None = None
 
     def update(self, done: int) -> float:
         """Seconds from now to the end with `done` of the total; NaN until there is a pace."""
         now = self._clock()
-        if self._first is None:
+        if self._first is None and done > self._done:
             self._first = (done, now)
-        first_done, first_time = self._first
-        if done <= first_done:
+        since_done, since = self._first if self._first is not None and done > self._first[0] else self._start
+        if done <= since_done:
             return 0.0 if done >= self._total else math.nan
-        return (now - first_time) / (done - first_done) * (self._total - done)
+        return (now - since) / (done - since_done) * (self._total - done)
 
 
 class RunConsole:
@@ -122,12 +134,22 @@ class RunConsole:
     ) -> None:
         self._console = console or make_console()
         self._total = total_steps
-        self._eta = Eta(total_steps, clock)
+        self._eta = Eta(total_steps, clock, start_step)
         self._bar = None
         if _redraws(self._console):
             self._bar = _make_bar(self._console, TextColumn("{task.fields[status]}", markup=False))
             self._task = self._bar.add_task("step", total=total_steps, completed=start_step, status="")
             self._bar.start()
+
+    def begin(self) -> None:
+        """The first step begins now."""
+        self._eta.begin()
+
+    def first_step(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Say that training goes, when the first step of this process is done."""
+        left = format_duration(self._eta.update(step))
+        parts = [f"step {step}/{self._total}", *format_values(values, dict(FIELDS)), f"took {seconds:.3g} s"]
+        self.message("  ".join([*parts, f"eta {left} at this pace (the first step is slow)"]))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Report after `step` steps: loss, rate, time left. `values` may hold more metrics than a line shows."""

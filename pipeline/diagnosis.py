@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from model.config import MemoryConfig
-from pipeline.metrics import METRICS_FILE, read_metrics
+from pipeline.metrics import METRICS_FILE, layer_metric, read_metrics
 
-PREFIX = "memory_layer_"
 MIN_STEPS = 200
 """Before so many steps nothing is said: gates move slowly, and warm-up alone takes 50."""
 STILL = 0.005
@@ -79,12 +78,11 @@ def read_history(records: Sequence[Mapping[str, Any]], until: int | None = None)
         if until is not None and record["step"] > until:
             continue
         for name, value in record.items():
-            if not name.startswith(PREFIX):
+            if (found := layer_metric(name)) is None:
                 continue
-            prefix, _, quantity = name.partition("/")
-            layer = int(prefix.removeprefix(PREFIX))
+            quantity, layer = found
             numbers = steps.setdefault(record["step"], {}).setdefault(layer, LayerNumbers())
-            if quantity == "mix_gate_histogram" and value["min"] is not None:
+            if quantity == "mix_gate_histogram" and isinstance(value, dict) and value["min"] is not None:
                 changed = {"mix_gate_range": (value["min"], value["max"])}
             elif quantity in LayerNumbers.__dataclass_fields__ and isinstance(value, int | float):
                 changed = {quantity: float(value)}

@@ -6,11 +6,18 @@ Names are paths, one spelling from the trainer to the plots:
     loss_by_segment/<0, 1, 2-3, 4-7, ...>       the loss at these segments of the documents
     optimizer/learning_rate  optimizer/learning_rate_<group>  optimizer/gradient_norm
     speed/tokens_per_s  speed/mfu               of the whole run; utilisation is a share, 0..1
-    speed/data_s  speed/forward_backward_s  speed/step_s      mean seconds per step
+    speed/step_s                                mean seconds per step, everything included
+    speed/data_s  speed/forward_backward_s  speed/optimizer_s    of these, by phase
     progress/tokens  progress/skipped_steps     since the run began
     data/padded_share                           positions that are padding, a share
-    memory/process_bytes                        resident in the largest process
-    memory_layer_<ii>/<mix_gate, share_of_output, norm_M, norm_z, write_gate>     means over heads, lanes and tokens
+    system/process_bytes                        resident in the largest process
+    memory/write_gate                           mean over layers, heads and tokens
+    <quantity>/layer_<ii>                       of one layer's memory, means over heads, lanes and tokens: mix_gate,
+                                                share_of_output, write_gate, norm_M, norm_z, effective_rank,
+                                                read_variation; with histograms mix_gate_histogram, write_gate_histogram
+
+The quantity stands first, so that TensorBoard shows a quantity's layers side by side. Runs of the first version have
+`memory_layer_<ii>/<quantity>`, which is read all the same (`layer_metric`).
 """
 
 from __future__ import annotations
@@ -60,6 +67,19 @@ class Reserved(msgspec.Struct, frozen=True):
 
 Line = dict[str, int | float | None | list[int | float | None | str] | Histogram]
 """What a line holds: the reserved fields, and numbers, lists of them and histograms."""
+
+
+def layer_name(quantity: str, layer: int) -> str:
+    """The name of a layer's metric."""
+    return f"{quantity}/layer_{layer:02d}"
+
+
+def layer_metric(name: str) -> tuple[str, int] | None:
+    """Quantity and layer that a name stands for, in the spelling of today or of the first version; else None."""
+    first, _, last = name.partition("/")
+    quantity, layer = (last, first) if first.startswith("memory_layer_") else (first, last)
+    digits = layer.removeprefix("memory_").removeprefix("layer_")
+    return (quantity, int(digits)) if layer != digits and digits.isascii() and digits.isdecimal() else None
 
 
 class MetricsWriter:
@@ -183,6 +203,14 @@ class MetricsWriter:
         """Show Markdown in TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.add_text(name, text, step)
+
+    def settings(self, step: int, settings: Mapping[str, Any], text: str) -> None:
+        """Show a run's configuration in TensorBoard: nested `settings` as hyperparameters, and their `text` (YAML)."""
+        if self._tensorboard is not None:
+            from pipeline.dashboard import show_settings
+
+            show_settings(self._tensorboard, settings)
+            self.text(step, "configuration", "".join(f"    {line}\n" for line in text.splitlines()))  # a code block
 
     def flush(self) -> None:
         """Put everything on the disk itself. Call it with each checkpoint: a resumed run does not take the steps before
@@ -317,9 +345,15 @@ class ThroughputMeter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    @property
+    def elapsed_s(self) -> float:
+        """Since the interval began."""
+        return self._clock() - self._start
+
+    def restart(self) -> None:
+        """Begin an interval now."""
         self._start = self._clock()
         self._tokens = 0
         self._steps = 0
@@ -332,7 +366,7 @@ class ThroughputMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to phase `name` (`data`, `forward_backward`, `step`), also when it raises."""
+        """Add the time of the block to phase `name` (`data`, `forward_backward`, `optimizer`), also when it raises."""
         start = self._clock()
         try:
             yield
@@ -340,11 +374,11 @@ class ThroughputMeter:
             self._phases[name] = self._phases.get(name, 0.0) + self._clock() - start
 
     def report(self) -> dict[str, float]:
-        """`speed/tokens_per_s`, and `speed/<phase>_s` as mean seconds per step, of the interval that ends here; the
-        next one begins. Call it after at least one step."""
-        elapsed_s = self._clock() - self._start
+        """`speed/tokens_per_s`, and as mean seconds per step `speed/step_s` and `speed/<phase>_s`, of the interval that
+        ends here; the next one begins. Call it after at least one step."""
+        elapsed_s = self.elapsed_s
         assert self._steps > 0 and elapsed_s > 0, "report() needs a step since the last one"
-        values = {"speed/tokens_per_s": self._tokens / elapsed_s}
+        values = {"speed/tokens_per_s": self._tokens / elapsed_s, "speed/step_s": elapsed_s / self._steps}
         values |= {f"speed/{name}_s": seconds / self._steps for name, seconds in self._phases.items()}
-        self._restart()
+        self.restart()
         return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import psutil
@@ -13,14 +14,14 @@ import torch.distributed as dist
 
 from data.lanes import WindowBatch
 from model.attention import MemoryStatistics
-from pipeline import derived
+from pipeline import config_yaml, derived
 from pipeline.console import RunConsole, print_table
 from pipeline.diagnosis import diagnose_run
 from pipeline.executor import StepResult
 from pipeline.flops import measured_matmul_peak, parameter_count, train_flops_per_token
 from pipeline.footprint import per_rank_bytes
 from pipeline.memory_statistics import gather_statistics
-from pipeline.metrics import MetricsWriter, ThroughputMeter
+from pipeline.metrics import MetricsWriter, ThroughputMeter, layer_name
 from pipeline.optimizer import StepOutcome
 from pipeline.saving import SaveReport
 
@@ -64,6 +65,7 @@ class Monitor:
             )
             self.console = RunConsole(total_steps=self.config.train.steps, start_step=trainer.step)
         self.peak_flops = 0.0
+        self.took_a_step = False
         self.skipped_steps = 0
         self._clear_interval()
 
@@ -73,7 +75,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step (`data`, `forward_backward`, `step`)."""
+        """Time a part of the step (`data`, `forward_backward`, `optimizer`)."""
         with self.meter.phase(name):
             yield
 
@@ -118,7 +120,11 @@ class Monitor:
         if self.trainer.step:
             rows["resumed at step"] = f"{self.trainer.step:,}"
         print_table(self.config.name, list(rows.items()))
+        settings = asdict(config)
+        self.writer.settings(self.trainer.step, settings, config_yaml.dump(settings))
         self.writer.text(self.trainer.step, "run", "\n".join(f"- {name}: {value}" for name, value in rows.items()))
+        self.console.begin()
+        self.meter.restart()
 
     def after_step(
         self, batch: WindowBatch, result: StepResult, sums: dict[str, float], outcome: StepOutcome, rate: float
@@ -145,6 +151,14 @@ class Monitor:
             self._write_statistics(step, result.statistics)
         if step % self.config.metrics.interval == 0 or step == self.config.train.steps:
             self._write_interval(step, outcome, rate)
+        elif not self.took_a_step and self.is_main:
+            values = {
+                "loss/train": sums["loss"] / max(sums["weight"], 1e-30),
+                "optimizer/learning_rate": rate,
+                "optimizer/gradient_norm": outcome.gradient_norm,
+            }
+            self.console.first_step(step, values, self.meter.elapsed_s)
+        self.took_a_step = True
 
     def _add_by_segment(self, batch: WindowBatch, result: StepResult) -> None:
         if not (self.topology.is_last_stage and self.topology.tensor_rank == 0):
@@ -176,7 +190,7 @@ class Monitor:
             "optimizer/learning_rate": rate,
             "optimizer/learning_rate_beta": rate * self.config.optimizer.beta_lr_scale,
             "optimizer/learning_rate_write_gate": rate * self.config.optimizer.write_gate_lr_scale,
-            "memory/process_bytes": rss,
+            "system/process_bytes": rss,
             "speed/mfu": speed["speed/tokens_per_s"] * flops / self.peak_flops,
             **speed,
         }
@@ -204,20 +218,20 @@ class Monitor:
             return
         scalars = {}
         for layer, whole in layers.items():
-            prefix = f"memory_layer_{layer:02d}"
-            scalars |= {
-                f"{prefix}/mix_gate": float(whole.mix_gate.mean()),
-                f"{prefix}/share_of_output": float(whole.memory_share.mean()),
-                f"{prefix}/norm_M": float(whole.memory_norm.mean()),
-                f"{prefix}/norm_z": float(whole.normaliser_norm.mean()),
-                f"{prefix}/effective_rank": float(whole.effective_rank.mean()),
-                f"{prefix}/read_variation": float(whole.read_variation.mean()),
+            means = {
+                "mix_gate": whole.mix_gate,
+                "share_of_output": whole.memory_share,
+                "norm_M": whole.memory_norm,
+                "norm_z": whole.normaliser_norm,
+                "effective_rank": whole.effective_rank,
+                "read_variation": whole.read_variation,
             }
-            self.writer.histogram(step, f"{prefix}/mix_gate_histogram", whole.mix_gate)
+            self.writer.histogram(step, layer_name("mix_gate_histogram", layer), whole.mix_gate)
             if self.config.model.memory.write_gate != "none":
-                scalars[f"{prefix}/write_gate"] = float(whole.write_gate.mean())
+                means["write_gate"] = whole.write_gate
                 counts = whole.write_gate_histogram.sum(dim=0)
-                self.writer.binned_histogram(step, f"{prefix}/write_gate_histogram", counts, 0.0, 1.0)
+                self.writer.binned_histogram(step, layer_name("write_gate_histogram", layer), counts, 0.0, 1.0)
+            scalars |= {layer_name(quantity, layer): float(values.mean()) for quantity, values in means.items()}
         self.writer.scalars(step, scalars)
 
     def _diagnose(self) -> None:

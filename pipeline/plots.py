@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.metrics import RESERVED_NAMES, read_metrics
+from pipeline.metrics import RESERVED_NAMES, layer_metric, layer_name, read_metrics
 
 DPI = 130
 GATE_BINS = 20
@@ -297,6 +297,8 @@ def _series(metrics_jsonl: str | Path) -> Series:
         for name, value in record.items():
             if name in RESERVED_NAMES or isinstance(value, list | dict | str):
                 continue
+            if of_layer := layer_metric(name):
+                name = layer_name(*of_layer)  # a run that began under the first version goes on in one curve
             points.setdefault(name, []).append((record["step"], np.nan if value is None else value))
     return {name: tuple(np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}
 
@@ -308,13 +310,13 @@ def _named(series: Series, prefix: str) -> Series:
 
 
 def _layers(series: Series, quantity: str) -> Series:
-    """The series `memory_layer_<i>/<quantity>` under the number of their layer, in its order."""
+    """The series of a quantity under the number of their layer, in its order."""
     found = {}
     for name, points in series.items():
-        prefix, _, last = name.partition("/")
-        if last == quantity and prefix.startswith("memory_layer_"):
-            found[str(int(prefix.removeprefix("memory_layer_")))] = points
-    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+        of_layer = layer_metric(name)
+        if of_layer is not None and of_layer[0] == quantity:
+            found[of_layer[1]] = points
+    return {str(layer): found[layer] for layer in sorted(found)}
 
 
 def _leading_number(name: str) -> int:

@@ -233,7 +233,7 @@ class Trainer:
         with_statistics = self.monitor.wants_statistics(self.step + 1)
         with self._phase("forward_backward"):
             result, sums = self.forward_backward(batch, statistics=with_statistics)
-        with self._phase("step"):
+        with self._phase("optimizer"):
             rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
             outcome = self.optimizer.step(rate)
         self.step += 1

@@ -25,7 +25,7 @@ VALUES = {
     "optimizer/gradient_norm": 0.5199,
     "speed/tokens_per_s": 12345.4,
     "speed/mfu": 0.3104,
-    "memory/process_bytes": 1.2 * 2**30,
+    "system/process_bytes": 1.2 * 2**30,
     "speed/data_s": 0.1,
 }
 
@@ -50,12 +50,16 @@ def terminal(width=100):
 def test_plain_line_has_everything_once():
     console, clock = log_file(), FakeClock()
     with RunConsole(1000, 100, console=console, clock=clock) as run:
+        clock.now += 60.0  # start-up
+        run.begin()
+        clock.now += 5.0
         run.log(110, VALUES)
         clock.now += 4.0
         run.log(120, VALUES)
         run.message("checkpoint written to runs/[demo]/step-120")
     first, second, message = console.file.getvalue().splitlines()
-    assert first.endswith("eta ?")
+    # 10 steps in 5 s, 890 steps left: all there is to go by.
+    assert first.endswith("eta 7m25s")
     # 10 steps in 4 s, 880 steps left: 352 s.
     assert second == (
         "step 120/1000  loss 2.3451  lr 1.0e-03  grad 0.52  12,345 tok/s  mfu 31 %  mem 1.20 GiB  eta 5m52s"
@@ -65,9 +69,9 @@ def test_plain_line_has_everything_once():
 
 def test_values_that_are_missing_or_not_finite_do_not_break_a_line():
     console = log_file()
-    with RunConsole(10, console=console) as run:
+    with RunConsole(10, console=console, clock=FakeClock()) as run:
         run.log(1, {"loss/train": math.nan, "optimizer/gradient_norm": math.inf, "speed/mfu": math.nan})
-    assert console.file.getvalue() == "step 1/10  loss nan  grad inf  mfu nan %  eta ?\n"
+    assert console.file.getvalue() == "step 1/10  loss nan  grad inf  mfu nan %  eta 0s\n"
 
 
 @pytest.mark.parametrize("width", [100, 200])
@@ -91,11 +95,25 @@ def test_dumb_terminal_gets_plain_lines():
     assert "step 1/10  loss 1.0000" in console.file.getvalue()
 
 
-def test_eta_leaves_out_the_start_up():
+def test_the_first_step_says_what_it_took_and_what_that_makes():
+    console, clock = log_file(), FakeClock()
+    with RunConsole(101, console=console, clock=clock) as run:
+        clock.now += 6.0
+        run.first_step(1, {"loss/train": 5.5, "optimizer/gradient_norm": 2.0}, 6.0)
+        clock.now += 18.0
+        run.log(10, {"loss/train": 5.0})
+    assert console.file.getvalue().splitlines() == [
+        "step 1/101  loss 5.5000  grad 2  took 6 s  eta 10m00s at this pace (the first step is slow)",
+        "step 10/101  loss 5.0000  eta 3m02s",  # 9 steps in 18 s
+    ]
+
+
+def test_eta_leaves_out_the_start_up_as_soon_as_it_can():
     clock = FakeClock()
     eta = Eta(100, clock)
+    assert math.isnan(eta.update(0))
     clock.now += 60.0  # compilation
-    assert math.isnan(eta.update(10))
+    assert eta.update(10) == 540.0
     clock.now += 5.0
     assert eta.update(20) == pytest.approx(40.0)
     clock.now += 40.0

@@ -97,18 +97,19 @@ def test_an_empty_memory_has_not_collapsed():
     assert names(diagnose(history(effective_rank=1.3, write_gate=None), without)) == ["M has collapsed"]
 
 
-def test_numbers_come_from_the_runs_metrics(tmp_path):
+@pytest.mark.parametrize("name", ["{}/layer_03", "memory_layer_03/{}"], ids=["today", "first version"])
+def test_numbers_come_from_the_runs_metrics(tmp_path, name):
     records = [
         {
             "step": step,
-            "memory_layer_03/share_of_output": 0.3,
-            "memory_layer_03/read_variation": 0.01,
+            name.format("share_of_output"): 0.3,
+            name.format("read_variation"): 0.01,
             "loss/train": 2.0,
         }
         for step in STEPS
     ]
     histogram = {"mean": 0.4, "min": 0.3, "max": 0.6, "edges": [], "counts": []}
-    records.append({"step": 800, "memory_layer_03/mix_gate_histogram": histogram})
+    records.append({"step": 800, name.format("mix_gate_histogram"): histogram})
     found = read_history(records)
     assert [step for step, _ in found] == list(STEPS)
     assert found[-1][1] == {3: LayerNumbers((0.3, 0.6), share_of_output=0.3, read_variation=0.01)}

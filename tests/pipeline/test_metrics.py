@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.metrics import MetricsWriter, ThroughputMeter, read_metrics
+from pipeline.metrics import MetricsWriter, ThroughputMeter, layer_metric, layer_name, read_metrics
 
 
 def strict_records(path):
@@ -174,6 +174,20 @@ def test_without_tensorboard_there_are_no_event_files(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_layers_are_found_under_both_names():
+    assert layer_metric(layer_name("mix_gate", 7)) == layer_metric("memory_layer_07/mix_gate") == ("mix_gate", 7)
+    assert layer_metric(layer_name("norm_M", 123)) == layer_metric("memory_layer_123/norm_M") == ("norm_M", 123)
+    for other in (
+        "loss/train",
+        "memory/write_gate",
+        "loss_by_segment/7",
+        "mix_gate/layer_",
+        "layer_07",
+        "x/layer_\u0663",
+    ):
+        assert layer_metric(other) is None, other
+
+
 class FakeClock:
     """Starts at a time stamp, as a clock in an epoch would, so that dividing by it is seen."""
 
@@ -197,19 +211,20 @@ def test_throughput_is_tokens_over_elapsed_time():
         clock.now += 0.25
         meter.count_step(tokens=1000)
     report = meter.report()
-    assert report == {"speed/tokens_per_s": 500.0, "speed/data_s": 0.5, "speed/forward_backward_s": 1.25}
+    phases = {"speed/data_s": 0.5, "speed/forward_backward_s": 1.25}
+    assert report == {"speed/tokens_per_s": 500.0, "speed/step_s": 2.0} | phases
 
     # The second interval knows nothing of the first.
     clock.now += 2.0
     meter.count_step(tokens=100)
-    assert meter.report() == {"speed/tokens_per_s": 50.0}
+    assert meter.report() == {"speed/tokens_per_s": 50.0, "speed/step_s": 2.0}
 
 
 def test_phase_is_counted_when_its_block_raises():
     clock = FakeClock()
     meter = ThroughputMeter(clock)
-    with pytest.raises(RuntimeError), meter.phase("step"):
+    with pytest.raises(RuntimeError), meter.phase("optimizer"):
         clock.now += 3.0
         raise RuntimeError
     meter.count_step(tokens=1)
-    assert meter.report()["speed/step_s"] == 3.0
+    assert meter.report()["speed/optimizer_s"] == 3.0

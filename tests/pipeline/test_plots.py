@@ -144,10 +144,12 @@ def write_metrics(path, steps, layers):
                 "optimizer/gradient_norm": 0.5,
                 "speed/tokens_per_s": 1000.0,
                 "nonfinite": ["loss/train"],
-                "some_histogram": {"edges": [], "counts": []},
+                "some_histogram": {"mean": None, "min": None, "max": None, "edges": [], "counts": []},
             }
             file.write(json.dumps(record) + "\n")
-            statistics = {f"memory_layer_{i:02d}/mix_gate": 0.1 * i for i in range(layers)}
+            # A run that began under the first version and goes on: one curve.
+            name = "memory_layer_{:02d}/mix_gate" if step < steps // 2 else "mix_gate/layer_{:02d}"
+            statistics = {name.format(i): 0.1 * i for i in range(layers)}
             file.write(json.dumps({"step": step, "time": 0, **statistics}) + "\n")
 
 
@@ -167,6 +169,7 @@ def test_training_curves_show_every_kind_of_metric(tmp_path, figures, steps, lay
     ]
     gates = panels["mixing gate, sigmoid(beta)"]
     assert [line.get_ydata()[-1] for line in gates.lines] == pytest.approx([0.1 * i for i in range(layers)])
+    assert {len(line.get_xdata()) for line in gates.lines} == {steps}
     segments = panels["loss by segment of the document"]
     assert [line.get_label() for line in segments.lines] == ["segment 0", "segment 2-3", "segment 16-31"]
     assert panels["throughput"].get_ylim()[0] == 0

@@ -1,0 +1,122 @@
+"""What a run says while it trains: on the screen from its first step, in metrics.jsonl and in TensorBoard."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+
+import pytest
+import torch.distributed as dist
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from pipeline.config_io import load_config
+from pipeline.dashboard import LAYERS, LAYOUT, flatten
+from pipeline.metrics import read_metrics
+from pipeline.topology import initialize, shutdown
+from pipeline.trainer import Trainer
+from tests.distributed.cases import TINY
+from tests.prepared import write_set
+
+STEPS, INTERVAL = 5, 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one process: its folder, its configuration and what it printed."""
+    folder = tmp_path_factory.mktemp("monitor")
+    write_set(folder / "set", [300] * 8)
+    own = [f"data.sets=[{{path: {folder}/set}}]", f"run_dir={folder}/run", "name=a run [named]"]
+    own += [f"train.steps={STEPS}", f"metrics.interval={INTERVAL}", "metrics.memory_interval=2"]
+    own += ["metrics.tensorboard=true", "model.memory.write_gate=hard"]
+    config = load_config(None, [*TINY, *own])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patched:
+        lines = []
+        patched.setenv("LOCAL_RANK", "0")
+        patched.setattr("pipeline.console._print_line", lambda console, text, style=None: lines.append(text))
+        trainer = Trainer(config, initialize(tensor=1, pipeline=1, timeout_s=60))
+        trainer.start(None)
+        trainer.train()
+        trainer.close()
+    shutdown()
+    return folder / "run", config, [line for line in lines if line.startswith("step ")]
+
+
+def test_the_first_step_is_told_and_no_time_left_is_unknown(run):
+    _, _, lines = run
+    assert [int(re.match(r"step (\d+)/5  ", line)[1]) for line in lines] == [1, 2, 4, 5]
+    assert re.fullmatch(
+        r"step 1/5  loss \d\.\d{4}  lr \S+  grad \S+  took \S+ s  eta \S+ at this pace \(the first step is slow\)",
+        lines[0],
+    )
+    for line in lines:
+        assert re.search(r"  eta \d+(s|m\d\ds)\b", line), line
+
+
+def test_times_add_up(run):
+    folder, _, _ = run
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if "speed/step_s" in record]
+    assert [record["step"] for record in records] == [2, 4, 5]
+    for record, before, steps in zip(records, [{"progress/tokens": 0}, *records], (2, 2, 1), strict=False):
+        parts = [record[f"speed/{phase}_s"] for phase in ("data", "forward_backward", "optimizer")]
+        assert 0 < sum(parts) <= record["speed/step_s"]
+        tokens = (record["progress/tokens"] - before["progress/tokens"]) / steps
+        assert record["speed/tokens_per_s"] * record["speed/step_s"] == pytest.approx(tokens)
+
+
+def test_names_of_tensorboard_are_by_quantity(run):
+    folder, _, _ = run
+    tags = events(folder).Tags()["scalars"]
+    groups = {tag.partition("/")[0] for tag in tags}
+    assert groups == {
+        *("loss", "loss_by_segment", "optimizer", "progress", "speed", "system", "data", "checkpoint", "memory"),
+        *LAYERS,
+    }
+    assert [tag for tag in tags if tag.startswith("memory/")] == ["memory/write_gate"]
+    for quantity in LAYERS:
+        own = [tag for tag in tags if tag.startswith(f"{quantity}/")]
+        assert own == [f"{quantity}/layer_{layer:02d}" for layer in range(4)]
+    assert set(events(folder).Tags()["histograms"]) == {
+        f"{gate}_gate_histogram/layer_{layer:02d}" for gate in ("mix", "write") for layer in range(4)
+    }
+    written = {name for record in read_metrics(folder / "metrics.jsonl") for name in record}
+    assert set(tags) <= written
+
+
+def test_tensorboard_has_the_configuration(run):
+    folder, config, _ = run
+    found = events(folder)
+    text = found.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert yaml.safe_load(text) == asdict(config)
+    settings = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    session = plugin_data_pb2.HParamsPluginData.FromString(settings).session_start_info
+    shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in session.hparams.items()}
+    assert shown == flatten(asdict(config))
+    assert shown["model.memory.write_gate"] == "hard" and shown["train.lanes"] == 4
+    assert shown["model.vocab_size"] == "None" and shown["metrics.tensorboard"] == 1
+
+
+def test_custom_scalars_put_first_what_is_looked_at_first(run):
+    """Every plot of the layout finds tags; tokens per second are no seconds."""
+    folder, _, _ = run
+    found = events(folder)
+    content = found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout = layout_pb2.Layout.FromString(content)
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert list(charts)[:2] == ["loss", "tokens per second"]
+    assert sum(map(len, LAYOUT.values())) == len(charts)
+    shown = {
+        title: [tag for tag in found.Tags()["scalars"] if any(re.match(expression, tag) for expression in expressions)]
+        for title, expressions in charts.items()
+    }
+    assert all(shown.values()), shown
+    assert shown["tokens per second"] == ["speed/tokens_per_s"]
+    assert len(shown["seconds per step"]) == 4 and "speed/tokens_per_s" not in shown["seconds per step"]
+    assert len(shown["mix_gate"]) == 4
+
+
+def events(folder):
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
