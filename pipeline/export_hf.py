@@ -187,6 +187,11 @@ def _write_weights(
             for own_name, weight in shard.weights:
                 whole = reader.whole_tensor(_MASTER + own_name).to(torch.float32)  # the masters, but for fp64 runs
                 for hf_name, tensor in zip(weight.hf_names, weight.to_hf(whole), strict=True):
+                    if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
+                        raise CheckpointError(
+                            f"{reader.folder}: {own_name} ({hf_name}) holds {bad:,} of {tensor.numel():,} numbers that "
+                            "are NaN or infinite in float32: take an earlier checkpoint"
+                        )
                     file.write(hf_name, tensor)
                 progress(whole.numel())
     if len(shards) > 1:

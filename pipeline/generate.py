@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 BLOCK_CHARACTERS = 1 << 18
 """What is read of a file at a time."""
 
+NO_TOKEN = -1
+"""What is chosen where there is nothing to choose from."""
+
 Prompt = str | Path | Sequence[int]
 """A text, a file with text (UTF-8, read piece by piece), or tokens."""
 
@@ -151,7 +154,7 @@ class Generator:
             on_text: called as `on_text(lane, piece)` with new text as soon as it is settled.
 
         Raises:
-            ValueError: there is not one seed per lane.
+            ValueError: there is not one seed per lane, or the model's scores are not finite.
         """
         sampling = sampling or Sampling()
         seeds = range(seeds, seeds + state.lanes) if isinstance(seeds, int) else seeds
@@ -172,8 +175,16 @@ class Generator:
             logits = self.model.next_logits(state)
             chosen = None
             if logits is not None:
-                chosen = [choose(row, sampling, generators[lane]) for row, lane in zip(logits, active, strict=True)]
+                chosen = [
+                    choose(row, sampling, generators[lane]) if bool(torch.isfinite(row).all()) else NO_TOKEN
+                    for row, lane in zip(logits, active, strict=True)
+                ]
             for lane, token in zip(active, self.model.append(state, chosen), strict=True):
+                if token == NO_TOKEN:  # on every rank, so that none waits for another
+                    raise ValueError(
+                        f"prompt {lane + 1}: the model's scores of the next token are NaN or infinite after "
+                        f"{len(tokens[lane])} new tokens: its memory or its layers have grown past all numbers"
+                    )
                 tokens[lane].append(token)
                 if token == self.tokenizer.eos_id:
                     ended[lane] = "eos"

@@ -21,6 +21,7 @@ from model.attention import MemoryStatistics
 from model.decoder import DecoderStage
 from model.local_context import join_state, split_state
 from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import CheckpointError
 from pipeline.config import Config
 from pipeline.executor import Executor, Memory, StepResult, map_memory
 from pipeline.loading import load_weights, open_verified
@@ -149,8 +150,21 @@ class Streamer:
         self.tokens_per_window = max(self.segment_length, min(tokens, LOGITS // self.stage.vocab_size))
 
     def load(self, reader: CheckpointReader) -> None:
-        """Take the weights of a checkpoint that was written on any layout."""
+        """Take the weights of a checkpoint that was written on any layout; collective.
+
+        Raises:
+            CheckpointError: they do not fit, or some are not finite; the same on all ranks.
+        """
         load_weights(reader, self.stage)
+        bad = {name: int((~torch.isfinite(p)).sum()) for name, p in self.stage.global_parameters()}
+        everyone: list[dict[str, int]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, {name: count for name, count in bad.items() if count})
+        if found := [f"{name} ({count:,})" for own in everyone for name, count in own.items()]:
+            listed = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+            raise CheckpointError(
+                f"{reader.folder} holds weights that are NaN or infinite in {self.stage.compute_dtype}: {listed}. "
+                "Nothing can be computed with it: take an earlier checkpoint"
+            )
 
     @property
     def max_lanes(self) -> int:

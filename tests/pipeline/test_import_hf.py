@@ -233,6 +233,42 @@ def test_a_second_copy_of_the_tied_embedding_is_left_out(topology, tmp_path):
         imported(tmp_path / "hf", tmp_path / "other")
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (1e300, torch.float64)])
+def test_weights_that_are_not_finite_are_found(llama, tmp_path, value, dtype):
+    source = tmp_path / "hf"
+    shutil.copytree(llama[0], source)
+    name = "model.layers.2.mlp.up_proj.weight"
+    for path in source.glob("*.safetensors"):
+        tensors = {key: x.to(dtype) for key, x in load_file(path).items()}
+        if name in tensors:
+            tensors[name][3, :2] = value
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"-of-0000\d\.safetensors: model\.layers\.2\.mlp\.up_proj\.weight holds 2 of 1,536"
+    ):
+        imported(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_folder_of_the_users_beside_the_new_one_stays(llama, tmp_path):
+    mine = tmp_path / ".out.partial" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    imported(llama[0], tmp_path / "out")
+    assert mine.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
+
+
+def test_tokenizer_errors_name_the_users_folder(llama, tmp_path):
+    source = tmp_path / "hf"
+    shutil.copytree(llama[0], source)
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["model"]["type"] = "Surprise"
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{source}/tokenizer.json is damaged"):
+        imported(source, tmp_path / "out")
+
+
 def test_tensor_file_is_what_safetensors_writes(tmp_path):
     tensors = {"a": torch.randn(3, 5), "empty": torch.zeros(0, 2), "b": torch.randn(7)}
     with open(tmp_path / "x.safetensors", "wb") as out:
