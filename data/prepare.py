@@ -138,9 +138,9 @@ def prepare(
             say(note)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
+        clear_remains(out)
         if (out / MANIFEST).exists() and not overwrite:
             return Prepared(_existing_set(out, sources, description, tokenizer, report, say), built=False)
-        clear_remains(out)
         refuse_foreign(out)
         try:
             with building_in(out) as building:

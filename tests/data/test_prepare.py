@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from data.manifest import load_manifest
 from data.pool import EncodedDocument, encode_jobs
 from data.prepare import PrepareOptions, SplitAssigner, prepare
 from data.shards import PreparedSet
-from data.sources import Encoded, Job
+from data.sources import Encoded, Job, Loaded
 from data.tokenizer import byte_tokenizer, load_tokenizer
 
 WORDS = ("the memory of a lane carries what earlier segments wrote so that later ones may read it again " * 3).split()
@@ -348,3 +348,34 @@ def test_a_killed_encoding_process_ends_the_run() -> None:
     with pytest.raises(ChildProcessError, match="killed"):
         list(encode_jobs([(0, _DyingJob("x", 1))], byte_tokenizer(), processes=2))
     assert time.perf_counter() - started < 20
+
+
+class _Panic(BaseException):
+    """As a Rust library's: no Exception, and of a class that cannot be sent to another process."""
+
+    def __reduce__(self) -> str:
+        raise TypeError("cannot be pickled")
+
+
+@dataclass(frozen=True)
+class _FailingJob(Job):
+    error: type[BaseException]
+
+    def load(self) -> Loaded:
+        raise self.error("the reason")
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "message"),
+    [
+        (_Panic, ValueError, "document x cannot be encoded: 'the reason'"),
+        (MemoryError, OSError, r"document x \(7 bytes\) does not fit into the memory"),
+        (ValueError, ValueError, "the reason"),
+    ],
+)
+def test_an_encoding_process_that_fails_says_why(
+    error: type[BaseException], seen: type[Exception], message: str
+) -> None:
+    for processes in (1, 2) if error is _Panic else (1,):
+        with pytest.raises(seen, match=message):
+            list(encode_jobs([(0, _FailingJob("x", 7, error))], byte_tokenizer(), processes))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import data.prepare
 from data.prepare import PrepareOptions
 from data.shards import PreparedSet
 from data.synthetic import TASKS
@@ -70,6 +71,52 @@ def test_mistakes_are_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "set").exists()
+
+
+def test_the_summary_tells_what_is_held_out_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    books = tmp_path / "books"
+    books.mkdir()
+    for number, length in enumerate((900, 950, 1000, 1050, 1100, 1150)):
+        (books / f"[bold]{number}.txt").write_text("a" * (length - 1))
+    (books / "map.png").touch()
+    (books / "bad.txt").write_bytes(b"\xff\x1b[2J")
+    (books / "empty.txt").touch()
+    command = ["prepare", str(books), "--out", str(tmp_path / "set"), "--processes", "1"]
+    assert cli.main(command) == 2
+    assert "[bold]" not in capsys.readouterr().out
+    assert cli.main([*command, "--skip-bad"]) == 0
+    shown, noted = capsys.readouterr()
+    assert f"note: {books}: passed over 1 .png (map.png) (see --text-pattern)\n" in noted
+    assert "(left out: 1 documents empty, 1 bad files, 1 files passed over)" in shown
+    assert f"    left out: {books}/bad.txt is not UTF-8 text: byte 0 is 0xff\n" in shown
+    (valid,) = [line for line in shown.splitlines() if line.startswith("  valid: ")]
+    tokens = int(valid.split()[3].replace(",", ""))
+    assert valid.startswith("  valid: 1 documents")
+    assert f"  held out: 16.7% of the documents, {tokens / 6150:.1%} of the tokens (--valid-fraction 0.05 " in shown
+    assert cli.main([*command, "--skip-bad"]) == 0
+    assert "bad.txt is not UTF-8" in capsys.readouterr().out
+
+
+def test_training_a_tokenizer_says_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    told: list[tuple[str, int, int]] = []
+    options = PrepareOptions(tokenizer="train:300")
+    build = data.prepare.prepare
+    build([str(tmp_path / "a.txt")], tmp_path / "set", options, report=lambda *now: told.append(now[:3]))
+    reading, training = "reading a sample for the tokenizer", "training the tokenizer on the sample"
+    assert told[:3] == [
+        (
+            reading,
+            0,
+            550,
+        ),
+        (reading, 550, 550),
+        (training, 0, 0),
+    ]
+    with prepare._progress() as report:
+        report(training, 0, 0, 0)
+        report(training, 0, 0, 0)
+    assert capsys.readouterr().err == f"{training} ...\n"
 
 
 def test_progress_lines_tell_the_rest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
