@@ -121,7 +121,6 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
     flops = train_flops_per_token(model, vocab)
     executed = train_flops_per_token(model, vocab, recompute=config.bptt.recompute)
     own = count["beta"] + count["write_gate"] + count["rule"]
-    numbers = 8 if train.precision == "fp64" else 4
     return [
         (
             "layout",
@@ -133,7 +132,7 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
         ("parameters", f"{count['total']:,}, all stages built and counted; {own:,} of them for the memory"),
         (
             "memory state",
-            f"{format_bytes(memory_state_bytes(model, bytes_per_number=numbers))} per lane, rule {model.memory.rule}",
+            f"{format_bytes(memory_state_bytes(model, train.precision))} per lane, rule {model.memory.rule}",
         ),
         (
             "tokens per step",

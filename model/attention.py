@@ -121,10 +121,17 @@ class InfiniAttention(nn.Module):
         """float32, and float64 when the parameters are: never lower."""
         return torch.float64 if self.projection.weight.dtype == torch.float64 else torch.float32
 
-    def initial_memory(self, lanes: int, device: torch.device) -> State | None:
+    def initial_memory(self, lanes: int, device: torch.device, dtype: torch.dtype | None = None) -> State | None:
         """What `lanes` lanes carry that have read nothing, for this rank's key/value heads; None where a layer carries
-        nothing."""
-        return initial_state(self.config, self.shape, lanes, dtype=self.memory_dtype, device=device)
+        nothing.
+
+        Args:
+            dtype: of keys and values; None for the parameters'.
+        """
+        context_dtype = self.memory_dtype if dtype is None else dtype
+        return initial_state(
+            self.config, self.shape, lanes, dtype=self.memory_dtype, context_dtype=context_dtype, device=device
+        )
 
     def forward(
         self,

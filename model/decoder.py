@@ -224,7 +224,7 @@ class DecoderStage(nn.Module):
 
     def initial_memory(self, lanes: int, device: torch.device) -> list[State | None]:
         """An empty memory for every layer of the stage."""
-        return [layer.attention.initial_memory(lanes, device) for layer in self.layers.values()]
+        return [layer.attention.initial_memory(lanes, device, self.compute_dtype) for layer in self.layers.values()]
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision context of a forward pass. A backward pass must not run inside one: it would lower the memory's

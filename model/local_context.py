@@ -29,7 +29,7 @@ Table = tuple[Tensor, Tensor]
 
 
 class LocalContext(NamedTuple):
-    """The previous segment, keys without position encoding; in the memory's precision, which holds any other."""
+    """The previous segment, keys without position encoding; in the precision in which the products are computed."""
 
     local_key: Tensor
     """`[b, n, s, d]`."""
@@ -40,16 +40,27 @@ class LocalContext(NamedTuple):
 
 
 def initial_state(
-    config: ModelConfig, layer: LayerShape, lanes: int, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    layer: LayerShape,
+    lanes: int,
+    *,
+    dtype: torch.dtype,
+    context_dtype: torch.dtype,
+    device: torch.device,
 ) -> State | None:
     """What a layer carries when nothing has been read: the memory's state and the local context's, where there are
-    such; None where there is neither."""
+    such; None where there is neither.
+
+    Args:
+        dtype: of the memory.
+        context_dtype: of the local context: that of keys and values, so that carrying them costs no digit and no byte.
+    """
     rule = build_rule(config.memory)
     memory = None if rule is None else rule.init(lanes, layer, dtype=dtype, device=device)
     if config.local_context == "segment":
         return memory
     shape = (lanes, layer.groups, config.segment_length, layer.dim)
-    key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    key, value = (torch.zeros(shape, dtype=context_dtype, device=device) for _ in range(2))
     return join_state(memory, LocalContext(key, value, key.new_zeros(*shape[:2], 1)))
 
 

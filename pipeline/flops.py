@@ -142,11 +142,16 @@ def train_flops_per_token(config: ModelConfig, vocab: int | None = None, *, reco
     return 3 * flops["total"] + again[recompute]
 
 
-def memory_state_bytes(config: ModelConfig, *, bytes_per_number: int = 4) -> int:
-    """Bytes of memory that one lane carries through all layers: M `[d, d]` for each key/value head and what else the
-    rule keeps; with a sliding local context the previous segment's keys and values. Float32 unless told otherwise."""
-    state = initial_state(config, layer_shape(config), 1, dtype=torch.float32, device=torch.device("meta"))
-    return config.num_layers * sum(x.numel() for x in state or ()) * bytes_per_number
+def memory_state_bytes(config: ModelConfig, precision: str = "fp32") -> int:
+    """Bytes that one lane carries through all layers: M `[d, d]` for each key/value head and what else the rule keeps,
+    in float32 (float64 with fp64); with a sliding local context the previous segment's keys and values, in the
+    precision of the run."""
+    memory = torch.float64 if precision == "fp64" else torch.float32
+    context = torch.bfloat16 if precision == "bf16" else memory
+    state = initial_state(
+        config, layer_shape(config), 1, dtype=memory, context_dtype=context, device=torch.device("meta")
+    )
+    return config.num_layers * sum(x.numel() * x.element_size() for x in state or ())
 
 
 def measured_matmul_peak(

@@ -152,8 +152,7 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
 
 def _lane_state_bytes(config: Config, layers: int) -> int:
     """Memory of one lane in `layers` layers of one tensor-parallel rank."""
-    number = 8 if config.train.precision == "fp64" else 4
-    whole = memory_state_bytes(config.model, bytes_per_number=number)
+    whole = memory_state_bytes(config.model, config.train.precision)
     return whole * layers // (config.model.num_layers * config.parallel.tensor)
 
 

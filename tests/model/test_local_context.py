@@ -120,11 +120,15 @@ def test_state_is_the_memorys_and_the_contexts(rule):
 
 
 def test_bfloat16_context_is_carried_without_loss():
-    """Keys and values of a bfloat16 run fit the float32 state: two windows are one, bit for bit."""
-    stage = small_stage(small_config("none+sliding"), precision="bf16")
+    """In bfloat16, as keys and values are: two windows are one, bit for bit, at half the bytes. The memory beside it
+    stays float32."""
+    stage = small_stage(small_config("delta+sliding"), precision="bf16")
     tokens, labels = random_tokens(1, T, 6), random_tokens(1, T, 6, seed=1)
     memory = stage.initial_memory(1, CPU)
     whole = stage(tokens, memory, no_reset(), labels).token_loss
     first = stage(tokens[:, :2], memory, no_reset()[:, :2], labels[:, :2])
     second = stage(tokens[:, 2:], first.memory, no_reset()[:, 2:], labels[:, 2:])
     assert torch.equal(torch.cat([first.token_loss, second.token_loss], dim=1), whole)
+    for state in (*memory, *first.memory):
+        own, context = split_state(state)
+        assert {x.dtype for x in own} == {torch.float32} and {x.dtype for x in context} == {torch.bfloat16}
