@@ -32,8 +32,9 @@ class ParallelConfig:
     """Layers of each pipeline stage, first to last; null splits them as evenly as possible."""
     schedule: str = "segment_1f1b"
     """`segment_1f1b` moves chunks of a window through the stages, `1f1b` whole windows."""
-    timeout_s: float = 120.0
-    """A collective that waits longer than this ends the run."""
+    timeout_s: float = 1800.0
+    """A collective that waits longer than this ends the run. The last resort: resilience.hang_timeout_s speaks sooner,
+    and says more."""
 
 
 @dataclass
@@ -143,9 +144,10 @@ class ResilienceConfig:
     """The same when a file of this name appears in the run folder (it is removed)."""
     max_minutes: float | None = None
     """The same after so many minutes: set it below the scheduler's time limit."""
-    hang_timeout_s: float = 1800.0
-    """No progress for so long: every thread's stack is written, the late ranks are named, and the run aborts; 0 is
-    off."""
+    hang_timeout_s: float = 300.0
+    """No progress for so long (not one operation of the schedule): every thread's stack is written, the late ranks are
+    named, and the run ends; 0 is off. Until the first step is done, and while a checkpoint is read or written, it is
+    nine tenths of parallel.timeout_s."""
     spike_action: str = "warn"
     """What a loss spike does: `none`, `warn`, `skip` (that step only) or `rollback` (to the last checkpoint, with the
     lanes moved past the offending window)."""

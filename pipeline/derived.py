@@ -45,3 +45,8 @@ def lanes_per_microbatch(config: Config, world_size: int) -> int:
     if config.train.lanes_per_microbatch is not None:
         return config.train.lanes_per_microbatch
     return lanes_per_rank(config, world_size) if config.parallel.pipeline == 1 else 1
+
+
+def longest_hang_s(config: Config) -> float:
+    """What the watchdog waits at the most, in seconds: it must speak before a collective gives up."""
+    return 0.9 * config.parallel.timeout_s

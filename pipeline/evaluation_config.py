@@ -18,8 +18,9 @@ OWN_LAYOUT = [
     "parallel.layers_per_stage=null",
     "parallel.sequence_parallel=false",
     "parallel.zero_stage=1",
+    "resilience.hang_timeout_s=0",
 ]
-"""What an evaluation does not take from the run: a checkpoint can be read on any layout."""
+"""What an evaluation does not take from the run: a checkpoint can be read on any layout, and nothing watches."""
 
 
 def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) -> Config:

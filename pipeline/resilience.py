@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch.distributed as dist
 
 from pipeline.config import ResilienceConfig
 
+Result = TypeVar("Result")
+
+HANG = "infini/hang"
+"""Key of the job's store that says that a rank has noticed a hang."""
 LAUNCHER_STOP_FILE = "INFINI_STOP_FILE"
 """Environment variable with the path of a second stop file, which belongs to the launcher: a batch script makes it
 beside sending a signal, for ranks that are still starting up and would miss that."""
@@ -75,19 +80,31 @@ class StopRequest:
         self.own_file.unlink(missing_ok=True)
 
 
-class Watchdog:
-    """Aborts a run that makes no progress, naming the ranks that are behind.
+class HangError(RuntimeError):
+    """The run makes no progress."""
 
-    A thread publishes how far this process is (a count of steps and phases) in the job's key-value store and watches
-    it. When it has not moved for `timeout_s`, it writes every thread's stack, says which ranks are furthest behind,
-    and ends the process; the launcher ends the others.
+
+class Watchdog:
+    """Ends a run that makes no progress, naming the ranks that are behind.
+
+    A thread publishes how far this process is (a count of the phases it has begun, and its operation in the last one)
+    in the job's key-value store and watches it. When it has not moved for too long, every rank writes the stacks of its
+    threads, and the first to notice fails for all of them, saying which ranks are furthest behind.
+
+    Args:
+        timeout_s: what is too long; 0 is off.
+        patient_timeout_s: the same until the first step is done, and while a checkpoint is read or written.
+        run_dir: folder for the stacks.
     """
 
-    def __init__(self, timeout_s: float, run_dir: Path) -> None:
+    def __init__(self, timeout_s: float, patient_timeout_s: float, run_dir: Path) -> None:
         self.timeout_s = timeout_s
+        self.patient_timeout_s = max(timeout_s, patient_timeout_s)
         self.run_dir = run_dir
-        self._progress: tuple[int, str] = (0, "start")
-        self._count = 0
+        self.warm = False
+        """The first step is done: caches are filled, and a step takes what it takes."""
+        self._progress = _Progress(0, 0, "start", True)
+        self._moves = 0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -97,60 +114,108 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, name="hang-watchdog", daemon=True)
             self._thread.start()
 
-    def progress(self, step: int, phase: str) -> None:
-        """The process has come to this phase of this step."""
-        self._progress = (step, phase)
-        self._count += 1
+    def progress(self, step: int, phase: str, *, patient: bool = False) -> None:
+        """The process has come to this phase of this step, which may take long when `patient`."""
+        self._progress = _Progress(self._progress.count + 1, step, phase, patient)
+        self._moves += 1
+
+    def operation(self, name: str) -> None:
+        """The process has come to this part of the phase. Ranks need not have the same ones."""
+        self._progress = self._progress._replace(operation=name)
+        self._moves += 1
 
     def stop(self) -> None:
         """End the watch."""
         self._done.set()
 
+    @property
+    def limit_s(self) -> float:
+        """How long nothing may move now."""
+        return self.timeout_s if self.warm and not self._progress.patient else self.patient_timeout_s
+
     def _watch(self) -> None:
-        store = dist.distributed_c10d._get_default_store()
+        # A copy: the process's own store is locked while the main thread waits in it.
+        store = dist.distributed_c10d._get_default_store().clone()
         rank, seen, since = dist.get_rank(), -1, time.monotonic()
         pause = min(5.0, self.timeout_s / 4)
         while not self._done.wait(pause):
-            count, (step, phase) = self._count, self._progress
-            if count != seen:
-                seen, since = count, time.monotonic()
-                self._publish(store, rank, count, step, phase)
-            elif time.monotonic() - since > self.timeout_s and not self._done.is_set():
-                self._abort(store, rank)
+            moves = self._moves
+            if moves != seen:
+                seen, since = moves, time.monotonic()
+                # Without a store another rank has failed, and the run ends for that reason.
+                _ask(lambda: store.set(f"infini/progress/{rank}", json.dumps(self._progress)), None)
+            if _ask(lambda: store.check([HANG]), False):
+                self._write_stacks(rank)
+                return
+            waited = time.monotonic() - since
+            if waited > self.limit_s and not self._done.is_set():
+                self._fail(store, rank, waited, pause)
 
-    def _publish(self, store: dist.Store, rank: int, count: int, step: int, phase: str) -> None:
-        try:
-            store.set(f"infini/progress/{rank}", f"{count} {step} {phase}")
-        except RuntimeError:
-            pass  # the store is gone: another rank has failed, and the run ends for that reason
-
-    def _abort(self, store: dist.Store, rank: int) -> None:
-        path = self.run_dir / f"hang-rank{rank}.txt"
-        with open(path, "w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        step, phase = self._progress
-        sys.stderr.write(
-            f"[rank {rank}] no progress for {self.timeout_s:g} s, in {phase} of step {step}; {self._late(store)}; "
-            f"stacks of all threads in {path}\n"
-        )
-        faulthandler.dump_traceback(all_threads=True)
+    def _fail(self, store: dist.Store, rank: int, waited_s: float, pause: float) -> None:
+        own, late = self._progress, self._late(store)
+        _ask(lambda: store.set(HANG, str(rank)), None)
+        where = self._write_stacks(rank)
+        self._done.wait(2 * pause)  # the others write theirs
+        error = HangError(f"no progress for {waited_s:.0f} s, in {own}; {late}; {where}")
+        # What a thread's failure does is the process's own affair (`launch.worker` tells it once for all ranks).
+        threading.excepthook(threading.ExceptHookArgs((HangError, error, None, threading.current_thread())))
         os._exit(1)
 
+    def _write_stacks(self, rank: int) -> str:
+        """Write the stacks of all threads; says where."""
+        path = self.run_dir / f"hang-rank{rank}.txt"
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            faulthandler.dump_traceback(all_threads=True)
+            return f"stacks of all threads above ({error})"
+        return f"stacks of all threads in {path.with_name('hang-rank*.txt')}"
+
     def _late(self, store: dist.Store) -> str:
-        progress = {}
+        found: list[_Progress] = []
         for rank in range(dist.get_world_size()):
             try:
                 if not store.check([f"infini/progress/{rank}"]):
                     return f"rank {rank} has never reported"
-                count, step, phase = store.get(f"infini/progress/{rank}").decode().split(maxsplit=2)
+                found.append(_Progress(*json.loads(store.get(f"infini/progress/{rank}"))))
             except RuntimeError as error:
                 return f"where the other ranks are is not known ({error})"
-            progress[rank] = (int(count), int(step), phase)
-        least = min(count for count, _, _ in progress.values())
-        if all(count == least for count, _, _ in progress.values()):
-            return "all ranks are at the same point"
-        late = [f"rank {r} in {phase} of step {step}" for r, (count, step, phase) in progress.items() if count == least]
-        return "late: " + ", ".join(late)
+        return late_ranks(found)
+
+
+class _Progress(NamedTuple):
+    """Where a rank is."""
+
+    count: int
+    """Of the phases that it has begun: the ranks all have the same ones."""
+    step: int
+    phase: str
+    patient: bool
+    operation: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.phase} of step {self.step}" + (f" ({self.operation})" if self.operation else "")
+
+
+def late_ranks(progress: list[_Progress]) -> str:
+    """Which ranks are furthest behind, and where. Where all are in one phase, its operations tell them apart."""
+    least = min(found.count for found in progress)
+    places: dict[str, list[str]] = {}
+    for rank, found in enumerate(progress):
+        if found.count == least:
+            places.setdefault(str(found), []).append(str(rank))
+    late = sum(map(len, places.values())) < len(progress)
+    told = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} in {place}" for place, ranks in places.items()]
+    return ("late: " if late else "all ranks are in the same phase: ") + "; ".join(told)
+
+
+def _ask(action: Callable[[], Result], otherwise: Result) -> Result:
+    """What a call to the store gives, or `otherwise` when the store is gone."""
+    try:
+        return action()
+    except RuntimeError:
+        return otherwise
 
 
 class SpikeDetector:

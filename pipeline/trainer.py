@@ -28,7 +28,7 @@ from pipeline.monitor import Monitor
 from pipeline.optimizer import ZeroOptimizer
 from pipeline.resilience import SpikeDetector, StopRequest, Watchdog
 from pipeline.saving import CheckpointSaver, RunState, move_latest, take_snapshot
-from pipeline.schedule import build_schedule
+from pipeline.schedule import Operation, build_schedule
 from pipeline.setup import build_stage, check_same_run, versions, vocabulary
 from pipeline.topology import Topology, initialize, shutdown
 from pipeline.weights import start_from
@@ -53,9 +53,11 @@ def train(config: Config, resume: str | None) -> int:
         tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=config.parallel.timeout_s
     )
     trainer = Trainer(config, topology)
+    trainer.watchdog.start()
     trainer.start(resume)
     trainer.train()
     trainer.close()
+    trainer.watchdog.stop()
     shutdown()
     return 0
 
@@ -112,7 +114,7 @@ class Trainer:
         self.saved_step: int | None = 0
         self.failed_saves = self.rollbacks = 0
         self.save_again = False
-        self.watchdog = Watchdog(config.resilience.hang_timeout_s, self.run_dir)
+        self.watchdog = Watchdog(config.resilience.hang_timeout_s, derived.longest_hang_s(config), self.run_dir)
         self.spikes = SpikeDetector(config.resilience.spike_window, config.resilience.spike_threshold)
 
     # Starting and ending
@@ -191,10 +193,10 @@ class Trainer:
         """
         stop = StopRequest(self.config.resilience, self.run_dir)
         stop.install()
-        self.watchdog.start()
         try:
             while self.step < self.config.train.steps:
                 self.train_step()
+                self.watchdog.warm = True
                 if self._at_boundary(stop):
                     break
             self._settle_save()
@@ -202,7 +204,6 @@ class Trainer:
                 self.save()
                 self._settle_save()
         finally:
-            self.watchdog.stop()
             stop.uninstall()
 
     def _at_boundary(self, stop: StopRequest) -> bool:
@@ -259,6 +260,12 @@ class Trainer:
         with self.monitor.phase(name):
             yield
 
+    def _begin(self, operation: Operation | None) -> None:
+        """The schedule comes to an operation, or (None) to its end."""
+        self.watchdog.operation(
+            f"{operation.kind.value}, window {operation.window}, chunk {operation.chunk}" if operation else "sums"
+        )
+
     def forward_backward(self, batch: WindowBatch, *, statistics: bool = False) -> tuple[StepResult, dict[str, float]]:
         """Forward and backward passes of a step; gradients are synchronised afterwards.
 
@@ -286,6 +293,7 @@ class Trainer:
                 loss_scale=scale,
                 gate_scale=gate_scale,
                 statistics=statistics,
+                observer=self._begin,
             )
             sums = self._sums(batch, result) | {"weight": weight}
             finite = math.isfinite(sums["loss"] + sums["gate"])
@@ -362,7 +370,6 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint (write all of it when saving is synchronous); collective."""
-        self.watchdog.progress(self.step, "save")
         self._settle_save()
         self.save_again = False
         topology = self.topology
@@ -404,6 +411,7 @@ class Trainer:
         Raises:
             OSError: that was one failure in a row too many.
         """
+        self.watchdog.progress(self.step, "save", patient=True)
         self.saver.wait()
         report = self.saver.finished()
         if report is None:
@@ -422,6 +430,7 @@ class Trainer:
 
     def load(self, reader: CheckpointReader) -> None:
         """Go on from a checkpoint; collective."""
+        self.watchdog.progress(self.step, "load", patient=True)
         check_same_run(reader.config, self.config)
         self.memory = load_training(reader, self.optimizer, self.memory, self.topology, lane_range=self.lane_range)
         self.loader.load_state_dict({"lanes": reader.lanes})

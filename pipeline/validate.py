@@ -37,7 +37,7 @@ def validate(config: Config, world_size: int | None = None, *, data_exists: bool
     problems = [*_numbers(config), *_choices(config)]
     if not problems:  # the rules below divide by these numbers
         problems += [*_model(config), *_layout(config), *_windows(config), *_optimizer(config), *_memory(config)]
-        problems += [*_lanes(config, world_size)] if world_size is not None else []
+        problems += [*_lanes(config, world_size), *_timeouts(config, world_size)] if world_size is not None else []
     problems += [*_data(config)] if data_exists else []
     if problems:
         raise ConfigError(problems)
@@ -359,6 +359,16 @@ def _lanes(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"train.lanes_per_microbatch = {per_pass}: must divide the {per_rank} lanes of a data-parallel rank "
             f"(train.lanes = {lanes} / {copies}); valid are {_list(_divisors(per_rank))}"
+        )
+
+
+def _timeouts(config: Config, world_size: int) -> Iterator[str]:
+    hang, collective = config.resilience.hang_timeout_s, config.parallel.timeout_s
+    if world_size > 1 and hang > derived.longest_hang_s(config):  # a process alone waits for nobody
+        yield (
+            f"resilience.hang_timeout_s = {hang:g} with parallel.timeout_s = {collective:g}: a collective would give "
+            "up before the watchdog can say which ranks hang; hang_timeout_s must be at most nine tenths of timeout_s "
+            "(0 turns the watchdog off)"
         )
 
 

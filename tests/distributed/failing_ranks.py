@@ -98,7 +98,7 @@ def fail_at(fault: Fault, folder: Path) -> None:
         "optimizer": (torch.optim.AdamW, "step"),
         "writer": (pipeline.saving, "_write_part"),
         "save": (pipeline.trainer, "take_snapshot"),
-        "load": (CheckpointReader, "local_tensor"),
+        "load": (CheckpointReader, "local_range"),
         "evaluate": (DecoderStage, "forward"),
     }[fault.place]
     original = getattr(owner, name)

@@ -23,7 +23,7 @@ def main() -> int:
 
     def work() -> int:
         dist.init_process_group("gloo")
-        watchdog = Watchdog(2.0, run_dir)
+        watchdog = Watchdog(2.0, 600.0, run_dir)
         watchdog.start()
         for step in range(1, 9):
             watchdog.progress(step, "data")
@@ -31,6 +31,7 @@ def main() -> int:
                 read_slowly(run_dir)
             watchdog.progress(step, "forward_backward")
             dist.all_reduce(torch.ones(1))
+            watchdog.warm = True
         return 0
 
     return run_rank(work, run_dir)

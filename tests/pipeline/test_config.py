@@ -214,6 +214,12 @@ def refused(overrides, world_size=None) -> list[str]:
         (["parallel.tensor=2"], 3, ["3 process(es)", "multiple of 2"]),
         (["train.lanes=6"], 4, ["train.lanes = 6", "data-parallel size 4"]),
         (["train.lanes_per_microbatch=3"], 2, ["train.lanes_per_microbatch = 3", "valid are 1, 2, 4"]),
+        (
+            ["parallel.timeout_s=120"],
+            2,
+            ["resilience.hang_timeout_s = 300 with parallel.timeout_s = 120", "nine tenths", "0 turns"],
+        ),
+        (["resilience.hang_timeout_s=1800"], 2, ["resilience.hang_timeout_s = 1800 with parallel.timeout_s = 1800"]),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(overrides, world_size, expected):
@@ -272,6 +278,14 @@ SHIPPED = {
     "llama3_8b_continual": [32, 64],
     "qwen3_8b_continual": [32, 64],
 }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [([], 1), (["resilience.hang_timeout_s=0"], 2), (["resilience.hang_timeout_s=100"], 2)],
+)
+def test_a_collective_may_give_up_early_where_nobody_watches_or_waits(overrides, world_size):
+    validate(load_config(None, ["parallel.timeout_s=120", *overrides]), world_size, data_exists=False)
 
 
 @pytest.mark.parametrize(("name", "world_sizes"), SHIPPED.items())

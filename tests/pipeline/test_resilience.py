@@ -20,7 +20,7 @@ from pipeline import resilience
 from pipeline.checkpoint_folder import LATEST, SUMMARY, candidates, file_hash
 from pipeline.checkpoint_schema import FORMAT_VERSION
 from pipeline.config import ResilienceConfig
-from pipeline.resilience import SpikeDetector, StopRequest
+from pipeline.resilience import SpikeDetector, StopRequest, Watchdog, _Progress, late_ranks
 from tests.prepared import write_set
 
 
@@ -65,6 +65,33 @@ def test_restored_detector_goes_on_as_the_old_one():
     other.add(99.0)
     other.restore(json.loads(json.dumps(list(detector.losses))))
     assert other.score(5.0) == detector.score(5.0) > 8
+
+
+def test_late_ranks_are_named_with_their_operations():
+    def at(count, phase, operation=""):
+        return _Progress(count, 7, phase, False, operation)
+
+    waiting, working = "wait for hidden states, window 0, chunk 1", "forward, window 0, chunk 1"
+    assert late_ranks([at(20, "data"), at(21, "forward_backward", waiting), at(20, "data")]) == (
+        "late: ranks 0, 2 in data of step 7"
+    )
+    assert late_ranks([at(21, "forward_backward", o) for o in (working, waiting, waiting)]) == (
+        f"all ranks are in the same phase: rank 0 in forward_backward of step 7 ({working}); "
+        f"ranks 1, 2 in forward_backward of step 7 ({waiting})"
+    )
+
+
+def test_the_watchdog_is_patient_until_the_first_step_and_with_the_disk(tmp_path):
+    watchdog = Watchdog(300, 1620, tmp_path)
+    watchdog.progress(1, "forward_backward")
+    assert watchdog.limit_s == 1620
+    watchdog.warm = True
+    assert watchdog.limit_s == 300
+    watchdog.progress(2, "save", patient=True)
+    assert watchdog.limit_s == 1620
+    watchdog.progress(3, "data")
+    watchdog.operation("forward")
+    assert watchdog.limit_s == 300
 
 
 @pytest.fixture
