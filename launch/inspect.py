@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.prepare import left_out
+
 if TYPE_CHECKING:
     from data.manifest import Manifest
 
@@ -15,6 +17,7 @@ _BAR_CHARACTERS = 40
 _SHARDS_SHOWN = 20
 _SOURCES_SHOWN = 100
 _SPEC_CHARACTERS = 500
+_BAD_SHOWN = 10
 _LANES_SHOWN = 32
 _EXCERPTS = 3
 _EXCERPT_TOKENS = 200
@@ -115,9 +118,10 @@ def _print_manifest(console: Any, folder: Path, manifest: Manifest) -> None:
     for source in manifest.sources[:_SOURCES_SHOWN]:
         console.print(
             f"  source: {printable(source.spec[:_SPEC_CHARACTERS])}: "
-            f"{source.documents:,} documents, {source.tokens:,} tokens, "
-            f"{source.too_short:,} too short, {source.skipped_files:,} files skipped"
+            f"{source.documents:,} documents, {source.tokens:,} tokens{left_out(source)}"
         )
+        for message in source.bad[:_BAD_SHOWN]:
+            console.print(f"    left out: {printable(message[:_SPEC_CHARACTERS])}")
     if len(manifest.sources) > _SOURCES_SHOWN:
         console.print(f"  ... and {len(manifest.sources) - _SOURCES_SHOWN:,} more sources")
     options = ", ".join(

@@ -227,7 +227,7 @@ def _print_summary(out: str, prepared: Prepared, elapsed_s: float) -> None:
         console.print(f"{file_name(out)} is complete already: same sources, same options; nothing to do")
     for source in manifest.sources:
         console.print(
-            f"  {printable(source.spec)}: {source.documents:,} documents, {source.tokens:,} tokens{_left_out(source)}"
+            f"  {printable(source.spec)}: {source.documents:,} documents, {source.tokens:,} tokens{left_out(source)}"
         )
         for message in source.bad:
             console.print(f"    left out: {printable(message)}")
@@ -242,7 +242,8 @@ def _print_summary(out: str, prepared: Prepared, elapsed_s: float) -> None:
     console.print(f"  held out: {_held_out(manifest)}")
 
 
-def _left_out(source: SourceEntry) -> str:
+def left_out(source: SourceEntry) -> str:
+    """What of a source is not in the set, with counts; empty where nothing is missing."""
     counts = (
         (source.too_short, "documents too short"),
         (source.empty, "documents empty"),

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.files import FileError, file_name
+from data.manifest import MANIFEST
+from data.tokenizer import INFO
 
 _EXAMPLES = 3
 
@@ -88,6 +90,9 @@ def walk(root: Path, wanted: Callable[[str], bool], met: Walk) -> list[Found]:
             met.twice.append((file_name(prefix), file_name(read[identity]) or file_name(root)))
             continue
         read[identity] = prefix
+        if prefix and _is_prepared_set(folder):
+            met.passed_over.add("prepared sets", file_name(prefix))
+            continue
         for entry in _entries(folder):
             relative = f"{prefix}/{entry.name}" if prefix else entry.name
             if entry.name.startswith("."):
@@ -103,6 +108,11 @@ def walk(root: Path, wanted: Callable[[str], bool], met: Walk) -> list[Found]:
             else:
                 met.passed_over.add(Path(entry.name).suffix.lower() or "without a suffix", file_name(relative))
     return sorted(found, key=lambda file: file.relative)
+
+
+def _is_prepared_set(folder: Path) -> bool:
+    """Whether it is an output, not an input: `infini prepare` may write below a folder that it reads."""
+    return (folder / MANIFEST).is_file() and (folder / "tokenizer" / INFO).is_file()
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -73,6 +73,13 @@ def test_a_change_of_equal_size_is_noticed(folder: Path, tmp_path: Path, name: s
     assert said == [f"{folder}: {touched} files have other times and the same contents (read and compared)"]
 
 
+def test_a_set_below_its_source_is_no_input(folder: Path, tmp_path: Path) -> None:
+    first, said = prepared(folder, out=folder / "sets" / "one")
+    assert first.built and said == []
+    again, said = prepared(folder, out=folder / "sets" / "one")
+    assert not again.built and said == [f"{folder}: passed over 1 prepared sets (sets/one) (see --text-pattern)"]
+
+
 def test_files_that_come_and_go_are_named(folder: Path, tmp_path: Path) -> None:
     prepared(folder, out=tmp_path / "s")
     (folder / "a.txt").rename(folder / "z.txt")

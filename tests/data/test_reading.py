@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data.parquet
 from data.files import FileError
@@ -299,3 +301,37 @@ def test_a_file_that_is_written_to_meanwhile_is_named(tmp_path: Path) -> None:
     (job,) = source.jobs()
     with pytest.raises(BadInputError, match=r"x\.jsonl was written to while the set was prepared"):
         job.load()
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "json", "jsonl.gz", "jsonl.zst", "parquet"])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(damage=st.data())
+def test_damage_ends_in_texts_or_in_an_error_that_names_the_file(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, damage: st.DataObject
+) -> None:
+    file = tmp_path_factory.mktemp("damaged") / f"x.{kind}"
+    records = [{"text": f"record {i} \u00fc", "more": [{"a": 1.5}, None]} for i in range(40)]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": TEXTS[:40]}), file)
+    else:
+        contents = json.dumps(records).encode() if kind == "json" else lines
+        compress = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}
+        file.write_bytes(compress.get(kind.rpartition(".")[2], bytes)(contents))
+    contents = bytearray(file.read_bytes())
+    for _ in range(damage.draw(st.integers(1, 3))):
+        start = damage.draw(st.integers(0, len(contents) - 1))
+        stop = damage.draw(st.integers(start, min(start + 40, len(contents))))
+        contents[start:stop] = damage.draw(
+            st.one_of(st.binary(max_size=8), st.just(b""), st.just(b"\0" * (stop - start)))
+        )
+        contents = contents or bytearray(b"[")
+    file.write_bytes(contents)
+    try:
+        for job in opened(file, max_document_bytes=1 << 20)[0].jobs():
+            try:
+                job.load().text.encode("utf-8")
+            except BadInputError as error:
+                assert file.name in str(error) and len(str(error)) < 1000
+    except FileError as error:
+        assert file.name in str(error) and len(str(error)) < 1000

@@ -146,6 +146,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (root / f"{name}.py").write_text(f"NAME = {name!r}")
     (root / "__init__.py").write_text("raise ImportError('must not be imported')\n")
     (root / "core" / "old.py").write_bytes(b"# \xe9\n")
+    (root / "core" / "__init__.py").write_bytes(b"\xef\xbb\xbfNAME = 'core/__init__'")
+    (root / "a_folder.py").mkdir()
     (root / "data").mkdir()
     (root / "data" / "not_code.txt").write_text("no")
     monkeypatch.syspath_prepend(str(root.parent))
@@ -162,6 +164,7 @@ def test_python_packages_give_a_document_per_sub_package(package: str) -> None:
         f"# file: {package}/core/deep/er.py\nNAME = 'core/deep/er'\n"
     )
     assert skipped == 1
+    assert list(digests) == [file.name for file in found.files if "/core/" in file.name]
     assert package not in sys.modules
     below = source(f"python:{package}.core")
     assert [job.id for job in below.jobs()] == [f"python:{package}.core", f"python:{package}.core.deep"]
