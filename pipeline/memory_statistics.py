@@ -9,20 +9,32 @@ from model.attention import MemoryStatistics
 from pipeline.topology import Topology
 
 
-def gather_statistics(statistics: dict[int, MemoryStatistics], topology: Topology) -> dict[int, MemoryStatistics]:
-    """Statistics of every layer's heads, in order, on every process; collective.
+def gather_statistics(
+    statistics: dict[int, MemoryStatistics], topology: Topology, *, layers: int
+) -> dict[int, MemoryStatistics]:
+    """Statistics of every layer's heads, in order, on every process, in host memory; collective.
+
+    Every rank writes its part into a table of zeros, and the tables are added up: tensors travel as tensors, for a
+    pickled one is put back on the device it came from, which is another process's.
 
     Args:
-        statistics: of this rank's layers and heads. Those of data-parallel rank 0 are taken.
+        statistics: of this rank's layers and heads, at least one. Those of data-parallel rank 0 are taken.
+        layers: of the whole model.
     """
-    own = statistics if topology.data_rank == 0 else None
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (topology.tensor_rank, own))
-    by_layer: dict[int, dict[int, MemoryStatistics]] = {}
-    for tensor_rank, layers in gathered:
-        for layer, measured in (layers or {}).items():
-            by_layer.setdefault(layer, {})[tensor_rank] = measured
-    return {
-        layer: MemoryStatistics(*(torch.cat(xs) for xs in zip(*(parts[r] for r in sorted(parts)), strict=True)))
-        for layer, parts in sorted(by_layer.items())
-    }
+    shapes = [x.shape for x in next(iter(statistics.values()))]  # first dim by head, the same on all ranks
+    sizes = [shape.numel() for shape in shapes]
+    table = torch.zeros(layers, topology.tensor_size, sum(sizes), device=topology.device)
+    measured_layers = torch.zeros(layers, device=topology.device)
+    if topology.data_rank == 0:
+        for layer, measured in statistics.items():
+            table[layer, topology.tensor_rank] = torch.cat([x.flatten() for x in measured])
+            measured_layers[layer] = 1
+    for part in (table, measured_layers):
+        dist.all_reduce(part)
+    table = table.cpu()
+
+    def whole(layer: int) -> MemoryStatistics:
+        fields = zip(shapes, table[layer].split(sizes, dim=-1), strict=True)
+        return MemoryStatistics(*(x.reshape(-1, *shape[1:]) for shape, x in fields))
+
+    return {layer: whole(layer) for layer in measured_layers.nonzero().flatten().tolist()}

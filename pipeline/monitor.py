@@ -213,7 +213,7 @@ class Monitor:
 
     def _write_statistics(self, step: int, statistics: dict[int, MemoryStatistics]) -> None:
         """Per layer: gates, the memory's share of the output, norms of M and z. Lanes of data-parallel rank 0."""
-        layers = gather_statistics(statistics, self.topology)
+        layers = gather_statistics(statistics, self.topology, layers=self.config.model.num_layers)
         if not self.is_main:
             return
         scalars = {}
