@@ -63,6 +63,15 @@ def open_verified(path: Path) -> CheckpointReader:
     return reader
 
 
+def _backbone_steps(reader: CheckpointReader) -> int:
+    """Adam's step count of the plain model's parameters.
+
+    Older checkpoints have it as the first stage counted it: 0 where that stage trained nothing of the plain model.
+    """
+    found = reader.summary.backbone_optimizer_steps
+    return found or max(0, reader.summary.optimizer_steps - reader.config.train.freeze_backbone_steps)
+
+
 def load_training(
     reader: CheckpointReader,
     optimizer: ZeroOptimizer,
@@ -82,8 +91,7 @@ def load_training(
             f"{reader.folder} holds weights alone, there is nothing to resume: start a run from it with "
             f"train.init_from={reader.folder}"
         )
-    steps, backbone_steps = summary.optimizer_steps, summary.backbone_optimizer_steps
-    optimizer.set_steps_taken(steps, steps if backbone_steps is None else backbone_steps)
+    optimizer.set_steps_taken(summary.optimizer_steps, _backbone_steps(reader))
     for fragment in optimizer.fragments():
         shape, partition = optimizer.local_shape(fragment.parameter), partition_of(fragment.parameter)
         for kind, tensor in fragment.tensors.items():

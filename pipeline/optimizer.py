@@ -10,7 +10,6 @@ Parameters are float32 and are the masters themselves; bfloat16 exists in the ma
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
 import math
 from collections.abc import Iterator
@@ -24,7 +23,10 @@ from torch import Tensor, nn
 
 from model.decoder import DecoderStage
 from model.hf_weights import backbone_names
-from pipeline.config import Config, OptimizerConfig
+from pipeline.config import Config
+from pipeline.double_precision import in_double_precision
+from pipeline.gradient_norm import GradientNorm
+from pipeline.parameter_groups import Kind, all_kinds, choose_trainable, parameter_groups
 from pipeline.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,6 +39,8 @@ class StepOutcome(NamedTuple):
     """False when DeepSpeed discarded the step because the gradient norm was not finite."""
     gradient_norm: float
     """Global norm before clipping; infinite or NaN when the step was discarded."""
+    norms: dict[str, float]
+    """The same of the parameters of every kind, by its name."""
 
 
 class Fragment(NamedTuple):
@@ -70,61 +74,6 @@ class _ModelParallelUnit:
     get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
 
 
-def choose_trainable(stage: DecoderStage, patterns: list[str]) -> None:
-    """Leave only parameters to train whose global name fits one of the patterns (all without patterns); collective.
-
-    Raises:
-        ValueError: a pattern fits nothing, or a pipeline stage has nothing to train.
-    """
-    if not patterns:
-        return
-    own = dict(stage.global_parameters())
-    everyone: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyone, set(own))
-    for pattern in patterns:
-        if not any(fnmatch.filter(names, pattern) for names in everyone):
-            raise ValueError(
-                f"train.trainable: {pattern!r} fits no parameter; they are called like "
-                f"{', '.join(sorted(name for name in set().union(*everyone) if name.startswith('layers.0.')))}"
-            )
-    for names in everyone:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns):
-            layers = sorted({int(name.split(".")[1]) for name in names if name.startswith("layers.")})
-            raise ValueError(
-                f"train.trainable = {patterns}: leaves the pipeline stage of layers {layers[0]} to {layers[-1]} "
-                "without anything to train; every stage needs something"
-            )
-    for name, parameter in own.items():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def parameter_groups(stage: DecoderStage, config: Config) -> list[dict]:
-    """AdamW groups: matrices with weight decay, vectors without, beta and the write gate with rates of their own.
-
-    What a memory rule calls a gate (a decay) learns like the write gate. Every group carries `lr_scale`, its learning
-    rate relative to `optimizer.lr`, and `backbone`, whether its parameters are the plain model's or the memory's.
-    """
-    backbone = backbone_names(config.model)
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    for name, parameter in stage.global_parameters():
-        if parameter.requires_grad:
-            key = (*_settings(name, parameter, config.optimizer), name in backbone)
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay, "lr_scale": lr_scale, "backbone": of_backbone}
-        for (weight_decay, lr_scale, of_backbone), parameters in groups.items()
-    ]
-
-
-def _settings(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> tuple[float, float]:
-    """Weight decay and relative learning rate of a parameter."""
-    if name.endswith(".beta") or ".mix_gate." in name:
-        return 0.0, optimizer.beta_lr_scale
-    if ".write_gate." in name or getattr(parameter, "is_gate", False):
-        return 0.0, optimizer.write_gate_lr_scale
-    return (optimizer.weight_decay if parameter.dim() >= 2 else 0.0), 1.0
-
-
 class ZeroOptimizer:
     """One stage's optimizer: gradient synchronisation, the step, and access to the sharded state."""
 
@@ -137,9 +86,10 @@ class ZeroOptimizer:
                 parameter.ds_pipe_replicated = True  # counted once in the gradient norm, on the first stage
         choose_trainable(stage, config.train.trainable)
         settings = config.optimizer
-        adamw = torch.optim.AdamW(
-            parameter_groups(stage, config), lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps
-        )
+        groups = parameter_groups(stage, config)
+        self.kinds = all_kinds(groups)
+        kind_of = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
+        adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps)
         # Its CPU collectives would be compiled at start-up, and a killed build leaves a lock that later runs wait for.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -150,25 +100,29 @@ class ZeroOptimizer:
         self.backbone = [p for name, p in stage.global_parameters() if name in names and p.requires_grad]
         self.backbone_frozen = False
         """Set before a step: the plain model's parameters do not move in it, and their moments stay zero."""
-        self.engine, *_ = deepspeed.initialize(
-            model=stage,
-            optimizer=adamw,
-            mpu=_ModelParallelUnit,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": settings.clip,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": {
-                    "stage": self.zero_stage,
-                    "overlap_comm": False,
-                    "reduce_bucket_size": 50_000_000,
-                    "stage3_param_persistence_threshold": 0,
+        double = config.train.precision == "fp64"
+        with in_double_precision() if double else contextlib.nullcontext():
+            self.engine, *_ = deepspeed.initialize(
+                model=stage,
+                optimizer=adamw,
+                mpu=_ModelParallelUnit,
+                config={
+                    "train_micro_batch_size_per_gpu": 1,
+                    "gradient_accumulation_steps": 1,
+                    "gradient_clipping": settings.clip,
+                    "zero_allow_untested_optimizer": True,
+                    "zero_force_ds_cpu_optimizer": False,
+                    "zero_optimization": {
+                        "stage": self.zero_stage,
+                        "overlap_comm": False,
+                        "reduce_scatter": not double,  # DeepSpeed's knows no float64
+                        "reduce_bucket_size": 50_000_000,
+                        "stage3_param_persistence_threshold": 0,
+                    },
+                    "steps_per_print": 10**9,
                 },
-                "steps_per_print": 10**9,
-            },
-        )
+            )
+        self.norm = GradientNorm(self.engine.optimizer, self.kinds, kind_of, topology, zero_stage=self.zero_stage)
         self.adamw = adamw
 
     @contextlib.contextmanager
@@ -215,20 +169,17 @@ class ZeroOptimizer:
     def step(self, learning_rate: float) -> StepOutcome:
         """Clip, update and gather the parameters; gradients are cleared either way."""
         for group in self.engine.optimizer.param_groups:
-            still = self.backbone_frozen and group["backbone"]
-            group["lr"] = 0.0 if still else learning_rate * group["lr_scale"]
+            group["lr"] = learning_rate * self.lr_scale(group["kind"])
         self.engine.step()
         if self.backbone_frozen:
             self._set_steps(self._backbone_partitions(), 0)  # Adam begins when they begin to move
-        return StepOutcome(self.engine.was_step_applied(), float(self.engine.get_global_grad_norm()))
+        return StepOutcome(
+            self.engine.was_step_applied(), float(self.engine.get_global_grad_norm()), dict(self.norm.by_kind)
+        )
 
-    def learning_rates(self) -> dict[str, float]:
-        """Current learning rate of each kind of group."""
-        rates = {}
-        for group in self.engine.optimizer.param_groups:
-            kind = {1.0: "lr"}.get(group["lr_scale"], f"lr x {group['lr_scale']:g}")
-            rates[kind] = group["lr"]
-        return rates
+    def lr_scale(self, kind: Kind) -> float:
+        """Learning rate of a kind of parameters in the step to come, relative to `optimizer.lr`."""
+        return 0.0 if self.backbone_frozen and kind.backbone else kind.lr_scale
 
     # Sharded state, for checkpoints.
 
@@ -241,16 +192,19 @@ class ZeroOptimizer:
         if self.zero_stage == 3:
             return list({id(flat): flat for flat in (self._locate(p)[0] for p in self.backbone)}.values())
         flats = zip(zero.single_partition_of_fp32_groups, zero.param_groups, strict=True)
-        return [flat for flat, group in flats if group["backbone"]]
+        return [flat for flat, group in flats if group["kind"].backbone]
 
     def steps_taken(self) -> tuple[int, int]:
         """Optimizer steps so far (skipped ones do not count), of all parameters and of the plain model's, which may
-        have been frozen at first: Adam's bias correction depends on it."""
+        have been frozen at first: Adam's bias correction depends on it. The same on all processes, for one stage may
+        train nothing of the plain model; collective."""
 
-        def most(flats: list[nn.Parameter]) -> int:
-            return max((int(self.adamw.state.get(flat, {}).get("step", 0)) for flat in flats), default=0)
+        def most(flats: list[nn.Parameter]) -> float:
+            return max((float(self.adamw.state.get(flat, {}).get("step", 0)) for flat in flats), default=0.0)
 
-        return most(self._flat_partitions()), most(self._backbone_partitions())
+        own = [most(self._flat_partitions()), most(self._backbone_partitions())]
+        steps, backbone_steps = self.topology.all_reduce(own, op=dist.ReduceOp.MAX)
+        return int(steps), int(backbone_steps)
 
     def set_steps_taken(self, steps: int, backbone_steps: int) -> None:
         """Set Adam's step counts, creating its state where it does not exist yet (AdamW makes it in its first step)."""

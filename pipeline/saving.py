@@ -92,8 +92,9 @@ def take_snapshot(
     lane_range: tuple[int, int],
     summary: dict[str, Any],
 ) -> Snapshot:
-    """Copy what this process owns: its ZeRO fragments, and the memory of its lanes and heads."""
-    optimizer.set_steps_taken(*optimizer.steps_taken())  # a checkpoint of step 0 has empty moments, not none
+    """Copy what this process owns: its ZeRO fragments, and the memory of its lanes and heads; collective."""
+    steps, backbone_steps = optimizer.steps_taken()
+    optimizer.set_steps_taken(steps, backbone_steps)  # a checkpoint of step 0 has empty moments, not none
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
     for fragment in optimizer.fragments():
@@ -132,7 +133,6 @@ def take_snapshot(
                 }
             )
     tensors["rng"] = torch.get_rng_state()
-    steps, backbone_steps = optimizer.steps_taken()
     summary = {"optimizer_steps": steps, "backbone_optimizer_steps": backbone_steps, **summary}
     owns_lanes = topology.tensor_rank == 0 and topology.pipeline_rank == 0
     return Snapshot(state, tensors, entries, summary, owns_lanes)

@@ -81,7 +81,9 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     for name, tensor_rank, start, shape, partition, tensors in (x for rank in gathered for x in rank):
         partitions[name] = partition
         for kind, tensor in tensors.items():
-            whole = local.setdefault((kind, name, tensor_rank), torch.full((torch.Size(shape).numel(),), torch.nan))
+            whole = local.setdefault(
+                (kind, name, tensor_rank), torch.full((torch.Size(shape).numel(),), torch.nan, dtype=tensor.dtype)
+            )
             whole[start : start + tensor.numel()] = tensor
             local[kind, name, tensor_rank] = whole
     shapes = {(name, r): shape for rank in gathered for name, r, _, shape, _, _ in rank}

@@ -19,7 +19,7 @@ from pipeline.flops import (
     train_flops_per_token,
 )
 from pipeline.footprint import per_rank_bytes
-from pipeline.optimizer import parameter_groups
+from pipeline.parameter_groups import parameter_groups
 from tests.saved_bytes import saved_bytes
 
 MEMORY_KINDS = [("none", "none"), ("linear", "none"), ("delta", "none"), ("delta", "hard"), ("deltanet", "hard")]
@@ -339,7 +339,7 @@ def test_gates_learn_at_rates_of_their_own(one_process):
     names = {id(parameter): name.split("layers.0.attention.")[-1] for name, parameter in stage.named_parameters()}
     for group in parameter_groups(stage, config):
         for parameter in group["params"]:
-            settings[names[id(parameter)]] = (group["weight_decay"], group["lr_scale"])
+            settings[names[id(parameter)]] = (group["weight_decay"], group["kind"].lr_scale)
     optimizer = config.optimizer
     for name in ("mix_gate.weight", "mix_gate.bias"):
         assert settings[name] == (0, optimizer.beta_lr_scale)

@@ -1,0 +1,111 @@
+"""The optimizer over stages that train different things, in float64, over a resume, and where nothing learns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from data.files import sealed
+from pipeline.checkpoint_folder import SUMMARY
+from tests.distributed import cases, optimizer_cases
+from tests.prepared import write_set
+
+pytestmark = pytest.mark.distributed
+
+LENGTHS = [37, 500, 130, 64, 250, 90, 17, 400]
+STAGES = {
+    "2 kinds, 3": ["layers.0.attention.beta", "layers.1.*norm*", "layers.2.*"],
+    "1 kind, 1 other": ["layers.0.attention.beta", "layers.3.mlp.*"],
+    "1 kind, 2 of the tied embedding": ["layers.1.attention.beta", "embedding.weight", "final_norm.weight"],
+}
+"""`train.trainable` under which two stages have different kinds of parameters."""
+
+
+@pytest.fixture(scope="module")
+def train(pools, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("optimizer")
+    data = str(write_set(folder / "set", LENGTHS))
+    count = 0
+
+    def train(world, overrides, function=cases.train_steps, **options):
+        nonlocal count
+        count += 1
+        arguments = {"folder": str(folder / f"run{count}"), "steps": 5} | options
+        return pools.run(world, function, data=data, overrides=overrides, **arguments)[0]
+
+    return train
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("layout", "world"), [((2, 1), 2), ((2, 2), 4)], ids=["zero1", "data2-zero2"])
+@pytest.mark.parametrize("patterns", STAGES.values(), ids=STAGES)
+def test_stages_may_train_different_kinds_of_parameters(train, patterns, layout, world):
+    trainable = f"train.trainable=[{','.join(patterns)}]"
+    expected = train(1, [trainable])
+    stages, zero = layout
+    overrides = [f"parallel.pipeline={stages}", f"parallel.zero_stage={zero}", "bptt.chunks_per_window=2"]
+    found = train(world, [trainable, *overrides])
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    assert {
+        name for name, tensor in expected["tensors"].items() if relative(found["tensors"][name], tensor) > 1e-4
+    } == set()
+
+
+@pytest.fixture(scope="module")
+def by_hand(train):
+    return train(1, ["train.precision=fp64"], optimizer_cases.plain_loop)
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, ["parallel.zero_stage=1"]),
+        (2, ["parallel.zero_stage=2"]),
+        (2, ["parallel.zero_stage=3"]),
+        (2, ["parallel.zero_stage=1", "parallel.tensor=2"]),
+        (2, ["parallel.zero_stage=1", "parallel.pipeline=2", "bptt.chunks_per_window=2"]),
+    ],
+    ids=["zero1", "data-zero2", "data-zero3", "tensor", "pipeline"],
+)
+def test_float64_trains_in_float64(train, by_hand, world, overrides):
+    """Against torch's AdamW over one graph: a float32 master would show at 1e-8."""
+    found = train(world, ["train.precision=fp64", *overrides])
+    assert found["losses"] == pytest.approx(by_hand["losses"], rel=1e-13)
+    assert found["norms"] == pytest.approx(by_hand["norms"], rel=1e-11)
+    for name, weight in by_hand["tensors"].items():
+        assert found["tensors"][name].dtype == torch.float64
+        assert relative(found["tensors"][name], weight) < 1e-11, name
+
+
+def test_bias_correction_goes_on_where_the_first_stage_trains_the_memory_alone(train, tmp_path):
+    """Adam's step count is that of the stage that trains, not rank 0's, which older checkpoints hold."""
+    overrides = ["parallel.pipeline=2", "train.trainable=[layers.0.attention.beta,layers.2.*]"]
+    whole = train(2, overrides, folder=str(tmp_path / "whole"), steps=6, save_at=3)
+    checkpoint = tmp_path / "whole/checkpoints/step_00000003"
+    summary = json.loads((checkpoint / SUMMARY).read_text())
+    assert (summary["optimizer_steps"], summary["backbone_optimizer_steps"]) == (3, 3)
+    (checkpoint / SUMMARY).write_text(json.dumps(sealed(summary | {"backbone_optimizer_steps": 0})))
+    resumed = train(2, overrides, steps=3, resume=str(checkpoint))
+    assert resumed["losses"] == whole["losses"][3:]
+    assert [n for n, x in whole["tensors"].items() if not torch.equal(x, resumed["tensors"][n])] == []
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_statistics_of_the_memory_travel_as_tensors(train, layout):
+    """A tensor that is pickled comes back on the device it left, which is another process's."""
+    rule = ["model.memory.rule=delta", "model.memory.write_gate=hard", "model.memory.write_gate_bias=0.5"]
+    rule += ["train.lanes_per_microbatch=4"]  # a mean of ratios is another one over microbatches
+    expected = train(1, rule, optimizer_cases.train_and_look, steps=2)["measured"]
+    found = train(2, [*rule, f"parallel.{layout}=2"], optimizer_cases.train_and_look, steps=2)
+    assert found["pickled"] == []
+    names = [name for name in expected if name.startswith("memory_layer_")]
+    assert len(names) == 4 * 7
+    for name in names:
+        assert found["measured"][name] == pytest.approx(expected[name], rel=1e-4), name
