@@ -2,5 +2,18 @@
 
 import os
 
+import pytest
+
 # Tests start many small processes on few cores: more than one thread each makes them wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def remote_modules(tmp_path_factory):
+    """Where transformers copies the code of exported models: one folder of the tests', not the user's. One, because a
+    process imports its package of modules once."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from data.tokenizer import load_tokenizer  # noqa: E402
 from launch.cli import USER_ERROR, main  # noqa: E402
@@ -27,7 +27,7 @@ from pipeline.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import FAMILIES, write_hf_model  # noqa: E402
 from tests.tiny_run import write_run  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("remote_modules")]
 
 TEXT = "the cat sat on the mat and looked at the hat, "
 
@@ -37,14 +37,6 @@ def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield initialize(tensor=1, pipeline=1, timeout_s=60)
     shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_modules(tmp_path_factory):
-    """Exported code is copied to a folder of the user's: here to one of the tests'."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 @pytest.fixture(scope="module")

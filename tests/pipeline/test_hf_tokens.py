@@ -18,7 +18,6 @@ from transformers import (  # noqa: E402
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
-    dynamic_module_utils,
 )
 
 from data.tokenizer import load_tokenizer  # noqa: E402
@@ -29,7 +28,7 @@ from pipeline.import_hf import import_model  # noqa: E402
 from pipeline.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import write_hf_model  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("remote_modules")]
 
 BEGIN, TURN = 280, 281
 GENERATION = {"bos_token_id": BEGIN, "eos_token_id": [0, TURN], "pad_token_id": 0, "do_sample": True, "top_k": 7}
@@ -41,11 +40,6 @@ def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield initialize(tensor=1, pipeline=1, timeout_s=60)
     shutdown()
-
-
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (docs/huggingface.md)")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
-from transformers import AutoModelForCausalLM, dynamic_module_utils  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from pipeline.export_hf import export_model  # noqa: E402
 from pipeline.generate import Generator  # noqa: E402
@@ -50,10 +50,9 @@ def tasks(tmp_path):
 
 
 @torch.no_grad()
-def test_a_local_task_gives_the_models_own_numbers(tasks, tmp_path, monkeypatch):
+def test_a_local_task_gives_the_models_own_numbers(tasks, tmp_path, monkeypatch, remote_modules):
     for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(offline, "1")
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     initialize(tensor=1, pipeline=1, timeout_s=60)
