@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -287,46 +286,3 @@ def test_weights_alone_cannot_be_resumed(llama, tmp_path):
     imported(llama[0], tmp_path / "out")
     with pytest.raises(CheckpointError, match="train.init_from"):
         load_training(CheckpointReader(find_checkpoint(tmp_path / "out")), None, [], None, lane_range=(0, 1))
-
-
-def test_gguf_of_the_llama_family(topology, tmp_path):
-    """Rows permuted as llama.cpp's converter does it, settings in metadata, no output matrix: tied."""
-    gguf = pytest.importorskip("gguf", reason="the extra `hf` is not installed")
-    from pipeline.hf_source import open_source
-
-    model = write_hf_model(tmp_path / "hf", "llama-tied")
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    settings = (("block_count", 4), ("embedding_length", 32), ("feed_forward_length", 48), ("context_length", 256))
-    for name, value in settings:
-        getattr(writer, f"add_{name}")(value)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    parts |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-    parts |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    state = {name: x.numpy() for name, x in model.state_dict().items() if name != "lm_head.weight"}
-    for name, x in state.items():
-        for heads, kind in ((4, "q_proj"), (2, "k_proj")):
-            if kind in name:  # convert_hf_to_gguf's permute
-                x = x.reshape(heads, 2, x.shape[0] // heads // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-        if name.startswith("model.layers."):
-            layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
-            names[name] = f"blk.{layer}.{parts[part]}.weight"
-        writer.add_tensor(names[name], np.ascontiguousarray(x))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    source = open_source(tmp_path / "model.gguf")
-    assert source.shapes.keys() == state.keys()
-    for name, x in state.items():
-        assert torch.equal(source.read(name), torch.from_numpy(x)), name
-    wanted = json.loads((tmp_path / "hf" / "config.json").read_text())
-    for name in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "vocab_size", "tie_word_embeddings"):
-        assert source.config[name] == wanted[name], name
-    (tmp_path / "short.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:2000])
-    with pytest.raises(ValueError, match="short.gguf is damaged or cut short"):
-        open_source(tmp_path / "short.gguf")
