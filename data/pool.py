@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class EncodedDocument:
     """Number of the source it came from."""
     input_bytes: int
     tokens: np.ndarray
-    """In the shards' type, the end token included."""
+    """In the shards' type, with the tokens that begin and end a document."""
     answers: list[tuple[int, int]]
     questions: list[Question]
     skipped_files: int = 0
@@ -113,7 +113,7 @@ def _encode(source: int, job: Job, tokenizer: Tokenizer) -> EncodedDocument:
     common = {"id": job.id, "source": source, "input_bytes": job.input_bytes, "is_record": job.is_record}
     try:
         encoded = job.encode(tokenizer)
-        tokens = np.append(encoded.tokens.astype(dtype), tokenizer.eos_id).astype(dtype, copy=False)
+        tokens = np.concatenate([tokenizer.begin_ids, encoded.tokens, [tokenizer.eos_id]]).astype(dtype)
     except BadInputError as error:
         return EncodedDocument(
             **common, tokens=np.zeros(0, dtype), answers=[], questions=[], digests=error.digests, error=str(error)
@@ -127,11 +127,12 @@ def _encode(source: int, job: Job, tokenizer: Tokenizer) -> EncodedDocument:
             raise
         # A panic of the tokenizer's library: of a class that another process cannot be told of.
         raise ValueError(f"document {job.id} cannot be encoded: {shown(str(error))}") from None
+    begin = len(tokenizer.begin_ids)
     return EncodedDocument(
         **common,
         tokens=tokens,
-        answers=encoded.answers,
-        questions=encoded.questions,
+        answers=[(start + begin, stop + begin) for start, stop in encoded.answers],
+        questions=[replace(question, after=question.after + begin) for question in encoded.questions],
         skipped_files=encoded.skipped_files,
         digests=encoded.digests,
         is_empty=len(encoded.tokens) == 0,

@@ -43,12 +43,14 @@ class PrepareOptions(SourceOptions):
 
     tokenizer: str = "byte"
     """`byte`, `train:VOCAB`, or a folder: a prepared set or one with a Hugging Face `tokenizer.json`."""
+    begin_token: str = "auto"
+    """`auto`: documents begin with the tokens that the tokenizer's own post-processor puts there; `none`: without."""
     tokenizer_sample_bytes: int = 8 << 20
     """Text that `train:VOCAB` looks at; 8 MB train 4,096 tokens in some seconds."""
     min_tokens: int = 2
-    """Shorter documents are left out; the end token counts."""
+    """Shorter documents are left out; the end token counts, what begins a document does not."""
     max_tokens: int | None = None
-    """Longer documents are cut into equal parts, each a document with an end token that counts; None: not at all."""
+    """Longer documents are cut into equal parts, each a document whose first and end tokens count; None: not at all."""
     valid_fraction: float = 0.05
     """Share of the documents that is held out."""
     shard_bytes: int = 64 << 20
@@ -56,6 +58,8 @@ class PrepareOptions(SourceOptions):
 
     def check(self) -> None:
         """Raises: ValueError for values that make no set."""
+        if self.begin_token not in ("auto", "none"):
+            raise ValueError(f"--begin-token {self.begin_token}: valid are auto and none")
         if self.min_tokens < 2:
             raise ValueError(f"--min-tokens {self.min_tokens}: valid are 2 and more (a token and the end token)")
         if self.max_tokens is not None and self.max_tokens < 2 * self.min_tokens:
@@ -129,7 +133,7 @@ def prepare(
         raise ValueError("no source given; valid are files, folders, python:PACKAGE,... and passkey:N,length=LO..HI")
     out = Path(out)
     sources = open_sources(specs, options)
-    tokenizer = _given_tokenizer(options.tokenizer)
+    tokenizer = _given_tokenizer(options)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {file_name(out)} is a file; it must be a folder, or not exist")
     description = _describe(sources, options)
@@ -155,14 +159,24 @@ def prepare(
     return Prepared(manifest, built=True)
 
 
-def _given_tokenizer(spec: str) -> Tokenizer | None:
-    """The tokenizer that `spec` names; None when it is to be trained."""
+def _given_tokenizer(options: PrepareOptions) -> Tokenizer | None:
+    """The tokenizer that the options name; None when it is to be trained."""
+    spec = options.tokenizer
     if spec == "byte":
         return byte_tokenizer()
     if spec.startswith("train:"):
         _vocab_size(spec)
         return None
-    return load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec)
+    if options.begin_token == "none":
+        tokenizer = tokenizer.without_begin()
+    begin = len(tokenizer.begin_ids)
+    if options.max_tokens is not None and options.max_tokens - begin < 2 * options.min_tokens:
+        raise ValueError(
+            f"--max-tokens {options.max_tokens}: valid are {2 * options.min_tokens + begin} and more, since this "
+            f"tokenizer begins a document with {begin} tokens"
+        )
+    return tokenizer
 
 
 def _vocab_size(spec: str) -> int:
@@ -178,6 +192,7 @@ def _vocab_size(spec: str) -> int:
 def _describe(sources: list[Source], options: PrepareOptions) -> dict[str, Any]:
     """What the manifest says of the way it was made; equal descriptions make equal sets."""
     chosen = asdict(options)
+    del chosen["begin_token"]  # the tokenizer's own entry says it
     chosen["text_patterns"] = list(options.text_patterns)
     return {
         "options": chosen,
@@ -215,7 +230,10 @@ def _existing_set(
         differences.append("the sources are others")
     elif not differences:
         differences += changed_sources(out, manifest, sources, report, say)
-    if tokenizer is not None and tokenizer.hash != manifest.tokenizer.hash:
+    if tokenizer is not None and tokenizer.begin_ids != manifest.tokenizer.begin_ids:
+        there, here = (list(found) or "none" for found in (manifest.tokenizer.begin_ids, tokenizer.begin_ids))
+        differences.append(f"the tokens that begin a document are {there} there and {here} here (see --begin-token)")
+    elif tokenizer is not None and tokenizer.hash != manifest.tokenizer.hash:
         differences.append("the tokenizer is another one")
     if differences:
         raise ValueError(f"{out} already holds a different set ({'; '.join(differences)}); {advice}")
@@ -244,7 +262,7 @@ def _build(
 
     def write(split: str, document: EncodedDocument) -> None:
         source, count = sources[document.source].spec, counts[document.source]
-        for part in _parts(document, options.max_tokens, source, tokenizer.eos_id):
+        for part in _parts(document, options.max_tokens, source, tokenizer):
             count.documents += 1
             count.tokens += len(part.tokens)
             writers[split].add(part.tokens, id=part.id, source=source, answers=part.answers, questions=part.questions)
@@ -256,7 +274,7 @@ def _build(
             count = counts[document.source]
             count.skipped_files += document.skipped_files
             sources[document.source].digests.update(document.digests)
-            length = len(document.tokens)
+            length = len(document.tokens) - len(tokenizer.begin_ids)
             longest = max(longest, length)
             if document.error is not None:
                 if not options.skip_bad:
@@ -301,7 +319,9 @@ def _build(
     )
 
 
-def _parts(document: EncodedDocument, max_tokens: int | None, source: str, eos_id: int) -> list[EncodedDocument]:
+def _parts(
+    document: EncodedDocument, max_tokens: int | None, source: str, tokenizer: Tokenizer
+) -> list[EncodedDocument]:
     """The document, or what it is cut into: after the choice of its split, so that no split has parts of another's.
 
     Raises:
@@ -314,10 +334,10 @@ def _parts(document: EncodedDocument, max_tokens: int | None, source: str, eos_i
             f"source {source}: document {document.id} has {len(document.tokens):,} tokens and questions about them; "
             f"--max-tokens {max_tokens:,} cuts plain text only"
         )
-    text = document.tokens[:-1]
-    pieces = np.array_split(text, -(-len(text) // (max_tokens - 1)))
+    begin, text, end = np.split(document.tokens, [len(tokenizer.begin_ids), len(document.tokens) - 1])
+    pieces = np.array_split(text, -(-len(text) // (max_tokens - len(begin) - len(end))))
     return [
-        replace(document, id=f"{document.id}#{i}", tokens=np.append(piece, piece.dtype.type(eos_id)))
+        replace(document, id=f"{document.id}#{i}", tokens=np.concatenate([begin, piece, end]))
         for i, piece in enumerate(pieces)
     ]
 

@@ -102,6 +102,7 @@ class PreparedSet:
         self.tokenizer_hash: str = tokenizer.hash
         self.vocab_size: int = tokenizer.vocab_size
         self.eos_id: int = tokenizer.eos_id
+        self.begin_ids: tuple[int, ...] = tokenizer.begin_ids
         self._dtype = token_dtype(self.vocab_size)
         self._shards = [self._find_shard(shard) for shard in entry.shards]
         table = read_index(self.path, split, entry)

@@ -1,15 +1,16 @@
 """Text to token ids and back: bytes, a byte-level BPE trained on the sources, or any Hugging Face `tokenizer.json`.
 
-On disk a tokenizer is a folder: `info.json` {kind, vocab_size, eos_id} and, except for bytes, `tokenizer.json`. Its
-hash covers both, so two sets with equal hashes mean the same thing by a token id.
+On disk a tokenizer is a folder: `info.json` (`data.manifest.TokenizerInfo`) and, except for bytes, `tokenizer.json`.
+Its hash covers both, so two sets with equal hashes mean the same thing by a token id.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from data.files import write_whole
+from data.files import FileError, inside, read_bytes, read_json, write_whole
 from data.manifest import TokenizerEntry, TokenizerInfo
+from data.special_tokens import TOKENIZER_FILES, TOKENIZER_JSON, begin_tokens, end_token
+from data.tokenizer_library import TOKENIZER_LIMIT, library, open_backend
 
 EOS_TOKEN = "<|endoftext|>"
 INFO = "info.json"
-TOKENIZER_JSON = "tokenizer.json"
 KINDS = ("byte", "bpe", "hf")
-
-# End tokens to look for in a folder that does not name its own.
-_KNOWN_EOS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>")
 
 # A long text is encoded in pieces, because the library keeps some hundred bytes per token while it works. Byte-level
 # pre-tokenizers always begin a new part at these places: a word's leading space, and a line after a full one. After
@@ -43,36 +42,51 @@ class Tokenizer:
         kind: `byte` (256 bytes and eos), `bpe` (trained by `train_bpe`) or `hf` (read from somebody's folder).
         eos_id: id of the token that ends a document.
         definition: contents of `tokenizer.json`; empty for `byte`.
+        begin_ids: the tokens that begin a document.
+        where: the folder that it is from, for messages.
+
+    Raises:
+        ValueError: the definition is damaged, or a token outside of its vocabulary.
     """
 
-    def __init__(self, kind: str, eos_id: int, definition: bytes = b"") -> None:
+    def __init__(
+        self,
+        kind: str,
+        eos_id: int,
+        definition: bytes = b"",
+        begin_ids: tuple[int, ...] = (),
+        *,
+        where: str = "memory",
+        backend: Any = None,
+    ) -> None:
         if kind not in KINDS:
             raise ValueError(f"unknown kind of tokenizer {kind!r}; valid are {', '.join(KINDS)}")
         self.kind = kind
         self.eos_id = eos_id
+        self.begin_ids = tuple(begin_ids)
         self._definition = definition
+        self._where = where
         self._backend: Any = None
         if kind == "byte":
             self.vocab_size = 257
         else:
-            from tokenizers import Tokenizer as Backend
-
-            self._backend = Backend.from_str(definition.decode("utf-8"))
+            self._backend = backend or open_backend(definition, where)
             # A text that quotes the end token must not end the document.
             self._backend.encode_special_tokens = True
-            self._backend.no_truncation()
-            self._backend.no_padding()
             self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
-        if not 0 <= eos_id < self.vocab_size:
-            raise ValueError(f"eos id {eos_id} is outside of the vocabulary of {self.vocab_size}")
+        for token in (eos_id, *self.begin_ids):
+            if not 0 <= token < self.vocab_size:
+                raise FileError(
+                    f"the tokenizer in {where}: token {token} is outside of the vocabulary of {self.vocab_size:,}"
+                )
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, (self.kind, self.eos_id, self._definition)
+        return Tokenizer, (self.kind, self.eos_id, self._definition, self.begin_ids)
 
     @property
     def info(self) -> TokenizerInfo:
         """What `info.json` says."""
-        return TokenizerInfo(kind=self.kind, vocab_size=self.vocab_size, eos_id=self.eos_id)
+        return TokenizerInfo(kind=self.kind, vocab_size=self.vocab_size, eos_id=self.eos_id, begin_ids=self.begin_ids)
 
     @property
     def entry(self) -> TokenizerEntry:
@@ -81,9 +95,14 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the definition, the vocabulary size and the end token (how it was made does not matter)."""
-        identity = json.dumps([self.vocab_size, self.eos_id]).encode()
-        return hashlib.sha256(identity + self._definition).hexdigest()
+        """sha256 of the definition, the vocabulary size, the tokens that begin a document (where there are any) and the
+        end token (how it was made does not matter)."""
+        facts = [self.vocab_size, self.eos_id, *([list(self.begin_ids)] if self.begin_ids else [])]
+        return hashlib.sha256(json.dumps(facts).encode() + self._definition).hexdigest()
+
+    def without_begin(self) -> Tokenizer:
+        """The same tokenizer, with documents that begin with their text."""
+        return Tokenizer(self.kind, self.eos_id, self._definition, where=self._where)
 
     @cached_property
     def _encodes_in_pieces(self) -> bool:
@@ -92,7 +111,8 @@ class Tokenizer:
         return whole == [token for piece in _PROBE for token in self._encode_piece(piece)]
 
     def _encode_piece(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with library(self._where):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end token."""
@@ -126,11 +146,14 @@ class Tokenizer:
             yield self.encode_array(rest)
 
     def decode(self, ids: Any) -> str:
-        """Text of `ids`; end tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
+        """Text of `ids`; what begins a document and end tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
         ids = [int(token) for token in ids]
+        if self.begin_ids and tuple(ids[: len(self.begin_ids)]) == self.begin_ids:
+            ids = ids[len(self.begin_ids) :]
         if self.kind == "byte":
             return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
-        return self._backend.decode([token for token in ids if token != self.eos_id], skip_special_tokens=False)
+        with library(self._where):
+            return self._backend.decode([token for token in ids if token != self.eos_id], skip_special_tokens=False)
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer into `folder`, which is made when needed."""
@@ -188,49 +211,52 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a prepared set, or of a folder with a Hugging Face `tokenizer.json`.
+    """The tokenizer of a prepared set, a run or an import, or of a folder with a Hugging Face `tokenizer.json`.
 
     Raises:
         ValueError: there is none, it is damaged, or its end token is not known.
+        OSError: it cannot be read.
     """
     path = Path(path)
-    folder = path / "tokenizer" if (path / "tokenizer" / INFO).is_file() else path
-    definition = folder / TOKENIZER_JSON
-    try:
-        if (folder / INFO).is_file():
-            info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-            contents = b"" if info["kind"] == "byte" else definition.read_bytes()
-            return Tokenizer(info["kind"], info["eos_id"], contents)
-        if definition.is_file():
-            contents = definition.read_bytes()
-            return Tokenizer("hf", _find_eos(folder, contents), contents)
-    except ValueError:
-        raise
-    except Exception as error:  # the library raises bare Exception for a damaged tokenizer.json
-        raise ValueError(f"the tokenizer in {folder} is damaged: {error!r}") from error
-    raise ValueError(
-        f"{path} holds no tokenizer: neither a prepared set nor a folder with {TOKENIZER_JSON} "
-        "(other choices are `byte` and `train:VOCAB`)"
-    )
+    name = f"tokenizer/{INFO}" if os.path.lexists(path / "tokenizer" / INFO) else INFO
+    if os.path.lexists(path / name):
+        return _load_own(path, path / name)
+    found = {name: path / name for name in TOKENIZER_FILES if (path / name).exists()}
+    if TOKENIZER_JSON not in found:
+        raise FileError(
+            f"{path} holds no tokenizer: neither a prepared set nor a folder with {TOKENIZER_JSON} "
+            "(other choices are `byte` and `train:VOCAB`)"
+        )
+    return tokenizer_of_files({name: read_bytes(file, TOKENIZER_LIMIT) for name, file in found.items()}, str(path))
 
 
-def _find_eos(folder: Path, definition: bytes) -> int:
-    """The end token that a Hugging Face folder declares, else a well-known one of its vocabulary."""
-    from tokenizers import Tokenizer as Backend
+def tokenizer_of_files(files: Mapping[str, bytes], where: str) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder.
 
-    backend = Backend.from_str(definition.decode("utf-8"))
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        declared = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        if isinstance(declared, dict):
-            declared = declared.get("content")
-        if declared is not None:
-            token = backend.token_to_id(declared)
-            if token is None:
-                raise ValueError(f"{config} names the end token {declared!r}, which {TOKENIZER_JSON} does not have")
-            return token
-    for candidate in _KNOWN_EOS:
-        token = backend.token_to_id(candidate)
-        if token is not None:
-            return token
-    raise ValueError(f'the tokenizer in {folder} declares no end token; add "eos_token" to {config.name} there')
+    Args:
+        files: contents by name, of those in `data.special_tokens.TOKENIZER_FILES` that there are.
+        where: the folder, for messages.
+
+    Raises:
+        ValueError: it is damaged, its end token is not known, or it puts something else behind a text.
+    """
+    definition = files[TOKENIZER_JSON]
+    backend = open_backend(definition, where)
+    eos_id = end_token(backend, files, where)
+    return Tokenizer("hf", eos_id, definition, begin_tokens(backend, eos_id, where), where=where, backend=backend)
+
+
+def _load_own(root: Path, file: Path) -> Tokenizer:
+    """A tokenizer that `Tokenizer.save` wrote into `file`'s folder; its files lie inside of `root`."""
+
+    def own(name: str) -> Path:
+        return inside(root, (file.parent / name).relative_to(root).as_posix(), str(root))
+
+    info = read_json(own(file.name), TokenizerInfo)
+    definition = b"" if info.kind == "byte" else read_bytes(own(TOKENIZER_JSON), TOKENIZER_LIMIT)
+    tokenizer = Tokenizer(info.kind, info.eos_id, definition, info.begin_ids, where=str(file.parent))
+    if tokenizer.vocab_size != info.vocab_size:
+        raise FileError(
+            f"{file} says vocab_size {info.vocab_size:,}, but {TOKENIZER_JSON} beside it has {tokenizer.vocab_size:,}"
+        )
+    return tokenizer

@@ -81,7 +81,7 @@ def verify_set(path: Path | str, advance: Callable[[int], None] = lambda _: None
 
 def _check_tokenizer(path: Path, recorded: TokenizerEntry) -> list[Problem]:
     try:
-        tokenizer = load_tokenizer(path / "tokenizer")
+        tokenizer = load_tokenizer(path)
     except (ValueError, OSError) as error:
         return [Problem("tokenizer-missing", str(error))]
     if tokenizer.entry != recorded:

@@ -111,8 +111,10 @@ def _print_manifest(console: Any, folder: Path, manifest: Manifest) -> None:
 
     tokenizer = manifest.tokenizer
     console.print(f"prepared set {folder}")
+    begin = f"begin tokens {', '.join(map(str, tokenizer.begin_ids))}, " if tokenizer.begin_ids else ""
     console.print(
-        f"  tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, end token {tokenizer.eos_id}, "
+        f"  tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, "
+        f"{begin}end token {tokenizer.eos_id}, "
         f"hash {tokenizer.hash[:12]}"
     )
     for source in manifest.sources[:_SOURCES_SHOWN]:

@@ -64,6 +64,13 @@ def add_parser(subparsers: Any) -> None:
         "is used again, or one with a Hugging Face tokenizer.json (default: byte)",
     )
     parser.add_argument(
+        "--begin-token",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: documents begin with the token that the tokenizer's own post-processor puts before a text, if it "
+        "puts one; none: without it (default: auto)",
+    )
+    parser.add_argument(
         "--tokenizer-sample",
         default="8M",
         metavar="BYTES",
@@ -74,7 +81,7 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         default=2,
         metavar="N",
-        help="leave out shorter documents; the end token counts (default: 2)",
+        help="leave out shorter documents; the end token counts, a begin token does not (default: 2)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -127,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = PrepareOptions(
         tokenizer=args.tokenizer,
+        begin_token=args.begin_token,
         tokenizer_sample_bytes=_size("--tokenizer-sample", args.tokenizer_sample),
         min_tokens=args.min_tokens,
         max_tokens=args.max_tokens,
@@ -234,7 +242,8 @@ def _print_summary(out: str, prepared: Prepared, elapsed_s: float) -> None:
         if source.bad_records + source.bad_files > len(source.bad):
             console.print(f"    ... and {source.bad_records + source.bad_files - len(source.bad):,} more")
     tokenizer = manifest.tokenizer
-    console.print(f"  tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens (hash {tokenizer.hash[:12]})")
+    begin = f", documents begin with {', '.join(map(str, tokenizer.begin_ids))}" if tokenizer.begin_ids else ""
+    console.print(f"  tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{begin} (hash {tokenizer.hash[:12]})")
     for split, summary in manifest.splits.items():
         console.print(
             f"  {split}: {summary.documents:,} documents, {summary.tokens:,} tokens, {len(summary.shards):,} shards"

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,8 @@ class Generator:
     ) -> LaneState:
         """Read prompts of any lengths, each in a lane of its own; collective.
 
+        A text with nothing before it begins a document: with what the tokenizer begins one with.
+
         Args:
             after: go on from here, one prompt per lane; a single lane serves any number of prompts. It is not changed.
             on_read: called now and then with the tokens read so far, those of `after` included.
@@ -128,7 +131,7 @@ class Generator:
             raise ValueError(
                 f"the memory holds {after.lanes} documents and there are {len(prompts)} prompts: give one for each"
             )
-        self.model.read(state, [self._tokens(prompt) for prompt in prompts], on_read)
+        self.model.read(state, [self._tokens(prompt, begins=after is None) for prompt in prompts], on_read)
         for number, tokens in enumerate(state.segment):
             if not tokens:
                 raise ValueError(f"prompt {number + 1} is empty: there is nothing to continue")
@@ -221,12 +224,12 @@ class Generator:
         """
         return load_memory(Path(path), self.model, self.identity)
 
-    def _tokens(self, prompt: Prompt) -> Iterable[np.ndarray]:
-        if isinstance(prompt, Path):
-            return self.tokenizer.encode_stream(_blocks(prompt))
-        if isinstance(prompt, str):
-            return self.tokenizer.encode_stream([prompt])
-        return [np.asarray(prompt, dtype=np.int64)]
+    def _tokens(self, prompt: Prompt, *, begins: bool) -> Iterable[np.ndarray]:
+        if not isinstance(prompt, Path | str):
+            return [np.asarray(prompt, dtype=np.int64)]
+        text = self.tokenizer.encode_stream(_blocks(prompt) if isinstance(prompt, Path) else [prompt])
+        begin_ids = np.array(self.tokenizer.begin_ids if begins else (), dtype=np.int64)
+        return chain([begin_ids], text) if len(begin_ids) else text
 
 
 def _blocks(path: Path) -> Iterator[str]:

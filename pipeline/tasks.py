@@ -26,24 +26,28 @@ def task_cells(task: Task, tokenizer: Tokenizer, segment_length: int, seed: int)
         options = {name: int(settings[name]) for name in task_options(task.task) if name in settings}
         try:
             generator = build_generator(task.task, tokenizer, options, filler=task.filler, split="valid")
-            _document(task, settings, generator, seed, 0)
+            _document(task, settings, generator, seed, 0, tokenizer.begin_ids)
         except ValueError as error:
             raise ValueError(f"evaluate.tasks: {task.spec!r}: {error}") from None
 
         def make(number: int, settings: Settings = settings, generator: Generator = generator) -> Document:
-            return _document(task, settings, generator, seed, number)
+            return _document(task, settings, generator, seed, number, tokenizer.begin_ids)
 
         cells.append(Cell(make, task.documents, -(-(int(settings["length"]) - 1) // segment_length)))
     return cells
 
 
-def _document(task: Task, settings: Settings, generator: Generator, seed: int, number: int) -> Document:
+def _document(
+    task: Task, settings: Settings, generator: Generator, seed: int, number: int, begin_ids: tuple[int, ...]
+) -> Document:
     """Depends on the cell's own settings, not on the other cells of the spec."""
     named = ",".join(f"{name}={value}" for name, value in sorted(settings.items()))
     own = evaluation_seed(f"{seed} {task.task} {named} {number}")
     depth = settings.get("depth", float(np.random.default_rng([own, 3]).uniform()))
-    made = generator.document(int(settings["length"]), depth, own)
-    return array_document(made.key, np.array(made.tokens, dtype=np.int32), made.answers)
+    begin = len(begin_ids)
+    made = generator.document(int(settings["length"]) - begin, depth, own)
+    answers = [(start + begin, stop + begin) for start, stop in made.answers]
+    return array_document(made.key, np.array([*begin_ids, *made.tokens], dtype=np.int32), answers)
 
 
 def task_results(task: Task, counts: Sequence[np.ndarray], seed: int) -> dict[str, Any]:

@@ -32,15 +32,15 @@ class SyntheticJob(Job):
 
     def load(self) -> Loaded:
         """The text with `length` counted in bytes and the paper's filler: what a tokenizer is trained on."""
-        return Loaded(_BYTES.decode(self._document(_BYTES, None).tokens))
+        return Loaded(_BYTES.decode(self._document(_BYTES, None, self.length).tokens))
 
     def encode(self, tokenizer: Tokenizer) -> Encoded:
-        document = self._document(tokenizer, self.filler)
+        document = self._document(tokenizer, self.filler, self.length - len(tokenizer.begin_ids))
         return Encoded(np.array(document.tokens, dtype=np.uint32), document.answers, document.questions)
 
-    def _document(self, tokenizer: Tokenizer, filler: str | None) -> SyntheticDocument:
+    def _document(self, tokenizer: Tokenizer, filler: str | None, length: int) -> SyntheticDocument:
         generator = build_generator(self.task, tokenizer, dict(self.options), filler=filler)
-        return generator.document(self.length, self.depth, self.seed)
+        return generator.document(length, self.depth, self.seed)
 
 
 class SyntheticSource(Source):
@@ -121,7 +121,7 @@ class SyntheticSource(Source):
             # Digits may be joined into tokens, differently in each document; the generator says what it needs.
             most = {name: high for name, (_, high) in self._options.items()}
             generator = build_generator(self._task, tokenizer, most, filler=self._filler)
-            generator.document(self._lengths[0] - 1, 0.5, 0)
+            generator.document(self._lengths[0] - 1 - len(tokenizer.begin_ids), 0.5, 0)
         except ValueError as error:
             raise ValueError(f"source {self.spec!r}, length={self._lengths[0]}: {error}") from None
 

@@ -24,6 +24,8 @@ DIGITS = 5
 
 
 class Encoder(Protocol):
+    begin_ids: tuple[int, ...]
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
@@ -32,7 +34,7 @@ class Encoder(Protocol):
 @dataclass(frozen=True)
 class SyntheticDocument:
     tokens: list[int]
-    """Without an end token; the answer is the end."""
+    """Without the tokens that begin and end a document; the answer is the end."""
     answers: list[tuple[int, int]]
     """Spans [start, stop) of answer tokens."""
     questions: list[Question]

@@ -53,6 +53,7 @@ class PasskeyParts:
     """The tokens of a passkey document's parts."""
 
     introduction: list[int]
+    """With the tokens that begin a document."""
     filler: list[int]
     needle: list[int]
     question: list[int]
@@ -102,7 +103,7 @@ class PasskeyGenerator(FillerTask):
         question = self._tokenizer.encode(QUESTION.format(of=""))
         asked, (first, _) = ask_tokens(self._tokenizer, QUESTION.format(of=""), f" {key}")
         return PasskeyParts(
-            self._tokenizer.encode(INTRODUCTION),
+            [*self._tokenizer.begin_ids, *self._tokenizer.encode(INTRODUCTION)],
             self._tokenizer.encode(FILLER),
             self._tokenizer.encode(NEEDLE.format(key=key, of="")),
             question,

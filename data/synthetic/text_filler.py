@@ -8,7 +8,7 @@ from data.shards import PreparedSet
 
 
 class TextFiller:
-    """A window that begins anywhere in the documents of a set, which follow one another without their end tokens.
+    """A window that begins anywhere in the texts of a set, which follow one another without what begins and ends them.
 
     Args:
         source: a split of a prepared set that was made with the same tokenizer.
@@ -16,7 +16,8 @@ class TextFiller:
 
     def __init__(self, source: PreparedSet) -> None:
         self._source = source
-        self._ends = np.cumsum(source.lengths - 1)
+        self._begin = len(source.begin_ids)
+        self._ends = np.cumsum(source.lengths - 1 - self._begin)
 
     def place(self, depth: float, room: int) -> int:
         return round(depth * room)
@@ -26,9 +27,9 @@ class TextFiller:
         found: list[int] = []
         while len(found) < room:
             document = int(np.searchsorted(self._ends, position, side="right"))
-            length = int(self._source.lengths[document]) - 1
+            length = int(self._source.lengths[document]) - 1 - self._begin
             first = position - (int(self._ends[document]) - length)
             stop = min(length, first + room - len(found))
-            found += self._source.read(document, first, stop).tolist()
+            found += self._source.read(document, self._begin + first, self._begin + stop).tolist()
             position = (position + stop - first) % int(self._ends[-1])
         return found

@@ -145,7 +145,7 @@ def test_documents_are_a_function_of_their_arguments(tokenizer: Tokenizer, task:
         text = tokenizer.decode(document.tokens)
         ends = []
         for question, (start, stop) in zip(document.questions, document.answers, strict=False):
-            question.check()
+            question.check(len(document.tokens))
             first = start - question.answer[0]
             # What stands at the end is the question that probes ask, with its answer.
             assert document.tokens[first:stop] == list(question.tokens)
