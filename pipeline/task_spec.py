@@ -11,10 +11,15 @@ N documents per cell. Without `depth` the needles of tasks that have depths stan
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from data.sources import parse_size
 from data.synthetic import Spec
+
+MAX_SIZE = 1 << 40
+"""Of a number: a document of a million million tokens."""
+MAX_CELLS = 10_000
 
 Settings = dict[str, int | float]
 """What a cell's documents have: `length`, maybe `depth`, and the task's options that are given."""
@@ -56,6 +61,10 @@ class Task:
             }
             documents = parse_size(parsed.count)
             least = min([documents, *(value for name, values in axes.items() if name != "depth" for value in values)])
+            if max(documents, *(max(values) for values in axes.values())) > MAX_SIZE:
+                raise ValueError(f"numbers must be at most {MAX_SIZE:,}")
+            if math.prod(map(len, axes.values())) > MAX_CELLS:
+                raise ValueError(f"more than {MAX_CELLS:,} cells")
             if least < 1 or any(not 0 <= depth <= 1 for depth in axes.get("depth", ())):
                 raise ValueError("numbers must be at least 1, and depths lie in 0..1")
         except ValueError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from model.config import LOCAL_CONTEXTS, MIX_GATES, QK_INITS, ROPE_SCALINGS, WRITE_GATES
 from model.rules import RULES
 from pipeline import derived
+from pipeline.bounds import PARAMETERS, TOKENS_PER_STEP, out_of_bounds
 from pipeline.config import (
     GRADIENTS,
     LR_SCHEDULES,
@@ -38,110 +39,14 @@ def validate(config: Config, world_size: int | None = None, *, data_exists: bool
     if not problems:  # the rules below divide by these numbers
         problems += [*_model(config), *_layout(config), *_windows(config), *_optimizer(config), *_memory(config)]
         problems += [*_lanes(config, world_size), *_timeouts(config, world_size)] if world_size is not None else []
+    problems += [*_totals(config)] if not problems else []
     problems += [*_data(config)] if data_exists else []
     if problems:
         raise ConfigError(problems)
 
 
 def _numbers(config: Config) -> Iterator[str]:
-    model, parallel, optimizer, train = config.model, config.parallel, config.optimizer, config.train
-    at_least = {
-        1: {
-            "model.num_layers": model.num_layers,
-            "model.hidden_size": model.hidden_size,
-            "model.num_attention_heads": model.num_attention_heads,
-            "model.num_query_groups": model.num_query_groups,
-            "model.kv_channels": model.kv_channels,
-            "model.ffn_hidden_size": model.ffn_hidden_size,
-            "model.vocab_size": model.vocab_size,
-            "model.vocab_size_multiple": model.vocab_size_multiple,
-            "model.segment_length": model.segment_length,
-            "model.sliding_window": model.sliding_window,
-            "data.prefetch": config.data.prefetch,
-            "parallel.tensor": parallel.tensor,
-            "parallel.pipeline": parallel.pipeline,
-            "bptt.chunks_per_window": config.bptt.chunks_per_window,
-            "optimizer.decay_steps": optimizer.decay_steps,
-            "train.steps": train.steps,
-            "train.lanes": train.lanes,
-            "train.lanes_per_microbatch": train.lanes_per_microbatch,
-            "train.segments_per_window": train.segments_per_window,
-            "train.max_nonfinite_steps": train.max_nonfinite_steps,
-            "checkpoint.keep": config.checkpoint.keep,
-            "checkpoint.attempts": config.checkpoint.attempts,
-            "resilience.spike_window": config.resilience.spike_window,
-            "metrics.interval": config.metrics.interval,
-            "metrics.memory_interval": config.metrics.memory_interval,
-            "evaluate.documents": config.evaluate.documents,
-            "evaluate.max_segments": config.evaluate.max_segments,
-            "evaluate.passkey_documents": config.evaluate.passkey_documents,
-            **{f"evaluate.passkey_lengths.{i}": n for i, n in enumerate(config.evaluate.passkey_lengths)},
-            **{
-                f"evaluate.passkey_grid.{i}.{name}": n
-                for i, row in enumerate(config.evaluate.passkey_grid)
-                for name, n in (("documents", row.documents), ("seeds", row.seeds))
-            },
-            **{f"parallel.layers_per_stage.{i}": n for i, n in enumerate(parallel.layers_per_stage or [])},
-        },
-        0: {
-            "optimizer.weight_decay": optimizer.weight_decay,
-            "optimizer.clip": optimizer.clip,
-            "optimizer.beta_lr_scale": optimizer.beta_lr_scale,
-            "optimizer.write_gate_lr_scale": optimizer.write_gate_lr_scale,
-            "optimizer.warmup_steps": optimizer.warmup_steps,
-            "train.write_gate_penalty": train.write_gate_penalty,
-            "train.freeze_backbone_steps": train.freeze_backbone_steps,
-            "train.seed": train.seed,
-            "checkpoint.interval": config.checkpoint.interval,
-            "checkpoint.keep_every": config.checkpoint.keep_every,
-            "resilience.hang_timeout_s": config.resilience.hang_timeout_s,
-            "resilience.max_rollbacks": config.resilience.max_rollbacks,
-            "evaluate.seed": config.evaluate.seed,
-            **{f"data.sets.{i}.answer_weight": s.answer_weight for i, s in enumerate(config.data.sets)},
-        },
-    }
-    for least, settings in at_least.items():
-        for key, value in settings.items():
-            if value is not None and not least <= value < math.inf:
-                yield f"{key} = {value}: must be at least {least}"
-    positive = {
-        "model.rope_base": model.rope_base,
-        "model.rope_scaling.factor": model.rope_scaling.factor,
-        "model.rope_scaling.original_max_position_embeddings": model.rope_scaling.original_max_position_embeddings,
-        "model.rope_scaling.low_freq_factor": model.rope_scaling.low_freq_factor,
-        "model.rope_scaling.beta_slow": model.rope_scaling.beta_slow,
-        "model.norm_epsilon": model.norm_epsilon,
-        "model.init_std": model.init_std,
-        "model.memory.epsilon": model.memory.epsilon,
-        "parallel.timeout_s": parallel.timeout_s,
-        "optimizer.lr": optimizer.lr,
-        "optimizer.eps": optimizer.eps,
-        **{f"data.sets.{i}.weight": s.weight for i, s in enumerate(config.data.sets)},
-    }
-    positive["resilience.spike_threshold"] = config.resilience.spike_threshold
-    if config.resilience.max_minutes is not None:
-        positive["resilience.max_minutes"] = config.resilience.max_minutes
-    for key, value in positive.items():
-        if not 0 < value < math.inf:
-            yield f"{key} = {value}: must be greater than 0"
-    for key, value in {
-        "model.memory.beta_init": model.memory.beta_init,
-        "model.memory.write_gate_bias": model.memory.write_gate_bias,
-    }.items():
-        if not math.isfinite(value):
-            yield f"{key} = {value}: must be a finite number"
-    between = {
-        "optimizer.min_lr_ratio": optimizer.min_lr_ratio,
-        **{f"evaluate.passkey_depths.{i}": depth for i, depth in enumerate(config.evaluate.passkey_depths)},
-        **{
-            f"evaluate.passkey_grid.{i}.depths.{j}": depth
-            for i, row in enumerate(config.evaluate.passkey_grid)
-            for j, depth in enumerate(row.depths)
-        },
-    }
-    for key, value in between.items():
-        if not 0 <= value <= 1:
-            yield f"{key} = {value}: must be between 0 and 1"
+    yield from out_of_bounds(config)
     for i, spec in enumerate(config.evaluate.tasks):
         try:
             Task.parse(spec)
@@ -157,8 +62,29 @@ def _numbers(config: Config) -> Iterator[str]:
                     f"evaluate.passkey_grid.{i}.lengths.{j} = {length}: must be at least a segment, "
                     f"model.segment_length = {config.model.segment_length} tokens"
                 )
-    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        yield f"optimizer.betas = {optimizer.betas}: must be two numbers, each at least 0 and below 1"
+    if len(config.optimizer.betas) != 2:
+        yield f"optimizer.betas = {config.optimizer.betas}: must be two numbers"
+
+
+def _totals(config: Config) -> Iterator[str]:
+    """Sizes that are sound one by one can still be too large together."""
+    train, model = config.train, config.model
+    tokens = train.lanes * (train.segments_per_window + train.probes_per_window) * model.segment_length
+    if tokens > TOKENS_PER_STEP:
+        yield (
+            f"train.lanes = {train.lanes} x train.segments_per_window = {train.segments_per_window} (and the probes) x "
+            f"model.segment_length = {model.segment_length}: {tokens:,} tokens per step; must be at most "
+            f"{TOKENS_PER_STEP:,}"
+        )
+    heads, groups, dim = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
+    layer = model.hidden_size * (2 * dim * (heads + groups) + 3 * model.ffn_hidden_size)
+    parameters = model.num_layers * layer + model.hidden_size * (model.vocab_size or 0)
+    if parameters > PARAMETERS:
+        yield (
+            f"model: {parameters:,} parameters in matrices, of model.num_layers = {model.num_layers}, "
+            f"model.hidden_size = {model.hidden_size}, model.ffn_hidden_size = {model.ffn_hidden_size} "
+            f"and so on; must be at most {PARAMETERS:,}"
+        )
 
 
 def _choices(config: Config) -> Iterator[str]:
@@ -313,8 +239,6 @@ def _memory(config: Config) -> Iterator[str]:
             f"model.memory.mix_gate = {memory.mix_gate}: must be head with model.memory.rule = none, "
             "there is nothing to mix in"
         )
-    if not 0 <= memory.gate_floor < 1:
-        yield f"model.memory.gate_floor = {memory.gate_floor}: must be at least 0 and below 1"
     if memory.rule == "none" and memory.write_gate != "none":
         yield (
             f"model.memory.write_gate = {memory.write_gate}: must be none with model.memory.rule = none, "

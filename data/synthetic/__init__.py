@@ -67,7 +67,10 @@ class Spec:
         if task not in TASKS:
             raise ValueError(f"{text!r}: no synthetic task {task!r}; valid are {', '.join(TASKS)}")
         count, *parts = rest.split(",")
-        values = {name: value for name, _, value in (part.partition("=") for part in parts)}
+        pairs = [(name, value) for name, _, value in (part.partition("=") for part in parts)]
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError(f"an option stands twice in {text!r}")
         known = ["length", "seed", *task_options(task)]
         known += ["depth"] if TASKS[task].has_depth else []
         known += ["filler"] if "filler" in inspect.signature(TASKS[task]).parameters else []
