@@ -72,9 +72,9 @@ def _check(args: argparse.Namespace, world_size: int) -> None:
 
 def _start(args: argparse.Namespace) -> int:
     from launch.agent import launch_workers
+    from launch.world import refuse_nproc_in_a_rank
 
-    if "RANK" in os.environ:
-        raise ValueError("--nproc starts processes, but this one was started by torchrun (RANK is set): leave it out")
+    refuse_nproc_in_a_rank()
     _check(args, args.nproc)  # an error is told once, before any process starts
     arguments = ["evaluate", *args.run_dirs, *args.overrides]
     for option, value in (("--checkpoint", args.checkpoint), ("--out", args.out)):

@@ -113,9 +113,9 @@ def _check_writable(path: Path) -> None:
 
 def _start(args: argparse.Namespace) -> int:
     from launch.agent import launch_workers
+    from launch.world import refuse_nproc_in_a_rank
 
-    if "RANK" in os.environ:
-        raise ValueError("--nproc starts processes, but this one was started by torchrun (RANK is set): leave it out")
+    refuse_nproc_in_a_rank()
     arguments = ["generate", args.checkpoint, *args.overrides]
     options = {
         "--prompt": args.prompt,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,9 +75,9 @@ def checked_config(args: argparse.Namespace, world_size: int) -> Config:
 
 def _start(args: argparse.Namespace) -> int:
     from launch.agent import launch_workers
+    from launch.world import refuse_nproc_in_a_rank
 
-    if "RANK" in os.environ:
-        raise ValueError("--nproc starts processes, but this one was started by torchrun (RANK is set): leave it out")
+    refuse_nproc_in_a_rank()
     checked_config(args, args.nproc)  # an error is told once, before any process starts
     arguments = ["train", args.config, *args.overrides]
     if args.resume is not None:

@@ -39,6 +39,7 @@ from pipeline.checkpoint_schema import MemoryEntry, ParameterEntry
 from pipeline.config import Config
 from pipeline.config_io import ConfigError, stored_config
 from pipeline.tensor_reader import TensorReader
+from pipeline.validate import validate
 
 OPEN_FILES = 32
 """That a reader keeps open: a parameter's parts stand in few files, and the next one's in the same."""
@@ -106,15 +107,21 @@ class CheckpointReader:
 
     @cached_property
     def config(self) -> Config:
-        """The configuration of the run that wrote it.
+        """The configuration of the run that wrote it; its numbers are in range and fit together.
 
         Raises:
             CheckpointError: it is none.
         """
+        where = f"{self.folder / SUMMARY}: config"
         try:
-            return stored_config(self.summary.config, [], f"{self.folder / SUMMARY}: config")
-        except (ConfigError, RecursionError) as error:
+            config = stored_config(self.summary.config, [], where)
+        except ConfigError as error:
             raise CheckpointError(str(error)) from error
+        try:
+            validate(config, data_exists=False)
+        except ConfigError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        return config
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare every file (every `parts`-th, from `part` on) with its recorded SHA-256 and with its index.

@@ -82,7 +82,7 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
     Safe to call again with another layout in the same processes (the tests do).
 
     Raises:
-        ValueError: the number of processes does not fit the layout.
+        ValueError: the processes cannot meet, or their number does not fit the layout.
     """
     prepare_megatron()
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -90,7 +90,15 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(distributed_backend(device), timeout=timeout)
+        try:
+            dist.init_process_group(distributed_backend(device), timeout=timeout)
+        except dist.DistNetworkError as error:
+            variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            known = ", ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
+            raise ValueError(
+                f"this process cannot meet the others ({known}): is the address that of rank 0's machine, is the port "
+                f"free there and open, were all started within {timeout_s:g} s? ({str(error).splitlines()[0]})"
+            ) from error
     world = dist.get_world_size()
     if world % (tensor * pipeline):
         raise ValueError(

@@ -1,6 +1,7 @@
 """The command line: help, exit codes, one clear message for what the user can put right, before anything starts."""
 
 import os
+import re
 import socket
 import sys
 import types
@@ -159,7 +160,11 @@ def test_restarts_are_the_launchers(run_yaml, launched, capsys):
 def test_nproc_under_torchrun_is_refused(run_yaml, launched, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["train", str(run_yaml), "--nproc", "2"]) == 2
-    assert "--nproc" in capsys.readouterr().err
+    assert "the environment has RANK=0: this process is one rank" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert cli.main(["train", str(run_yaml), "--nproc", "2"]) == 2
+    assert "torchrun has set RANK=0 and WORLD_SIZE=4: this process is one rank" in capsys.readouterr().err
     assert not launched
 
 
@@ -175,21 +180,107 @@ def test_port_in_use(run_yaml, trainer, nproc, capsys):
 
 
 def test_under_torchrun_the_world_is_taken_as_it_is(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    values = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    values |= {"MASTER_ADDR": "node", "MASTER_PORT": "1234"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
     assert world.join_world() == 8
+    assert {name: os.environ[name] for name in values} == values
 
 
-def test_under_srun_the_world_follows_from_the_step(monkeypatch, tmp_path):
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$3" = "n[3-4]" ] && printf "n3\\nn4\\n"\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    step = {"STEP_ID": "1", "PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
-    for name, value in (step | {"STEP_NODELIST": "n[3-4]", "JOB_ID": "77"}).items():
+def test_one_process_per_pod_needs_no_local_rank(monkeypatch, capsys):
+    pod = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    for name, value in pod.items():
+        monkeypatch.setenv(name, value)
+    assert world.join_world() == 2
+    assert [os.environ[name] for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["0", "1"]
+    assert "taken as one process on every machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"WORLD_SIZE": None}, "RANK='3' stands in the environment, but WORLD_SIZE"),
+        ({"RANK": None}, "WORLD_SIZE='8' stands in the environment, but RANK"),
+        ({"RANK": "three"}, "RANK='three' in the environment is no whole number"),
+        ({"RANK": "8"}, "RANK=8: must be from 0 to 7"),
+        ({"RANK": "-1"}, "RANK=-1: must be from 0 to 7"),
+        ({"WORLD_SIZE": "1" * 30}, "is no whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be from 1"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2: must be from 0 to 1"),
+        ({"LOCAL_RANK": None}, "LOCAL_WORLD_SIZE='2', but LOCAL_RANK"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK='' in the environment is no whole number"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9: must be from 1 to WORLD_SIZE=8"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment is no whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be a port"),
+    ],
+)
+def test_variables_that_say_no_world_are_named(monkeypatch, changed, expected):
+    values = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    values |= {"MASTER_ADDR": "node", "MASTER_PORT": "1234"}
+    for name, value in (values | changed).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        world.join_world()
+
+
+def test_a_port_for_processes_that_others_started_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="--master-port 29500 is for processes that this command starts"):
+        world.join_world(29500)
+
+
+STEP = {"STEP_ID": "1", "PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
+STEP |= {"STEP_NODELIST": "n[3-4]", "JOB_ID": "77", "NODEID": "1"}
+
+
+def test_under_srun_the_world_follows_from_the_step(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")  # in a container there is no scontrol
+    for name, value in STEP.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert world.join_world() == 8
     assert [os.environ[name] for name in LAUNCHER_VARIABLES] == ["5", "8", "1", "4", "n3", "20771"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"SLURM_LOCALID": None}, "SLURM_LOCALID is not set"),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID='x'"),
+        ({"SLURM_STEP_NODELIST": "n[3"}, "set MASTER_ADDR"),
+        ({"SLURM_STEP_NODELIST": None}, "set MASTER_ADDR"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE='4' and SLURM_STEP_NUM_TASKS=8 contradict each other"),
+        ({"SLURM_PROCID": "8"}, "RANK=8: must be from 0 to 7"),
+    ],
+)
+def test_variables_of_slurm_that_say_no_world_are_named(monkeypatch, changed, expected):
+    for name, value in ({f"SLURM_{name}": value for name, value in STEP.items()} | changed).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        world.join_world()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n[3-4]", "n3"),
+        ("n[03-12,20],m1", "n03"),
+        ("gpu-a.b.c,n[1-2]", "gpu-a.b.c"),
+        ("rack[1-2]n[5-8]", "rack1n5"),
+        ("n[7]", "n7"),
+        ("n[1-2]-ib,m", "n1-ib"),
+    ],
+)
+def test_first_node_of_slurms_list(nodes, first):
+    assert world.first_node(nodes) == first
 
 
 def test_config_arguments_reach_the_loader(run_yaml):
