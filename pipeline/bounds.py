@@ -73,6 +73,8 @@ BOUNDS: dict[str, Bound] = {
     "model.vocab_size": Bound(1, 1 << 24),
     "model.vocab_size_multiple": Bound(1, 1 << 16),
     "model.segment_length": _SIZE,
+    "model.sliding_window": Bound(1, 1 << 32),
+    "model.sliding_layers.*": Bound(0, 2047),
     "model.rope_base": _positive(1e15),
     "model.rope_scaling.factor": _positive(1e6),
     "model.rope_scaling.original_max_position_embeddings": Bound(1, 1 << 32),

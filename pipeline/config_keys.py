@@ -47,7 +47,6 @@ SYNONYMS = {
     "save_interval": "checkpoint.interval",
     "seq_length": "model.segment_length",
     "sequence_length": "model.segment_length",
-    "sliding_window": "model.local_context",
     "tie_word_embeddings": "model.tie_embeddings",
     "tp": "parallel.tensor",
     "train_data": "data.sets",

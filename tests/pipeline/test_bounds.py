@@ -46,8 +46,8 @@ LISTS = ["data.sets=[{path: a}]", "evaluate.passkey_grid=[{lengths: [4096], dept
 def example(key: str) -> Config:
     """A configuration that has the number `key`."""
     overrides = [*LISTS]
-    if key == "parallel.layers_per_stage.*":
-        overrides.append("parallel.layers_per_stage=[4]")
+    if key in ("parallel.layers_per_stage.*", "model.sliding_layers.*"):
+        overrides.append(f"{key.removesuffix('.*')}=[4]")
     return load_config(None, overrides)
 
 
@@ -104,7 +104,9 @@ extreme = st.one_of(
 @given(st.dictionaries(st.sampled_from(sorted(BOUNDS)), extreme, max_size=6), st.integers(1, 64))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_any_numbers_are_refused_or_sound(values, world_size):
-    config = example("parallel.layers_per_stage.*" if "parallel.layers_per_stage.*" in values else "")
+    config = example("")
+    config.parallel.layers_per_stage = [4] if "parallel.layers_per_stage.*" in values else None
+    config.model.sliding_layers = [1] if "model.sliding_layers.*" in values else None
     for key, value in values.items():
         kind = next(s.kind for s in settings() if s.key == key.removesuffix(".*"))
         integral = int in (kind, list_item(kind), *typing.get_args(kind))
