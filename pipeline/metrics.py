@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,11 @@ Line = dict[str, int | float | None | list[int | float | None | str] | Histogram
 """What a line holds: the reserved fields, and numbers, lists of them and histograms."""
 
 
+_OF_A_LAYER = re.compile(
+    r"(?P<quantity>[^/]+)/layer_(?P<layer>[0-9]{1,9})|memory_layer_(?P<old>[0-9]{1,9})/(?P<old_quantity>[^/]+)"
+)
+
+
 def layer_name(quantity: str, layer: int) -> str:
     """The name of a layer's metric."""
     return f"{quantity}/layer_{layer:02d}"
@@ -76,10 +82,8 @@ def layer_name(quantity: str, layer: int) -> str:
 
 def layer_metric(name: str) -> tuple[str, int] | None:
     """Quantity and layer that a name stands for, in the spelling of today or of the first version; else None."""
-    first, _, last = name.partition("/")
-    quantity, layer = (last, first) if first.startswith("memory_layer_") else (first, last)
-    digits = layer.removeprefix("memory_").removeprefix("layer_")
-    return (quantity, int(digits)) if layer != digits and digits.isascii() and digits.isdecimal() else None
+    match = _OF_A_LAYER.fullmatch(name)
+    return None if match is None else (match["quantity"] or match["old_quantity"], int(match["layer"] or match["old"]))
 
 
 class MetricsWriter:
