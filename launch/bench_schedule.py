@@ -101,7 +101,7 @@ def _draw_window(path: Path, costs: dict[tuple[str, int], WindowCost], lengths: 
     from matplotlib.figure import Figure
 
     from pipeline.bench_window import METHODS
-    from pipeline.plots import save_figure
+    from pipeline.figures import save_figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     memory, clock = figure.subplots(1, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,17 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.figures import (
+    TEXT_POINTS,
+    Legend,
+    break_lines,
+    plain,
+    save_figure,
+    show_some_ticks,
+    titled_figure,
+)
 from pipeline.metrics import RESERVED_NAMES, layer_metric, layer_name, read_metrics
 
-DPI = 130
 GATE_BINS = 20
 SMOOTH_FROM_POINTS = 60
 """Curves with more points get a running mean over a twentieth of them, drawn over the pale original."""
@@ -57,7 +64,8 @@ def loss_by_segment(path: str | Path, curves: Mapping[str, Curve], title: str) -
             their 95 % intervals or None, and the documents behind each.
         title: what was evaluated.
     """
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    legend = Legend(list(curves), 8)
+    figure = titled_figure(8, 5.0, title, legend)
     grid = figure.add_gridspec(2, 1, height_ratios=(4, 1))
     upper = figure.add_subplot(grid[0])
     lower = figure.add_subplot(grid[1], sharex=upper)
@@ -71,8 +79,8 @@ def loss_by_segment(path: str | Path, curves: Mapping[str, Curve], title: str) -
         if index == 0 or not same_counts:
             lower.step(x, counts, where="mid", color="0.35" if same_counts else color, linewidth=1.3)
     has_intervals = any(widths is not None for _, widths, _ in curves.values())
-    upper.set(title=title, ylabel="loss (nats per token)" + ("\nband: 95 % interval" if has_intervals else ""))
-    upper.legend(frameon=False)
+    upper.set(ylabel="loss (nats per token)" + ("\nband: 95 % interval" if has_intervals else ""))
+    legend.draw(figure, upper.lines)
     upper.tick_params(labelbottom=False)
     lower.set(xlabel="segment index in the document", ylabel="documents")
     lower.set_ylim(0, 1.15 * max(1, *(max(counts, default=0) for _, _, counts in curves.values())))
@@ -106,16 +114,15 @@ def passkey_heatmap(
     if values.shape != (len(depths), len(lengths)):
         raise ValueError(f"grid is {values.shape}, must be depths x lengths, {len(depths)} x {len(lengths)}")
     width = min(16.0, max(4.5, 2.4 + 0.62 * len(lengths)))
-    figure = Figure(figsize=(width, max(2.6, 1.5 + 0.42 * len(depths))), layout="constrained")
+    figure = titled_figure(width, min(14.0, max(2.2, 1.1 + 0.42 * len(depths))), title)
     axes = figure.add_subplot()
     colors = colormaps["RdYlGn"].with_extremes(bad="0.85")
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap=colors, vmin=0.0, vmax=1.0)
-    axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
-    if len(lengths) > 12:
-        axes.tick_params(axis="x", labelrotation=60)
-    axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
+    show_some_ticks(axes, range(len(lengths)), [_tokens(length) for length in lengths])
+    every = -(-len(depths) // 40)
+    axes.set_yticks(range(0, len(depths), every), [f"{100 * depth:g} %" for depth in depths[::every]])
     unit = " (tokens)" if all(isinstance(length, int) for length in lengths) else ""
-    axes.set(title=title, xlabel=f"document length{unit}", ylabel="depth of the needle")
+    axes.set(xlabel=f"document length{unit}", ylabel="depth of the needle")
     if len(lengths) <= CELL_TEXT_UP_TO:
         _cell_texts(axes, values, image)
     figure.colorbar(image, ax=axes, label="accuracy", fraction=0.05, pad=0.02)
@@ -143,8 +150,10 @@ def score_curves(
         logarithmic: the scale of x.
         marks: places on x with what is special about them, drawn where the points reach so far.
     """
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    legend = Legend(list(curves), 7.5)
+    figure = titled_figure(7.5, 4.0, title, legend)
     axes = figure.add_subplot()
+    handles = []
     answers: dict[float, set[int]] = {}
     for index, (name, points) in enumerate(curves.items()):
         aside = index - (len(curves) - 1) / 2  # curves that agree would hide one another
@@ -154,7 +163,7 @@ def score_curves(
         high = [point.value if point.high is None else point.high for point in points]
         reach = np.abs(np.array([np.array(value) - low, np.array(high) - value]))
         style = {"color": f"C{index}", "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.4}
-        axes.errorbar(x, value, yerr=reach, label=name, **style)
+        handles.append(axes.errorbar(x, value, yerr=reach, label=name, **style))
         for point in points:
             answers.setdefault(point.x, set()).add(point.answers)
     if logarithmic:
@@ -163,8 +172,8 @@ def score_curves(
     for x, meaning in (marks or {}).items():
         if ticks[0] <= x <= ticks[-1]:
             axes.axvline(x, color="0.5", linestyle=":", linewidth=1.2)
-            axes.annotate(
-                meaning,
+            note = axes.annotate(
+                break_lines(meaning, 2.5, 8, 2),
                 (x, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(-3, -3),
@@ -174,14 +183,15 @@ def score_curves(
                 va="top",
                 fontsize=8,
                 color="0.4",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )
+            plain(note)
     labels = [f"{_tokens(int(x)) if sizes else f'{x:g}'}\nn={max(answers[x])}" for x in ticks]
-    axes.set_xticks(ticks, labels)
+    show_some_ticks(axes, ticks, labels)
     axes.minorticks_off()
-    if len(ticks) > 12:
-        axes.tick_params(axis="x", labelrotation=60)
-    axes.set(title=title, xlabel=xlabel, ylabel="exact match (bars: 95 % interval)", ylim=(-0.04, 1.04))
-    axes.legend(frameon=False)
+    axes.set(ylabel="exact match (bars: 95 % interval)", ylim=(-0.04, 1.04))
+    plain(axes.set_xlabel(break_lines(xlabel, 6.5, TEXT_POINTS, 2)))
+    legend.draw(figure, handles)
     _quiet(axes)
     save_figure(figure, path)
 
@@ -247,7 +257,7 @@ def _gate_rows(path: str | Path, counts: Mapping[int, np.ndarray], means: Mappin
     layers = sorted(counts)
     rows = np.stack([counts[layer] / max(counts[layer].sum(), 1) for layer in layers])
     bins = rows.shape[1]
-    figure = Figure(figsize=(7.5, min(14.0, 1.7 + 0.36 * len(layers))), layout="constrained")
+    figure = titled_figure(7.5, min(14.0, max(2.2, 1.3 + 0.36 * len(layers))), title)
     axes = figure.add_subplot()
     image = axes.imshow(
         rows,
@@ -270,7 +280,7 @@ def _gate_rows(path: str | Path, counts: Mapping[int, np.ndarray], means: Mappin
     every = -(-len(layers) // 40)
     axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     numbers = "numbers: % of the layer's gates; " if len(layers) <= CELL_TEXT_UP_TO else ""
-    axes.set(title=title, xlabel=f"gate ({numbers}triangle: mean)", ylabel="layer")
+    axes.set(xlabel=f"gate ({numbers}triangle: mean)", ylabel="layer")
     figure.colorbar(image, ax=axes, label="share", fraction=0.05, pad=0.02, ticks=[0, 0.05, 0.2, 0.5, 1])
     save_figure(figure, path)
 
@@ -347,8 +357,10 @@ def _draw_panel(figure: Figure, axes: Axes, panel: Panel) -> None:
         ticks = range(0, len(names), -(-len(names) // 6))
         bar.set_ticks(list(ticks), labels=[names[tick] for tick in ticks])
     elif len(names) > 1:
-        axes.legend(frameon=False, fontsize=8, ncols=1 if len(names) <= 4 else 2)
+        # Beside the curves, where it hides none.
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
     axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if panel.scale == "log" and any((values > 0).any() for _, values in panel.curves.values()):
         axes.set_yscale("log")
     if panel.bottom is not None:
@@ -391,14 +403,3 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
 def _quiet(axes: Axes) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        figure.savefig(file, format="png", dpi=DPI)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.files import write_whole
 from pipeline import plots, task_report
 from pipeline.console import format_duration, make_console, print_table
 from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER
@@ -67,12 +67,7 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
 
 def write_json(path: Path, content: Results) -> None:
     """Write `content` so that the file is the old one or all of the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _set_names(results: Results) -> dict[str, tuple[str, dict[str, Any]]]:

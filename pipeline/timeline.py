@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from pipeline.plots import save_figure
+from pipeline.figures import TITLE_LINES, TITLE_POINTS, break_lines, lines_inches, plain, save_figure
 from pipeline.schedule import Kind
 from pipeline.simulate import Timeline
 
@@ -41,13 +41,17 @@ def draw_timelines(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) 
         timelines: titles and timelines.
     """
     rows = [len(timeline.events) for _, timeline in timelines]
-    figure = Figure(figsize=(WIDTH_INCHES, 0.9 + sum(0.75 + 0.55 * n for n in rows)), layout="constrained")
-    axes = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=[0.5 + n for n in rows])[:, 0]
     longest_s = max(timeline.makespan_s for _, timeline in timelines)
     scale, unit = (1e3, "ms") if longest_s < 1 else (1.0, "s")
+    titles = [_title(title, timeline, scale, unit) for title, timeline in timelines]
+    height = 0.9 + sum(
+        0.5 + lines_inches(title, TITLE_POINTS) + 0.55 * n for title, n in zip(titles, rows, strict=True)
+    )
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+    axes = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=[0.5 + n for n in rows])[:, 0]
     kinds = {event.operation.kind for _, timeline in timelines for events in timeline.events for event in events}
-    for ax, (title, timeline) in zip(axes, timelines, strict=True):
-        ax.set_title(f"{title}: {scale * timeline.makespan_s:.4g} {unit}, bubbles {100 * timeline.bubble_share:.1f} %")
+    for ax, title, (_, timeline) in zip(axes, titles, timelines, strict=True):
+        plain(ax.set_title(title, fontsize=TITLE_POINTS))
         _draw(ax, timeline, scale, inches_per_s=0.9 * WIDTH_INCHES / longest_s)
         ax.set_xlim(0, 1.005 * scale * longest_s)
     axes[-1].set_xlabel(f"time ({unit})")
@@ -59,6 +63,11 @@ def draw_timelines(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) 
         frameon=False,
     )
     save_figure(figure, path)
+
+
+def _title(name: str, timeline: Timeline, scale: float, unit: str) -> str:
+    numbers = f"{scale * timeline.makespan_s:.4g} {unit}, bubbles {100 * timeline.bubble_share:.1f} %"
+    return break_lines(f"{name}: {numbers}", 0.85 * WIDTH_INCHES, TITLE_POINTS, TITLE_LINES)
 
 
 def _draw(ax, timeline: Timeline, scale: float, inches_per_s: float) -> None:
