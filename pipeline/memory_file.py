@@ -2,28 +2,43 @@
 
 One safetensors file. Tensors: `memory/<layer>/<field>` `[lanes, all key/value heads, ...]`, and `segment` `[lanes, S]`
 with the tokens of the current, partial segment (`segment_tokens` of them; they are read again when the file is loaded,
-which costs less than a segment). The header says which model and tokenizer it belongs to. Whole heads: a file written
-under one layout is loaded under any other.
+which costs less than a segment). The header says which model and tokenizer it belongs to, and has a hash of that and of
+all tensors, names, shapes and types included. Whole heads: a file written under one layout is loaded under any other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from data.files import FileError, decode_json, shown
+from model.local_context import initial_state
+from model.rules import layer_shape
+from pipeline.checkpoint_schema import Hash
 from pipeline.executor import Memory
 from pipeline.incremental import IncrementalModel, LaneState
+from pipeline.tensor_file import tensor_bytes, write_tensors
+from pipeline.tensor_reader import TensorReader
 
-FORMAT = "infini-memory-1"
+logger = logging.getLogger(__name__)
+
+FORMAT = "infini-memory-2"
+FIRST_FORMAT = "infini-memory-1"
+"""Without a hash of the contents."""
+MOST_LANES = 4096
+"""Documents in a file: with each come caches that are far larger than its part of the file."""
+LONGEST = 1 << 53
+"""Tokens of a document."""
+_DIFFERENCES = 20
 
 
 class MemoryFileError(ValueError):
@@ -79,44 +94,64 @@ def _write(
     tensors["segment"] = torch.tensor(padded, dtype=torch.int64)
     tensors["segment_tokens"] = torch.tensor([len(tokens) for tokens in state.segment])
     tensors["position"] = torch.tensor(state.position)
-    header = {"format": FORMAT, **{key: json.dumps(value) for key, value in asdict(identity).items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    header = {key: json.dumps(value) for key, value in asdict(identity).items()}
+    header |= {"format": FORMAT, "sha256": json.dumps(contents_hash(tensors, asdict(identity)))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=header)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        write_tensors(path, tensors, header)
+    except OSError as error:
         return f"{path}: {error}"
-    finally:
-        temporary.unlink(missing_ok=True)
     return None
 
 
+def contents_hash(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in a memory file that means something."""
+    kinds = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    digest = hashlib.sha256(json.dumps([identity, kinds], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
 def load_memory(path: Path, model: IncrementalModel, identity: Identity) -> LaneState:
-    """The state in the file at `path`, on this layout; collective.
+    """The state in the file at `path`, on this layout; collective. A file without a hash of its contents, as older
+    versions wrote them, is loaded with a warning.
 
     Raises:
         MemoryFileError: it is damaged, or another model's.
         OSError: it cannot be read.
     """
-    if not path.is_file():
+    outcome: list[tuple[str | None, bool]] = [(None, True)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(None, _check(path, model, identity))]
+        except FileNotFoundError:
+            outcome = [("", True)]
+        except (OSError, ValueError) as error:
+            outcome = [(str(error), True)]
+        except RecursionError:
+            outcome = [(f"{path} is damaged: its header is nested too deeply", True)]
+    dist.broadcast_object_list(outcome, src=0)
+    problem, hashed = outcome[0]
+    if problem == "":
         raise FileNotFoundError(f"there is no memory file {path}")
+    if problem is not None:
+        raise MemoryFileError(problem)
+    if not hashed and dist.get_rank() == 0:
+        logger.warning("%s was written by an older version, without a hash of its contents: it is not verified", path)
     try:
-        with safe_open(path, framework="pt") as file:
-            _check(path, file.metadata() or {}, identity)
-            segment, counts = file.get_tensor("segment"), file.get_tensor("segment_tokens")
-            state = model.start(len(counts))
-            state.position = file.get_tensor("position").tolist()
-            state.memory = _memory(file, state.memory, model)
-    except SafetensorError as error:
-        raise MemoryFileError(f"{path} is damaged or not a memory file: {error}") from error
+        file = TensorReader(path)
+        segment, counts = file.read("segment"), file.read("segment_tokens")
+        state = model.start(len(counts))
+        state.position = file.read("position").tolist()
+        state.memory = _memory(file, state.memory, model)
+    except FileError as error:
+        raise MemoryFileError(str(error)) from error
     model.read(state, [[row[:count].numpy()] for row, count in zip(segment, counts.tolist(), strict=True)])
     return state
 
 
-def _memory(file: Any, empty: Memory, model: IncrementalModel) -> Memory:
+def _memory(file: TensorReader, empty: Memory, model: IncrementalModel) -> Memory:
     """The part of the file's memory that belongs to this process's layers and heads."""
     rank, loaded = model.topology.tensor_rank, []
     for layer, state in zip(model.stage.layers, empty, strict=True):
@@ -125,27 +160,79 @@ def _memory(file: Any, empty: Memory, model: IncrementalModel) -> Memory:
             continue
         fields = []
         for field, like in state._asdict().items():
-            heads = like.shape[1]
-            piece = file.get_slice(f"memory/{layer}/{field}")[:, rank * heads : (rank + 1) * heads]
-            fields.append(piece.to(like))
+            heads = slice(rank * like.shape[1], (rank + 1) * like.shape[1])
+            fields.append(file.read(f"memory/{layer}/{field}", slice(None), heads).to(like))
         loaded.append(type(state)(*fields))
     return loaded
 
 
-def _check(path: Path, header: dict[str, str], identity: Identity) -> None:
-    if header.get("format") != FORMAT:
+def _check(path: Path, model: IncrementalModel, identity: Identity) -> bool:
+    """Whether the file has a hash, when all that is in it is what it should be.
+
+    Raises:
+        ValueError: it is not.
+        OSError: it cannot be read.
+    """
+    file = TensorReader(path)
+    header = file.metadata
+    if header.get("format") not in (FORMAT, FIRST_FORMAT):
         raise MemoryFileError(f"{path} is not a memory file of this version ({FORMAT})")
-    written = {key: json.loads(header[key]) for key in asdict(identity)}
+    written = {
+        key: decode_json(header.get(key, "null"), kind, f"{path}: {key}")
+        for key, kind in (("model", dict[str, Any]), ("checkpoint", str), ("tokenizer", str))
+    }
+    _check_identity(path, written, identity)
+    lanes = file.shapes.get("segment_tokens", (0,))[0] if len(file.shapes.get("segment_tokens", (0,))) == 1 else 0
+    if not 1 <= lanes <= MOST_LANES:
+        raise MemoryFileError(f"{path}: holds {lanes:,} documents; 1 to {MOST_LANES:,} are possible")
+    integers = {"segment": (lanes, model.length), "segment_tokens": (lanes,), "position": (lanes,)}
+    memory = dict(_expected(model, lanes))
+    file.check(memory | integers, kinds=dict.fromkeys(integers, ("I64",)))
+    tensors = {name: file.read(name) for name in file.shapes}
+    hashed = header["format"] == FORMAT
+    if hashed and decode_json(header.get("sha256", "null"), Hash, f"{path}: sha256") != contents_hash(tensors, written):
+        raise MemoryFileError(f"{path} was changed after it was written (the SHA-256 of its contents differs)")
+    for name in memory:
+        if not tensors[name].isfinite().all():
+            raise MemoryFileError(f"{path}: {name} holds numbers that are not finite")
+    _check_range(path, "segment_tokens", tensors, model.length)
+    _check_range(path, "segment", tensors, model.vocab_size - 1)
+    _check_range(path, "position", tensors, LONGEST)
+    if (tensors["position"] % model.length).any():
+        raise MemoryFileError(f"{path}: position is not at the border of a segment of {model.length} tokens")
+    return hashed
+
+
+def _expected(model: IncrementalModel, lanes: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of what all layers and heads of the model carry."""
+    config, wide = model.stage.config, torch.float32
+    state = initial_state(
+        config, layer_shape(config), lanes, dtype=wide, context_dtype=wide, device=torch.device("meta")
+    )
+    for layer in range(config.num_layers):
+        for field, like in ({} if state is None else state._asdict()).items():
+            yield f"memory/{layer}/{field}", tuple(like.shape)
+
+
+def _check_range(path: Path, name: str, tensors: Mapping[str, Tensor], most: int) -> None:
+    least, largest = int(tensors[name].min()), int(tensors[name].max())
+    if least < 0 or largest > most:
+        raise MemoryFileError(f"{path}: {name} holds {least if least < 0 else largest}; 0 to {most} are possible")
+
+
+def _check_identity(path: Path, written: dict[str, Any], identity: Identity) -> None:
     if written["checkpoint"] != identity.checkpoint:
         differing = _differences("model", written["model"], identity.model)
+        more = len(differing) - _DIFFERENCES
+        listed = "; ".join(differing[:_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
         raise MemoryFileError(
             f"{path} is the memory of another model: "
-            + ("; ".join(differing) or "of the same shape, but with other weights")
-            + f" (checkpoint {written['checkpoint'][:12]} there, {identity.checkpoint[:12]} here)"
+            + (listed or "of the same shape, but with other weights")
+            + f" (checkpoint {shown(written['checkpoint'][:12])} there, {identity.checkpoint[:12]} here)"
         )
     if written["tokenizer"] != identity.tokenizer:
         raise MemoryFileError(
-            f"{path} was written with another tokenizer ({written['tokenizer'][:12]} there, "
+            f"{path} was written with another tokenizer ({shown(written['tokenizer'][:12])} there, "
             f"{identity.tokenizer[:12]} here)"
         )
 
@@ -154,4 +241,4 @@ def _differences(key: str, written: Any, wanted: Any) -> list[str]:
     if isinstance(written, dict) and isinstance(wanted, dict):
         names = sorted(written.keys() | wanted.keys())
         return [line for name in names for line in _differences(f"{key}.{name}", written.get(name), wanted.get(name))]
-    return [] if written == wanted else [f"{key} is {written!r} there and {wanted!r} here"]
+    return [] if written == wanted else [f"{shown(key)[1:-1]} is {shown(written)} there and {shown(wanted)} here"]

@@ -36,18 +36,25 @@ class TensorReader:
         except OSError:
             raise
         except Exception as error:  # the library's own kinds, and what torch makes of an empty file
-            raise FileError(f"{path}: cannot read tensors: {error}") from error
+            raise FileError(f"{path} is damaged or holds no tensors (safetensors): {error}") from error
 
     @property
     def metadata(self) -> dict[str, str]:
         """Strings in the header."""
         return self._file.metadata() or {}
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], *, beside: tuple[str, ...] = ()) -> None:
-        """Compare with the tensors that should be in the file, all of floating-point numbers.
+    def check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        *,
+        kinds: Mapping[str, tuple[str, ...]] | None = None,
+        beside: tuple[str, ...] = (),
+    ) -> None:
+        """Compare with the tensors that should be in the file.
 
         Args:
             expected: their shapes, by name.
+            kinds: the types that a tensor may have, by name; where there is none, those of floating-point numbers.
             beside: names that may be there as well.
 
         Raises:
@@ -58,8 +65,9 @@ class TensorReader:
                 raise FileError(f"{self.path} holds no tensor {shown(name)}")
             if self.shapes[name] != tuple(shape):
                 raise FileError(f"{self.path}: {name} has shape {list(self.shapes[name])}, not {list(shape)}")
-            if self.dtypes[name] not in FLOATS:
-                raise FileError(f"{self.path}: {name} is of {self.dtypes[name]}, not {' or '.join(FLOATS)}")
+            allowed = (kinds or {}).get(name, FLOATS)
+            if self.dtypes[name] not in allowed:
+                raise FileError(f"{self.path}: {name} is of {self.dtypes[name]}, not {' or '.join(allowed)}")
         for name in self.shapes:
             if name not in expected and name not in beside:
                 raise FileError(f"{self.path} holds a tensor {shown(name)}, which does not belong to it")

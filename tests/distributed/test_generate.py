@@ -130,6 +130,12 @@ def test_a_memory_of_another_model_is_refused(pools, tmp_path, data, run):
     assert "another tokenizer" in refusal(run, other)
     save_file({"x": torch.zeros(1)}, other)
     assert "not a memory file" in refusal(run, other)
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    other.write_bytes(content)
+    assert f"{other} was changed after it was written" in refusal(run, other)
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode  # by the umask
     other.write_bytes(path.read_bytes()[:-40])
     assert "damaged" in refusal(run, other)
     assert "no memory file" in refusal(run, tmp_path / "missing")
