@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.files import FileError, open_regular, shown
 from data.streams import FileInput, HashingReader, Record, hash_file, listed, too_long
 
 _ROWS = 256
-_GROUP_BYTES = 1 << 30
-"""Columns of a row group above this are read row by row: 256 rows together may be most of such a group."""
+_BATCH_BYTES = 1 << 30
+"""What rows that are read together may take."""
 _PAGE_BUFFER_BYTES = 1 << 20
 
-_ERRORS = (pa.ArrowException, OSError)
+_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 def open_parquet(file: FileInput, column: str) -> pq.ParquetFile:
@@ -30,10 +31,6 @@ def open_parquet(file: FileInput, column: str) -> pq.ParquetFile:
     try:
         opened = _open(source)
         _check_column(opened.schema_arrow, column, file.shown)
-        chunks = [chunk for group in range(opened.metadata.num_row_groups) for chunk in _chunks(opened, group, column)]
-        if any("DICTIONARY" in encoding for chunk in chunks for encoding in chunk.encodings):
-            # As a dictionary, a text stands in memory once however often a small file repeats it.
-            opened = _open(source, read_dictionary=[column])
         return opened
     except FileError:
         source.close()
@@ -48,13 +45,6 @@ def _open(source: BinaryIO, **more: Any) -> pq.ParquetFile:
     return pq.ParquetFile(
         source, buffer_size=_PAGE_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True, **more
     )
-
-
-def _chunks(opened: pq.ParquetFile, group: int, column: str) -> list[pq.ColumnChunkMetaData]:
-    """The chunk of `column` in a row group, and those of columns inside of one of that name."""
-    row_group = opened.metadata.row_group(group)
-    chunks = [row_group.column(i) for i in range(row_group.num_columns)]
-    return [chunk for chunk in chunks if chunk.path_in_schema == column]
 
 
 def _check_column(schema: pa.Schema, column: str, where: str) -> None:
@@ -86,14 +76,34 @@ def read_parquet(file: FileInput, column: str, limit: int, digests: dict[str, st
     HashingReader(file).close()  # still the file that was hashed
 
 
+def _rows_at_once(file: FileInput, opened: pq.ParquetFile, group: int, column: str) -> int:
+    """How many rows of a group can be read together, whatever stands in them.
+
+    All together are no longer than the group, unless they are places in its dictionary: then each may be its longest
+    text. (What the file says of the columns' encodings is no help: a damaged one ends the process inside of Arrow.)
+    """
+    if opened.metadata.row_group(group).total_byte_size > _BATCH_BYTES:
+        return 1
+    with open_regular(file.path) as source:
+        first = next(
+            _open(source, read_dictionary=[column]).iter_batches(batch_size=1, row_groups=[group], columns=[column]),
+            None,
+        )
+    if first is None:
+        return _ROWS
+    longest = pc.max(pc.binary_length(first.column(column).dictionary)).as_py() or 1
+    return min(_ROWS, max(1, _BATCH_BYTES // longest))
+
+
 def _rows(file: FileInput, opened: pq.ParquetFile, column: str, limit: int) -> Iterator[Record]:
     row, rows = 0, opened.metadata.num_rows
     for group in range(opened.metadata.num_row_groups):
-        declared = sum(chunk.total_uncompressed_size for chunk in _chunks(opened, group, column))
-        batch_size = _ROWS if declared <= _GROUP_BYTES else 1
-        batches = opened.iter_batches(batch_size=batch_size, row_groups=[group], columns=[column])
+        batches: Iterator[pa.RecordBatch] | None = None
         while True:
             try:
+                if batches is None:
+                    batch_size = _rows_at_once(file, opened, group, column)
+                    batches = opened.iter_batches(batch_size=batch_size, row_groups=[group], columns=[column])
                 batch = next(batches, None)
             except _ERRORS as error:
                 raise FileError(f"{file.shown} is damaged after row {row}: {error}") from error
@@ -106,6 +116,8 @@ def _rows(file: FileInput, opened: pq.ParquetFile, column: str, limit: int) -> I
                 where = f"{file.shown}, row {row}"
                 try:
                     text = value.as_py()
+                except pa.ArrowException as error:
+                    raise FileError(f"{where}: column {shown(column)} is damaged: {error}") from error
                 except UnicodeDecodeError as error:
                     yield Record(row, advanced, "", f"{where}: column {shown(column)} is not UTF-8: {error.reason}")
                     continue

@@ -232,7 +232,7 @@ TEXTS = [f"document number {i} ü" for i in range(600)]
 def test_every_kind_of_text_in_parquet_is_read(
     tmp_path: Path, column: pa.Array, rows_alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.parquet, "_GROUP_BYTES", 0 if rows_alone else 1 << 30)
+    monkeypatch.setattr(data.parquet, "_BATCH_BYTES", 0 if rows_alone else 1 << 30)
     for use_dictionary in (True, False):
         table = pa.table({"other": range(600), "text": column})
         pq.write_table(table, tmp_path / "x.PARQUET", row_group_size=400, use_dictionary=use_dictionary)
@@ -274,7 +274,10 @@ def test_a_column_with_a_dot_in_its_name_is_not_the_nested_one(tmp_path: Path) -
     assert list(texts(opened(tmp_path / "x.parquet", text_column="a.b")[0]).values()) == ["text"]
 
 
-def test_a_text_that_a_small_parquet_repeats_is_in_memory_once(tmp_path: Path) -> None:
+def test_a_text_that_a_small_parquet_repeats_is_not_in_memory_a_thousand_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.parquet, "_BATCH_BYTES", 32 << 20)
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * (8 << 20)]))
     pq.write_table(pa.table({"text": repeated}), tmp_path / "x.parquet", store_schema=False)
     before = pa.total_allocated_bytes()
@@ -290,6 +293,13 @@ def test_checksums_of_parquet_pages_are_checked(tmp_path: Path) -> None:
     contents[contents.index(b"document number 7")] ^= 1
     file.write_bytes(contents)
     refused(file, "x.parquet is damaged after row 0: .*CRC")
+
+
+def test_a_parquet_footer_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "x.parquet", store_schema=False)
+    contents = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(contents.replace(b"\x04text", b"\x04te\xfft"))
+    refused(tmp_path / "x.parquet", "x.parquet is damaged: ")
 
 
 def test_a_file_that_is_written_to_meanwhile_is_named(tmp_path: Path) -> None:
