@@ -14,8 +14,11 @@ from pipeline.initial_memory import memory_parameters
 from pipeline.weights import write_weights
 
 
-def write_run(folder: Path, rule="delta", gate="hard", *, leave_out=(), **settings) -> Path:
-    """Weights far from their initial values, without the parameters in `leave_out`. Megatron's groups must be there."""
+def write_run(folder: Path, rule="delta", gate="hard", *, leave_out=(), not_finite=None, **settings) -> Path:
+    """Weights far from their initial values, without the parameters in `leave_out`, with two NaN in `not_finite`.
+
+    Megatron's groups must be there.
+    """
     memory = MemoryConfig(rule=rule, write_gate=gate)
     sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
     sizes |= {"ffn_hidden_size": 20, "segment_length": 8, "vocab_size": 257}
@@ -28,6 +31,8 @@ def write_run(folder: Path, rule="delta", gate="hard", *, leave_out=(), **settin
     def read(name: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
         noise = torch.randn(shapes[name], generator=generator) * (0.25 if len(shapes[name]) == 2 else 0.3)
+        if name == not_finite:
+            noise.view(-1)[:2] = torch.nan
         return 1 + noise if name.endswith("norm.weight") else noise
 
     tokenizer = byte_tokenizer()

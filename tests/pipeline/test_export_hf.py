@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from pipeline.checkpoint_folder import CheckpointError, find_checkpoint  # noqa:
 from pipeline.export_hf import export_model  # noqa: E402
 from pipeline.generate import Generator  # noqa: E402
 from pipeline.import_hf import import_model  # noqa: E402
+from pipeline.sampling import Sampling  # noqa: E402
 from pipeline.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import FAMILIES, write_hf_model  # noqa: E402
 from tests.tiny_run import write_run  # noqa: E402
@@ -135,6 +138,69 @@ def test_plain_gives_back_what_was_imported(tmp_path, family):
     assert not list((tmp_path / "back").glob("*.py"))
 
 
+SLIDING = {"use_sliding_window": True, "sliding_window": 30}
+
+
+@pytest.mark.parametrize("by_way_of", ["import", "export"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mistral", {"sliding_window": 30}),
+        ("qwen2", SLIDING | {"max_window_layers": 1}),
+        ("qwen3", SLIDING | {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+    ],
+)
+@torch.no_grad()
+def test_plain_slides_as_the_imported_model_did(tmp_path, family, settings, by_way_of):
+    """Also when the model went out with its memory and came back in between."""
+    original = write_hf_model(tmp_path / "hf", family, **settings)
+    ours = tmp_path / "ours"
+    import_model(tmp_path / "hf", ours, memory=MemoryConfig(), segment_length=24)
+    if by_way_of == "export":
+        export_model(ours, tmp_path / "home")
+        ours = tmp_path / "again"
+        import_model(tmp_path / "home", ours, memory=None)
+    export_model(ours, tmp_path / "back", plain=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    tokens = torch.randint(0, 300, (1, 90), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(tokens).logits, original(tokens).logits)
+    description = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert description["sliding_window"] == 30
+    full = {"sliding_window": None}
+    if family != "mistral":
+        full |= {"use_sliding_window": False, "layer_types": ["full_attention"] * 4}
+    (tmp_path / "back" / "config.json").write_text(json.dumps(description | full))
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert not torch.equal(other(tokens).logits, original(tokens).logits)  # it matters
+
+
+@pytest.mark.parametrize("name", ["layers.1.mlp.linear_fc1.weight", "layers.0.attention.beta"])
+def test_weights_that_are_not_finite_do_not_go_out(tmp_path, name):
+    run = write_run(tmp_path / "run", not_finite=name)
+    with pytest.raises(CheckpointError, match=rf"step_00000000: {re.escape(name)} .* holds 2 of [\d,]+ numbers"):
+        export_model(run, tmp_path / "hf")
+    assert not list(tmp_path.glob("*hf*"))
+    with pytest.raises(CheckpointError, match=rf"step_00000000 holds weights that are NaN .*: {re.escape(name)} \(2\)"):
+        Generator.open(run)
+
+
+def test_scores_that_are_not_finite_are_an_error(run, monkeypatch):
+    """Not the token 0, not a choice among NaN."""
+    generator = Generator.open(run)
+    scores = generator.model.stage.next_token_logits
+    calls = []
+
+    def overflow(hidden):
+        calls.append(1)
+        return scores(hidden) * (float("inf") if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(generator.model.stage, "next_token_logits", overflow)
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        calls.clear()
+        with pytest.raises(ValueError, match="prompt 1: the model's scores .* NaN or infinite after 2 new tokens"):
+            generator.generate(["the cat"], sampling=sampling, max_new_tokens=5)
+
+
 @pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
 def test_an_older_export_does_not_speak_of_convolutions(tmp_path, rule):
     """Then `gated_deltanet` alone has them: for the exported code, and for the import."""
@@ -232,6 +298,12 @@ def test_what_cannot_be_exported_is_refused(run, tmp_path, monkeypatch):
 
 
 def test_a_folder_with_something_in_it_is_left_alone(run, tmp_path):
+    (tmp_path / ".hf.partial").mkdir()
+    (tmp_path / ".hf.partial" / "notes.txt").write_text("mine")
+    export_model(run, tmp_path / "hf")
+    assert (tmp_path / ".hf.partial" / "notes.txt").read_text() == "mine"
+    for name in ("hf", ".hf.partial"):
+        shutil.rmtree(tmp_path / name)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists already"):
         export_model(run, tmp_path)
