@@ -110,6 +110,35 @@ def test_any_layout_reads_any_other(tmp_path_factory, written, read, fragments, 
             assert torch.equal(found, MEMORY[first_lane : first_lane + 2, rank * heads : (rank + 1) * heads])
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("fragments", "tensor_size"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (1, 4)])
+def test_data_parallel_ranks_read_a_tensor_once_between_them(tmp_path, ranks, fragments, tensor_size):
+    """Each reads its own range of the flattened tensor and its own lanes, from whatever files hold them."""
+    folder = write(
+        tmp_path / "step_00000001", fragments=fragments, tensor_size=tensor_size, lane_parts=(1, 2, 4)[fragments % 3]
+    )
+    read = 0
+    for rank, wanted in enumerate(WEIGHT.flatten().tensor_split(ranks)):
+        reader, start = CheckpointReader(folder), rank * wanted.numel()
+        found = reader.local_range(KEY, (16, 6), Partition(0, 2), 0, 1, start, start + wanted.numel())
+        assert torch.equal(found, wanted)
+        lanes = MEMORY.chunk(ranks)[rank]
+        assert torch.equal(reader.memory_tensor("0", "M", lanes, rank * len(lanes), 0), lanes)
+        read += reader.bytes_read
+    assert read == WEIGHT.nbytes + MEMORY.nbytes
+
+
+def test_rows_of_padding_may_differ(tmp_path):
+    """A vocabulary of 13 tokens, padded to 16 there and to 20 here, over two tensor-parallel ranks."""
+    reader = CheckpointReader(write(tmp_path / "step_00000001", fragments=2, partition=Partition(0)))
+    expected = torch.cat([WEIGHT[:13], torch.zeros(7, 6)])
+    for rank, part in enumerate(expected.chunk(2)):
+        found = reader.local_range(KEY, (10, 6), Partition(0), rank, 2, 7, 55, rows=13)
+        assert torch.equal(found, part.flatten()[7:55])
+    with pytest.raises(CheckpointError, match=r"has shape \(16, 6\); the model's has \(20, 6\)"):
+        reader.local_range(KEY, (10, 6), Partition(0), 0, 2, 7, 55, rows=17)
+
+
 def test_what_is_not_there_is_named(tmp_path):
     reader = CheckpointReader(write(tmp_path / "step_00000001", fragments=2))
     with pytest.raises(CheckpointError, match=r"step_00000001 holds no tensor master/absent"):
