@@ -14,8 +14,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate runs",
-        description="Loss on held-out documents by segment index, and passkey retrieval over lengths and depths, with "
-        "the memory on, off, and exchanged between documents. Several runs are evaluated in turn and compared.",
+        description="Loss on held-out documents by segment index, and, where passkeys were trained or with --passkey, "
+        "passkey retrieval over lengths and depths; with the memory on, off, and exchanged between documents. Several "
+        "runs are evaluated in turn and compared.",
     )
     parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folder; key=value settings may follow")
     parser.add_argument("--nproc", type=positive_int, metavar="N", help="start N processes on this machine")
@@ -24,6 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--documents", type=positive_int, metavar="N", help="held-out documents (evaluate.documents)")
     parser.add_argument(
         "--data", metavar="PATH", action="append", default=[], help="use this prepared set's held-out documents"
+    )
+    parser.add_argument(
+        "--passkey", action="store_true", help="measure the passkey grid even where no passkeys were trained"
     )
     parser.add_argument("--no-passkey", action="store_true", help="leave the passkey grid and all tasks out")
     parser.add_argument("--no-perplexity", action="store_true", help="leave the held-out loss out")
@@ -55,6 +59,8 @@ def _sort_arguments(args: argparse.Namespace) -> None:
         raise ValueError("no run folder given")
     if args.checkpoint is not None and len(args.run_dirs) > 1:
         raise ValueError("--checkpoint names a checkpoint of one run: with several runs leave it out")
+    if args.passkey and args.no_passkey:
+        raise ValueError("--passkey and --no-passkey contradict each other: leave one of them out")
     if args.no_passkey and args.no_perplexity:
         raise ValueError("--no-passkey and --no-perplexity together leave nothing to evaluate")
 
@@ -81,6 +87,7 @@ def _start(args: argparse.Namespace) -> int:
         arguments += [option, value] if value is not None else []
     for path in args.data:
         arguments += ["--data", path]
+    arguments += ["--passkey"] if args.passkey else []
     arguments += ["--no-passkey"] if args.no_passkey else []
     arguments += ["--no-perplexity"] if args.no_perplexity else []
     return launch_workers("launch.cli", arguments, args.nproc, args.master_port)
@@ -106,6 +113,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                 data=args.data,
                 with_synthetic=not args.no_passkey,
                 with_perplexity=not args.no_perplexity,
+                with_passkey=args.passkey,
             )
         )
     if several and os.environ["RANK"] == "0":

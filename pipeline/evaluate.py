@@ -52,6 +52,7 @@ def evaluate_run(
     data: Sequence[str] = (),
     with_synthetic: bool = True,
     with_perplexity: bool = True,
+    with_passkey: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run; collective. `launch.world.join_world` (or torchrun) must have set the ranks' environment.
 
@@ -62,6 +63,7 @@ def evaluate_run(
         out: folder for the results; None is `evaluation/<checkpoint>` in the run's folder.
         data: prepared sets whose held-out documents are used in place of the run's own.
         with_synthetic, with_perplexity: leave a part out.
+        with_passkey: measure the passkey grid even where none were trained, see `passkey.grid_wanted`.
 
     Returns:
         What `results.json` holds, on every process.
@@ -83,9 +85,11 @@ def evaluate_run(
     evaluate = config.evaluate
     sets = _held_out_sets(config, data, reader, notes) if with_perplexity else []
     held_out = [(source, _documents(source, config, notes)) for source in sets]
-    tokenizer = _tokenizer(config, data, reader) if with_synthetic else None
-    rows = _passkey_rows(config, tokenizer, notes) if tokenizer else []
-    tasks = [Task.parse(spec) for spec in evaluate.tasks] if tokenizer else []
+    tasks = [Task.parse(spec) for spec in evaluate.tasks] if with_synthetic else []
+    grid, note = passkey.grid_wanted(config, overrides, with_passkey) if with_synthetic else (False, "")
+    notes.extend([note] if note else [])
+    tokenizer = _tokenizer(config, data, reader) if tasks or grid else None
+    rows = _passkey_rows(config, tokenizer, notes) if grid else []
     if not held_out and not rows and not tasks:
         raise ValueError("; ".join([f"nothing to evaluate in {run_dir}", *notes]))
 

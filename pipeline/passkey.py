@@ -14,13 +14,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.shards import PreparedSet
 from data.synthetic import PasskeyGenerator
 from data.tokenizer import Tokenizer
 from pipeline.answers import CONTROLS, Cell, score
+from pipeline.config import Config, EvaluateConfig
+from pipeline.config_io import ConfigError
 from pipeline.streaming import Document, repeating_document
 
 FIRST_SEED = 1 << 63
@@ -41,6 +45,45 @@ class Row:
     documents: int
     """Per depth and seed."""
     seeds: tuple[int, ...]
+
+
+def grid_wanted(config: Config, overrides: Sequence[str], demanded: bool) -> tuple[bool, str]:
+    """Whether an evaluation measures the grid: where it is asked for, or passkeys were trained. A model that has never
+    seen one scores 0 everywhere, which says nothing about its memory.
+
+    Args:
+        config: of the evaluation.
+        overrides: settings given to it.
+        demanded: it is asked for, whatever the run says.
+
+    Returns:
+        Whether it is measured, and where it is not, why and how to ask for it.
+
+    Raises:
+        ConfigError: it is demanded, but its settings are empty.
+    """
+    evaluate, default = config.evaluate, EvaluateConfig()
+    if demanded:
+        if not evaluate.passkey_grid and not (evaluate.passkey_lengths and evaluate.passkey_depths):
+            raise ConfigError(
+                [
+                    "--passkey asks for a grid, but evaluate.passkey_grid and evaluate.passkey_lengths (or "
+                    "passkey_depths) are empty: give one of them values"
+                ]
+            )
+        return True, ""
+    names = [name for name in EvaluateConfig.__dataclass_fields__ if name.startswith("passkey")]
+    if any(override.startswith("evaluate.passkey") for override in overrides):
+        return True, ""
+    if any(getattr(evaluate, name) != getattr(default, name) for name in names):
+        return True, ""
+    paths = list(dict.fromkeys(entry.path for entry in config.data.sets))
+    there = [path for path in paths if Path(path, "manifest.json").is_file()]
+    sources = [entry.spec for path in there for entry in PreparedSet(path).manifest.sources]
+    if any(spec.startswith("passkey:") for spec in sources):
+        return True, ""
+    seen = f"no passkeys were trained ({', '.join(there)})" if there else "no set of data.sets is there to tell"
+    return False, f"{seen}: the passkey grid was left out; --passkey asks for it"
 
 
 def evaluation_seed(text: str) -> int:

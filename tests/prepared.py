@@ -13,7 +13,13 @@ from data.tokenizer import byte_tokenizer
 
 
 def write_set(
-    folder: Path, lengths: list[int], *, seed: int = 0, answers: bool = True, questions: bool = False
+    folder: Path,
+    lengths: list[int],
+    *,
+    seed: int = 0,
+    answers: bool = True,
+    questions: bool = False,
+    source: str = "noise",
 ) -> Path:
     """A byte-level set whose documents have `lengths` tokens: noise with repeats, something to learn.
 
@@ -34,10 +40,10 @@ def write_set(
             writer.add(
                 np.append(tokens, tokenizer.eos_id),
                 id=f"{split}-{i}",
-                source="noise",
+                source=source,
                 answers=spans,
                 questions=[Question(asked, (6, 9), after=3)] if questions else (),
             )
         splits[split] = writer.close()
-    write_manifest(folder, tokenizer=tokenizer.entry, sources=[SourceEntry(spec="noise")], splits=splits)
+    write_manifest(folder, tokenizer=tokenizer.entry, sources=[SourceEntry(spec=source)], splits=splits)
     return folder

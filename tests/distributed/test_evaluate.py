@@ -112,6 +112,14 @@ def test_results_are_complete_json(run, single):
     assert not list(folder.glob(".*")) and not list(folder.glob("*.tmp"))
 
 
+def test_a_run_on_plain_text_has_no_passkey_grid(pools, tmp_path, run):
+    """Unless it is asked for; the note says how."""
+    overrides = ["evaluate.documents=1", "evaluate.max_segments=2"]
+    (results,) = pools.run(1, evaluation_cases.evaluate, run=run, overrides=overrides, out=str(tmp_path))
+    assert results["passkey"] is None and results["perplexity"]
+    assert any("passkey grid was left out; --passkey asks for it" in note for note in results["notes"])
+
+
 def test_tensorboard_has_each_evaluation_once(pools, tmp_path, run):
     overrides = [*SMALL, "metrics.tensorboard=true"]
     for _ in range(2):

@@ -32,6 +32,7 @@ from pipeline.passkey import (
     Row,
     common_beginning,
     document_seed,
+    grid_wanted,
     passkey_cells,
     passkey_document,
     passkey_results,
@@ -514,6 +515,25 @@ def test_other_texts_are_not_compared():
     assert loss_difference(first, other, 0) is None
 
 
+def test_the_passkey_grid_is_for_those_who_trained_it_or_ask(tmp_path):
+    """Twelve rows of 0.000 said nothing about a model of books."""
+    books = write_set(tmp_path / "books", [300])
+    plain = [f"data.sets=[{{path: {books}}}]"]
+    wanted, note = grid_wanted(load_config(None, plain), ["evaluate.documents=3"], False)
+    assert not wanted and str(books) in note and "--passkey asks for it" in note
+    assert grid_wanted(load_config(None, plain), [], True) == (True, "")
+    assert grid_wanted(load_config(None, plain), ["evaluate.passkey_documents=20"], False) == (True, "")
+    assert grid_wanted(load_config(None, [*plain, "evaluate.passkey_lengths=[2]"]), [], False) == (True, "")
+    wanted, note = grid_wanted(load_config(None, ["data.sets=[{path: gone}]"]), [], False)
+    assert not wanted and note.startswith("no set of data.sets is there to tell")
+    with pytest.raises(ConfigError, match="--passkey asks for a grid, but"):
+        grid_wanted(load_config(None, [*plain, "evaluate.passkey_lengths=[]"]), [], True)
+
+    passkeys = write_set(tmp_path / "passkeys", [300], source="passkey:5,length=1K")
+    both = [f"data.sets=[{{path: {books}}}, {{path: {passkeys}}}]"]
+    assert grid_wanted(load_config(None, both), [], False) == (True, "")
+
+
 # Command line
 
 
@@ -535,6 +555,7 @@ def test_runs_and_settings_in_any_order():
         (["evaluate.seed=3"], "no run folder"),
         (["a", "b", "--checkpoint", "c"], "one run"),
         (["a", "--no-passkey", "--no-perplexity"], "nothing to evaluate"),
+        (["a", "--no-passkey", "--passkey"], "contradict"),
     ],
 )
 def test_command_lines_that_make_no_sense(arguments, message):
