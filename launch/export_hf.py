@@ -6,6 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
+from launch.terminal import visible
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             progress=advance,
         )
     for note in export.notes:
-        print(f"note: {note}")
+        print(f"note: {visible(note)}")
     trust = "" if args.plain else ", trust_remote_code=True"
     print(
         f"{args.out}: {export.parameters:,} parameters of {export.checkpoint}, {export.bytes:,} bytes in "

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from launch.arguments import positive_int
+from launch.terminal import visible
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -60,6 +61,6 @@ def run(args: argparse.Namespace) -> int:
     finally:
         shutdown()
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {visible(note)}")
     print(f"{args.out}: {total:,} parameters; start a run with `infini train {args.out / 'config.yaml'}`")
     return 0
