@@ -5,6 +5,9 @@ Names are paths, one spelling from the trainer to the plots:
     loss/train  loss/answer  loss/probe         mean cross entropy in nats per token
     loss_by_segment/<0, 1, 2-3, 4-7, ...>       the loss at these segments of the documents
     optimizer/learning_rate  optimizer/learning_rate_<group>  optimizer/gradient_norm
+    optimizer/zero_gradient_steps               steps so far whose gradient was exactly 0
+    optimizer/unmoved_parameters                parameters (tensors) that learn, but have not moved since the start
+    gradient_norm/<kind>                        of the kinds of parameters: `pipeline.parameter_groups`
     speed/tokens_per_s  speed/mfu               of the whole run; utilisation is a share, 0..1
     speed/step_s                                mean seconds per step, everything included
     speed/data_s  speed/forward_backward_s  speed/optimizer_s    of these, by phase

@@ -24,6 +24,7 @@ from pipeline.memory_statistics import gather_statistics
 from pipeline.metrics import MetricsWriter, ThroughputMeter, layer_name
 from pipeline.optimizer import StepOutcome
 from pipeline.saving import SaveReport
+from pipeline.stillness import SHORTEST_HORIZON, StillnessWatch
 
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
@@ -64,6 +65,8 @@ class Monitor:
                 trainer.run_dir, tensorboard=self.config.metrics.tensorboard, resume_step=resume_step
             )
             self.console = RunConsole(total_steps=self.config.train.steps, start_step=trainer.step)
+        horizon = min(max(SHORTEST_HORIZON, self.config.metrics.interval), self.config.train.steps)
+        self.stillness = StillnessWatch(trainer.optimizer, horizon=horizon)
         self.peak_flops = 0.0
         self.took_a_step = False
         self.skipped_steps = 0
@@ -147,6 +150,8 @@ class Monitor:
                     f"step {step} skipped: loss {sums['loss'] / max(sums['weight'], 1e-30):.4g}, gradient norm "
                     f"{outcome.gradient_norm:.4g}; memory rolled back. Documents of rank 0: {names}"
                 )
+        if still := self.stillness.after_step(step, outcome, rate, sums["weight"]):
+            self.message(still)
         if result.statistics:
             self._write_statistics(step, result.statistics)
         if step % self.config.metrics.interval == 0 or step == self.config.train.steps:
@@ -174,6 +179,7 @@ class Monitor:
         by_segment = self.by_segment.to(topology.device)
         dist.all_reduce(by_segment)
         rss = topology.all_reduce([float(psutil.Process().memory_info().rss)], op=dist.ReduceOp.MAX)[0]
+        still, stillness = self.stillness.at_interval(rate)
         totals, by_segment = self.interval, by_segment.cpu()
         self._clear_interval()
         speed = self.meter.report()
@@ -192,6 +198,7 @@ class Monitor:
             "optimizer/learning_rate_write_gate": rate * self.config.optimizer.write_gate_lr_scale,
             "system/process_bytes": rss,
             "speed/mfu": speed["speed/tokens_per_s"] * flops / self.peak_flops,
+            **stillness,
             **speed,
         }
         if totals:
@@ -210,6 +217,8 @@ class Monitor:
                 values[f"loss_by_segment/{bucket_name(bucket)}"] = loss / weight
         self.writer.scalars(step, values)
         self.console.log(step, values)
+        for text in still:
+            self.message(text)
 
     def _write_statistics(self, step: int, statistics: dict[int, MemoryStatistics]) -> None:
         """Per layer: gates, the memory's share of the output, norms of M and z. Lanes of data-parallel rank 0."""

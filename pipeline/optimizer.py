@@ -181,6 +181,20 @@ class ZeroOptimizer:
         """Learning rate of a kind of parameters in the step to come, relative to `optimizer.lr`."""
         return 0.0 if self.backbone_frozen and kind.backbone else kind.lr_scale
 
+    def trained_names(self) -> dict[str, Kind]:
+        """Names of the parameters that any stage trains, in order, and their kinds; collective."""
+        everyone: list[dict[str, Kind]] = [{}] * dist.get_world_size()
+        own = {self.global_names[id(p)]: self.norm.kind_of[id(p)] for _, p in self.named if p.requires_grad}
+        dist.all_gather_object(everyone, own)
+        return dict(sorted((name, kind) for kinds in everyone for name, kind in kinds.items()))
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What this process holds of the parameters that are trained, by their names in the whole model."""
+        for _, parameter in self.named:
+            if parameter.requires_grad:
+                held = parameter.ds_tensor if self.zero_stage == 3 else parameter
+                yield self.global_names[id(parameter)], held.detach()
+
     # Sharded state, for checkpoints.
 
     def _flat_partitions(self) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -102,3 +103,28 @@ def train_and_look(folder: str, data: str, overrides: list[str], steps: int) -> 
         distributed_c10d._object_to_tensor = pickle_for_others
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     return {"pickled": found, "measured": next(x for x in reversed(lines) if "memory_layer_00/norm_M" in x)}
+
+
+def train_and_listen(folder: str, data: str, overrides: list[str], steps: int, unweighted: int = 0) -> dict[str, Any]:
+    """Train; what the console said, and the numbers of the last log interval.
+
+    Args:
+        unweighted: a step in which no token has a loss weight.
+    """
+    trainer, printed = make_trainer(folder, data, overrides), io.StringIO()
+    next_batch = trainer.loader.next_batch
+
+    def next_unweighted():
+        batch = next_batch()
+        if trainer.step + 1 == unweighted:
+            batch.loss_weight.zero_()
+        return batch
+
+    trainer.loader.next_batch = next_unweighted
+    with contextlib.redirect_stdout(printed):
+        trainer.start(None)
+        for _ in range(steps):
+            trainer.train_step()
+    finish(trainer)
+    last = json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1])
+    return {"printed": " ".join(printed.getvalue().split()), "last": last}

@@ -109,3 +109,33 @@ def test_statistics_of_the_memory_travel_as_tensors(train, layout):
     assert len(names) == 4 * 7
     for name in names:
         assert found["measured"][name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(1, []), (2, ["parallel.pipeline=2"]), (2, ["parallel.zero_stage=3"])],
+    ids=["one", "pipeline", "zero3"],
+)
+def test_gate_that_cannot_learn_is_said(train, world, layout):
+    """A window of one segment reads no memory that it has written: its gate gets no gradient."""
+    overrides = ["train.segments_per_window=1", "model.memory.write_gate=hard", "metrics.memory_interval=100", *layout]
+    found = train(world, overrides, optimizer_cases.train_and_listen, steps=10, unweighted=7)
+    names = (
+        "layers.0.attention.write_gate.bias, layers.0.attention.write_gate.weight, layers.1.attention.write_gate.bias"
+    )
+    assert f"THE GRADIENT OF write_gate IS EXACTLY 0 in 10 steps: {names}" in found["printed"]
+    assert found["printed"].count("THE GRADIENT OF") == 1 and "NOT MOVED" not in found["printed"]
+    assert "THE GRADIENT NORM IS EXACTLY 0 at step 7: no token of this window has a loss weight" in found["printed"]
+    assert found["last"]["optimizer/unmoved_parameters"] == 8
+    assert found["last"]["optimizer/zero_gradient_steps"] == 1
+    norms = {name: value for name, value in found["last"].items() if name.startswith("gradient_norm/")}
+    assert norms.pop("gradient_norm/write_gate") == 0
+    assert set(norms) == {f"gradient_norm/{kind}" for kind in ("model_matrices", "model_vectors", "mix_gate")}
+    assert sum(x**2 for x in norms.values()) ** 0.5 == pytest.approx(found["last"]["optimizer/gradient_norm"], rel=1e-6)
+
+
+def test_what_learns_or_is_frozen_is_not_said(train):
+    overrides = ["train.freeze_backbone_steps=99", "model.memory.write_gate=hard", "model.memory.write_gate_bias=0.5"]
+    found = train(1, overrides, optimizer_cases.train_and_listen, steps=10)
+    assert "EXACTLY 0" not in found["printed"] and "NOT MOVED" not in found["printed"]
+    assert found["last"]["optimizer/unmoved_parameters"] == 0
