@@ -29,6 +29,8 @@ from data.tokenizer import Tokenizer
 _BATCH_BYTES = 1 << 20
 _BATCH_JOBS = 1024
 _BATCHES_PER_PROCESS = 3
+_BYTES_UNDER_WAY = 2 << 30
+"""Very long documents are encoded by fewer processes than there are."""
 
 _tokenizer: Tokenizer | None = None
 
@@ -71,19 +73,24 @@ def encode_jobs(jobs: Iterable[tuple[int, Job]], tokenizer: Tokenizer, processes
     # spawn: a fork would copy the threads' locks of whatever has been imported so far.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process, initargs=(tokenizer,))
-    pending: deque[tuple[str, Future[list[EncodedDocument]]]] = deque()
-    oldest = ""
+    pending: deque[tuple[str, int, Future[list[EncodedDocument]]]] = deque()
+    oldest, weight_under_way = "", 0
 
     def oldest_result() -> list[EncodedDocument]:
-        nonlocal oldest
-        oldest, future = pending.popleft()
+        nonlocal oldest, weight_under_way
+        oldest, weight, future = pending.popleft()
+        weight_under_way -= weight
         return future.result()
 
     try:
         for batch in batches:
-            pending.append((batch[0][1].id, executor.submit(_encode_batch, batch)))
-            if len(pending) >= processes * _BATCHES_PER_PROCESS:
+            weight = sum(job.weight for _, job in batch)
+            while pending and (
+                len(pending) >= processes * _BATCHES_PER_PROCESS or weight_under_way + weight > _BYTES_UNDER_WAY
+            ):
                 yield from oldest_result()
+            pending.append((batch[0][1].id, weight, executor.submit(_encode_batch, batch)))
+            weight_under_way += weight
         while pending:
             yield from oldest_result()
     except BrokenProcessPool as error:
