@@ -102,7 +102,7 @@ def train_and_look(folder: str, data: str, overrides: list[str], steps: int) -> 
     finally:
         distributed_c10d._object_to_tensor = pickle_for_others
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    return {"pickled": found, "measured": next(x for x in reversed(lines) if "memory_layer_00/norm_M" in x)}
+    return {"pickled": found, "measured": next(x for x in reversed(lines) if "norm_M/layer_00" in x)}
 
 
 def train_and_listen(folder: str, data: str, overrides: list[str], steps: int, unweighted: int = 0) -> dict[str, Any]:
