@@ -265,6 +265,8 @@ def _inspect_run(folder: Path, verify: bool) -> int:
     quiet_libraries()
     from pipeline.console import make_console, print_table
     from pipeline.inspect_checkpoint import read_run
+    from pipeline.metrics import METRICS_FILE
+    from pipeline.run_summary import summary_rows
 
     console = make_console()
     found = read_run(folder, verify=verify)
@@ -276,8 +278,15 @@ def _inspect_run(folder: Path, verify: bool) -> int:
     print_table(f"run {folder}: {len(rows)} checkpoints", rows, console=console)
     newest = found.newest_whole
     print(f"newest whole checkpoint: {newest if newest else 'none'}")
-    metrics = [[name, f"{value:.6g}"] for name, value in found.metrics.items() if name != "time"]
-    print_table("last metrics", metrics, console=console)
+    if found.metrics:
+        title = f"{found.config.name}, by its last metrics" if found.config else "by its last metrics"
+        print_table(title, summary_rows(found.config, found.metrics, found.began), console=console)
+        all_numbers = f"all {len(found.metrics)} numbers are in {folder / METRICS_FILE}"
+        console.print(all_numbers, soft_wrap=True, markup=False)
+    else:
+        print("no metrics yet")
+    for finding in found.findings:
+        print(f"memory: {finding}")
     for note in found.notes:
         print(f"note: {note}")
     return _tell_damage(console, folder, found.damage) if found.damage else 0

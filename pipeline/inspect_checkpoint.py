@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +22,9 @@ from pipeline.checkpoint_folder import (
 )
 from pipeline.checkpoint_schema import Summary
 from pipeline.config import Config
+from pipeline.config_io import load_config
 from pipeline.diagnosis import Finding, LayerNumbers, diagnose, read_history
-from pipeline.metrics import METRICS_FILE, metric_lines, read_metrics
+from pipeline.metrics import METRICS_FILE, layer_metric, metric_lines, read_metrics
 
 
 @dataclass
@@ -179,7 +181,13 @@ class RunContents:
     damage: list[str]
     """Of all checkpoints, and a `latest` that points nowhere."""
     metrics: dict[str, float]
-    """The newest value of every scalar in metrics.jsonl."""
+    """The newest value of every scalar in metrics.jsonl; NaN where that is no number."""
+    config: Config | None = None
+    """None where it cannot be read."""
+    began: float | None = None
+    """Time of the first line of metrics.jsonl."""
+    findings: list[Finding] = field(default_factory=list)
+    """What the metrics say about the memory."""
     notes: list[str] = field(default_factory=list)
     """What was left out."""
 
@@ -197,21 +205,39 @@ def read_run(folder: Path, *, verify: bool) -> RunContents:
     if problem is not None and not any(name.name == named and messages for name, messages in found):
         damage.append(problem)
     contents = RunContents(found, named, damage, {})
-    _read_last_metrics(folder / METRICS_FILE, contents)
+    of_layers = _read_last_metrics(folder / METRICS_FILE, contents)
+    path = folder / "config.yaml"
+    try:
+        contents.config = load_config(path, [], own=False)
+    except FileNotFoundError:
+        contents.notes.append(f"there is no {path}: what it would say is left out")
+    except (ValueError, OSError) as error:
+        contents.damage.append(f"{path}: {error}")
+    if contents.config is not None and (history := read_history(of_layers)):
+        contents.findings = diagnose(history, contents.config.model.memory)
     return contents
 
 
-def _read_last_metrics(path: Path, contents: RunContents) -> None:
-    broken = 0
+def _read_last_metrics(path: Path, contents: RunContents) -> list[dict[str, Any]]:
+    """Put the newest metrics into `contents`; returns the records of layers' memories."""
+    broken, of_layers = 0, []
     try:
         for _, record in metric_lines(path):
             if isinstance(record, str):
                 broken += 1
-            else:
-                contents.metrics |= {name: value for name, value in record.items() if isinstance(value, int | float)}
+                continue
+            contents.began = record.get("time") if contents.began is None else contents.began
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    contents.metrics[name] = value
+                elif value is None:  # not a number: the one before it would not be the newest
+                    contents.metrics[name] = math.nan
+            if any(layer_metric(name) for name in record):
+                of_layers.append(record)
     except FileNotFoundError:
-        return
+        return []
     except (ValueError, OSError) as error:
         contents.damage.append(str(error))
     if broken:
         contents.notes.append(f"{path}: {broken} lines are no records and were left out")
+    return of_layers
