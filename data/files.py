@@ -56,6 +56,15 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
+def is_utf8(path: Path | str) -> bool:
+    """Whether a path can be written down as it is."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def file_name(path: Path | str) -> str:
     """A path as text that can be written everywhere: bytes that are not UTF-8, and control characters, as escapes."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")

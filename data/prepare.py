@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.building import TOKENIZER_FOLDER, building_in, clear_remains, locked, move_into_place, refuse_foreign
-from data.files import FileError, file_name, sync_folder
+from data.files import FileError, file_name, is_utf8, sync_folder
 from data.identity import changed_sources, contents_hash, write_inputs
 from data.manifest import MANIFEST, SPLITS, Manifest, SourceEntry, index_name, load_manifest, write_manifest
 from data.pool import EncodedDocument, encode_jobs
@@ -132,6 +132,8 @@ def prepare(
     if not specs:
         raise ValueError("no source given; valid are files, folders, python:PACKAGE,... and passkey:N,length=LO..HI")
     out = Path(out)
+    if not is_utf8(out):
+        raise ValueError(f"--out {file_name(out)}: the name is not UTF-8, so no configuration could say it")
     sources = open_sources(specs, options)
     tokenizer = _given_tokenizer(options)
     if out.exists() and not out.is_dir():

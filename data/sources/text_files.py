@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import FileError, file_name, open_regular
+from data.files import FileError, file_name, is_utf8, open_regular
 from data.parquet import open_parquet
 from data.records import RECORD_SUFFIXES, is_record_file, read_records, without_compression
 from data.sources.base import BadInputError, Job, Loaded, Source, SourceOptions
@@ -122,7 +121,7 @@ class FileSource(Source):
         if met.twice:
             examples = _some(f"{name} leads to {where}" for name, where in met.twice)
             self.notes.append(f"{self.spec}: {len(met.twice):,} linked folders are not read again: {examples}")
-        escaped = [file.relative for file in found if _not_utf8(file.relative)]
+        escaped = [file.relative for file in found if not is_utf8(file.relative)]
         if escaped:
             examples = _some(map(file_name, escaped))
             self.notes.append(f"{self.spec}: {len(escaped):,} names are not UTF-8, read with escapes: {examples}")
@@ -170,14 +169,6 @@ class FileSource(Source):
         except (FileError, OSError) as error:
             self.digests.setdefault(file.name, "")
             yield BadJob(file.name, left, str(error), record=False)
-
-
-def _not_utf8(name: str) -> bool:
-    try:
-        os.fsencode(name).decode("utf-8")
-    except UnicodeDecodeError:
-        return True
-    return False
 
 
 def _some(names: Iterator[str] | list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -287,6 +288,8 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
         prepare([str(tmp_path / "thesis.txt")], tmp_path, PrepareOptions(), overwrite=True)
     with pytest.raises(ValueError, match="is a file"):
         prepare([str(tmp_path / "thesis.txt")], tmp_path / "thesis.txt", PrepareOptions())
+    with pytest.raises(ValueError, match=r"s\\xe9: the name is not UTF-8"):
+        prepare([str(tmp_path / "thesis.txt")], tmp_path / os.fsdecode(b"s\xe9"), PrepareOptions())
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
 
