@@ -16,7 +16,7 @@ import torch
 
 from data.files import making_folder, write_whole, writing
 from data.hf_tokenizer import tokenizer_files
-from data.tokenizer import TOKENIZER_JSON, Tokenizer
+from data.tokenizer import INFO, TOKENIZER_JSON, Tokenizer, tokenizer_of_files
 from model import hf_export
 from model.config import ModelConfig
 from model.hf_describe import describe_infini, describe_plain
@@ -24,7 +24,7 @@ from model.hf_weights import Weight, backbone_weights, memory_weight
 from pipeline.checkpoint import CheckpointReader
 from pipeline.checkpoint_folder import CheckpointError, find_checkpoint
 from pipeline.find_tokenizer import find_tokenizer
-from pipeline.hf_schema import CONFIG, GENERATION_CONFIG, INDEX
+from pipeline.hf_schema import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_CONFIG
 from pipeline.hf_tokens import TOKEN_IDS, SourceTokens, as_json, source_tokens
 from pipeline.tensor_file import TensorFile
 
@@ -93,6 +93,7 @@ def export_model(
     kept = source_tokens(folder, found, files[TOKENIZER_JSON], run.train.init_from)
     files |= _token_files(kept, found, described)
     export.notes += kept.notes
+    described["tokenizer_sha256"] = _exported_tokenizer(files, folder, found, export.notes).hash
 
     with making_folder(out) as partial:
         files[CONFIG] = as_json(described)
@@ -114,9 +115,28 @@ def _token_files(kept: SourceTokens, tokenizer: Tokenizer, described: dict[str, 
     """
     ids = kept.ids or {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
     described |= ids
-    described["tokenizer_sha256"] = Tokenizer("hf", tokenizer.eos_id, kept.definition).hash
     files = {name: content for name, content in kept.files.items() if name != TOKEN_IDS}
     return {GENERATION_CONFIG: as_json({"eos_token_id": ids.get("eos_token_id"), "do_sample": False})} | files
+
+
+def _exported_tokenizer(files: dict[str, bytes], folder: Path, trained: Tokenizer, notes: list[str]) -> Tokenizer:
+    """The tokenizer as an import of the folder would read it.
+
+    Raises:
+        ValueError: it ends documents with another token than the trained one.
+    """
+    tokenizer = tokenizer_of_files({name: files[name] for name in (TOKENIZER_JSON, TOKENIZER_CONFIG)}, str(folder))
+    if tokenizer.eos_id != trained.eos_id:
+        raise ValueError(
+            f"{folder}: {TOKENIZER_CONFIG} names the end token {tokenizer.eos_id}; the model was trained with "
+            f"{trained.eos_id}, by {INFO} there"
+        )
+    if tokenizer.begin_ids != trained.begin_ids:
+        notes.append(
+            f"the exported tokenizer begins a text with the tokens {list(tokenizer.begin_ids)}; the documents of the "
+            f"training began with {list(trained.begin_ids)}"
+        )
+    return tokenizer
 
 
 def exported_elements(source: Path) -> int:

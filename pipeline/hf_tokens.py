@@ -18,7 +18,9 @@ from typing import Any
 import msgspec
 
 from data.files import FileError, shown, write_whole
+from data.special_tokens import TOKENIZER_FILES, begin_tokens, end_token
 from data.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
+from data.tokenizer_library import TOKENIZER_LIMIT, open_backend
 from pipeline.checkpoint import CheckpointReader
 from pipeline.checkpoint_folder import find_checkpoint
 from pipeline.hf_schema import (
@@ -44,7 +46,6 @@ CHAT_TEMPLATE = "chat_template.jinja"
 CHAT_TEMPLATES = "additional_chat_templates"
 
 TEMPLATE_LIMIT = 1 << 20
-TOKENIZER_LIMIT = 256 << 20
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -72,22 +73,16 @@ class Ids(msgspec.Struct):
 
 @dataclass
 class SourceTokens:
-    """A tokenizer, and what goes with it."""
+    """What goes with a tokenizer."""
 
-    definition: bytes
+    tokenizer: Tokenizer | None = None
+    """As the folder means it."""
+    definition: bytes = b""
     """`tokenizer.json`."""
     files: dict[str, bytes] = field(default_factory=dict)
     """What else goes into the folder of an imported tokenizer, by name."""
     notes: list[str] = field(default_factory=list)
     """What differs and what was left out, for people."""
-
-    vocabulary: dict[str, int] = field(default_factory=dict)
-    names_end: bool = False
-    """Whether the folder names the token that ends a document."""
-
-    def token(self, number: int) -> str:
-        """The token with this id."""
-        return next(token for token, own in self.vocabulary.items() if own == number)
 
     @property
     def ids(self) -> dict[str, Any]:
@@ -114,19 +109,24 @@ def read_tokens(folder: Path) -> SourceTokens:
 
 def read_companions(folder: Path, definition: bytes) -> SourceTokens:
     """What goes with the tokenizer `definition` that stands in `folder`; see `read_tokens`."""
-    vocabulary = _vocabulary(definition, str(folder / TOKENIZER_JSON))
-    tokens = SourceTokens(definition, vocabulary=vocabulary)
+    where = str(folder)
+    files = {name: read_file(folder, name, TOKENIZER_LIMIT) for name in TOKENIZER_FILES}
+    files = {name: content for name, content in files.items() if content is not None} | {TOKENIZER_JSON: definition}
+    backend = open_backend(definition, where)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    tokens = SourceTokens(definition=definition)
     model = _read(folder, CONFIG, ModelSettings)
     settings = _special_tokens(folder, tokens.notes)
     _check_added_tokens(folder, settings, vocabulary)
     generation = _read(folder, GENERATION_CONFIG, GenerationSettings)
     ids = _ids(model) if model else _read(folder, TOKEN_IDS, Ids)
-    said = {
-        name: _declared(source, "eos_token_id") for name, source in ((CONFIG, ids), (GENERATION_CONFIG, generation))
-    }
-    _end_token(folder, settings, vocabulary, {name: x for name, x in said.items() if x}, tokens.notes)
-    tokens.names_end = settings.get("eos_token") is not None
+    eos_id = end_token(backend, files, where)
+    places = ((CONFIG, model or ids), (GENERATION_CONFIG, generation))
+    said = {name: _declared(source, "eos_token_id") for name, source in places}
+    _say_end_token(folder, settings, (eos_id, backend.id_to_token(eos_id)), said, tokens.notes)
     _begin_token(folder, settings, vocabulary, ids, generation, tokens.notes)
+    begin_ids = begin_tokens(backend, eos_id, where)
+    tokens.tokenizer = Tokenizer("hf", eos_id, definition, begin_ids, where=where, backend=backend)
 
     templates = _templates(folder, settings, tokens.notes)
     config_name = folder / TOKENIZER_CONFIG
@@ -155,10 +155,10 @@ def source_tokens(folder: Path, tokenizer: Tokenizer, definition: bytes, init_fr
         init_from: `train.init_from` of the checkpoint's configuration.
     """
     if tokenizer.kind == "byte":
-        return SourceTokens(definition)
+        return SourceTokens(definition=definition)
     if any((folder / name).exists() for name in _COMPANIONS):
         return read_companions(folder, definition)
-    tokens = SourceTokens(definition)
+    tokens = SourceTokens(definition=definition)
     seen: set[str] = set()
     while init_from is not None and init_from not in seen:
         seen.add(init_from)
@@ -200,17 +200,6 @@ def _read(folder: Path, name: str, kind: type) -> dict[str, Any] | None:
     """A file of settings, of the declared types; None where there is none."""
     path = file_of(folder, name, str(folder))
     return read_settings(path, kind)[1] if path.exists() else None
-
-
-def _vocabulary(definition: bytes, where: str) -> dict[str, int]:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(definition.decode("utf-8")).get_vocab(with_added_tokens=True)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and its panics are no Exception
-        raise FileError(f"{where} is damaged: {shown(str(error))}") from None
 
 
 def _special_tokens(folder: Path, notes: list[str]) -> dict[str, Any]:
@@ -269,50 +258,29 @@ def _declared(source: Mapping[str, Any] | None, name: str) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _end_token(
+def _say_end_token(
     folder: Path,
     settings: dict[str, Any],
-    vocabulary: Mapping[str, int],
+    own: tuple[int, str],
     said: Mapping[str, list[int]],
     notes: list[str],
 ) -> None:
-    """See that `settings` name the token that ends a document: the tokenizer's own, else the only one of the model."""
-    token = settings.get("eos_token")
-    if token is not None:
-        if _content(token) not in vocabulary:
-            raise FileError(f"{folder}: eos_token is {shown(_content(token))}, which {TOKENIZER_JSON} does not have")
-        own = vocabulary[_content(token)]
-        if others := {name: ids for name, ids in said.items() if set(ids) != {own}}:
-            listed = ", ".join(f"{name} says {_some(list(map(str, ids)))}" for name, ids in others.items())
-            notes.append(
-                f"{folder}: the tokenizer's end token is {shown(_content(token))} ({own}); {listed}. Documents end "
-                "with the tokenizer's; an export says what each file says now"
-            )
-        return
-    # Of a model, the file that generation goes by counts.
-    name = next((name for name in (GENERATION_CONFIG, CONFIG) if name in said), None)
-    if name is None or _only_defaults(folder, said):
-        return  # a well-known end token of the vocabulary, or none: `load_tokenizer` says
-    if len(set(said[name])) > 1:
-        raise ValueError(
-            f"{folder}: {TOKENIZER_CONFIG} names no eos_token, and {name} names several end tokens, "
-            f"{_some(list(map(str, said[name])))}: add the one that ends a document to the former, as eos_token"
+    """Say where the model's files name other end tokens than the tokenizer's `own`, id and text; each goes on as it is.
+
+    A tokenizer that names none gets the one that was found into its `settings`.
+    """
+    number, content = own
+    if settings.get("eos_token") is None:
+        settings["eos_token"] = content
+        places = [name for name, ids in said.items() if number in ids]
+        found = f"of {' and '.join(places)}" if places else "of the vocabulary, because no file names any"
+        notes.append(f"{folder}: the tokenizer names no end token; {shown(content)} ({number}) {found} ends documents")
+    if others := {name: ids for name, ids in said.items() if ids and set(ids) != {number}}:
+        listed = ", ".join(f"{name} says {_some(list(map(str, ids)))}" for name, ids in others.items())
+        notes.append(
+            f"{folder}: the tokenizer's end token is {shown(content)} ({number}); {listed}. Documents end with the "
+            "tokenizer's; an export says what each file says now"
         )
-    content = next((content for content, number in vocabulary.items() if number == said[name][0]), None)
-    if content is None:
-        raise ValueError(f"{folder}: {name} names the end token {said[name][0]}, which {TOKENIZER_JSON} does not have")
-    settings["eos_token"] = content
-    notes.append(
-        f"{folder}: the tokenizer names no end token; {shown(content)} ({said[name][0]}) of {name} ends documents"
-    )
-
-
-def _only_defaults(folder: Path, said: Mapping[str, list[int]]) -> bool:
-    """Whether nobody wrote the end token down: a `config.json` of a Llama that leaves it to the class."""
-    if GENERATION_CONFIG in said:
-        return False
-    model = _read(folder, CONFIG, ModelSettings)
-    return model is not None and "eos_token_id" not in model
 
 
 def _begin_token(

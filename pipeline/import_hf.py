@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.files import making_folder, shown, write_whole
-from data.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
+from data.files import making_folder, write_whole
+from data.tokenizer import Tokenizer
 from model.config import MemoryConfig, ModelConfig
 from model.hf_config import is_exported, model_config
 from model.hf_weights import Weight, backbone_weights, memory_weight
@@ -97,14 +97,10 @@ def import_model(
     notes += _check_tied(opened, model)
     tokens = opened.tokens()
     notes += tokens.notes
+    _check_tokenizer(tokens.tokenizer, opened, model, notes)
 
     with making_folder(out) as partial:
-        tokenizer = _write_tokenizer(partial / "tokenizer", tokens, opened, notes)
-        if tokenizer.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"{opened.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding "
-                f"{model.vocab_size}"
-            )
+        _write_tokenizer(partial / "tokenizer", tokens)
 
         def read(name: str) -> Tensor:
             weight = weights.get(name)
@@ -125,11 +121,9 @@ def import_model(
             shapes,
             read,
             source=origin,
-            tokenizer_sha256=tokenizer.hash,
+            tokenizer_sha256=tokens.tokenizer.hash,
         )
         write_whole(partial / "config.yaml", _yaml(config, source))
-    if tokenizer.vocab_size < model.vocab_size:
-        notes.append(f"the embedding has {model.vocab_size - tokenizer.vocab_size} rows more than the tokenizer tokens")
     return notes
 
 
@@ -211,19 +205,14 @@ def _check_tied(source: ModelSource, model: ModelConfig) -> list[str]:
     return ["lm_head.weight is the tied embedding once more and was left out"]
 
 
-def _write_tokenizer(folder: Path, tokens: SourceTokens, source: ModelSource, notes: list[str]) -> Tokenizer:
-    """Write the tokenizer and what goes with it.
-
-    Raises:
-        ValueError: it is damaged, has no end token, or is another one than the model was exported with.
-    """
-    for name, content in {TOKENIZER_JSON: tokens.definition, **tokens.files}.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, content)
-    try:
-        tokenizer = load_tokenizer(folder)
-    except ValueError as error:  # of the place that the user knows
-        raise ValueError(str(error).replace(str(folder), str(source.path))) from None
+def _check_tokenizer(tokenizer: Tokenizer, source: ModelSource, model: ModelConfig, notes: list[str]) -> None:
+    """Refuse a tokenizer with tokens that the model lacks, or another one than the model was exported with."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.vocab_size}"
+        )
+    if tokenizer.vocab_size < model.vocab_size:
+        notes.append(f"the embedding has {model.vocab_size - tokenizer.vocab_size} rows more than the tokenizer tokens")
     named = source.config.get("tokenizer_sha256")
     if named is not None and named != tokenizer.hash:
         raise ValueError(
@@ -231,13 +220,14 @@ def _write_tokenizer(folder: Path, tokens: SourceTokens, source: ModelSource, no
             f"{tokenizer.hash[:12]}...: another one than the model was exported with. Put the right one there, or take "
             "the setting out if the change is meant"
         )
-    if not tokens.names_end:
-        notes.append(
-            f"{source.path}: nothing there names an end token; {shown(tokens.token(tokenizer.eos_id))} of the "
-            "vocabulary ends documents"
-        )
-    tokenizer.save(folder)
-    return tokenizer
+
+
+def _write_tokenizer(folder: Path, tokens: SourceTokens) -> None:
+    """Write the tokenizer and what goes with it."""
+    tokens.tokenizer.save(folder)
+    for name, content in tokens.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_whole(folder / name, content)
 
 
 def _yaml(config: Config, source: Path) -> str:

@@ -218,7 +218,7 @@ def test_more_layers_than_the_files_hold_are_not_built(source, monkeypatch):
     """The shapes are compared before modules are made of the configuration's numbers."""
     from pipeline import import_hf
 
-    change(source / "config.json", num_hidden_layers=4000)
+    change(source / "config.json", num_hidden_layers=2000)
     monkeypatch.setattr(import_hf, "memory_parameters", lambda *_: pytest.fail("the model was built"))
     with pytest.raises(ValueError, match="missing: model.layers.4.input_layernorm.weight"):
         import_hf.import_model(source, source.parent / "out", memory=MemoryConfig(), segment_length=8)

@@ -152,7 +152,8 @@ def test_special_tokens_in_two_files(source, decoder):
     assert expected == (0 if decoder else TURN)
     tokens = read_tokens(source)
     carried = json.loads(tokens.files["tokenizer_config.json"])
-    assert tokens.vocabulary[carried["eos_token"]] == expected
+    assert tokens.tokenizer.eos_id == expected
+    assert carried["eos_token"] == ("<|eot|>" if expected == TURN else "<|endoftext|>")
     assert any("special_tokens_map.json" in n and "tokenizer_config.json" in n and "counts" in n for n in tokens.notes)
 
 
@@ -184,9 +185,12 @@ def test_a_tokenizer_that_names_no_end_token(source, config, generation, found):
 REFUSED = {
     "several end tokens": (
         ("tokenizer_config.json", {"eos_token": None}),
-        ["names no eos_token", "generation_config.json names several", "0, 281"],
+        ["names no eos_token", "generation_config.json several", "0, 281"],
     ),
-    "an end token that is none": (("tokenizer_config.json", {"eos_token": "<no>"}), ["eos_token is '<no>'"]),
+    "an end token that is none": (
+        ("tokenizer_config.json", {"eos_token": "<no>"}),
+        ["config.json: the end token '<no>'"],
+    ),
     "a begin token that is none": (("tokenizer_config.json", {"bos_token": "<no>"}), ["bos_token is '<no>'"]),
     "another id": (
         ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "<|eot|>"}}}),
