@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from launch.arguments import positive_int
+
 if TYPE_CHECKING:
     from launch.bench import Note
 
@@ -14,9 +16,9 @@ RULES = ("linear", "delta", "deltanet")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dim", type=int, default=32, metavar="D", help="of a head (%(default)s)")
+    parser.add_argument("--dim", type=positive_int, default=32, metavar="D", help="of a head (%(default)s)")
     parser.add_argument(
-        "--segment-length", type=int, default=16, metavar="S", help="pairs written at once (%(default)s)"
+        "--segment-length", type=positive_int, default=16, metavar="S", help="pairs written at once (%(default)s)"
     )
 
 

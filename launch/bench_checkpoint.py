@@ -8,6 +8,8 @@ import tempfile
 from statistics import median
 from typing import TYPE_CHECKING
 
+from launch.arguments import positive_int
+
 if TYPE_CHECKING:
     from launch.bench import Note
     from pipeline.bench_checkpoint import SaveCosts
@@ -17,7 +19,7 @@ HELP = "stall per save, synchronous and asynchronous, and the write rate against
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", metavar="DIR", help="folder on the disk to measure (default: a temporary one)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="saves of each kind (%(default)s)")
+    parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="saves of each kind (%(default)s)")
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:

@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from launch.arguments import positive_int
+
 if TYPE_CHECKING:
     from launch.bench import Note
     from pipeline.bench_generate import GenerationCosts
@@ -15,8 +17,10 @@ LENGTHS = [1 << 10, 1 << 15, 1 << 20]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", default=LENGTHS, help="of the prompts, tokens")
-    parser.add_argument("--new-tokens", type=int, metavar="N", default=256, help="per prompt (%(default)s)")
+    parser.add_argument(
+        "--lengths", type=positive_int, nargs="+", metavar="N", default=LENGTHS, help="of the prompts, tokens"
+    )
+    parser.add_argument("--new-tokens", type=positive_int, metavar="N", default=256, help="per prompt (%(default)s)")
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launch.arguments import positive_int
+from launch.arguments import port, positive_int, processes
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "runs are evaluated in turn and compared.",
     )
     parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folder; key=value settings may follow")
-    parser.add_argument("--nproc", type=positive_int, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
     parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder; the run's newest by default")
     parser.add_argument("--out", metavar="DIR", help="folder for the results; RUN/evaluation/CHECKPOINT by default")
     parser.add_argument("--documents", type=positive_int, metavar="N", help="held-out documents (evaluate.documents)")
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--no-passkey", action="store_true", help="leave the passkey grid and all tasks out")
     parser.add_argument("--no-perplexity", action="store_true", help="leave the held-out loss out")
-    parser.add_argument("--master-port", type=positive_int, metavar="PORT", help="port for the processes to meet on")
+    parser.add_argument("--master-port", type=port, metavar="PORT", help="port for the processes to meet on")
     parser.set_defaults(run=run, overrides=[])
 
 

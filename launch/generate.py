@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.arguments import count, number, port, positive_int, processes, seed
 from launch.terminal import for_output
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from pipeline.generate import Generator, Prompt
     from pipeline.incremental import LaneState
+    from pipeline.sampling import Sampling
 
 PROGRESS_INTERVAL_S = 10.0
 """Between two words on how much of a long prompt has been read."""
@@ -26,33 +28,41 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="continue texts of any length",
-        description="Read prompts of any length through the memory and continue them. Text goes to the standard "
-        "output, as it comes when there is one prompt; what was measured to the error output.",
+        description="Read prompts of any length through the memory and continue them. `--file BOOK --prompt QUESTION` "
+        "asks about the book: it is read once, and every prompt goes on after it. Text goes to the standard output, as "
+        "it comes when there is one prompt; what was measured to the error output.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder (its newest checkpoint) or checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument(
-        "--file", metavar="FILE", action="append", default=[], help="a prompt in a UTF-8 file; may be repeated"
+        "--file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a text to read, in UTF-8. With --prompt it is read once and each prompt goes on after it; without, it is "
+        "the prompt, and --file may be repeated",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="per prompt; 0 only reads (%(default)s)"
+        "--max-new-tokens", type=count, default=256, metavar="N", help="per prompt; 0 only reads (%(default)s)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)"
+        "--temperature", type=number(0, 1e6), default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)"
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-k", type=positive_int, metavar="K", help="draw from the K likeliest tokens; needs a temperature"
+    )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=number(0, 1, above=True),
         default=1.0,
         metavar="P",
-        help="draw from the likeliest tokens of this mass (%(default)s)",
+        help="draw from the likeliest tokens of this mass (%(default)s); needs a temperature",
     )
     parser.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end a text before this one; may be repeated"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first prompt; the next has N + 1 (%(default)s)"
+        "--seed", type=seed, default=0, metavar="N", help="of the first prompt; the next has N + 1 (%(default)s)"
     )
     parser.add_argument(
         "--raw",
@@ -63,8 +73,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--save-memory", metavar="FILE", help="keep what was read, before anything is generated")
     parser.add_argument("--load-memory", metavar="FILE", help="go on after what was kept")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer or of a prepared set")
-    parser.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine")
-    parser.add_argument("--master-port", type=int, metavar="PORT", help="port for the processes to meet on")
+    parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--master-port", type=port, metavar="PORT", help="port for the processes to meet on")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as parallel.tensor=2")
     parser.set_defaults(run=run)
 
@@ -89,17 +99,28 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before a model is loaded."""
     if not args.prompt and not args.file:
         raise ValueError("nothing to read: give --prompt or --file")
-    if args.max_new_tokens < 0 or args.max_new_tokens == 0 and args.save_memory is None:
+    if args.prompt and len(args.file) > 1:
         raise ValueError(
-            f"--max-new-tokens {args.max_new_tokens}: must be at least 1, or 0 to only read (with --save-memory)"
+            f"{len(args.file)} times --file beside --prompt: a prompt goes on after one text. Give one --file; for "
+            "prompts that do not hang together give all of them as --file, or all as --prompt"
         )
-    if args.nproc is not None and args.nproc < 1:
-        raise ValueError(f"--nproc {args.nproc}: must be at least 1")
+    if "" in args.stop:
+        raise ValueError("--stop is empty: no text ends before nothing")
+    if args.max_new_tokens == 0 and args.save_memory is None:
+        raise ValueError("--max-new-tokens 0: must be at least 1, or 0 to only read (with --save-memory)")
+    _sampling(args)
     for name in [*args.file, *([args.load_memory] if args.load_memory else [])]:
         if not Path(name).is_file():
             raise FileNotFoundError(f"there is no file {name}")
     if args.save_memory is not None:
         _check_writable(Path(args.save_memory))
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    """Raises: ValueError: the options contradict one another."""
+    from pipeline.sampling import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p)
 
 
 def _check_writable(path: Path) -> None:
@@ -138,23 +159,23 @@ def _start(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from pipeline.generate import Generator
-    from pipeline.sampling import Sampling
     from pipeline.topology import shutdown
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)  # refused before anything is loaded
     generator = Generator.open(args.checkpoint, overrides=args.overrides, tokenizer=args.tokenizer)
-    prompts: list[Prompt] = [*args.prompt, *map(Path, args.file)]
     after = generator.load(args.load_memory) if args.load_memory else None
-    before = sum(after.tokens_read) if after is not None else 0
-    start = time.perf_counter()
-    state = generator.read(prompts, after, on_read=_progress())
-    if after is not None and after.lanes == 1:
-        before *= state.lanes
-    _report("read", sum(state.tokens_read) - before, start)
+    # Every prompt goes on after the one file; files alone are prompts themselves.
+    texts: list[list[Prompt]] = [list(map(Path, args.file)), args.prompt]
+    start, tokens, progress = time.perf_counter(), 0, _progress()
+    for prompts in filter(None, texts):
+        before = 0 if after is None else sum(after.tokens_read) * (len(prompts) if after.lanes == 1 else 1)
+        after = generator.read(prompts, after, on_read=progress)
+        tokens += sum(after.tokens_read) - before
+    state = after
+    _report("read", tokens, start)
     if args.save_memory:
         generator.save(state, args.save_memory)
     if args.max_new_tokens:
-        _complete(generator, state, sampling, args)
+        _complete(generator, state, _sampling(args), args)
     shutdown()
     return 0
 
@@ -174,7 +195,7 @@ def _progress() -> Callable[[int], None] | None:
     return say
 
 
-def _complete(generator: Generator, state: LaneState, sampling, args: argparse.Namespace) -> None:
+def _complete(generator: Generator, state: LaneState, sampling: Sampling, args: argparse.Namespace) -> None:
     main, single = os.environ["RANK"] == "0", state.lanes == 1
 
     def show(lane: int, piece: str) -> None:

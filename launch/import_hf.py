@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.arguments import positive_int
+from launch.arguments import number, positive_int
 from launch.terminal import visible
 
 
@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--write-gate", metavar="GATE", help="what is written (none: all)")
     parser.add_argument(
         "--beta-init",
-        type=float,
+        type=number(-10_000, 10_000),
         metavar="BETA",
         help="the memory starts with sigmoid(BETA) of the attention's output (-4: 0.018)",
     )

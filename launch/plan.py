@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.arguments import number, whole
 from pipeline.devices import ACCELERATORS, GPUS_PER_NODE
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file's")
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes of the run")
+    parser.add_argument(
+        "--world-size", type=whole(1, 1_000_000), required=True, metavar="N", help="processes of the run"
+    )
     parser.add_argument(
         "--schedule", action="store_true", help="also simulate the pipeline: bubbles, live chunks, bytes"
     )
@@ -45,13 +48,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--tflops",
-        type=_positive,
+        type=number(0, 1e9, above=True),
         metavar="T",
         help=f"TFLOP/s that a rank reaches while it computes (default: {100 * ASSUMED_SHARE:g} %% of its peak)",
     )
     parser.add_argument(
         "--link",
-        type=_positive,
+        type=number(0, 1e9, above=True),
         metavar="GB",
         help="GB/s, each way, between the ranks of two stages and between data-parallel ranks (default: that of a "
         f"node's devices for up to {GPUS_PER_NODE} processes, else {BETWEEN_NODES_GB:g}: 400 Gbit/s)",
@@ -277,10 +280,3 @@ def _print_schedule(config: Config, args: argparse.Namespace, vocab: int, rates:
 
         draw_timelines(args.png, drawings)
         print(f"\ntimeline: {args.png}")
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
-    return number

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from launch.arguments import count, number, seed
 from launch.terminal import visible
 
 if TYPE_CHECKING:
@@ -78,21 +79,21 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--min-tokens",
-        type=int,
+        type=count,
         default=2,
         metavar="N",
         help="leave out shorter documents; the end token counts, a begin token does not (default: 2)",
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=count,
         metavar="N",
         help="cut longer documents into equal parts of at most N tokens, each a document of its own, all in the same "
         "split (default: documents stay whole)",
     )
     parser.add_argument(
         "--valid-fraction",
-        type=float,
+        type=number(0, 1),
         default=0.05,
         metavar="F",
         help="share of the documents held out for evaluation, by a hash of their names (default: 0.05)",
@@ -100,7 +101,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--shard-size", default="64M", metavar="BYTES", help="bytes of a shard at most (default: 64M)")
     parser.add_argument("--processes", type=int, metavar="N", help="encoding processes (default: one per core)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="K", help="for passkey sources and the tokenizer's sample (default: 0)"
+        "--seed", type=seed, default=0, metavar="K", help="for passkey sources and the tokenizer's sample (default: 0)"
     )
     parser.add_argument(
         "--text-column", default="text", metavar="NAME", help="field of JSON and parquet records (default: text)"

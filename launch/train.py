@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.arguments import positive_int
+from launch.arguments import count, port, processes
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file's")
-    parser.add_argument("--nproc", type=positive_int, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -33,11 +33,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--max-restarts",
-        type=int,
+        type=count,
         metavar="N",
         help="with --nproc: start all processes again when one fails, from the newest checkpoint, N times at the most",
     )
-    parser.add_argument("--master-port", type=positive_int, metavar="PORT", help="port for the processes to meet on")
+    parser.add_argument("--master-port", type=port, metavar="PORT", help="port for the processes to meet on")
     parser.set_defaults(run=run)
 
 

@@ -31,6 +31,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature}: must be at least 0 (0 takes the likeliest token)")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p != 1):
+            given = f"top-p {self.top_p}" if self.top_k is None else f"top-k {self.top_k}"
+            raise ValueError(
+                f"{given} chooses what is drawn from, but temperature 0 draws nothing, it takes the likeliest token: "
+                "give a temperature, such as 1, or leave it out"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top-k {self.top_k}: must be at least 1")
         if not 0 < self.top_p <= 1:
@@ -43,7 +49,8 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     Args:
         logits: `[vocabulary]`.
     """
-    scaled = logits.double() / sampling.temperature
+    # The largest is 0 then, whatever the temperature: a quotient by 1e-310 would be infinite, and what follows NaN.
+    scaled = (logits.double() - logits.max().double()) / sampling.temperature
     k = len(scaled) if sampling.top_k is None else min(sampling.top_k, len(scaled))
     largest, tokens = torch.topk(scaled, k)
     probabilities = torch.softmax(largest, dim=0)

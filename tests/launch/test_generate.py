@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from types import SimpleNamespace
-
 import pytest
 
-from launch import agent, cli, generate
+from launch import agent, cli
 from launch.bench_generate import report
 from pipeline.bench_generate import GenerationCosts
 
@@ -55,9 +52,10 @@ def test_the_ranks_get_the_same_arguments(launched, tmp_path):
         (["--prompt", "x", "--save-memory", "/"], "--save-memory / is a folder"),
         (["--prompt", "x", "--save-memory", "/dev/null/m"], "cannot be written: /dev/null is no folder"),
         (["--prompt", "x", "--max-new-tokens", "0"], "or 0 to only read (with --save-memory)"),
-        (["--prompt", "x", "--nproc", "0"], "--nproc 0"),
-        (["--prompt", "x", "--temperature", "-1"], "temperature -1.0: must be at least 0"),
-        (["--prompt", "x", "--top-p", "0"], "top-p 0.0"),
+        (["--prompt", "x", "--file", "a", "--file", "b"], "2 times --file beside --prompt"),
+        (["--prompt", "x", "--stop", ""], "--stop is empty"),
+        (["--prompt", "x", "--top-k", "5"], "top-k 5 chooses what is drawn from, but temperature 0 draws nothing"),
+        (["--prompt", "x", "--top-p", "0.9"], "top-p 0.9 chooses what is drawn from, but temperature 0"),
         (["--prompt", "x"], "/nowhere/run: no checkpoint here"),
     ],
 )
@@ -68,35 +66,88 @@ def test_what_cannot_be_done_is_refused(launched, capfd, arguments, message):
     assert not launched
 
 
-TITLE = "a\tb\n\x1b]0;owned\x07 \x9b2J \u202e end\r"
-
-
-@pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize(
-    ("terminal", "options", "expected"),
+    "option, value, message",
     [
-        (True, [], "a\tb\n\\x1b]0;owned\\x07 \\x9b2J \\u202e end\\r"),
-        (True, ["--raw"], TITLE),
-        (False, [], TITLE),
+        ("--temperature", "-1", "valid is 0 to 1e+06"),
+        ("--temperature", "inf", "valid is 0 to 1e+06"),
+        ("--temperature", "nan", "valid is 0 to 1e+06"),
+        ("--temperature", "warm", "'warm' is no number"),
+        ("--top-p", "0", "valid is above 0 to 1"),
+        ("--top-p", "1.1", "valid is above 0 to 1"),
+        ("--top-k", "0", "must be at least 1, not 0"),
+        ("--seed", str(2**64), "must be at most 9,223,372,036,854,775,807"),
+        ("--seed", "-1", "must be at least 0, not -1"),
+        ("--max-new-tokens", "-1", "must be at least 0, not -1"),
+        ("--max-new-tokens", "9" * 30, "must be at most 2,147,483,648"),
+        ("--max-new-tokens", "1e3", "'1e3' is no whole number"),
+        ("--nproc", "0", "must be at least 1, not 0"),
+        ("--nproc", "1000000", "must be at most 4,096"),
+        ("--master-port", "65536", "must be at most 65,535"),
     ],
 )
-def test_generated_text_does_not_command_a_terminal(monkeypatch, lanes, terminal, options, expected):
-    """Neither when it comes piece by piece (one prompt) nor when it comes as a whole."""
+def test_numbers_out_of_range_are_refused(capsys, option, value, message):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["generate", "/nowhere/run", "--prompt", "x", f"{option}={value}"])
+    assert left.value.code == 2
+    assert f"argument {option}: " in (error := capsys.readouterr().err) and message in error
 
-    class Model:
-        def complete(self, state, on_text=None, **_):
-            for piece in TITLE if on_text else ():
-                on_text(0, piece)
-            return [SimpleNamespace(text=TITLE, tokens=[1], ended_by="eos") for _ in range(state.lanes)]
 
-    written = io.StringIO()
-    written.isatty = lambda: terminal
-    monkeypatch.setattr("sys.stdout", written)
-    monkeypatch.setenv("RANK", "0")
-    args = cli.parse(["generate", "runs/demo", "--prompt", "x", *options])
-    generate._complete(Model(), SimpleNamespace(lanes=lanes), None, args)
-    heads = ("", "\n") if lanes == 1 else ("== prompt 1 (eos)\n", f"\n== prompt 2 (eos)\n{expected}\n")
-    assert written.getvalue() == heads[0] + expected + heads[1]
+class FakeGenerator:
+    """Notes what is read after what."""
+
+    def __init__(self):
+        self.read_calls = []
+        self.saved = []
+
+    def read(self, prompts, after=None, *, on_read=None):
+        self.read_calls.append(list(prompts))
+        before = [()] if after is None else after.texts
+        lanes = before * len(prompts) if len(before) == 1 else before
+        return FakeState([(*lane, prompt) for lane, prompt in zip(lanes, prompts, strict=True)])
+
+    def load(self, path):
+        return FakeState([("kept",)])
+
+    def save(self, state, path):
+        self.saved.append(state.texts)
+
+    def complete(self, state, **options):
+        self.completed = state.texts
+        return []
+
+
+class FakeState:
+    def __init__(self, texts):
+        self.texts, self.lanes = texts, len(texts)
+        self.tokens_read = [10 * len(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "arguments, lanes, tokens",
+    [
+        (["--prompt", "Who?", "--prompt", "When?"], [("Who?",), ("When?",)], 20),
+        (["--file", "BOOK", "--file", "BOOK"], [("BOOK",), ("BOOK",)], 20),
+        (["--file", "BOOK", "--prompt", "Who?"], [("BOOK", "Who?")], 20),
+        (["--prompt", "Who?", "--file", "BOOK", "--prompt", "When?"], [("BOOK", "Who?"), ("BOOK", "When?")], 30),
+        (["--load-memory", "BOOK", "--prompt", "Who?"], [("kept", "Who?")], 10),
+        (["--load-memory", "BOOK", "--file", "BOOK", "--prompt", "a", "--prompt", "b"], None, 30),
+    ],
+)
+def test_a_prompt_goes_on_after_the_file(launched, monkeypatch, tmp_path, capsys, arguments, lanes, tokens):
+    from pipeline.generate import Generator
+
+    book = tmp_path / "book.txt"
+    book.write_text("It was")
+    fake = FakeGenerator()
+    monkeypatch.setattr(Generator, "open", lambda *arguments, **options: fake)
+    named = [str(book) if argument == "BOOK" else argument for argument in arguments]
+    assert cli.main(["generate", "run", *named, "--save-memory", str(tmp_path / "m")]) == 0
+    lanes = lanes or [("kept", "BOOK", "a"), ("kept", "BOOK", "b")]
+    assert fake.completed == [tuple(book if text == "BOOK" else text for text in lane) for lane in lanes]
+    assert fake.saved == [fake.completed]
+    assert f"read {tokens} tokens" in capsys.readouterr().err
+    assert sum(len(call) for call in fake.read_calls) == tokens // 10  # the book is read once
 
 
 def test_the_note_has_a_row_per_prompt():

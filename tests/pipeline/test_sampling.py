@@ -50,6 +50,25 @@ def test_what_top_k_and_top_p_keep(sampling, kept):
     torch.testing.assert_close(probabilities, expected / expected.sum())
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-300, 5e-324, 1e-9])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+    probabilities, tokens = distribution(LOGITS, Sampling(temperature))
+    assert tokens[0] == 1 and float(probabilities[0]) == 1.0
+    assert choose(LOGITS, Sampling(temperature), generator()) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e12, 1e308])
+def test_a_very_large_temperature_draws_evenly(temperature):
+    probabilities, _ = distribution(LOGITS, Sampling(temperature))
+    torch.testing.assert_close(probabilities, torch.full((5,), 0.2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"top_k": 1, "top_p": 0.5}])
+def test_top_k_and_top_p_want_a_temperature(options):
+    with pytest.raises(ValueError, match="top-[kp] .* but temperature 0 draws nothing"):
+        Sampling(**options)
+
+
 def test_draws_follow_the_distribution():
     sampling, g = Sampling(temperature=1.3, top_k=4), generator(3)
     counts = torch.zeros(5)
