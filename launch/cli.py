@@ -15,6 +15,7 @@ COMMANDS = (
     "launch.prepare",
     "launch.import_hf",
     "launch.inspect",
+    "launch.config",
     "launch.plan",
     "launch.train",
     "launch.evaluate",

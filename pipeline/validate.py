@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from model.config import LOCAL_CONTEXTS, MIX_GATES, QK_INITS, ROPE_SCALINGS, WRITE_GATES
@@ -22,6 +23,26 @@ from pipeline.config import (
 )
 from pipeline.config_io import ConfigError
 from pipeline.task_spec import Task
+
+CHOICES: dict[str, Collection[str]] = {
+    "model.memory.rule": RULES,
+    "model.memory.write_gate": WRITE_GATES,
+    "model.memory.mix_gate": MIX_GATES,
+    "model.qk_init": QK_INITS,
+    "model.local_context": LOCAL_CONTEXTS,
+    "model.rope_scaling.type": ROPE_SCALINGS,
+    "parallel.schedule": SCHEDULES,
+    "bptt.gradient": GRADIENTS,
+    "bptt.recompute": RECOMPUTE,
+    "optimizer.schedule": LR_SCHEDULES,
+    "train.precision": PRECISIONS,
+    "resilience.spike_action": SPIKE_ACTIONS,
+    "resilience.stop_signal": STOP_SIGNALS,
+}
+"""Texts that a setting may be."""
+
+RUN_FILES = ("checkpoints", "config.yaml", "evaluation", "metrics.jsonl", "tensorboard", "tokenizer")
+"""What a run folder holds."""
 
 
 def validate(config: Config, world_size: int | None = None, *, data_exists: bool = True) -> None:
@@ -88,21 +109,8 @@ def _totals(config: Config) -> Iterator[str]:
 
 
 def _choices(config: Config) -> Iterator[str]:
-    for key, value, valid in (
-        ("model.memory.rule", config.model.memory.rule, RULES),
-        ("model.memory.write_gate", config.model.memory.write_gate, WRITE_GATES),
-        ("model.memory.mix_gate", config.model.memory.mix_gate, MIX_GATES),
-        ("model.qk_init", config.model.qk_init, QK_INITS),
-        ("model.local_context", config.model.local_context, LOCAL_CONTEXTS),
-        ("model.rope_scaling.type", config.model.rope_scaling.type, ROPE_SCALINGS),
-        ("parallel.schedule", config.parallel.schedule, SCHEDULES),
-        ("bptt.gradient", config.bptt.gradient, GRADIENTS),
-        ("bptt.recompute", config.bptt.recompute, RECOMPUTE),
-        ("optimizer.schedule", config.optimizer.schedule, LR_SCHEDULES),
-        ("train.precision", config.train.precision, PRECISIONS),
-        ("resilience.spike_action", config.resilience.spike_action, SPIKE_ACTIONS),
-        ("resilience.stop_signal", config.resilience.stop_signal, STOP_SIGNALS),
-    ):
+    for key, valid in CHOICES.items():
+        value = operator.attrgetter(key)(config)
         if value not in valid:
             yield f"{key} = {value}: must be one of {', '.join(valid)}"
     zero = config.parallel.zero_stage
@@ -113,6 +121,15 @@ def _choices(config: Config) -> Iterator[str]:
         )
     elif zero not in (1, 2, 3):
         yield f"parallel.zero_stage = {zero}: must be 1, 2 or 3"
+    for key, text in (("name", config.name), ("run_dir", config.run_dir)):
+        if not text.strip():
+            yield f"{key} is empty: it must be a name"
+    stop = config.resilience.stop_file
+    if not stop or "/" in stop or stop in (".", "..", *RUN_FILES):
+        yield (
+            f"resilience.stop_file = {stop}: must be the name of a file in the run folder (it is removed when it "
+            f"appears), none of {', '.join(RUN_FILES)}"
+        )
 
 
 def _model(config: Config) -> Iterator[str]:

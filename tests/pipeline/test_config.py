@@ -192,6 +192,13 @@ def refused(overrides, world_size=None) -> list[str]:
         (["optimizer.clip=-1"], None, ["optimizer.clip = -1.0", "at least 0"]),
         (["model.memory.epsilon=0"], None, ["model.memory.epsilon = 0.0"]),
         (["model.memory.beta_init=.inf"], None, ["model.memory.beta_init = inf"]),
+        (
+            ["resilience.stop_file=../precious"],
+            None,
+            ["resilience.stop_file = ../precious", "must be the name of a file"],
+        ),
+        (["resilience.stop_file=config.yaml"], None, ["resilience.stop_file = config.yaml", "none of"]),
+        (["run_dir=''"], None, ["run_dir is empty"]),
         (["model.num_layers=0"], None, ["model.num_layers = 0", "at least 1"]),
         (["data.sets=[{path: a, weight: 0}]"], None, ["data.sets.0.weight = 0.0", "greater than 0"]),
         (["evaluate.passkey_depths=[0.5,1.5]"], None, ["evaluate.passkey_depths.1 = 1.5", "between 0 and 1"]),
