@@ -65,6 +65,7 @@ def explain(pattern: str) -> str:
     wanted = pattern.lower()
     every = list(settings())
     found = [setting for setting in every if _fits(setting, wanted)]
+    found.sort(key=lambda setting: wanted not in setting.key)  # a key says more than a meaning
     found = found or [setting for setting in every if setting.key == SYNONYMS.get(wanted.rpartition(".")[2])]
     if not found:
         close = suggestions(wanted)
