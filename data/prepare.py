@@ -150,7 +150,7 @@ def prepare(
         refuse_foreign(out)
         try:
             with building_in(out) as building:
-                manifest = _build(building, sources, options, tokenizer, description, processes, report)
+                manifest = _build(building, sources, options, tokenizer, description, processes, report, say)
                 move_into_place(building, out)
         except OSError as error:
             if error.errno in _DISK_FULL:
@@ -250,9 +250,10 @@ def _build(
     description: dict[str, Any],
     processes: int,
     report: Report,
+    say: Say,
 ) -> Manifest:
     if tokenizer is None:
-        tokenizer = _train_tokenizer(sources, options, report)
+        tokenizer = _train_tokenizer(sources, options, report, say)
     for source in sources:
         source.check(tokenizer)
     tokenizer.save(building / TOKENIZER_FOLDER)
@@ -344,7 +345,7 @@ def _parts(
     ]
 
 
-def _train_tokenizer(sources: list[Source], options: PrepareOptions, report: Report) -> Tokenizer:
+def _train_tokenizer(sources: list[Source], options: PrepareOptions, report: Report, say: Say) -> Tokenizer:
     total, done = sum(source.total_bytes for source in sources if not source.synthetic), 0
     phase = "reading a sample for the tokenizer"
     report(phase, 0, total, 0)
@@ -354,14 +355,11 @@ def _train_tokenizer(sources: list[Source], options: PrepareOptions, report: Rep
         done += input_bytes
         report(phase, done, total, 0)
 
-    def told() -> Iterator[str]:
-        yield from sample_texts(
-            sources, options.tokenizer_sample_bytes, options.seed, advance, skip_bad=options.skip_bad
-        )
-        # The library says nothing until it is done.
+    def beat() -> None:  # the library does not say how far it is
         report("training the tokenizer on the sample", 0, 0, 0)
 
-    return train_bpe(told(), _vocab_size(options.tokenizer))
+    texts = sample_texts(sources, options.tokenizer_sample_bytes, options.seed, advance, skip_bad=options.skip_bad)
+    return train_bpe(texts, _vocab_size(options.tokenizer), beat=beat, say=say)
 
 
 def _numbered_jobs(sources: list[Source]) -> Iterator[tuple[int, Job]]:

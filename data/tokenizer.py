@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from data.files import FileError, inside, read_bytes, read_json, write_whole
 from data.manifest import TokenizerEntry, TokenizerInfo
 from data.special_tokens import TOKENIZER_FILES, TOKENIZER_JSON, begin_tokens, end_token
 from data.tokenizer_library import TOKENIZER_LIMIT, library, open_backend
+from data.unbroken import RunCutter
 
 EOS_TOKEN = "<|endoftext|>"
 INFO = "info.json"
 KINDS = ("byte", "bpe", "hf")
+_BEAT_S = 2.0
 
 # A long text is encoded in pieces, because the library keeps some hundred bytes per token while it works. Byte-level
 # pre-tokenizers always begin a new part at these places: a word's leading space, and a line after a full one. After
@@ -182,10 +185,20 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer("byte", eos_id=256)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    beat: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Tokenizer:
     """Train a byte-level BPE with `vocab_size` tokens, the end token included; digits stay single tokens.
 
-    The same texts give the same tokenizer.
+    The same texts give the same tokenizer. Runs without a break are cut, see `data.unbroken`.
+
+    Args:
+        beat: called when the training begins, and every other second of it.
+        say: is told what was cut.
 
     Raises:
         ValueError: `vocab_size` is too small for the bytes and the end token.
@@ -206,8 +219,33 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator((piece for text in texts for piece in split_text(text)), trainer)
+    cutter = RunCutter()
+    sample = [part for text in texts for piece in split_text(text) for part in cutter.cut(piece)]
+    if cutter.note:
+        say(cutter.note)
+    _beside(lambda: backend.train_from_iterator(sample, trainer), beat)
     return Tokenizer("bpe", eos_id=backend.token_to_id(EOS_TOKEN), definition=backend.to_str().encode("utf-8"))
+
+
+def _beside(work: Callable[[], None], beat: Callable[[], None]) -> None:
+    """Run `work` in a thread of its own, so that there is something to be seen of it and it can be interrupted."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    beat()
+    thread.start()
+    thread.join(_BEAT_S)
+    while thread.is_alive():
+        beat()
+        thread.join(_BEAT_S)
+    if failed:
+        raise failed[0]
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
