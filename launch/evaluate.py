@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def _start(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from pipeline.comparison import compare
     from pipeline.evaluate import evaluate_run
-    from pipeline.topology import shutdown
+    from pipeline.topology import on_main, shutdown
 
     several = len(args.run_dirs) > 1
     results: list[dict[str, Any]] = []
@@ -116,7 +115,8 @@ def _evaluate(args: argparse.Namespace) -> int:
                 with_passkey=args.passkey,
             )
         )
-    if several and os.environ["RANK"] == "0":
-        compare(results, Path(args.out) if args.out else Path(results[0]["folder"]))
+    if several:
+        folder = Path(args.out) if args.out else Path(results[0]["folder"])
+        on_main(lambda: compare(results, folder) and None)
     shutdown()
     return 0

@@ -32,7 +32,7 @@ from pipeline.setup import versions
 from pipeline.streaming import Document, Streamer, open_checkpoint
 from pipeline.task_spec import Task
 from pipeline.tasks import task_cells, task_results
-from pipeline.topology import Topology, initialize
+from pipeline.topology import Topology, initialize, on_main
 
 FORMAT_VERSION = 2
 STATISTICS_SEGMENTS = 16
@@ -74,7 +74,8 @@ def evaluate_run(
     """
     run_dir = Path(run_dir)
     config, topology = _join(run_dir, overrides)
-    path = find_checkpoint(Path(checkpoint) if checkpoint is not None else run_dir)
+    # One looks for all: a run that is going on moves what is its newest.
+    path = on_main(lambda: find_checkpoint(Path(checkpoint) if checkpoint is not None else run_dir))
     started = time.perf_counter()
     streamer, reader = open_checkpoint(config, topology, path)
     _check_model(reader, config)
@@ -135,10 +136,13 @@ def evaluate_run(
     results["tokens_per_s"] = total / results["seconds"]
     folder = Path(out) if out is not None else run_dir / "evaluation" / path.name
     results = report.without_nan(results | {"folder": str(folder)})
-    if topology.is_main:
-        report.write(results, folder, run_dir, own_folder=out is not None)
-        report.show(results, folder)
+    on_main(lambda: _report(results, folder, run_dir, own_folder=out is not None))
     return results
+
+
+def _report(results: dict[str, Any], folder: Path, run_dir: Path, *, own_folder: bool) -> None:
+    report.write(results, folder, run_dir, own_folder=own_folder)
+    report.show(results, folder)
 
 
 def _join(run_dir: Path, overrides: Sequence[str]) -> tuple[Config, Topology]:

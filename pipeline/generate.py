@@ -30,7 +30,7 @@ from pipeline.memory_file import Identity, load_memory, save_memory
 from pipeline.sampling import Sampling, choose
 from pipeline.streaming import Streamer
 from pipeline.text_stream import TextStream
-from pipeline.topology import initialize
+from pipeline.topology import initialize, on_main
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Generator:
         _, found = find_tokenizer(reader, config, tokenizer, notes)
         parallel = config.parallel
         topology = initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
-        reader = open_verified(path)
+        reader = open_verified(on_main(lambda: path))  # a run that is going on moves what is its newest
         for note in notes if topology.is_main else ():
             logger.warning("%s", note)
         streamer = Streamer(config, topology, reader.summary.vocab_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from pipeline.checkpoint import CheckpointReader
 from pipeline.checkpoint_folder import CheckpointError, candidates, read_latest
 from pipeline.executor import Memory
 from pipeline.optimizer import ZeroOptimizer
-from pipeline.topology import Topology
+from pipeline.topology import Topology, on_main
 
 
 def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
@@ -22,12 +21,8 @@ def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
 
     `warn(message)` is called on rank 0 for a damaged one that is passed over, and for a `latest` that names none.
     """
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        folder = run_dir / "checkpoints"
-        box = [candidates(folder), read_latest(folder)[1]]
-    dist.broadcast_object_list(box, src=0)
-    found, problem = box
+    folder = run_dir / "checkpoints"
+    found, problem = on_main(lambda: (candidates(folder), read_latest(folder)[1]))
     for path in found:
         try:
             reader = open_verified(path)
@@ -53,7 +48,7 @@ def open_verified(path: Path) -> CheckpointReader:
     try:
         reader = CheckpointReader(path)
         reader.verify(dist.get_rank(), dist.get_world_size())
-    except CheckpointError as problem:
+    except (ValueError, OSError) as problem:
         error = str(problem)
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

@@ -25,6 +25,7 @@ from pipeline.metrics import MetricsWriter, ThroughputMeter, layer_name
 from pipeline.optimizer import StepOutcome
 from pipeline.saving import SaveReport
 from pipeline.stillness import SHORTEST_HORIZON, StillnessWatch
+from pipeline.topology import on_main
 
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
@@ -60,10 +61,8 @@ class Monitor:
         self.is_main = self.topology.is_main
         self.meter = ThroughputMeter()
         self.writer = self.console = None
+        on_main(lambda: self._open_writer(resume_step))
         if self.is_main:
-            self.writer = MetricsWriter(
-                trainer.run_dir, tensorboard=self.config.metrics.tensorboard, resume_step=resume_step
-            )
             self.console = RunConsole(total_steps=self.config.train.steps, start_step=trainer.step)
         horizon = min(max(SHORTEST_HORIZON, self.config.metrics.interval), self.config.train.steps)
         self.stillness = StillnessWatch(trainer.optimizer, horizon=horizon)
@@ -275,11 +274,13 @@ class Monitor:
         """The run went back to an earlier step: what was written for later ones is taken back."""
         self.meter, self.skipped_steps = ThroughputMeter(), 0
         self._clear_interval()
-        if self.is_main:
+        on_main(lambda: self._open_writer(self.trainer.step))
+
+    def _open_writer(self, resume_step: int | None) -> None:
+        if self.writer is not None:
             self.writer.close()
-            self.writer = MetricsWriter(
-                self.trainer.run_dir, tensorboard=self.config.metrics.tensorboard, resume_step=self.trainer.step
-            )
+        tensorboard = self.config.metrics.tensorboard
+        self.writer = MetricsWriter(self.trainer.run_dir, tensorboard=tensorboard, resume_step=resume_step)
 
     def close(self) -> None:
         if self.is_main:

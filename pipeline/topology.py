@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from model.device import default_device, distributed_backend, prepare_megatron
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,46 @@ class Topology:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=op, group=group)
         return tensor.tolist()
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Do `action` on the main process alone; every process gets what it returns. Collective.
+
+    What the main process alone did, the others would wait for in their next collective when it fails.
+
+    Raises:
+        Exception: what `action` raises, on every process, with the same message.
+    """
+    result: Result | None = None
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except Exception as problem:
+            error = problem
+    outcome = [(result, error and _description(error))]
+    dist.broadcast_object_list(outcome, src=0)
+    result, told = outcome[0]
+    if error is not None:
+        raise error
+    if told is not None:
+        kind, message = told
+        raise kind.__new__(kind, message)
+    return result
+
+
+def _description(error: Exception) -> tuple[type[Exception], str]:
+    """Type and message of an error, so that another process can raise it without the arguments it was made from."""
+    kind, message = type(error), str(error)
+    try:
+        pickle.dumps(kind)
+        if str(kind.__new__(kind, message)) == message:
+            return kind, message
+    except Exception:  # the type has its own ideas, or stands inside a function
+        pass
+    if isinstance(error, ValueError | OSError):
+        return (ValueError if isinstance(error, ValueError) else OSError), message
+    return RuntimeError, f"{kind.__name__}: {message}"
 
 
 def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:

@@ -30,7 +30,7 @@ from pipeline.resilience import SpikeDetector, StopRequest, Watchdog
 from pipeline.saving import CheckpointSaver, RunState, move_latest, take_snapshot
 from pipeline.schedule import Operation, build_schedule
 from pipeline.setup import build_stage, check_same_run, versions, vocabulary
-from pipeline.topology import Topology, initialize, shutdown
+from pipeline.topology import Topology, initialize, on_main, shutdown
 from pipeline.weights import start_from
 
 
@@ -138,13 +138,9 @@ class Trainer:
         restarts = int(self.topology.all_reduce([own_restarts], op=dist.ReduceOp.MAX)[0])
         if restarts:
             notes.append(f"restart {restarts} after a failure")
-            if resume is None or candidates(checkpoints):
+            if resume is None or on_main(lambda: bool(candidates(checkpoints))):
                 resume = "latest"
-        if resume is None and (self.run_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                [f"run_dir: {self.run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
-            )
-        check_run_folder(self.run_dir, *self.loader.tokenizer)
+        on_main(lambda: self._check_folder(new=resume is None))
         reader = None
         if resume == "latest":
             reader = open_newest(self.run_dir, notes.append)
@@ -154,24 +150,36 @@ class Trainer:
                 notes += check_tokenizer(reader, *self.loader.tokenizer)
                 self.load(reader)
         elif resume is not None:
-            reader = open_verified(find_checkpoint(Path(resume)))
+            reader = open_verified(on_main(lambda: find_checkpoint(Path(resume))))
             notes += check_tokenizer(reader, *self.loader.tokenizer)
             self.load(reader)
-            if self.topology.is_main and reader.folder.resolve().parent == checkpoints.resolve():
-                move_latest(reader.folder)  # the run goes on from here: restarts and roll-backs must not pass it
+            on_main(lambda: self._go_on_from(reader.folder))
         if reader is None and self.config.train.init_from is not None:
             notes += self._start_from(Path(self.config.train.init_from))
         dist.barrier()
-        if self.topology.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.run_dir / "config.yaml")
+        on_main(self._write_config)
         self.monitor = Monitor(self, resume_step=self.step if resume is not None else None)
         self.monitor.introduce()
         for note in notes:
             self.monitor.message(note)
 
+    def _check_folder(self, *, new: bool) -> None:
+        if new and (self.run_dir / "metrics.jsonl").exists():
+            raise ConfigError(
+                [f"run_dir: {self.run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
+            )
+        check_run_folder(self.run_dir, *self.loader.tokenizer)
+
+    def _go_on_from(self, folder: Path) -> None:
+        if folder.resolve().parent == (self.run_dir / "checkpoints").resolve():
+            move_latest(folder)  # restarts and roll-backs must not pass it
+
+    def _write_config(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.run_dir / "config.yaml")
+
     def _start_from(self, folder: Path) -> list[str]:
-        reader = open_verified(find_checkpoint(folder))
+        reader = open_verified(on_main(lambda: find_checkpoint(folder)))
         notes = check_tokenizer(reader, *self.loader.tokenizer)
         return notes + start_from(reader, self.optimizer, self.topology, self.config, self.vocab_size)
 
@@ -222,8 +230,7 @@ class Trainer:
             dist.all_gather_object(reasons, reason)
             first = next(r for r in reasons if r)
             self.monitor.message(f"stopping after step {self.step}: {first}")
-            if self.topology.is_main:
-                stop.clear_file()
+            on_main(stop.clear_file)
         return bool(stopping)
 
     def train_step(self) -> None:

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from data.shards import BadDocumentError, PreparedSet
 from model.sharding import partition_of, unshard
 from pipeline.agreement import DifferentWindowsError
-from pipeline.config_io import load_config
+from pipeline.config_io import ConfigError, load_config
 from pipeline.executor import map_memory
+from pipeline.topology import on_main
 from pipeline.trainer import NonFiniteError, Trainer
 from pipeline.validate import validate
 from tests.distributed.grid import join
@@ -331,3 +332,41 @@ def one_rank_skips(folder: str, data: str, overrides: list[str], rank: int, docu
     skipped = trainer.loader.skipped_documents
     finish(trainer)
     return {"error": error, "step": trainer.step, "skipped": skipped}
+
+
+class OddError(RuntimeError):
+    """An error that cannot be made from its message."""
+
+    def __init__(self, number: int, other: int) -> None:
+        super().__init__(f"{number} is not {other}")
+
+
+def on_main_outcomes() -> list[tuple[str, str] | int]:
+    """What this process gets of actions of the main process: results, or errors as (type, message)."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    join(tensor=1, pipeline=1, timeout_s=60)
+    outcomes, ran = [], []
+    errors = [ConfigError(["a.b = 1: no"]), PermissionError(13, "Permission denied", "/run"), OddError(1, 2)]
+    for error in (None, *errors, UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")):
+        try:
+            outcomes.append(on_main(lambda e=error: fail(e) if e else ran.append(1) or 7))
+        except Exception as problem:
+            outcomes.append((type(problem).__name__, str(problem)))
+    return [*outcomes, len(ran)]
+
+
+def start_in(folder: str, data: str, overrides: list[str], resume: str | None) -> tuple[str, str] | None:
+    """Start a run whose folder the main process may not be able to use: the error."""
+    trainer = make_trainer(folder, data, overrides)
+    error = None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.start(resume)
+    except (ValueError, OSError) as problem:
+        error = (type(problem).__name__, str(problem))
+    dist.barrier()  # nobody is left behind in a collective of its own
+    finish(trainer)
+    return error

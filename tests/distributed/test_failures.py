@@ -118,6 +118,37 @@ def test_too_many_bad_steps_end_the_run_with_their_circumstances(pools, data, tm
     assert all("train-000000.tar" in lane for lane in message.split("lane ")[1:])
 
 
+# What the main process does alone
+
+
+def test_all_processes_share_what_came_of_the_main_ones_action(pools):
+    main, other = pools.run(2, cases.on_main_outcomes)
+    assert main[0] == other[0] == 7
+    assert main[1][0] == "ConfigError" and main[1][1].endswith("a.b = 1: no")
+    assert main[2:4] == [("PermissionError", "[Errno 13] Permission denied: '/run'"), ("OddError", "1 is not 2")]
+    assert main[1:4] == other[1:4]
+    assert main[4][0] == "UnicodeDecodeError" and other[4] == ("ValueError", main[4][1])
+    assert (main[5], other[5]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "resume", "reason"),
+    [
+        (lambda run: run.write_text("a file"), None, "File exists"),
+        (lambda run: (run / "config.yaml").mkdir(parents=True), None, "config.yaml"),
+        (lambda run: (run / "metrics.jsonl").mkdir(parents=True), "latest", "metrics.jsonl"),
+        (lambda run: None, "nowhere", "nowhere"),
+    ],
+    ids=["folder", "config", "metrics", "checkpoint"],
+)
+def test_a_start_that_fails_on_the_main_process_fails_on_all(pools, data, tmp_path, make, resume, reason):
+    run = tmp_path / "run"
+    make(run)
+    arguments = {"folder": str(run), "data": str(data), "overrides": [], "resume": resume}
+    main, other = pools.run(2, cases.start_in, **arguments)
+    assert main == other and reason in main[1]
+
+
 # Windows that differ
 
 
