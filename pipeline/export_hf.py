@@ -90,7 +90,7 @@ def export_model(
     shards = _plan(_weights(reader, config, plain, export), shard_bytes)
     folder, found = find_tokenizer(reader, run, tokenizer, export.notes)
     files = tokenizer_files(folder, found)
-    kept = source_tokens(folder, found, files[TOKENIZER_JSON], run.train.init_from)
+    kept = source_tokens(folder, found, run.train.init_from)
     files |= _token_files(kept, found, described)
     export.notes += kept.notes
     described["tokenizer_sha256"] = _exported_tokenizer(files, folder, found, export.notes).hash

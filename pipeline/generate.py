@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from pipeline.checkpoint import CheckpointReader
 from pipeline.checkpoint_folder import find_checkpoint
 from pipeline.evaluation_config import generation_config
 from pipeline.find_tokenizer import find_tokenizer
+from pipeline.hf_tokens import source_tokens
 from pipeline.incremental import IncrementalModel, LaneState
 from pipeline.loading import open_verified
 from pipeline.memory_file import Identity, load_memory, save_memory
@@ -64,10 +65,19 @@ class Generator:
         tokenizer: the one the model was trained with.
         identity: of the model, for memory files.
         vocab_size: of the model (not padded).
+        end_ids: tokens that end a text, besides the tokenizer's end token.
     """
 
-    def __init__(self, streamer: Streamer, tokenizer: Tokenizer, identity: Identity, vocab_size: int) -> None:
+    def __init__(
+        self,
+        streamer: Streamer,
+        tokenizer: Tokenizer,
+        identity: Identity,
+        vocab_size: int,
+        end_ids: Collection[int] = (),
+    ) -> None:
         self.tokenizer = tokenizer
+        self.end_ids = {tokenizer.eos_id, *end_ids}
         self.identity = identity
         self.model = IncrementalModel(streamer, vocab_size)
 
@@ -92,7 +102,12 @@ class Generator:
         reader = CheckpointReader(path)
         config = generation_config(reader.summary.config, overrides, int(os.environ.get("WORLD_SIZE", "1")), str(path))
         notes: list[str] = []
-        _, found = find_tokenizer(reader, config, tokenizer, notes)
+        folder, found = find_tokenizer(reader, config, tokenizer, notes)
+        try:
+            end_ids = source_tokens(folder, found, config.train.init_from).end_ids
+        except ValueError as error:
+            end_ids = []
+            notes.append(f"the tokenizer's end token alone ends a text, what else the model ends one with: {error}")
         parallel = config.parallel
         topology = initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
         reader = open_verified(on_main(lambda: path))  # a run that is going on moves what is its newest
@@ -101,7 +116,7 @@ class Generator:
         streamer = Streamer(config, topology, reader.summary.vocab_size)
         streamer.load(reader)
         identity = Identity(asdict(config.model), reader.summary.sha256, found.hash)
-        return cls(streamer, found, identity, reader.summary.vocab_size)
+        return cls(streamer, found, identity, reader.summary.vocab_size, end_ids)
 
     def read(
         self,
@@ -189,7 +204,7 @@ class Generator:
                         f"{len(tokens[lane])} new tokens: its memory or its layers have grown past all numbers"
                     )
                 tokens[lane].append(token)
-                if token == self.tokenizer.eos_id:
+                if token in self.end_ids:
                     ended[lane] = "eos"
                     continue
                 give(lane, texts[lane].push(token))

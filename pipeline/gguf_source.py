@@ -22,7 +22,7 @@ from model.config import RopeScalingConfig
 from model.rotary import scaled_frequencies
 from pipeline.gguf_header import GgufTensor, read_header
 from pipeline.hf_schema import ModelSettings
-from pipeline.hf_tokens import SourceTokens, read_companions, write_settings
+from pipeline.hf_tokens import SourceTokens, read_tokens, write_folder
 
 _LAYER_PARTS = {
     "attn_norm": "input_layernorm",
@@ -135,9 +135,9 @@ class GgufSource:
             def here(text: str) -> str:
                 return text.replace(f"{name}/", f"{self.path}: ").replace(name, str(self.path))
 
-            write_settings(folder, settings, {"model_type": "gguf"} | config)
+            write_folder(folder, definition, settings, {"model_type": "gguf"} | config)
             try:
-                tokens = read_companions(folder, definition)
+                tokens = read_tokens(folder)
             except ValueError as error:
                 raise FileError(here(str(error))) from None
         tokens.notes = [here(note) for note in tokens.notes]

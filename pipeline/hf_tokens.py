@@ -77,8 +77,6 @@ class SourceTokens:
 
     tokenizer: Tokenizer | None = None
     """As the folder means it."""
-    definition: bytes = b""
-    """`tokenizer.json`."""
     files: dict[str, bytes] = field(default_factory=dict)
     """What else goes into the folder of an imported tokenizer, by name."""
     notes: list[str] = field(default_factory=list)
@@ -89,6 +87,13 @@ class SourceTokens:
         """What `config.json` says of the tokens; empty when that is not known."""
         return json.loads(self.files.get(TOKEN_IDS, b"{}"))
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end a text of the model's, as transformers generates: those of `generation_config.json`, else
+        those of `config.json`."""
+        generation = json.loads(self.files.get(GENERATION_CONFIG, b"{}"))
+        return _declared(generation, "eos_token_id") or _declared(self.ids, "eos_token_id")
+
 
 def read_tokens(folder: Path) -> SourceTokens:
     """The tokenizer of a Hugging Face folder, or of an imported model.
@@ -98,23 +103,18 @@ def read_tokens(folder: Path) -> SourceTokens:
         ValueError: there is no tokenizer, or no end token can be told.
         OSError: a file cannot be read.
     """
-    definition = read_file(folder, TOKENIZER_JSON, TOKENIZER_LIMIT)
+    files = {name: read_file(folder, name, TOKENIZER_LIMIT) for name in TOKENIZER_FILES}
+    files = {name: content for name, content in files.items() if content is not None}
+    definition = files.get(TOKENIZER_JSON)
     if definition is None:
         raise ValueError(
             f"{folder} holds no tokenizer.json; `AutoTokenizer.from_pretrained({str(folder)!r})"
             f".save_pretrained({str(folder)!r})` of transformers makes one from a tokenizer.model"
         )
-    return read_companions(folder, definition)
-
-
-def read_companions(folder: Path, definition: bytes) -> SourceTokens:
-    """What goes with the tokenizer `definition` that stands in `folder`; see `read_tokens`."""
     where = str(folder)
-    files = {name: read_file(folder, name, TOKENIZER_LIMIT) for name in TOKENIZER_FILES}
-    files = {name: content for name, content in files.items() if content is not None} | {TOKENIZER_JSON: definition}
     backend = open_backend(definition, where)
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    tokens = SourceTokens(definition=definition)
+    tokens = SourceTokens()
     model = _read(folder, CONFIG, ModelSettings)
     settings = _special_tokens(folder, tokens.notes)
     _check_added_tokens(folder, settings, vocabulary)
@@ -143,7 +143,7 @@ def read_companions(folder: Path, definition: bytes) -> SourceTokens:
     return tokens
 
 
-def source_tokens(folder: Path, tokenizer: Tokenizer, definition: bytes, init_from: str | None) -> SourceTokens:
+def source_tokens(folder: Path, tokenizer: Tokenizer, init_from: str | None) -> SourceTokens:
     """What an imported model came with, for a tokenizer of a checkpoint.
 
     It stands beside the tokenizer, or, where that is a prepared set's, in the folder that the run began with: an
@@ -151,14 +151,13 @@ def source_tokens(folder: Path, tokenizer: Tokenizer, definition: bytes, init_fr
 
     Args:
         folder: where the tokenizer was loaded from.
-        definition: `tokenizer.json` as it is exported.
         init_from: `train.init_from` of the checkpoint's configuration.
     """
     if tokenizer.kind == "byte":
-        return SourceTokens(definition=definition)
+        return SourceTokens()
     if any((folder / name).exists() for name in _COMPANIONS):
-        return read_companions(folder, definition)
-    tokens = SourceTokens(definition=definition)
+        return read_tokens(folder)
+    tokens = SourceTokens()
     seen: set[str] = set()
     while init_from is not None and init_from not in seen:
         seen.add(init_from)
@@ -173,7 +172,7 @@ def source_tokens(folder: Path, tokenizer: Tokenizer, definition: bytes, init_fr
         place = reader.folder.parent.parent / "tokenizer"
         if any((place / name).exists() for name in _COMPANIONS):
             if load_tokenizer(place).hash == tokenizer.hash:
-                tokens = read_companions(place, definition)
+                tokens = read_tokens(place)
                 tokens.notes.append(f"what goes with the tokenizer is from {place}")
             else:
                 tokens.notes.append(
@@ -185,10 +184,11 @@ def source_tokens(folder: Path, tokenizer: Tokenizer, definition: bytes, init_fr
     return tokens
 
 
-def write_settings(folder: Path, tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """A folder for `read_companions`, from settings that came from elsewhere."""
-    for name, content in ((TOKENIZER_CONFIG, tokenizer), (CONFIG, model)):
-        write_whole(folder / name, as_json(content))
+def write_folder(folder: Path, definition: bytes, tokenizer: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """A folder for `read_tokens`, from a tokenizer and settings that came from elsewhere."""
+    files = {TOKENIZER_JSON: definition, TOKENIZER_CONFIG: as_json(tokenizer), CONFIG: as_json(model)}
+    for name, content in files.items():
+        write_whole(folder / name, content)
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
@@ -23,6 +24,7 @@ from transformers import (  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from model.config import MemoryConfig  # noqa: E402
 from pipeline.export_hf import export_model  # noqa: E402
+from pipeline.generate import Generator  # noqa: E402
 from pipeline.hf_tokens import read_tokens  # noqa: E402
 from pipeline.import_hf import import_model  # noqa: E402
 from pipeline.topology import initialize, shutdown  # noqa: E402
@@ -135,6 +137,16 @@ def test_what_began_with_an_import_finds_its_templates_again(source, tmp_path):
     export = export_model(trained, tmp_path / "without", tokenizer=tmp_path / "set")
     assert any("train.init_from" in note and "left out" in note for note in export.notes)
     assert AutoTokenizer.from_pretrained(tmp_path / "without", trust_remote_code=True).eos_token_id == 0
+
+
+def test_all_end_tokens_end_a_generated_text(source, tmp_path):
+    import_model(source, tmp_path / "ours", memory=MemoryConfig(), segment_length=24)
+    generator = Generator.open(tmp_path / "ours")
+    for token, expected in {0: ("eos", "", 1), TURN: ("eos", "", 1), 5: ("length", "%%%", 3)}.items():
+        scores = torch.zeros(1, 300).index_fill(1, torch.tensor([token]), 9.0)
+        generator.model.stage.next_token_logits = lambda hidden, scores=scores: scores
+        (found,) = generator.generate(["the cat"], max_new_tokens=3)
+        assert (found.ended_by, found.text, len(found.tokens)) == expected
 
 
 # Two files that differ
