@@ -26,7 +26,9 @@ COMMANDS = (
 """Modules with `add_parser(subparsers)`, in the order of the help text."""
 
 USER_ERROR = 2
-"""Exit code of everything that the user can put right."""
+"""Exit code of everything that the user can put right. docs/command_line.md has the table of all codes."""
+READER_GONE = 128 + 13
+"""Exit code when whoever read the output has gone, as after `| head`: that of a process that SIGPIPE ends."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,14 +60,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 2 an error the user can put right, 130 interrupted."""
+    """Run a command and return its exit code (docs/command_line.md): 0 done, 2 an error the user can put right."""
     args = parse(argv)
     if args.debug:
         os.environ["INFINI_DEBUG"] = "1"  # the processes that a command starts see it too
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # else a reader that has gone is noticed too late to be told from an error
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # What is still in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
     except (ValueError, OSError) as error:
         if os.environ.get("INFINI_DEBUG") == "1":
             raise

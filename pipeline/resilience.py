@@ -41,7 +41,12 @@ class StopRequest:
         self.own_file = run_dir / config.stop_file
         launcher_file = os.environ.get(LAUNCHER_STOP_FILE)
         self.files = [self.own_file, *([Path(launcher_file)] if launcher_file else [])]
-        start = float(os.environ.get(LAUNCH_TIME) or psutil.Process().create_time())
+        try:
+            start = float(os.environ.get(LAUNCH_TIME) or psutil.Process().create_time())
+        except ValueError:
+            raise ValueError(
+                f"{LAUNCH_TIME}={os.environ[LAUNCH_TIME]!r} in the environment is no time: unset it"
+            ) from None
         self.deadline = None if config.max_minutes is None else start + 60 * config.max_minutes
         self.signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, f"SIG{config.stop_signal}")}
         self._received: signal.Signals | None = None
