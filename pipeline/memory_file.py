@@ -70,7 +70,7 @@ def save_memory(path: Path, state: LaneState, model: IncrementalModel, identity:
         for field, tensor in ({} if carried is None else carried._asdict()).items()
     }
     gathered: list[dict[str, tuple[int, Tensor]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
+    dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, dst=0)  # nobody else needs it all
     problem = [_write(path, state, gathered, model.length, identity) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
