@@ -77,7 +77,7 @@ class Generator:
         end_ids: Collection[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
-        self.end_ids = {tokenizer.eos_id, *end_ids}
+        self.end_ids = frozenset(end_ids)
         self.identity = identity
         self.model = IncrementalModel(streamer, vocab_size)
 
@@ -204,7 +204,7 @@ class Generator:
                         f"{len(tokens[lane])} new tokens: its memory or its layers have grown past all numbers"
                     )
                 tokens[lane].append(token)
-                if token in self.end_ids:
+                if token == self.tokenizer.eos_id or token in self.end_ids:
                     ended[lane] = "eos"
                     continue
                 give(lane, texts[lane].push(token))
