@@ -70,7 +70,7 @@ def read_records(file: FileInput, column: str, limit: int, digests: dict[str, st
 def _read_json(file: FileInput, reader: HashingReader, column: str, limit: int) -> Iterator[Record]:
     stream = reader.contents
     whole = without_compression(file.path.name).endswith(".json")
-    number, position, before = 0, 0, b""
+    number, position, before, shown_file = 0, 0, b"", file.shown
     try:
         refuse_other_contents(stream.peek(4)[:4], file.shown)
         found = lines(stream, limit)
@@ -83,7 +83,7 @@ def _read_json(file: FileInput, reader: HashingReader, column: str, limit: int) 
                 before = line
                 break
             whole = False
-            where = f"{file.shown}, line {number}"
+            where = f"{shown_file}, line {number}"
             advanced, position = reader.position - position, reader.position
             yield _record(line, column, where, number, advanced, limit)
         else:

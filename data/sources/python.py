@@ -71,6 +71,8 @@ class PythonSource(Source):
 def _python_documents(name: str) -> list[tuple[str, tuple[FileInput, ...]]]:
     """(package, files) for the modules of `name` and each of its sub-packages."""
     top, *below = name.split(".")
+    if not all(part.isidentifier() for part in (top, *below)):
+        raise ValueError(f"source python:{name}: {name!r} is not the name of a package")
     try:
         spec = importlib.util.find_spec(top)
     except ValueError:

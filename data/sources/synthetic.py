@@ -17,6 +17,7 @@ from data.synthetic import Spec, SyntheticDocument, build_generator, task_option
 from data.tokenizer import Tokenizer, byte_tokenizer
 
 _BYTES = byte_tokenizer()
+_MOST_DOCUMENTS = 1_000_000_000
 _MOST_TOKENS = 1 << 28
 """A document is made as a list of numbers: 2 GiB of them."""
 
@@ -67,8 +68,8 @@ class SyntheticSource(Source):
             }
             if self._lengths[1] > _MOST_TOKENS:
                 raise ValueError(f"a document has at most {_MOST_TOKENS:,} tokens")
-            if self._count < 1 or self._lengths[0] < 2:
-                raise ValueError("the number of documents must be positive, and lengths at least 2")
+            if not 1 <= self._count <= _MOST_DOCUMENTS or self._lengths[0] < 2:
+                raise ValueError(f"there must be 1 to {_MOST_DOCUMENTS:,} documents, of at least 2 tokens")
             if not 0.0 <= self._depths[0] <= self._depths[1] <= 1.0 or self._seed < 0:
                 raise ValueError("depths must lie in 0..1, and the seed must not be negative")
             for name, (least, _) in self._options.items():

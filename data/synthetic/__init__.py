@@ -38,6 +38,9 @@ TASKS = {
     "recall": RecallGenerator,
 }
 
+_MOST_OF_AN_OPTION = 10_000
+"""Far above what a document of a million tokens holds of anything; generators make a list of it."""
+
 
 def is_synthetic(spec: str) -> bool:
     """Whether a source's name is a synthetic task's spec."""
@@ -119,5 +122,8 @@ def build_generator(
     Raises:
         ValueError: an option does not fit, or the set is not there, has no such split or another tokenizer.
     """
+    for name, value in options.items():
+        if value > _MOST_OF_AN_OPTION:
+            raise ValueError(f"{name} = {value}: must not be more than {_MOST_OF_AN_OPTION:,}")
     path = None if filler is None else str(filler)
     return _cached(task, tokenizer, path, split, tuple(sorted(options.items())))

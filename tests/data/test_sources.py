@@ -207,7 +207,12 @@ def test_passkey_lengths_and_depths_are_drawn_between_bounds() -> None:
         ("passkey:5,length=9K..1K", "not a range"),
         ("passkey:5,length=1K,depth=2", "depths must lie in 0..1"),
         ("passkey:5,length=1K,deep=1", "unknown option 'deep'"),
-        ("passkey:0,length=1K", "must be positive"),
+        ("passkey:0,length=1K", "must be 1 to 1,000,000,000 documents"),
+        ("passkey:9999G,length=1K", "must be 1 to 1,000,000,000 documents"),
+        ("passkey:1,length=1K..1G", "a document has at most 268,435,456 tokens"),
+        ("tracking:1,length=1K,chains=1G", "chains = 1073741824: must not be more than 10,000"),
+        ("needles:1,length=1K,values=1..1G", "values = 1073741824: must not be more than 10,000"),
+        ("python:json./etc", "'json./etc' is not the name of a package"),
     ],
 )
 def test_a_source_that_cannot_be_is_refused(spec: str, message: str) -> None:
