@@ -47,6 +47,9 @@ class TrackingGenerator(FillerTask):
     ) -> None:
         if questions > chains:
             raise ValueError(f"questions = {questions}: must not be more than the chains, {chains}")
+        most = len(string.ascii_uppercase) ** LETTERS // 2  # drawing the last names that are left would take for ever
+        if chains * (hops + 1) > most:
+            raise ValueError(f"chains = {chains}, hops = {hops}: there are names for {most:,} variables together")
         super().__init__(tokenizer, questions, filler)
         self._chains, self._hops = chains, hops
 

@@ -211,6 +211,7 @@ def test_passkey_lengths_and_depths_are_drawn_between_bounds() -> None:
         ("passkey:9999G,length=1K", "must be 1 to 1,000,000,000 documents"),
         ("passkey:1,length=1K..1G", "a document has at most 268,435,456 tokens"),
         ("tracking:1,length=1K,chains=1G", "chains = 1073741824: must not be more than 10,000"),
+        ("tracking:1,length=1M,chains=1759,hops=4", "chains = 1759, hops = 4: there are names for 8,788 variables"),
         ("needles:1,length=1K,values=1..1G", "values = 1073741824: must not be more than 10,000"),
         ("python:json./etc", "'json./etc' is not the name of a package"),
     ],
