@@ -26,14 +26,14 @@ class LaneLoader:
     """Windows for the lanes [first_lane, last_lane) of `lanes` global lanes, in order, without end.
 
     A document of n tokens gives inputs [0, n-1) and labels [1, n) and fills ceil((n-1) / S) segments; the last one is
-    padded. Documents of one token are passed over.
+    padded. Documents of one token are passed over, which is said.
 
     With `stagger`, a lane enters its first document at a random segment, so that lanes do not reset together. What an
     answer in such a document asks for may stand before the entry, and training on it would teach guessing: answers
     there have weight 0.
 
-    With `skip_bad_documents`, a document that cannot be read is left at the first segments that fail, with a warning,
-    and counted.
+    With `skip_bad_documents`, a document that cannot be read is left at the first segments that fail, with a warning
+    that names and numbers it, and counted in the state.
 
     Args:
         first_lane, last_lane: this rank's lanes, last_lane exclusive.
@@ -81,6 +81,13 @@ class LaneLoader:
         self._sets = sets
         self._schedule = LaneSchedule(sets, lanes=lanes, segment_length=segment_length, seed=seed, stagger=stagger)
         self._lane_ids = range(first_lane, last_lane)
+        if first_lane == 0:  # one process says it
+            for entry in sets:
+                if short := int((entry.set.lengths < 2).sum()):
+                    logger.warning(
+                        "%s (%s): %d of %d documents have one token alone, with nothing to predict: passed over",
+                        *(entry.set.path, entry.set.split, short, len(entry.set.lengths)),
+                    )
         self._segments = segments_per_window
         self._segment_length = segment_length
         self._probes = probes_per_window
@@ -228,8 +235,8 @@ class LaneLoader:
                         f"lane {lane} met more than {_MAX_SKIPPED_IN_A_ROW} documents in a row that cannot be read; "
                         f"the last: {error}"
                     ) from error
-                logger.warning("lane %d skips a document: %s", lane, error)
                 cursor = dropped
+                logger.warning("lane %d skips a document, number %d of this lane: %s", lane, cursor.skipped, error)
             else:
                 failures = 0
                 cursor = after

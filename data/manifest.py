@@ -16,6 +16,7 @@ import msgspec
 from data.files import FileError, convert, decode_json, inside, read_bytes, sealed, shown, write_whole
 
 MANIFEST = "manifest.json"
+INFO = "info.json"
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
 """Version 3 added the seal."""

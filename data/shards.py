@@ -31,8 +31,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.document_index import INDEX_SCHEMA, TAR_BLOCK, CheckedIndex, document_key, read_index
-from data.files import FileError, decode_json, inside, open_regular, shown
+from data.files import FileError, decode_json, inside, open_regular, read_json, shown
 from data.manifest import (
+    INFO,
     MANIFEST,
     SPLITS,
     Count,
@@ -42,6 +43,7 @@ from data.manifest import (
     ShardEntry,
     SplitEntry,
     TokenId,
+    TokenizerInfo,
     index_name,
     load_manifest,
     shard_name,
@@ -103,6 +105,7 @@ class PreparedSet:
         self.vocab_size: int = tokenizer.vocab_size
         self.eos_id: int = tokenizer.eos_id
         self.begin_ids: tuple[int, ...] = tokenizer.begin_ids
+        self._check_tokenizer()
         self._dtype = token_dtype(self.vocab_size)
         self._shards = [self._find_shard(shard) for shard in entry.shards]
         table = read_index(self.path, split, entry)
@@ -112,6 +115,18 @@ class PreparedSet:
 
         self._lock = threading.Lock()
         self._files: OrderedDict[int, int] = OrderedDict()
+
+    def _check_tokenizer(self) -> None:
+        """The tokenizer beside the shards is the manifest's; its own contents are `infini inspect`'s matter."""
+        name = f"tokenizer/{INFO}"
+        if not os.path.lexists(self.path / name):
+            return  # nothing here needs it
+        info = read_json(inside(self.path, name, str(self.path)), TokenizerInfo)
+        for field, there in msgspec.structs.asdict(info).items():
+            if there != (here := getattr(self.manifest.tokenizer, field)):
+                raise FileError(
+                    f"{self.path / name} says {field} {there}, where {MANIFEST} says {here}: one is another set's"
+                )
 
     def _find_shard(self, shard: ShardEntry) -> Path:
         file = inside(self.path, shard.name, str(self.path / MANIFEST))

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ import msgspec
 import numpy as np
 
 from data.files import FileError, inside, read_bytes, read_json, write_whole
-from data.manifest import TokenizerEntry, TokenizerInfo
+from data.manifest import INFO, TokenizerEntry, TokenizerInfo
 from data.special_tokens import TOKENIZER_FILES, TOKENIZER_JSON, begin_tokens, end_token
 from data.tokenizer_library import TOKENIZER_LIMIT, library, open_backend
 from data.unbroken import RunCutter
 
 EOS_TOKEN = "<|endoftext|>"
-INFO = "info.json"
 KINDS = ("byte", "bpe", "hf")
 _BEAT_S = 2.0
 
@@ -84,7 +83,7 @@ class Tokenizer:
                 )
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, (self.kind, self.eos_id, self._definition, self.begin_ids)
+        return partial(Tokenizer, where=self._where), (self.kind, self.eos_id, self._definition, self.begin_ids)
 
     @property
     def info(self) -> TokenizerInfo:
