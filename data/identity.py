@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,20 +50,25 @@ def write_inputs(folder: Path, sources: list[Source]) -> None:
     Raises:
         OSError: the disk would not have it.
     """
-    rows = [
-        {
-            "source": number,
-            "name": file.name,
-            "bytes": file.size,
-            "mtime_ns": file.mtime_ns,
-            "ctime_ns": file.ctime_ns,
-            "sha256": source.digests.get(file.name, ""),
-        }
-        for number, source in enumerate(sources)
-        for file in source.files
+    # Column by column: a corpus may have millions of files.
+    found = [(number, source, file) for number, source in enumerate(sources) for file in source.files]
+    columns = [
+        [number for number, _, _ in found],
+        [file.name for _, _, file in found],
+        [file.size for _, _, file in found],
+        [file.mtime_ns for _, _, file in found],
+        [file.ctime_ns for _, _, file in found],
+        [source.digests.get(file.name, "") for _, source, file in found],
     ]
     with writing(folder / INPUTS) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, compression="zstd")
+        pq.write_table(pa.table(columns, schema=_SCHEMA), file, compression="zstd")
+
+
+class _Row(NamedTuple):
+    bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    sha256: str
 
 
 def changed_sources(
@@ -100,7 +105,7 @@ def changed_sources(
     return changes
 
 
-def _differing_names(source: Source, entry: SourceEntry, there: dict[str, dict[str, Any]]) -> str | None:
+def _differing_names(source: Source, entry: SourceEntry, there: dict[str, _Row]) -> str | None:
     """Which names or sizes are others; None where none are."""
     if (entry.inputs, entry.fingerprint) == (len(source.inputs), source.fingerprint):
         return None
@@ -108,7 +113,7 @@ def _differing_names(source: Source, entry: SourceEntry, there: dict[str, dict[s
     return _some(
         [f"{name} is new" for name in here if name not in there]
         + [f"{name} is gone" for name in there if name not in here]
-        + [name for name in here if name in there and here[name] != there[name]["bytes"]]
+        + [name for name in here if name in there and here[name] != there[name].bytes]
         if there
         else []
     )
@@ -117,7 +122,7 @@ def _differing_names(source: Source, entry: SourceEntry, there: dict[str, dict[s
 def _changed_contents(
     source: Source,
     entry: SourceEntry,
-    there: dict[str, dict[str, Any]],
+    there: dict[str, _Row],
     report: Callable[[str, int, int, int], None],
     say: Callable[[str], None],
 ) -> str:
@@ -125,7 +130,7 @@ def _changed_contents(
     digests = dict(source.digests)
     touched = [file for file in source.files if not _is_as_recorded(file, there.get(file.name))]
     total, done = sum(file.size for file in touched), 0
-    digests.update({file.name: there[file.name]["sha256"] for file in source.files if file.name in there})
+    digests.update({file.name: there[file.name].sha256 for file in source.files if file.name in there})
     changed = []
     for file in touched:
         report("comparing the sources", done, total, 0)
@@ -141,12 +146,8 @@ def _changed_contents(
     return _some(changed or list(source.digests)) or ": contents of equal size are others"
 
 
-def _is_as_recorded(file: FileInput, row: dict[str, Any] | None) -> bool:
-    return row is not None and (file.size, file.mtime_ns, file.ctime_ns) == (
-        row["bytes"],
-        row["mtime_ns"],
-        row["ctime_ns"],
-    )
+def _is_as_recorded(file: FileInput, row: _Row | None) -> bool:
+    return row is not None and (file.size, file.mtime_ns, file.ctime_ns) == row[:3]
 
 
 def _digest(file: FileInput) -> str:
@@ -156,26 +157,24 @@ def _digest(file: FileInput) -> str:
         return ""
 
 
-def _read_inputs(folder: Path, manifest: Manifest) -> dict[int, dict[str, dict[str, Any]]]:
+def _read_inputs(folder: Path, manifest: Manifest) -> dict[int, dict[str, _Row]]:
     """The rows by source and name, of the sources whose hashes add up to what the manifest says."""
     try:
         with open_regular(inside(folder, INPUTS, str(folder))) as file:
             table = pq.read_table(file)
-        if not table.schema.equals(_SCHEMA):
+        if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
             return {}
-        rows = table.to_pylist()
+        numbers, names, *columns = (column.to_pylist() for column in table.columns)
     except (FileError, OSError, pa.ArrowException, UnicodeDecodeError):
         return {}
-    found: dict[int, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if None in row.values():
-            return {}
-        found.setdefault(row["source"], {})[row["name"]] = row
+    found: dict[int, dict[str, _Row]] = {}
+    for number, name, *row in zip(numbers, names, *columns, strict=True):
+        found.setdefault(number, {})[name] = _Row(*row)
     return {
         number: files
         for number, files in found.items()
         if 0 <= number < len(manifest.sources)
-        and contents_hash({name: row["sha256"] for name, row in files.items()}) == manifest.sources[number].contents
+        and contents_hash({name: row.sha256 for name, row in files.items()}) == manifest.sources[number].contents
     }
 
 

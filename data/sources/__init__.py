@@ -44,7 +44,7 @@ def open_sources(specs: Sequence[str], options: SourceOptions) -> list[Source]:
     Raises:
         ValueError: nothing like that exists, or it cannot be read.
     """
-    seen: dict[tuple[int, int], str] = {}
+    seen: dict[tuple[object, ...], str] = {}
     sources: list[Source] = []
     for spec in specs:
         if spec.startswith("python:"):

@@ -46,9 +46,11 @@ class Found:
     """Reached over a link, to it or to a folder above it."""
 
     @property
-    def identity(self) -> tuple[int, int]:
-        """The same for all names of a file."""
-        return self.status.st_dev, self.status.st_ino
+    def identity(self) -> tuple[object, ...]:
+        """The same for all names of a file. (Some network file systems number no files, or not uniquely.)"""
+        found = self.status
+        place = found.st_ino or os.path.realpath(self.path)
+        return found.st_dev, place, found.st_size, found.st_mtime_ns
 
 
 @dataclass
@@ -72,7 +74,7 @@ def walk(root: Path, wanted: Callable[[str], bool], met: Walk) -> list[Found]:
     found: list[Found] = []
     pending = [(root, "", False)]
     links: list[tuple[Path, str]] = []
-    read: dict[tuple[int, int], str] = {}
+    read: dict[str, str] = {}
     while pending or links:
         if pending:
             folder, prefix, linked = pending.pop()
@@ -84,8 +86,7 @@ def walk(root: Path, wanted: Callable[[str], bool], met: Walk) -> list[Found]:
             if folder.parent.resolve().is_relative_to(target):
                 met.twice.append((file_name(prefix), f"{file_name(target)}, which it lies in"))
                 continue
-        status = folder.stat()
-        identity = status.st_dev, status.st_ino
+        identity = os.path.realpath(folder)
         if identity in read:
             met.twice.append((file_name(prefix), file_name(read[identity]) or file_name(root)))
             continue

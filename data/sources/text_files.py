@@ -66,13 +66,13 @@ class FileSource(Source):
     """A file, or all matching files of a folder, hidden ones left out, in the order of their paths.
 
     Args:
-        seen: names of the files that other sources read already, by device and inode. This one's are added.
+        seen: names of the files that other sources read already, by their identity. This one's are added.
 
     Raises:
         ValueError: there is no such file, or nothing to read in the folder.
     """
 
-    def __init__(self, spec: str, options: SourceOptions, seen: dict[tuple[int, int], str]) -> None:
+    def __init__(self, spec: str, options: SourceOptions, seen: dict[tuple[object, ...], str]) -> None:
         super().__init__(file_name(spec))
         self._options = options
         root = Path(spec)
@@ -127,7 +127,7 @@ class FileSource(Source):
             self.notes.append(f"{self.spec}: {len(escaped):,} names are not UTF-8, read with escapes: {examples}")
         return found
 
-    def _once(self, found: list[Found], prefix: str, seen: dict[tuple[int, int], str]) -> list[Found]:
+    def _once(self, found: list[Found], prefix: str, seen: dict[tuple[object, ...], str]) -> list[Found]:
         """Each file under one name: the one that no link leads to, where there is one."""
         kept, again = [], []
         for file in sorted(found, key=lambda file: (file.linked, file.relative)):

@@ -12,12 +12,17 @@ class TextFiller:
 
     Args:
         source: a split of a prepared set that was made with the same tokenizer.
+
+    Raises:
+        ValueError: there is no text in it.
     """
 
     def __init__(self, source: PreparedSet) -> None:
         self._source = source
         self._begin = len(source.begin_ids)
-        self._ends = np.cumsum(source.lengths - 1 - self._begin)
+        self._ends = np.cumsum(np.maximum(source.lengths - 1 - self._begin, 0))
+        if len(self._ends) == 0 or self._ends[-1] == 0:
+            raise ValueError(f"filler {source.path} has no text in its split {source.split}")
 
     def place(self, depth: float, room: int) -> int:
         return round(depth * room)
@@ -27,7 +32,7 @@ class TextFiller:
         found: list[int] = []
         while len(found) < room:
             document = int(np.searchsorted(self._ends, position, side="right"))
-            length = int(self._source.lengths[document]) - 1 - self._begin
+            length = max(int(self._source.lengths[document]) - 1 - self._begin, 0)
             first = position - (int(self._ends[document]) - length)
             stop = min(length, first + room - len(found))
             found += self._source.read(document, self._begin + first, self._begin + stop).tolist()

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import socket
+import stat
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 import data.parquet
 from data.files import FileError
 from data.sources import BadInputError, Source, SourceOptions, open_sources
+from data.sources.folders import Found
 
 BOM = b"\xef\xbb\xbf"
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
@@ -180,6 +182,17 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
     assert list(texts(first)) == ["beside/d.txt", "beside/deep/e.txt"]
     assert list(texts(second)) == ["root/b.txt", "root/new.txt", "root/sub/c.txt"]
     assert f"root/again/e.txt is beside/deep/e.txt of {beside}" in second.notes[-1]
+
+
+def test_files_without_a_number_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    status = list((tmp_path / "a.txt").stat())
+    status[stat.ST_INO] = 0
+    a, b, link = (
+        Found(name, tmp_path / name, os.stat_result(status), False).identity for name in ("a.txt", "b.txt", "link.txt")
+    )
+    assert a == link != b
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

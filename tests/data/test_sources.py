@@ -243,6 +243,12 @@ def test_tasks_have_options_of_their_own(tmp_path: Path) -> None:
         hidden.check(train_bpe(["some text"], 300))
 
 
+def test_a_filler_without_text_is_refused(tmp_path: Path) -> None:
+    empty = write_set(tmp_path / "set", [1, 1])
+    with pytest.raises(ValueError, match=r"filler .*set has no text in its split train"):
+        SyntheticSource(f"passkey:1,length=1K,filler={empty}", seed=1).check(byte_tokenizer())
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [
