@@ -38,6 +38,7 @@ from pipeline.checkpoint_parts import StoredMemory, StoredParameter, overlaps, s
 from pipeline.checkpoint_schema import MemoryEntry, ParameterEntry
 from pipeline.config import Config
 from pipeline.config_io import ConfigError, stored_config
+from pipeline.flops import parameter_count
 from pipeline.tensor_reader import TensorReader
 from pipeline.validate import validate
 
@@ -122,6 +123,19 @@ class CheckpointReader:
         except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from error
         return config
+
+    def check_model(self) -> None:
+        """Hold the configuration against the parameters in the files, before a model of that size is built.
+
+        Raises:
+            CheckpointError: they are of different models.
+        """
+        told = parameter_count(self.config.model, self.summary.vocab_size)["total"]
+        held = sum(math.prod(p.shape) for key, p in self._parameters.items() if key.startswith("master/"))
+        if told != held:
+            raise CheckpointError(
+                f"{self.folder}: its configuration describes a model of {told:,} parameters, its files hold {held:,}"
+            )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare every file (every `parts`-th, from `part` on) with its recorded SHA-256 and with its index.

@@ -47,6 +47,7 @@ def open_verified(path: Path) -> CheckpointReader:
     reader, error = None, None
     try:
         reader = CheckpointReader(path)
+        reader.check_model()
         reader.verify(dist.get_rank(), dist.get_world_size())
     except (ValueError, OSError) as problem:
         error = str(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from pipeline.checkpoint_schema import FORMAT_VERSION
 
 WEIGHT = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 MEMORY = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+FIRST_VERSION = Path(__file__).parents[1] / "fixtures" / "first_version"
 KEY, MEMORY_KEY = "master/layers.0.mlp.linear_fc1.weight", "memory/0/M"
 
 
@@ -224,3 +226,25 @@ def test_candidates_go_back_from_the_one_that_latest_names(tmp_path):
     assert candidates(tmp_path) == [second, first, third]
     (tmp_path / LATEST).write_text("step_00000007\n")
     assert candidates(tmp_path) == folders[::-1]
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value", "expected"),
+    [
+        ("model", "num_layers", 2048, "describes a model of .* parameters, its files hold"),
+        ("model", "hidden_size", 1 << 16, "describes a model of .* parameters, its files hold"),
+        ("model", "num_layers", 10**9, "config: model.num_layers = 1000000000: must be at most 2,048"),
+        ("model", "num_attention_heads", 0, "config: model.num_attention_heads = 0: must be at least 1"),
+        ("train", "lanes", "8", "config: train.lanes = '8' has the wrong type"),
+        ("data", "sets", [{"path": "${oc.env:HOME}"}], "reads the environment, which a stored configuration may not"),
+    ],
+)
+def test_a_configuration_that_is_not_that_of_the_files(tmp_path, section, setting, value, expected):
+    folder = tmp_path / "step_00000002"
+    shutil.copytree(FIRST_VERSION / "run" / "checkpoints" / folder.name, folder)
+    CheckpointReader(folder).check_model()
+    content = json.loads((folder / SUMMARY).read_text())
+    content["config"][section][setting] = value
+    write_summary(folder, {name: item for name, item in content.items() if name != "sha256"})
+    with pytest.raises(CheckpointError, match=f"^{folder}.*{expected}"):
+        CheckpointReader(folder).check_model()
