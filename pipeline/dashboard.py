@@ -17,7 +17,7 @@ LAYOUT = {
     "the run": {
         "loss": ["Multiline", ["^loss/"]],
         "tokens per second": ["Multiline", ["^speed/tokens_per_s$"]],
-        "gradient norm": ["Multiline", ["^optimizer/gradient_norm$"]],
+        "gradient norm": ["Multiline", ["^optimizer/gradient_norm$", "^gradient_norm/"]],
         "seconds per step": ["Multiline", ["^speed/(step|data|forward_backward|optimizer)_s$"]],
         "loss by segment of the document": ["Multiline", ["^loss_by_segment/"]],
     },
@@ -28,14 +28,15 @@ LAYOUT = {
 SHOWN_BESIDE_SETTINGS = ("loss/train", "speed/tokens_per_s")
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Settings by their whole names, as TensorBoard can hold them: lists and null as text."""
-    flat: dict[str, bool | int | float | str] = {}
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    """Settings by their whole names, as TensorBoard shows them: lists, null, and true and false (else 1.0) as text."""
+    flat: dict[str, int | float | str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
+            plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+            flat[prefix + name] = value if plain else str(value)
     return flat
 
 

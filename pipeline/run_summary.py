@@ -37,6 +37,12 @@ def summary_rows(config: Config | None, metrics: Metrics, began: float | None) -
     ):
         if name in metrics:
             rows.append((title, show(metrics[name])))
+    for name, title in (
+        ("optimizer/zero_gradient_steps", "steps whose gradient was exactly 0"),
+        ("optimizer/unmoved_parameters", "parameters that learn but never moved"),
+    ):
+        if metrics.get(name):
+            rows.append((title, f"{metrics[name]:,.0f}"))
     rows += _speed(config, metrics)
     rows += _memory(metrics)
     resident = next((metrics[name] for name in PROCESS_BYTES if name in metrics), None)
@@ -71,8 +77,9 @@ def _speed(config: Config | None, metrics: Metrics) -> list[tuple[str, str]]:
         train = config.train
         # Not speed/step_s, which in the first version was the optimizer's part.
         step_s = train.lanes * train.segments_per_window * config.model.segment_length / per_s
-        left = max(train.steps - metrics["step"], 0)
-        rows.append(("time left at this pace", format_duration(left * step_s) + f", {step_s:.3g} s per step"))
+        rows.append(("seconds per step", f"{step_s:.3g}"))
+        if left := max(train.steps - metrics["step"], 0):
+            rows.append(("time left at this pace", format_duration(left * step_s)))
     return rows
 
 

@@ -72,7 +72,18 @@ def test_names_of_tensorboard_are_by_quantity(run):
     tags = events(folder).Tags()["scalars"]
     groups = {tag.partition("/")[0] for tag in tags}
     assert groups == {
-        *("loss", "loss_by_segment", "optimizer", "progress", "speed", "system", "data", "checkpoint", "memory"),
+        *(
+            "loss",
+            "loss_by_segment",
+            "optimizer",
+            "progress",
+            "speed",
+            "system",
+            "data",
+            "checkpoint",
+            "memory",
+            "gradient_norm",
+        ),
         *LAYERS,
     }
     assert [tag for tag in tags if tag.startswith("memory/")] == ["memory/write_gate"]
@@ -96,7 +107,7 @@ def test_tensorboard_has_the_configuration(run):
     shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in session.hparams.items()}
     assert shown == flatten(asdict(config))
     assert shown["model.memory.write_gate"] == "hard" and shown["train.lanes"] == 4
-    assert shown["model.vocab_size"] == "None" and shown["metrics.tensorboard"] == 1
+    assert shown["model.vocab_size"] == "None" and shown["metrics.tensorboard"] == "True"
 
 
 def test_custom_scalars_put_first_what_is_looked_at_first(run):

@@ -59,7 +59,8 @@ def test_numbers_that_matter(tmp_path, capsys, first_version):
         "learning rate 1.00e-03",
         "steps skipped 2",
         "tokens per second 8,192, MFU 31 %",
-        "time left at this pace 26m40s, 2 s per step",  # 800 steps of 16,384 tokens
+        "seconds per step 2",
+        "time left at this pace 26m40s",  # 800 steps of 16,384 tokens
         "memory's part of the output 20 % (10 to 30 % over 2 layers)",
         "largest process 3.00 GiB",
     ):
