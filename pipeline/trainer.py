@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,22 +15,20 @@ import torch.distributed as dist
 from data.lanes import WindowBatch, build_loader
 from pipeline import derived
 from pipeline.agreement import agreed_weight
+from pipeline.batch_sums import global_sums, to_device
 from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import candidates, find_checkpoint
 from pipeline.config import Config
-from pipeline.config_io import ConfigError, save_config
 from pipeline.executor import Executor, Memory, StepResult, map_memory
-from pipeline.find_tokenizer import check_run_folder, check_tokenizer
 from pipeline.learning_rate import learning_rate
-from pipeline.loading import load_training, open_newest, open_verified
+from pipeline.loading import load_training, open_newest
 from pipeline.monitor import Monitor
 from pipeline.optimizer import ZeroOptimizer
 from pipeline.resilience import SpikeDetector, StopRequest, Watchdog
-from pipeline.saving import CheckpointSaver, RunState, move_latest, take_snapshot
+from pipeline.saving import CheckpointSaver, RunState, take_snapshot
 from pipeline.schedule import Operation, build_schedule
 from pipeline.setup import build_stage, check_same_run, versions, vocabulary
+from pipeline.starting import begin
 from pipeline.topology import Topology, initialize, on_main, shutdown
-from pipeline.weights import start_from
 
 
 class NonFiniteError(RuntimeError):
@@ -131,57 +128,11 @@ class Trainer:
             ConfigError: a new run would overwrite an old one, or the checkpoint does not fit the configuration.
             CheckpointError: the checkpoint asked for is missing or damaged.
         """
-        notes: list[str] = []
-        checkpoints = self.run_dir / "checkpoints"
-        # Only the node where a rank failed counts the restart.
-        own_restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        restarts = int(self.topology.all_reduce([own_restarts], op=dist.ReduceOp.MAX)[0])
-        if restarts:
-            notes.append(f"restart {restarts} after a failure")
-            if resume is None or on_main(lambda: bool(candidates(checkpoints))):
-                resume = "latest"
-        on_main(lambda: self._check_folder(new=resume is None))
-        reader = None
-        if resume == "latest":
-            reader = open_newest(self.run_dir, notes.append)
-            if reader is None:
-                notes.append(f"no whole checkpoint in {self.run_dir} yet: starting from the beginning")
-            else:
-                notes += check_tokenizer(reader, *self.loader.tokenizer)
-                self.load(reader)
-        elif resume is not None:
-            reader = open_verified(on_main(lambda: find_checkpoint(Path(resume))))
-            notes += check_tokenizer(reader, *self.loader.tokenizer)
-            self.load(reader)
-            on_main(lambda: self._go_on_from(reader.folder))
-        if reader is None and self.config.train.init_from is not None:
-            notes += self._start_from(Path(self.config.train.init_from))
-        dist.barrier()
-        on_main(self._write_config)
-        self.monitor = Monitor(self, resume_step=self.step if resume is not None else None)
+        notes, resumed = begin(self, resume)
+        self.monitor = Monitor(self, resume_step=self.step if resumed else None)
         self.monitor.introduce()
         for note in notes:
             self.monitor.message(note)
-
-    def _check_folder(self, *, new: bool) -> None:
-        if new and (self.run_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                [f"run_dir: {self.run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
-            )
-        check_run_folder(self.run_dir, *self.loader.tokenizer)
-
-    def _go_on_from(self, folder: Path) -> None:
-        if folder.resolve().parent == (self.run_dir / "checkpoints").resolve():
-            move_latest(folder)  # restarts and roll-backs must not pass it
-
-    def _write_config(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.run_dir / "config.yaml")
-
-    def _start_from(self, folder: Path) -> list[str]:
-        reader = open_verified(on_main(lambda: find_checkpoint(folder)))
-        notes = check_tokenizer(reader, *self.loader.tokenizer)
-        return notes + start_from(reader, self.optimizer, self.topology, self.config, self.vocab_size)
 
     def close(self) -> None:
         """End the background work of a run that ended well."""
@@ -236,7 +187,7 @@ class Trainer:
     def train_step(self) -> None:
         """One window of every lane: forward, backward, update; or none of it when a number is wrong."""
         with self._phase("data"):
-            batch = self._to_device(self.loader.next_batch())
+            batch = to_device(self.loader.next_batch(), self.topology.device)
         self.optimizer.backbone_frozen = self.step < self.config.train.freeze_backbone_steps
         with_statistics = self.monitor.wants_statistics(self.step + 1)
         with self._phase("forward_backward"):
@@ -319,26 +270,7 @@ class Trainer:
         return model.num_layers * heads * train.lanes * train.segments_per_window * model.segment_length
 
     def _sums(self, batch: WindowBatch, result: StepResult) -> dict[str, float]:
-        """Sums over the global batch, reduced over all processes; each part is contributed by one copy of it."""
-        topology = self.topology
-        local = dict.fromkeys(
-            ("loss", "answer_loss", "answers", "probe_loss", "probe_answers", "tokens", "padded"), 0.0
-        )
-        if topology.is_last_stage and topology.tensor_rank == 0:
-            losses = result.token_loss.double()
-            local["loss"] = float((losses * batch.loss_weight).sum())
-            answers = batch.answer_mask & (batch.loss_weight > 0)  # not those of documents entered past their beginning
-            local["answer_loss"] = float(losses[answers].sum())
-            local["answers"] = float(answers.sum())
-            if batch.probes is not None:
-                probe_losses, asked = result.probe_loss.double(), batch.probes.loss_weight > 0
-                local["loss"] += float((probe_losses * batch.probes.loss_weight).sum())
-                local["probe_loss"] = float(probe_losses[asked].sum())
-                local["probe_answers"] = float(asked.sum())
-            local["padded"] = float(batch.padded_tokens)
-            local["tokens"] = float(batch.tokens.numel() - batch.padded_tokens)
-        local["gate"] = result.gate_sum
-        return dict(zip(local, topology.all_reduce(list(local.values())), strict=True))
+        return global_sums(batch, result, self.topology)
 
     def _memory_after_skip(self, batch: WindowBatch) -> Memory:
         """The memory from before a skipped window; empty where a document started in the window.
@@ -363,15 +295,6 @@ class Trainer:
             f"loss or gradient norm was not finite in {len(self.skipped)} steps in a row, since step {first}; "
             f"the last checkpoint before that can be resumed. In the last window: " + "; ".join(lines)
         )
-
-    def _to_device(self, batch: WindowBatch) -> WindowBatch:
-        if self.topology.device.type == "cpu":
-            return batch
-        for part in (batch, batch.probes):
-            for name, value in vars(part).items() if part is not None else ():
-                if isinstance(value, torch.Tensor):
-                    setattr(part, name, value.to(self.topology.device, non_blocking=True))
-        return batch
 
     # Saving and loading
 

@@ -90,7 +90,7 @@ def fail_at(fault: Fault, folder: Path) -> None:
     Trainer.train_step = counted
     owner, name = {
         "loader": (LaneLoader, "_read_window"),
-        "to_device": (Trainer, "_to_device"),
+        "to_device": (pipeline.trainer, "to_device"),
         "forward": (DecoderStage, "forward"),
         "backward": (pipeline.trainer, "build_stage"),
         "exit": (DecoderStage, "forward"),

@@ -1,0 +1,79 @@
+"""Where a run begins: at its beginning, at a checkpoint, or with the weights of another run.
+
+What one process alone reads or writes here goes through `on_main`: its error is then everybody's, and all begin at the
+same place.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from pipeline.checkpoint_folder import candidates, find_checkpoint
+from pipeline.config_io import ConfigError, save_config
+from pipeline.find_tokenizer import check_run_folder, check_tokenizer
+from pipeline.loading import open_newest, open_verified
+from pipeline.saving import move_latest
+from pipeline.topology import on_main
+from pipeline.weights import start_from
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+
+def begin(trainer: Trainer, resume: str | None) -> tuple[list[str], bool]:
+    """Prepare the run folder and load what the run begins with; collective. See `Trainer.start`.
+
+    Returns:
+        What is to be said about it; whether the run goes on with what its folder holds.
+    """
+    notes: list[str] = []
+    tokenizer = trainer.loader.tokenizer
+    # Only the node where a rank failed counts the restart.
+    own_restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restarts = int(trainer.topology.all_reduce([own_restarts], op=dist.ReduceOp.MAX)[0])
+    if restarts:
+        notes.append(f"restart {restarts} after a failure")
+        if resume is None or on_main(lambda: bool(candidates(trainer.run_dir / "checkpoints"))):
+            resume = "latest"
+    on_main(lambda: _check_folder(trainer.run_dir, tokenizer, new=resume is None))
+    reader = None
+    if resume == "latest":
+        reader = open_newest(trainer.run_dir, notes.append)
+        if reader is None:
+            notes.append(f"no whole checkpoint in {trainer.run_dir} yet: starting from the beginning")
+    elif resume is not None:
+        reader = open_verified(on_main(lambda: find_checkpoint(Path(resume))))
+    if reader is not None:
+        notes += check_tokenizer(reader, *tokenizer)
+        trainer.load(reader)
+        if resume != "latest":
+            on_main(lambda: _go_on_from(reader.folder, trainer.run_dir))
+    elif trainer.config.train.init_from is not None:
+        source = open_verified(on_main(lambda: find_checkpoint(Path(trainer.config.train.init_from))))
+        notes += check_tokenizer(source, *tokenizer)
+        notes += start_from(source, trainer.optimizer, trainer.topology, trainer.config, trainer.vocab_size)
+    dist.barrier()
+    on_main(lambda: _write_config(trainer))
+    return notes, resume is not None
+
+
+def _check_folder(run_dir: Path, tokenizer: tuple[str, Path | str], *, new: bool) -> None:
+    if new and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            [f"run_dir: {run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
+        )
+    check_run_folder(run_dir, *tokenizer)
+
+
+def _go_on_from(checkpoint: Path, run_dir: Path) -> None:
+    if checkpoint.resolve().parent == (run_dir / "checkpoints").resolve():
+        move_latest(checkpoint)  # restarts and roll-backs must not pass it
+
+
+def _write_config(trainer: Trainer) -> None:
+    trainer.run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(trainer.config, trainer.run_dir / "config.yaml")
