@@ -7,6 +7,7 @@ started again. The result depends on the sources and the options alone: same byt
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +23,7 @@ from data.manifest import MANIFEST, SPLITS, Manifest, SourceEntry, index_name, l
 from data.pool import EncodedDocument, encode_jobs
 from data.sampling import sample_texts
 from data.shards import PreparedSet, ShardSetWriter
-from data.sources import Job, Source, SourceOptions, open_sources, parse_size
+from data.sources import BadInputError, Job, Source, SourceOptions, open_sources, parse_size
 from data.splits import SplitAssigner
 from data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
@@ -134,7 +135,8 @@ def prepare(
     out = Path(out)
     if not is_utf8(out):
         raise ValueError(f"--out {file_name(out)}: the name is not UTF-8, so no configuration could say it")
-    sources = open_sources(specs, options)
+    with _with_advice():
+        sources = open_sources(specs, options)
     tokenizer = _given_tokenizer(options)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {file_name(out)} is a file; it must be a folder, or not exist")
@@ -149,7 +151,7 @@ def prepare(
             return Prepared(_existing_set(out, sources, description, tokenizer, report, say), built=False)
         refuse_foreign(out)
         try:
-            with building_in(out) as building:
+            with building_in(out) as building, _with_advice():
                 manifest = _build(building, sources, options, tokenizer, description, processes, report, say)
                 move_into_place(building, out)
         except OSError as error:
@@ -159,6 +161,14 @@ def prepare(
                 ) from error
             raise
     return Prepared(manifest, built=True)
+
+
+@contextlib.contextmanager
+def _with_advice() -> Iterator[None]:
+    try:
+        yield
+    except BadInputError as error:
+        raise FileError(f"{error} (--skip-bad leaves such records and files out, counted)") from None
 
 
 def _given_tokenizer(options: PrepareOptions) -> Tokenizer | None:
@@ -281,7 +291,7 @@ def _build(
             longest = max(longest, length)
             if document.error is not None:
                 if not options.skip_bad:
-                    raise FileError(f"{document.error} (--skip-bad leaves such records and files out, counted)")
+                    raise BadInputError(document.error)
                 count.add_bad(document)
             elif document.is_empty:
                 count.empty += 1

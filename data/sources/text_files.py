@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,10 +98,17 @@ class FileSource(Source):
         self._files = [FileInput.of(file_name(prefix + file.relative), file.path, file.status) for file in kept]
         if not options.skip_bad:
             for file, status in zip(self._files, (file.status for file in kept), strict=True):
-                if not stat.S_ISREG(status.st_mode):
-                    open_regular(file.path).close()
-                if file.path.name.lower().endswith(".parquet"):
-                    open_parquet(file, options.text_column).close(force=True)
+                self._check(file, status)
+
+    def _check(self, file: FileInput, status: os.stat_result) -> None:
+        """Raises: BadInputError for what can be seen before anything is read."""
+        try:
+            if not stat.S_ISREG(status.st_mode):
+                open_regular(file.path).close()
+            if file.path.name.lower().endswith(".parquet"):
+                open_parquet(file, self._options.text_column).close(force=True)
+        except (FileError, OSError) as error:
+            raise BadInputError(str(error)) from None
 
     def _is_text(self, relative: str) -> bool:
         names = relative.lower(), without_compression(relative)

@@ -139,8 +139,9 @@ def test_bad_input_is_refused_or_counted(tmp_path: Path, processes: int) -> None
     (folder / "e.jsonl.gz").write_bytes(b"no")
     (folder / "f.csv").touch()
     out = tmp_path / "s"
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is damaged: .*\(--skip-bad leaves"):
-        prepare([str(folder)], out, OPTIONS, processes=processes)
+    for tokenizer in ("byte", "train:300"):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is damaged: .*\(--skip-bad leaves"):
+            prepare([str(folder)], out, replace(OPTIONS, tokenizer=tokenizer), processes=processes)
     options = replace(OPTIONS, skip_bad=True, tokenizer="train:300")
     (entry,) = prepare([str(folder)], out, options, processes=processes).manifest.sources
     assert (entry.documents, entry.empty, entry.bad_records, entry.bad_files) == (3, 2, 12, 2)

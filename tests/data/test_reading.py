@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -297,6 +299,25 @@ def test_a_text_that_a_small_parquet_repeats_is_not_in_memory_a_thousand_times(
     jobs = opened(tmp_path / "x.parquet")[0].jobs()
     assert len(next(jobs).load().text) == 8 << 20
     assert pa.total_allocated_bytes() - before < 100 << 20
+
+
+def test_a_large_row_group_is_read_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pq.write_table(pa.table({"text": [rng.bytes(1 << 10).hex() for _ in range(8_000)]}), tmp_path / "x.parquet")
+    assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups == 1
+    asked: list[int] = []
+
+    class Watched(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            asked.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(data.parquet, "open_regular", Watched)
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in opened(tmp_path / "x.parquet")[0].jobs():
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 12 << 20  # of 16 MiB
+    assert 0 < max(asked) < 4 << 20 and min(asked) >= 0
 
 
 def test_checksums_of_parquet_pages_are_checked(tmp_path: Path) -> None:
