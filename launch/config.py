@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     print(dump(dataclasses.asdict(config)), end="")
-    validate(config, data_exists=False)
+    validate(config, data_exists=False, file=args.config, overrides=args.overrides)
     return 0
 
 

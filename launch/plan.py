@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.validate import validate
 
     config = load_config(args.config, args.overrides)
-    validate(config, args.world_size, data_exists=False)
+    validate(config, args.world_size, data_exists=False, file=args.config, overrides=args.overrides)
     vocab, vocab_source = planned_vocabulary(config)
     stages = build_stages(config, vocab)
     check_counts(config, args.world_size, vocab, stages)

@@ -69,7 +69,7 @@ def checked_config(args: argparse.Namespace, world_size: int) -> Config:
     from pipeline.validate import validate
 
     config = load_config(args.config, args.overrides)
-    validate(config, world_size)
+    validate(config, world_size, file=args.config, overrides=args.overrides)
     return config
 
 

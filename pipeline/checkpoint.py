@@ -116,12 +116,9 @@ class CheckpointReader:
         where = f"{self.folder / SUMMARY}: config"
         try:
             config = stored_config(self.summary.config, [], where)
+            validate(config, data_exists=False, file=where)
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
-        try:
-            validate(config, data_exists=False)
-        except ConfigError as error:
-            raise CheckpointError(f"{where}: {error}") from error
         return config
 
     def check_model(self) -> None:

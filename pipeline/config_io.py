@@ -118,17 +118,21 @@ def _load(sources: list[tuple[_Source, Node]], overrides: list[str]) -> Config:
         except ValueError as error:
             problems.append(f"{_COMMAND_LINE.name}: {error}")
     schema = OmegaConf.structured(Config)
+    origins: dict[str, str] = {}
     for source, key, node in settings:
         for leaf, value in _leaves(key, node, source, problems):
             _assign(schema, leaf, value, source, problems)
+            origins[leaf] = source.at(value) if isinstance(value, Node) else source.name
     if not problems:
-        _resolve(schema, problems)
+        _resolve(schema, origins, problems)
     if problems:
         raise ConfigError(problems)
     try:
         return OmegaConf.to_object(schema)
     except MissingMandatoryValue as error:
-        raise ConfigError([f"{_dotted(error)} must be given"]) from error
+        section = _dotted(error).rpartition(".")[0].rpartition(".")[0]
+        where = f"{origins[section]}: " if section in origins else ""
+        raise ConfigError([f"{where}{_dotted(error)} must be given"]) from error
 
 
 def _read(path: Path) -> Node:
@@ -247,7 +251,7 @@ def _with_environment(node: Node, source: _Source) -> Node:
     return dataclasses.replace(node, value=text)
 
 
-def _resolve(schema: Any, problems: list[str]) -> None:
+def _resolve(schema: Any, origins: dict[str, str], problems: list[str]) -> None:
     """Put values in the place of interpolations."""
     copies = _Copies(OmegaConf.to_container(schema, resolve=False))
     for key, text in list(_texts(copies.content, "")):
@@ -255,7 +259,9 @@ def _resolve(schema: Any, problems: list[str]) -> None:
             try:
                 OmegaConf.update(schema, key, convert(copies.read(text, (key,)), type_at(key)))
             except WrongValue as error:
-                problems.append(f"{key} = {shown(text)[1:-1]} {error}")
+                setting = next((k for k in (key, key.rpartition(".")[0]) if k in origins), None)
+                where = f"{origins[setting]}: " if setting else ""
+                problems.append(f"{where}{key} = {shown(text)[1:-1]} {error}")
 
 
 def _texts(content: Any, key: str) -> Iterator[tuple[str, str]]:

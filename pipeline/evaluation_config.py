@@ -34,7 +34,7 @@ def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) 
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not a run folder: there is no {path.name}")
     config = load_config(path, [*OWN_LAYOUT, *overrides], own=False)
-    _check_layout(config, world_size)
+    _check_layout(config, world_size, str(path), overrides)
     return config
 
 
@@ -66,11 +66,11 @@ def generation_config(
         )
     if problems:
         raise ConfigError(problems)
-    _check_layout(config, world_size)
+    _check_layout(config, world_size, where, overrides)
     return config
 
 
-def _check_layout(config: Config, world_size: int) -> None:
+def _check_layout(config: Config, world_size: int, file: str, overrides: Sequence[str]) -> None:
     size = model_parallel_size(config)
     if world_size % size:
         raise ConfigError(
@@ -79,4 +79,5 @@ def _check_layout(config: Config, world_size: int) -> None:
                 f"{world_size} process(es): their number must be a multiple of {size}, such as --nproc {size}"
             ]
         )
-    validate(config, size, data_exists=False)  # data-parallel ranks share documents, not the run's lanes
+    # Data-parallel ranks share documents, not the run's lanes.
+    validate(config, size, data_exists=False, file=file, overrides=overrides)

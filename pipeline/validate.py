@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from model.config import LOCAL_CONTEXTS, MIX_GATES, QK_INITS, ROPE_SCALINGS, WRITE_GATES
@@ -45,13 +46,22 @@ RUN_FILES = ("checkpoints", "config.yaml", "evaluation", "metrics.jsonl", "tenso
 """What a run folder holds."""
 
 
-def validate(config: Config, world_size: int | None = None, *, data_exists: bool = True) -> None:
+def validate(
+    config: Config,
+    world_size: int | None = None,
+    *,
+    data_exists: bool = True,
+    file: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
     """Refuse a configuration that cannot run.
 
     Args:
         config: the configuration to check.
         world_size: number of processes; None leaves out what depends on it.
         data_exists: also ask for data sets with a manifest on disk; False for planning without data.
+        file: where the configuration comes from, for messages.
+        overrides: the `key=value` that won over it.
 
     Raises:
         ConfigError: names every setting that is wrong and what would be valid.
@@ -63,7 +73,15 @@ def validate(config: Config, world_size: int | None = None, *, data_exists: bool
     problems += [*_totals(config)] if not problems else []
     problems += [*_data(config)] if data_exists else []
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([_source(problem, file, overrides) + problem for problem in problems])
+
+
+def _source(problem: str, file: str | os.PathLike | None, overrides: Sequence[str]) -> str:
+    """Where the setting stands that a problem begins with."""
+    given = [override.partition("=")[0] for override in overrides]
+    if any(problem.startswith((f"{key} ", f"{key}.")) for key in given):
+        return "command line: "
+    return f"{file}: " if file is not None else ""
 
 
 def _numbers(config: Config) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model.rules import RULES
 from pipeline import derived
 from pipeline.config import Config
 from pipeline.config_io import ConfigError, load_config, save_config
@@ -48,8 +49,9 @@ def test_interpolation_sees_the_last_word(write):
 
 
 def test_unresolvable_interpolation_names_the_key(write):
-    (problem,) = problems(write("run_dir: out/${nme}\n"))
-    assert problem == "run_dir = out/${nme} copies an unknown key 'nme'; did you mean name?"
+    path = write("run_dir: out/${nme}\n")
+    (problem,) = problems(path)
+    assert problem == f"{path}, line 1: run_dir = out/${{nme}} copies an unknown key 'nme'; did you mean name?"
 
 
 def test_lists_and_sections_on_the_command_line(write):
@@ -101,7 +103,8 @@ def test_all_problems_of_file_and_command_line_come_together(write):
 
 
 def test_missing_path_of_a_set(write):
-    assert problems(write("data: {sets: [{weight: 2}]}\n")) == ["data.sets.0.path must be given"]
+    path = write("data: {sets: [{weight: 2}]}\n")
+    assert problems(path) == [f"{path}: data.sets.0.path must be given"]
 
 
 @pytest.mark.parametrize("text", ["a: [1\nb: 2\n", "- 1\n", "name: a\nname: b\n"])
@@ -230,6 +233,18 @@ def test_what_cannot_run_is_refused_by_name(overrides, world_size, expected):
     (problem,) = refused(overrides, world_size)
     for part in expected:
         assert part in problem
+
+
+def test_a_broken_rule_says_where_its_setting_stands(write):
+    path = write("train: {lanes: 0, lanes_per_microbatch: 0}\n")
+    overrides = ["train.lanes=-1", "model.memory={rule: sum}"]
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config(path, overrides), data_exists=False, file=path, overrides=overrides)
+    assert caught.value.problems == [
+        "command line: train.lanes = -1: must be at least 1",
+        f"{path}: train.lanes_per_microbatch = 0: must be at least 1",
+        f"command line: model.memory.rule = sum: must be one of {', '.join(RULES)}",
+    ]
 
 
 def test_all_broken_rules_come_together():

@@ -5,12 +5,16 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import Config
 from pipeline.config_io import ConfigError, load_config, save_config, stored_config
 from pipeline.config_keys import SYNONYMS, settings, suggestions
+from pipeline.validate import validate
 
 
 @pytest.fixture
@@ -221,3 +225,45 @@ def test_what_was_meant_comes_first(key, meant):
 def test_every_setting_says_what_it_means():
     assert [setting.key for setting in settings() if not setting.meaning] == []
     assert set(SYNONYMS.values()) <= {"data.sets", *(setting.key for setting in settings())}
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@st.composite
+def damaged(draw) -> bytes:
+    """A shipped configuration with bytes that were changed, cut out, doubled or put in."""
+    content = bytearray(draw(st.sampled_from(SHIPPED)).read_bytes())
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(content)))
+        size = draw(st.integers(0, 40))
+        new = draw(st.one_of(st.binary(max_size=8), st.sampled_from(ODD_BYTES), st.just(bytes(content[:size]))))
+        content[at : at + draw(st.integers(0, size))] = new
+    return bytes(content)
+
+
+ODD_BYTES = [b"[" * 5000, b"{", b"- - - ", b"*a", b"&a ", b"!!python/name:os.system ", b"${oc.env:PATH}", b"${name}"]
+ODD_BYTES += [
+    b"\n---\n",
+    b": ",
+    b"? ",
+    b"1e999",
+    b"9" * 5000,
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"%YAML 9.9\n",
+    b"|\n",
+]
+
+
+@given(damaged())
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_damaged_file_is_refused_by_name_or_read(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("damaged") / "run.yaml"
+    path.write_bytes(content)
+    try:
+        validate(load_config(path, []), data_exists=False, file=path)
+    except ConfigError as error:
+        assert all(problem.startswith(str(path)) for problem in error.problems)
+        assert len(str(error)) < 20_000 and str(error).replace("\n", "").isprintable()
