@@ -100,7 +100,7 @@ ROPES = {
     "no scaling": {"rope_parameters": LLAMA3, "rope_scaling": None},
     "two thetas": {"rope_theta": 900.0, "rope_parameters": DEFAULT},
     "two types": {"rope_parameters": YARN | {"type": "linear", "rope_theta": 500.0}},
-    "two original lengths": {"rope_parameters": YARN | {"rope_theta": 500.0}, "original_max_position_embeddings": 32},
+    "two original lengths": {"rope_parameters": YARN | {"rope_theta": 500.0}, "original_max_position_embeddings": 4096},
     "original length beside": {
         "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 500.0},
         "original_max_position_embeddings": 32,
@@ -119,7 +119,7 @@ SAID = {
     "scaling with its own theta": ["rope_scaling counts alone", "rope_theta 700", "rope_parameters says llama3"],
     "two thetas": ["rope_theta is 500 in rope_parameters and 900 beside it: 500 counts"],
     "two types": ["rope_type counts"],
-    "two original lengths": ["64 in rope_parameters and 32 beside it: 32 counts"],
+    "two original lengths": ["64 in rope_parameters and 4096 beside it: 4096 counts"],
 }
 
 
