@@ -167,6 +167,24 @@ class LaneSchedule:
         dropped = replace(_between_documents(cursor), skipped=cursor.skipped + 1)
         return run, after, dropped
 
+    def problem(self, cursor: LaneCursor) -> str | None:
+        """What keeps a cursor that was read from a file from being one of these lanes'; None when nothing does."""
+        sets = len(self._counts)
+        for name in ("taken", "consumed", "credit"):
+            if len(getattr(cursor, name)) != sets:
+                return f"{name} has {len(getattr(cursor, name))} entries for {sets} sets"
+        if cursor.set is None:
+            return None if cursor.document is None else "it has a document, but no set"
+        if not (0 <= cursor.set < sets and cursor.taken[cursor.set] > 0):
+            return f"it is in a document of set {cursor.set}, but has begun none of its documents"
+        lengths = self._lengths[cursor.set]
+        if cursor.document is None or not 0 <= cursor.document < len(lengths):
+            return f"it is in document {cursor.document} of a set of {len(lengths)}"
+        segments = -(-(int(lengths[cursor.document]) - 1) // self.segment_length)
+        if not 0 <= cursor.entered <= cursor.segment < segments:
+            return f"it is at segment {cursor.segment}, entered at {cursor.entered}, of a document of {segments}"
+        return None
+
     def skip(self, lane: int, cursor: LaneCursor, segments: int) -> LaneCursor:
         """The cursor `segments` segments further on."""
         while segments:

@@ -190,6 +190,8 @@ class LaneLoader:
             )
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items() if k != "stream"}
         cursor = LaneCursor(**fields)
+        if problem := schedule.problem(cursor):
+            raise ValueError(f"the saved state of lane {lane} is damaged: {problem}")
         if cursor.set is not None:
             expected = schedule.document(lane, cursor.set, cursor.taken[cursor.set] - 1)
             if cursor.document != expected:

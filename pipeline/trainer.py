@@ -17,6 +17,7 @@ from pipeline import derived
 from pipeline.agreement import agreed_weight
 from pipeline.batch_sums import global_sums, to_device
 from pipeline.checkpoint import CheckpointReader
+from pipeline.checkpoint_folder import CheckpointError
 from pipeline.config import Config
 from pipeline.executor import Executor, Memory, StepResult, map_memory
 from pipeline.learning_rate import learning_rate
@@ -363,7 +364,10 @@ class Trainer:
         self.watchdog.progress(self.step, "load", patient=True)
         check_same_run(reader.config, self.config)
         self.memory = load_training(reader, self.optimizer, self.memory, self.topology, lane_range=self.lane_range)
-        self.loader.load_state_dict({"lanes": reader.lanes})
+        try:
+            self.loader.load_state_dict({"lanes": reader.lanes})
+        except ValueError as error:
+            raise CheckpointError(f"{reader.folder}: {error}") from error
         self.step = self.saved_step = reader.summary.step
         self.tokens = reader.summary.tokens
         self.windows = reader.summary.windows

@@ -477,6 +477,29 @@ def test_states_that_do_not_fit_are_refused(make_loader):
         make_loader(random_sets()).load_state_dict(damaged)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"taken": [1]}, "taken has 1 entries for 2 sets"),
+        ({"set": 9}, "it is in a document of set 9"),
+        ({"document": None}, "it is in document None of a set"),
+        ({"document": 10**9}, f"it is in document {10**9} of a set"),
+        ({"segment": 10**9}, f"it is at segment {10**9}, entered at"),
+        ({"segment": 0, "entered": 1}, "it is at segment 0, entered at 1"),
+        ({"set": None}, "it has a document, but no set"),
+    ],
+)
+def test_a_cursor_outside_of_the_data_is_refused(make_loader, change, reason):
+    """A segment past the end of its document made `skip_windows` go on for ever."""
+    loader = make_loader(random_sets())
+    loader.next_batch()
+    state = loader.state_dict()
+    lane = next(lane for lane, cursor in state["lanes"].items() if cursor["set"] is not None)
+    state["lanes"][lane].update(change)
+    with pytest.raises(ValueError, match=f"state of lane {lane} is damaged: {reason}"):
+        make_loader(random_sets()).load_state_dict(state)
+
+
 # When things go wrong
 
 

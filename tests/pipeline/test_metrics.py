@@ -228,3 +228,41 @@ def test_phase_is_counted_when_its_block_raises():
         raise RuntimeError
     meter.count_step(tokens=1)
     assert meter.report()["speed/optimizer_s"] == 3.0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1]",
+        b'{"time": 1.0}',
+        b'{"step": -1}',
+        b'{"step": true}',
+        b'{"step": 1e300}',
+        b'{"step": 1, "a": NaN}',
+        b'{"step": 1, "a": "text"}',
+        b'{"step": 1, "a": ["text"]}',
+        b'{"step": 1, "a": {"mean": 1}}',
+        b'{"step": 1, "a": {"mean": 1, "min": 0, "max": 1, "edges": [0], "counts": [1]}}',
+        b'{"step": 1, "nonfinite": [5]}',
+        b'{"step": 1, "a": 1, "a": 2}',
+        b"[" * 100_000,
+        b'{"step": ' + b"9" * 5000 + b"}",
+    ],
+    ids=range(14),
+)
+def test_a_line_of_another_kind_is_named_and_left_out_where_that_is_asked(tmp_path, line, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "a": 1}\n' + line + b"\n")
+    with pytest.raises(ValueError) as error:
+        read_metrics(path)
+    assert f"{path}, line 2" in str(error.value) and len(str(error.value)) < 500
+    MetricsWriter(tmp_path, tensorboard=False, resume_step=1).close()
+    assert read_metrics(path) == [{"step": 1, "a": 1}] and "1 broken line(s)" in caplog.text
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.metrics.LINE_LIMIT", 1000)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + b" " * 5000)
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: more than 1,000 bytes"):
+        read_metrics(path)
