@@ -28,6 +28,7 @@ from pipeline.executor import Memory
 from pipeline.incremental import IncrementalModel, LaneState
 from pipeline.tensor_file import tensor_bytes, write_tensors
 from pipeline.tensor_reader import TensorReader
+from pipeline.topology import on_main
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +72,7 @@ def save_memory(path: Path, state: LaneState, model: IncrementalModel, identity:
     }
     gathered: list[dict[str, tuple[int, Tensor]]] = [{}] * dist.get_world_size()
     dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, dst=0)  # nobody else needs it all
-    problem = [_write(path, state, gathered, model.length, identity) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise OSError(f"the memory was not saved: {problem[0]}")
+    on_main(lambda: _write(path, state, gathered, model.length, identity))
 
 
 def _write(
@@ -83,8 +81,7 @@ def _write(
     gathered: list[dict[str, tuple[int, Tensor]]],
     length: int,
     identity: Identity,
-) -> str | None:
-    """Write the file; returns what went wrong, for all ranks to raise."""
+) -> None:
     parts: dict[str, dict[int, Tensor]] = {}
     for rank in gathered:
         for key, (tensor_rank, tensor) in rank.items():
@@ -100,8 +97,7 @@ def _write(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, header)
     except OSError as error:
-        return f"{path}: {error}"
-    return None
+        raise OSError(f"the memory was not saved: {path}: {error}") from error
 
 
 def contents_hash(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> str:
@@ -121,22 +117,7 @@ def load_memory(path: Path, model: IncrementalModel, identity: Identity) -> Lane
         MemoryFileError: it is damaged, or another model's.
         OSError: it cannot be read.
     """
-    outcome: list[tuple[str | None, bool]] = [(None, True)]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(None, _check(path, model, identity))]
-        except FileNotFoundError:
-            outcome = [("", True)]
-        except (OSError, ValueError) as error:
-            outcome = [(str(error), True)]
-        except RecursionError:
-            outcome = [(f"{path} is damaged: its header is nested too deeply", True)]
-    dist.broadcast_object_list(outcome, src=0)
-    problem, hashed = outcome[0]
-    if problem == "":
-        raise FileNotFoundError(f"there is no memory file {path}")
-    if problem is not None:
-        raise MemoryFileError(problem)
+    hashed = on_main(lambda: _checked(path, model, identity))
     if not hashed and dist.get_rank() == 0:
         logger.warning("%s was written by an older version, without a hash of its contents: it is not verified", path)
     try:
@@ -149,6 +130,18 @@ def load_memory(path: Path, model: IncrementalModel, identity: Identity) -> Lane
         raise MemoryFileError(str(error)) from error
     model.read(state, [[row[:count].numpy()] for row, count in zip(segment, counts.tolist(), strict=True)])
     return state
+
+
+def _checked(path: Path, model: IncrementalModel, identity: Identity) -> bool:
+    """`_check`, its errors under the names that `load_memory` promises."""
+    try:
+        return _check(path, model, identity)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no memory file {path}") from None
+    except (OSError, ValueError) as error:
+        raise MemoryFileError(str(error)) from error
+    except RecursionError:
+        raise MemoryFileError(f"{path} is damaged: its header is nested too deeply") from None
 
 
 def _memory(file: TensorReader, empty: Memory, model: IncrementalModel) -> Memory:

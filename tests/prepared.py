@@ -9,7 +9,7 @@ import numpy as np
 from data.manifest import SourceEntry, write_manifest
 from data.questions import Question
 from data.shards import ShardSetWriter
-from data.tokenizer import byte_tokenizer
+from data.tokenizer import Tokenizer, byte_tokenizer
 
 
 def write_set(
@@ -20,13 +20,14 @@ def write_set(
     answers: bool = True,
     questions: bool = False,
     source: str = "noise",
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """A byte-level set whose documents have `lengths` tokens: noise with repeats, something to learn.
+    """A set, byte-level unless there is a tokenizer. Its documents have `lengths` tokens: noise with repeats, to learn.
 
     With `questions` a document can be asked for its first three tokens.
     """
     folder.mkdir(parents=True)
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
     generator = np.random.default_rng(seed)
     splits = {}

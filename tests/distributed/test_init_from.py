@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from data.tokenizer import load_tokenizer
 from pipeline.config_io import load_config
 from tests.distributed import cases, init_from_cases
 from tests.prepared import write_set
@@ -16,6 +17,7 @@ from tests.prepared import write_set
 pytestmark = pytest.mark.distributed
 
 CONSTANT = ["optimizer.schedule=constant", "optimizer.warmup_steps=0"]
+LENGTHS = [37, 500, 130, 64, 250, 90, 17, 400]
 DELTA = ["model.memory.rule=delta"]
 
 
@@ -23,7 +25,7 @@ DELTA = ["model.memory.rule=delta"]
 def start(pools, tmp_path_factory):
     """Run a case on some layout; folders are made up."""
     folder = tmp_path_factory.mktemp("init")
-    data = write_set(folder / "set", [37, 500, 130, 64, 250, 90, 17, 400])
+    data = write_set(folder / "set", LENGTHS)
     count = itertools.count()
 
     def start(world, function, overrides, *, name=None, **options):
@@ -42,7 +44,9 @@ def imported(pools, start):
     tiny_hf.write_hf_model(source, "llama")
     pools.run(1, init_from_cases.import_folder, source=str(source), out=str(out), segment_length=16)
     model = asdict(load_config(out / "config.yaml", []).model)
-    return source, [f"model={json.dumps(model)}", f"train.init_from={out}"]
+    data = write_set(start.folder / "imported-set", LENGTHS, tokenizer=load_tokenizer(out))  # else it is refused
+    sets = f"data.sets=[{{path: {data}, answer_weight: 3.0}}]"
+    return source, [f"model={json.dumps(model)}", f"train.init_from={out}", sets]
 
 
 @pytest.fixture(scope="module")
