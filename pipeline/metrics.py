@@ -13,6 +13,7 @@ Names are paths, one spelling from the trainer to the plots:
     speed/data_s  speed/forward_backward_s  speed/optimizer_s    of these, by phase
     progress/tokens  progress/skipped_steps     since the run began
     data/padded_share                           positions that are padding, a share
+    data/skipped_documents                      unreadable ones left out so far, with data.skip_bad_documents
     system/process_bytes                        resident in the largest process
     memory/write_gate                           mean over layers, heads and tokens
     <quantity>/layer_<ii>                       of one layer's memory, means over heads, lanes and tokens: mix_gate,

@@ -178,6 +178,11 @@ class Monitor:
         by_segment = self.by_segment.to(topology.device)
         dist.all_reduce(by_segment)
         rss = topology.all_reduce([float(psutil.Process().memory_info().rss)], op=dist.ReduceOp.MAX)[0]
+        skipped = None
+        if self.config.data.skip_bad_documents:
+            # The processes of a model's parts read the same lanes.
+            copies = topology.tensor_size * topology.pipeline_size
+            skipped = topology.all_reduce([float(self.trainer.loader.skipped_documents)])[0] / copies
         still, stillness = self.stillness.at_interval(rate)
         totals, by_segment = self.interval, by_segment.cpu()
         self._clear_interval()
@@ -200,6 +205,8 @@ class Monitor:
             **stillness,
             **speed,
         }
+        if skipped is not None:
+            values["data/skipped_documents"] = skipped
         if totals:
             seen = totals["tokens"] + totals["padded"]
             values["data/padded_share"] = totals["padded"] / seen

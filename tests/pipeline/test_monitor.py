@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from data.shards import PreparedSet
 from pipeline.config_io import load_config
 from pipeline.dashboard import LAYERS, LAYOUT, flatten
 from pipeline.metrics import read_metrics
@@ -27,10 +28,14 @@ STEPS, INTERVAL = 5, 2
 def run(tmp_path_factory):
     """A run of one process: its folder, its configuration and what it printed."""
     folder = tmp_path_factory.mktemp("monitor")
-    write_set(folder / "set", [300] * 8)
+    source = PreparedSet(write_set(folder / "set", [300] * 8))
+    with open(folder / "set" / "train-000000.tar", "r+b") as file:
+        for document in range(7):  # tokens that the vocabulary does not have
+            file.seek(int(source._index.offset[document]) + 500)
+            file.write(b"\xff\xff")
     own = [f"data.sets=[{{path: {folder}/set}}]", f"run_dir={folder}/run", "name=a run [named]"]
     own += [f"train.steps={STEPS}", f"metrics.interval={INTERVAL}", "metrics.memory_interval=2"]
-    own += ["metrics.tensorboard=true", "model.memory.write_gate=hard"]
+    own += ["data.skip_bad_documents=true", "metrics.tensorboard=true", "model.memory.write_gate=hard"]
     config = load_config(None, [*TINY, *own])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patched:
@@ -65,6 +70,14 @@ def test_times_add_up(run):
         assert 0 < sum(parts) <= record["speed/step_s"]
         tokens = (record["progress/tokens"] - before["progress/tokens"]) / steps
         assert record["speed/tokens_per_s"] * record["speed/step_s"] == pytest.approx(tokens)
+
+
+def test_documents_that_are_left_out_are_counted(run):
+    folder, _, _ = run
+    counts = [
+        record["data/skipped_documents"] for record in read_metrics(folder / "metrics.jsonl") if "loss/train" in record
+    ]
+    assert counts == sorted(counts) and counts[-1] >= 4
 
 
 def test_names_of_tensorboard_are_by_quantity(run):
