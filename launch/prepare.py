@@ -185,7 +185,7 @@ def _progress() -> Iterator[Report]:
             nonlocal printed
             now = time.perf_counter()
             # A phase that cannot tell how far it is says so at once, and nothing more.
-            printed = printed if total or phase in started else 0.0
+            printed = printed if total or phase in started else float("-inf")
             began = started.setdefault(phase, now)
             if now - printed >= _PLAIN_INTERVAL_S:
                 printed = now
@@ -214,7 +214,12 @@ def _progress() -> Iterator[Report]:
         def report_bar(phase: str, done: int, total: int, tokens: int) -> None:
             if phase not in tasks:
                 started[phase] = time.perf_counter()
+                for before in progress.tasks:
+                    if before.total is None:  # it could not tell how far it was, but it is over
+                        progress.update(before.id, total=1, completed=1)
                 tasks[phase] = progress.add_task(phase, total=total or None, rate="")
+            if not total:
+                return
             elapsed = max(time.perf_counter() - started[phase], 1e-3)
             rate = f"{done / 1e6 / elapsed:,.1f} MB/s" + (f", {tokens / elapsed:,.0f} tokens/s" if tokens else "")
             progress.update(tasks[phase], completed=min(done, total), rate=rate)

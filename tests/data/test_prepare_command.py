@@ -119,6 +119,20 @@ def test_training_a_tokenizer_says_what_it_does(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err == f"{training} ...\n"
 
 
+def test_a_bar_that_cannot_tell_how_far_it_is_ends_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.progress import Progress
+
+    shown: list[Progress] = []
+    add = Progress.add_task
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr(Progress, "add_task", lambda self, *a, **k: (shown.append(self), add(self, *a, **k))[1])
+    with prepare._progress() as report:
+        report("training", 0, 0, 0)
+        assert shown[0].tasks[0].total is None and not shown[0].finished
+        report("encoding", 5, 5, 1)
+        assert shown[0].finished
+
+
 def test_progress_lines_tell_the_rest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("launch.prepare.time.perf_counter", lambda: now)
