@@ -35,7 +35,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "parameters, bytes per rank, tokens and FLOPs per step; whether it fits a device, and how long the run takes.",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file's")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="settings that win over the file's (`infini config --help-keys` explains them)",
+    )
     parser.add_argument(
         "--world-size", type=whole(1, 1_000_000), required=True, metavar="N", help="processes of the run"
     )

@@ -22,7 +22,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "otherwise the run has one process.",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that win over the file's")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="settings that win over the file's (`infini config --help-keys` explains them)",
+    )
     parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--resume",

@@ -267,3 +267,20 @@ def test_a_damaged_file_is_refused_by_name_or_read(tmp_path_factory, content):
     except ConfigError as error:
         assert all(problem.startswith(str(path)) for problem in error.problems)
         assert len(str(error)) < 20_000 and str(error).replace("\n", "").isprintable()
+
+
+def test_what_the_first_version_wrote_is_read_as_it_was():
+    run = Path(__file__).parents[1] / "fixtures" / "first_version" / "run"
+    (summary,) = run.glob("checkpoints/*/checkpoint.json")
+    stored = json.loads(summary.read_text())["config"]
+    config = load_config(run / "config.yaml", [], own=False)
+    assert config == stored_config(stored, [], str(summary))
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert leaves(written).items() <= leaves(dataclasses.asdict(config)).items()  # later settings have their defaults
+
+
+def leaves(settings: dict, prefix: str = "") -> dict[str, str]:
+    found = {}
+    for name, value in settings.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}
+    return found
