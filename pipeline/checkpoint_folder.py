@@ -68,6 +68,16 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=checkpoint_step)
 
 
+def linked(folder: Path) -> list[str]:
+    """What is passed over because it bears a checkpoint's name, but is a link, one message each."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [
+        f"{path} is a link and was passed over: name the folder that it leads to instead"
+        for path in found
+        if checkpoint_step(path) is not None and path.is_symlink()
+    ]
+
+
 def leftovers(folder: Path) -> list[Path]:
     """What saves that were killed have left behind."""
     return sorted(path for path in folder.iterdir() if _LEFTOVER.match(path.name) and path.is_dir())

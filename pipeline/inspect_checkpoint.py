@@ -17,6 +17,7 @@ from pipeline.checkpoint_folder import (
     CheckpointError,
     checkpoint_folders,
     file_damage,
+    linked,
     read_latest,
     read_summary,
 )
@@ -204,7 +205,7 @@ def read_run(folder: Path, *, verify: bool) -> RunContents:
     named, problem = read_latest(checkpoints)
     if problem is not None and not any(name.name == named and messages for name, messages in found):
         damage.append(problem)
-    contents = RunContents(found, named, damage, {})
+    contents = RunContents(found, named, damage, {}, notes=linked(checkpoints))
     of_layers = _read_last_metrics(folder / METRICS_FILE, contents)
     path = folder / "config.yaml"
     try:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from model.decoder import DecoderStage
 from model.sharding import partition_of
 from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import CheckpointError, candidates, read_latest
+from pipeline.checkpoint_folder import CheckpointError, candidates, linked, read_latest
 from pipeline.executor import Memory
 from pipeline.optimizer import ZeroOptimizer
 from pipeline.topology import Topology, on_main
@@ -22,7 +22,9 @@ def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
     `warn(message)` is called on rank 0 for a damaged one that is passed over, and for a `latest` that names none.
     """
     folder = run_dir / "checkpoints"
-    found, problem = on_main(lambda: (candidates(folder), read_latest(folder)[1]))
+    found, problem, passed_over = on_main(lambda: (candidates(folder), read_latest(folder)[1], linked(folder)))
+    for message in passed_over if dist.get_rank() == 0 else ():
+        warn(message)
     for path in found:
         try:
             reader = open_verified(path)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint import CheckpointReader
 from pipeline.checkpoint_folder import candidates, checkpoint_name, find_checkpoint
+from pipeline.inspect_checkpoint import read_run
 from pipeline.saving import CheckpointSaver, RunState, Snapshot
 
 
@@ -74,6 +75,10 @@ def test_what_is_the_users_stays_and_stops_no_save(tmp_path):
     assert len(notes) == 2 and all("is not removed: 'thesis.txt' in it" in note for note in notes)  # once each
     assert [path.name for path in candidates(folder)] == ["step_00000004"]
     CheckpointReader(find_checkpoint(tmp_path)).verify()
+    told = [note for note in read_run(tmp_path, verify=False).notes if "passed over" in note]
+    assert told == [
+        f"{folder / 'step_00000000'} is a link and was passed over: name the folder that it leads to instead"
+    ]
 
 
 def test_a_checkpoint_with_a_file_of_the_users_is_kept(tmp_path):
