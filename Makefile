@@ -7,20 +7,20 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 .PHONY: demo passkey passkey-harder compare-rules capacity test test-slow lint format clean
 
 demo: $(VENV)/.installed-base
-	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/demo.sh
 
 passkey: $(VENV)/.installed-base
-	PATH="$(abspath $(BIN)):$$PATH" bash launch/passkey.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/passkey.sh
 
 # Experiments of docs/science.md, each the best part of an hour on two cores.
 passkey-harder: $(VENV)/.installed-base
-	PATH="$(abspath $(BIN)):$$PATH" bash launch/passkey_harder.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/passkey_harder.sh
 
 compare-rules: $(VENV)/.installed-base
-	PATH="$(abspath $(BIN)):$$PATH" bash launch/compare_rules.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/compare_rules.sh
 
 capacity: $(VENV)/.installed-base
-	PATH="$(abspath $(BIN)):$$PATH" bash launch/capacity.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/capacity.sh
 
 test: $(VENV)/.installed-all
 	$(BIN)/pytest

@@ -9,19 +9,19 @@ import sys
 from collections.abc import Sequence
 
 from launch import __version__
-from launch.terminal import visible
+from launch.commands.terminal import visible
 
 COMMANDS = (
-    "launch.prepare",
-    "launch.import_hf",
-    "launch.inspect",
-    "launch.config",
-    "launch.plan",
-    "launch.train",
-    "launch.evaluate",
-    "launch.generate",
-    "launch.export_hf",
-    "launch.bench",
+    "launch.commands.prepare",
+    "launch.commands.import_hf",
+    "launch.commands.inspect",
+    "launch.commands.config",
+    "launch.commands.plan",
+    "launch.commands.train",
+    "launch.commands.evaluate",
+    "launch.commands.generate",
+    "launch.commands.export_hf",
+    "launch.commands.bench",
 )
 """Modules with `add_parser(subparsers)`, in the order of the help text."""
 

@@ -63,5 +63,5 @@ fi
 
 # An ignored signal stays ignored across exec, until each process has installed its own handler.
 trap '' "${STOP_SIGNAL:-USR1}"
-# launch.agent is torchrun, quieter and gentler with signals (see there).
-exec "$PYTHON" -m launch.agent "${options[@]}" -m "${MODULE:-launch.cli}" "$@"
+# launch.processes.agent is torchrun, quieter and gentler with signals (see there).
+exec "$PYTHON" -m launch.processes.agent "${options[@]}" -m "${MODULE:-launch.cli}" "$@"

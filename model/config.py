@@ -41,7 +41,7 @@ class MemoryConfig:
 
 @dataclass
 class RopeScalingConfig:
-    """Changed rotary frequencies, with the names of Hugging Face's configurations (see `model.rotary`)."""
+    """Changed rotary frequencies, with the names of Hugging Face's configurations (see `model.layers.rotary`)."""
 
     type: str = "none"
     """One of `ROPE_SCALINGS`."""

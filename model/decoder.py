@@ -15,12 +15,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import InfiniAttention, MemoryStatistics
 from model.config import ModelConfig
-from model.loss import token_correct, token_losses
-from model.norm import RMSNorm
+from model.layers.attention import InfiniAttention, MemoryStatistics
+from model.layers.loss import token_correct, token_losses
+from model.layers.norm import RMSNorm
+from model.layers.segment_cache import SegmentCache, Span
 from model.rules import State, build_rule, layer_shape
-from model.segment_cache import SegmentCache, Span
 from model.sharding import (
     RULE_PARAMETERS,
     initialize_parameter,

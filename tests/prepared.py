@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import SourceEntry, write_manifest
-from data.questions import Question
-from data.shards import ShardSetWriter
-from data.tokenizer import Tokenizer, byte_tokenizer
+from data.prepared.manifest import SourceEntry, write_manifest
+from data.prepared.questions import Question
+from data.prepared.shards import ShardSetWriter
+from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
 
 
 def write_set(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from data.tokenizer import train_bpe
+from data.tokenizer.tokenizer import train_bpe
 
 VOCAB = 300
 SIZES = {

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import byte_tokenizer
+from data.tokenizer.tokenizer import byte_tokenizer
 from model.config import MemoryConfig, ModelConfig
-from model.hf_weights import backbone_weights
-from pipeline.config import Config, TrainConfig
-from pipeline.initial_memory import memory_parameters
-from pipeline.weights import write_weights
+from model.huggingface.weights import backbone_weights
+from pipeline.checkpoint.memory_parameters import memory_parameters
+from pipeline.checkpoint.weights_only import write_weights
+from pipeline.config.schema import Config, TrainConfig
 
 
 def write_run(folder: Path, rule="delta", gate="hard", *, leave_out=(), not_finite=None, **settings) -> Path:

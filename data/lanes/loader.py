@@ -1,6 +1,6 @@
 """The lane loader: windows of segments from endless, deterministic streams of documents, one stream per lane.
 
-Which document comes when is decided in `data.lane_schedule`; the tokens are laid out in `data.window`.
+Which document comes when is decided in `data.lanes.schedule`; the tokens are laid out in `data.lanes.window`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.config import DataConfig
-from data.lane_schedule import LaneCursor, LaneSchedule, Run, WeightedSet
-from data.prefetch import Prefetcher
-from data.shards import BadDocumentError, PreparedSet
-from data.window import WindowBatch, WindowBuilder
+from data.lanes.prefetch import Prefetcher
+from data.lanes.schedule import LaneCursor, LaneSchedule, Run, WeightedSet
+from data.lanes.window import WindowBatch, WindowBuilder
+from data.prepared.shards import BadDocumentError, PreparedSet
 
 logger = logging.getLogger(__name__)
 

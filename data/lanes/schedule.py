@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.questions import Question
+from data.prepared.questions import Question
 
 # Orders kept in memory, and entries in them (uint32: 128 MiB) while there are more than a few. Lanes straddle two or
 # three epochs of a large set; a document of an order that fell out costs a sort, 0.16 s for a million documents.
@@ -31,7 +31,7 @@ _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # 2**64 / 1.618...
 
 
 class DocumentSet(Protocol):
-    """What lanes need of a prepared set; `data.shards.PreparedSet` is one."""
+    """What lanes need of a prepared set; `data.prepared.shards.PreparedSet` is one."""
 
     path: Any
     split: str

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from data.lane_schedule import Run, WeightedSet, draw
-from data.questions import Question, askable
+from data.lanes.schedule import Run, WeightedSet, draw
+from data.prepared.questions import Question, askable
 
 
 @dataclass

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.files import file_name, sync_folder
-from data.identity import INPUTS
-from data.manifest import MANIFEST, SPLITS, Manifest, index_name, load_manifest
-from data.tokenizer import INFO, TOKENIZER_JSON
+from data.preparation.identity import INPUTS
+from data.prepared.manifest import MANIFEST, SPLITS, Manifest, index_name, load_manifest
+from data.tokenizer.tokenizer import INFO, TOKENIZER_JSON
 
 TOKENIZER_FOLDER = "tokenizer"
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.files import FileError, inside, open_regular, writing
-from data.manifest import Manifest, SourceEntry
-from data.sources import Source
-from data.streams import FileInput, hash_file
+from data.preparation.sources import Source
+from data.preparation.streams import FileInput, hash_file
+from data.prepared.manifest import Manifest, SourceEntry
 
 INPUTS = "inputs.parquet"
 

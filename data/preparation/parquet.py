@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.files import FileError, open_regular, shown
-from data.streams import FileInput, HashingReader, Record, hash_file, listed, too_long
+from data.preparation.streams import FileInput, HashingReader, Record, hash_file, listed, too_long
 
 _ROWS = 256
 _BATCH_BYTES = 1 << 30
@@ -66,7 +66,7 @@ def _check_column(schema: pa.Schema, column: str, where: str) -> None:
 
 
 def read_parquet(file: FileInput, column: str, limit: int, digests: dict[str, str]) -> Iterator[Record]:
-    """The rows of a file, see `data.records.read_records`."""
+    """The rows of a file, see `data.preparation.records.read_records`."""
     digests[file.name] = hash_file(file)
     opened = open_parquet(file, column)
     try:

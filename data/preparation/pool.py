@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data.files import shown
-from data.questions import Question
-from data.shards import token_dtype
-from data.sources import BadInputError, Job
-from data.tokenizer import Tokenizer
+from data.preparation.sources import BadInputError, Job
+from data.prepared.questions import Question
+from data.prepared.shards import token_dtype
+from data.tokenizer.tokenizer import Tokenizer
 
 # Small documents travel together: about a second of work at 2 MB/s keeps the pipes' cost below a percent.
 _BATCH_BYTES = 1 << 20

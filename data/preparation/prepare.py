@@ -1,8 +1,9 @@
 """From sources to a prepared set: train or load the tokenizer, encode, split, write, and only then show the result.
 
 Everything is written to a folder of its own in `DIR` and moved into `DIR` when it is complete, the manifest last (see
-`data.building`). So a folder with a manifest is complete, whatever happened, and a run that was interrupted is simply
-started again. The result depends on the sources and the options alone: same bytes for any number of processes.
+`data.preparation.building`). So a folder with a manifest is complete, whatever happened, and a run that was interrupted
+is simply started again. The result depends on the sources and the options alone: same bytes for any number of
+processes.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from data.building import TOKENIZER_FOLDER, building_in, clear_remains, locked, move_into_place, refuse_foreign
 from data.files import FileError, file_name, is_utf8, sync_folder
-from data.identity import changed_sources, contents_hash, write_inputs
-from data.manifest import MANIFEST, SPLITS, Manifest, SourceEntry, index_name, load_manifest, write_manifest
-from data.pool import EncodedDocument, encode_jobs
-from data.sampling import sample_texts
-from data.shards import PreparedSet, ShardSetWriter
-from data.sources import BadInputError, Job, Source, SourceOptions, open_sources, parse_size
-from data.splits import SplitAssigner
-from data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from data.preparation.building import (
+    TOKENIZER_FOLDER,
+    building_in,
+    clear_remains,
+    locked,
+    move_into_place,
+    refuse_foreign,
+)
+from data.preparation.identity import changed_sources, contents_hash, write_inputs
+from data.preparation.pool import EncodedDocument, encode_jobs
+from data.preparation.sampling import sample_texts
+from data.preparation.sources import BadInputError, Job, Source, SourceOptions, open_sources, parse_size
+from data.preparation.splits import SplitAssigner
+from data.prepared.manifest import MANIFEST, SPLITS, Manifest, SourceEntry, index_name, load_manifest, write_manifest
+from data.prepared.shards import PreparedSet, ShardSetWriter
+from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _BAD_NAMED = 10

@@ -2,7 +2,7 @@
 
     .jsonl .ndjson    a record per line; blank lines are passed over, as every reader of such files does
     .json             the same where the first line is a whole object; else an array of records; else one record
-    .parquet          a record per row (`data.parquet`)
+    .parquet          a record per row (`data.preparation.parquet`)
 
 and the first two compressed, with .gz or .zst behind. Every message names the file and the line, element or row.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from data.files import FileError, decode_json, shown
-from data.parquet import read_parquet
-from data.streams import (
+from data.preparation.parquet import read_parquet
+from data.preparation.streams import (
     BOM,
     COMPRESSED_SUFFIXES,
     FileInput,

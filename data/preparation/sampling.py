@@ -6,8 +6,8 @@ import hashlib
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 
-from data.sources import BadInputError, Source
-from data.tokenizer import split_text
+from data.preparation.sources import BadInputError, Source
+from data.tokenizer.tokenizer import split_text
 
 _PIECE_CHARACTERS = 1 << 13
 

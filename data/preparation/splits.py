@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from data.manifest import SPLITS
-from data.pool import EncodedDocument
+from data.preparation.pool import EncodedDocument
+from data.prepared.manifest import SPLITS
 
 
 class SplitAssigner:

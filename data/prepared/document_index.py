@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.files import FileError, inside, open_regular, shown
-from data.manifest import SplitEntry, index_name
-from data.questions import COLUMN_TYPE
+from data.prepared.manifest import SplitEntry, index_name
+from data.prepared.questions import COLUMN_TYPE
 
 INDEX_SCHEMA = pa.schema(
     [

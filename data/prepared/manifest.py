@@ -14,45 +14,19 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from data.files import FileError, convert, decode_json, inside, read_bytes, sealed, shown, write_whole
+from data.tokenizer.info import Sha256, TokenizerEntry
 
 MANIFEST = "manifest.json"
-INFO = "info.json"
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
 """Version 3 added the seal."""
 SPLITS = ("train", "valid")
 
-MOST_TOKEN_IDS = 1 << 24
-"""Of a vocabulary: 16 times the largest that is in use, and its embedding still fits a machine."""
-_MOST_BEGIN_IDS = 16
 _MOST = 1 << 48  # of bytes, documents or tokens: sums of them stay far inside 64 bits
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
-TokenId = Annotated[int, msgspec.Meta(ge=0, lt=MOST_TOKEN_IDS)]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 Option = str | int | float | bool | None | list[str]
-
-
-class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`info.json` of a tokenizer's folder."""
-
-    kind: Literal["byte", "bpe", "hf"]
-    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKEN_IDS)]
-    eos_id: TokenId
-    """Ends a document."""
-    begin_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=_MOST_BEGIN_IDS)] = ()
-    """Begin a document; none in sets and runs of versions that did not write them."""
-
-    def __post_init__(self) -> None:
-        for name, token in (("eos_id", self.eos_id), *(("begin_ids", token) for token in self.begin_ids)):
-            if token >= self.vocab_size:
-                raise ValueError(f"{name} {token} is outside of the vocabulary of {self.vocab_size}")
-
-
-class TokenizerEntry(TokenizerInfo, frozen=True, kw_only=True, omit_defaults=True):
-    hash: Sha256
-    """`data.tokenizer.Tokenizer.hash`."""
 
 
 class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +72,7 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: Text = ""
     """Of the names and sizes."""
     contents: Sha256 | None = None
-    """Of the contents (`data.identity`); none in sets of versions that did not look at them."""
+    """Of the contents (`data.preparation.identity`); none in sets of versions that did not look at them."""
     documents: Count = 0
     tokens: Count = 0
     too_short: Count = 0

@@ -3,7 +3,7 @@
 A prepared set is a folder with
 
     manifest.json         tokenizer, options, and for each split its shards (with sha256), counts and length histogram
-    tokenizer/            what `data.tokenizer.load_tokenizer` reads
+    tokenizer/            what `data.tokenizer.tokenizer.load_tokenizer` reads
     train-000000.tar ...  plain tars, two members per document: <key>.json (metadata) and <key>.npy (tokens)
     train.index.parquet   one row per document, in shard order: where its tokens lie, so that a segment is one `pread`
 
@@ -30,25 +30,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.document_index import INDEX_SCHEMA, TAR_BLOCK, CheckedIndex, document_key, read_index
 from data.files import FileError, decode_json, inside, open_regular, read_json, shown
-from data.manifest import (
-    INFO,
+from data.prepared.document_index import INDEX_SCHEMA, TAR_BLOCK, CheckedIndex, document_key, read_index
+from data.prepared.manifest import (
     MANIFEST,
     SPLITS,
     Count,
     IndexEntry,
     Manifest,
-    Sha256,
     ShardEntry,
     SplitEntry,
-    TokenId,
-    TokenizerInfo,
     index_name,
     load_manifest,
     shard_name,
 )
-from data.questions import Question, from_rows, to_rows
+from data.prepared.questions import Question, from_rows, to_rows
+from data.tokenizer.info import INFO, Sha256, TokenId, TokenizerInfo
 
 __all__ = ["MANIFEST", "SPLITS", "BadDocumentError", "PreparedSet", "ShardSetWriter", "index_name", "load_manifest"]
 
@@ -157,7 +154,7 @@ class PreparedSet:
         return list(zip(flat[::2], flat[1::2], strict=True))
 
     def questions(self, i: int) -> list[Question]:
-        """What document `i` can be asked, see `data.questions`."""
+        """What document `i` can be asked, see `data.prepared.questions`."""
         return from_rows(self._index.questions[i].as_py())
 
     @property

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from data.document_index import read_index
 from data.files import decode_json, inside, open_regular, shown
-from data.manifest import (
+from data.prepared.document_index import read_index
+from data.prepared.manifest import (
     MANIFEST,
     SPLITS,
     Manifest,
     ShardEntry,
     SplitEntry,
-    TokenizerEntry,
     index_name,
     load_manifest,
 )
-from data.shards import DocumentRecord, PreparedSet, token_dtype
-from data.tokenizer import load_tokenizer
+from data.prepared.shards import DocumentRecord, PreparedSet, token_dtype
+from data.tokenizer.info import TokenizerEntry
+from data.tokenizer.tokenizer import load_tokenizer
 
 _BLOCK = 512
 _READ_BYTES = 1 << 20

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from data.shards import PreparedSet
+from data.prepared.shards import PreparedSet
 from data.synthetic.base import FILLER, Generator, SyntheticDocument
 from data.synthetic.facts import FactsGenerator
 from data.synthetic.needles import NeedlesGenerator
@@ -25,7 +25,7 @@ from data.synthetic.recall import RecallGenerator
 from data.synthetic.text_filler import TextFiller
 from data.synthetic.tracking import TrackingGenerator
 from data.synthetic.words import WordsGenerator
-from data.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["FILLER", "TASKS", "Generator", "PasskeyGenerator", "Spec", "SyntheticDocument", "build_generator"]
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data.questions import Question
+from data.prepared.questions import Question
 
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DIGITS = 5
@@ -38,7 +38,7 @@ class SyntheticDocument:
     answers: list[tuple[int, int]]
     """Spans [start, stop) of answer tokens."""
     questions: list[Question]
-    """What can be asked once the facts that it needs have been read (see `data.questions`)."""
+    """What can be asked once the facts that it needs have been read (see `data.prepared.questions`)."""
     key: str
     """Task, length asked for, depth and seed: names the document."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.shards import PreparedSet
+from data.prepared.shards import PreparedSet
 
 
 class TextFiller:

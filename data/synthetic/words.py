@@ -17,7 +17,7 @@ from collections import Counter
 
 import numpy as np
 
-from data.questions import Question
+from data.prepared.questions import Question
 from data.synthetic.base import Encoder, SyntheticDocument, ask_tokens
 from data.synthetic.vocabulary import CODED_WORDS, coded_word
 

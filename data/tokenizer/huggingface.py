@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from data.files import read_bytes
-from data.tokenizer import EOS_TOKEN, TOKENIZER_JSON, Tokenizer
+from data.tokenizer.tokenizer import EOS_TOKEN, TOKENIZER_JSON, Tokenizer
 
 CONFIG = "tokenizer_config.json"
 

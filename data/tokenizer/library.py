@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data.files import FileError, decode_json, shown
-from data.manifest import MOST_TOKEN_IDS
+from data.tokenizer.info import MOST_TOKEN_IDS
 
 TOKENIZER_LIMIT = 128 << 20
 """Bytes of the largest tokenizer.json: 3 times that of 262,144 tokens with their merges."""

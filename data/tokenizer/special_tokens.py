@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.files import FileError, decode_json, shown
-from data.tokenizer_library import library
+from data.tokenizer.library import library
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -1,7 +1,7 @@
 """Text to token ids and back: bytes, a byte-level BPE trained on the sources, or any Hugging Face `tokenizer.json`.
 
-On disk a tokenizer is a folder: `info.json` (`data.manifest.TokenizerInfo`) and, except for bytes, `tokenizer.json`.
-Its hash covers both, so two sets with equal hashes mean the same thing by a token id.
+On disk a tokenizer is a folder: `info.json` (`data.prepared.manifest.TokenizerInfo`) and, except for bytes,
+`tokenizer.json`. Its hash covers both, so two sets with equal hashes mean the same thing by a token id.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 
 from data.files import FileError, inside, read_bytes, read_json, write_whole
-from data.manifest import INFO, TokenizerEntry, TokenizerInfo
-from data.special_tokens import TOKENIZER_FILES, TOKENIZER_JSON, begin_tokens, end_token
-from data.tokenizer_library import TOKENIZER_LIMIT, library, open_backend
-from data.unbroken import RunCutter
+from data.tokenizer.info import INFO, TokenizerEntry, TokenizerInfo
+from data.tokenizer.library import TOKENIZER_LIMIT, library, open_backend
+from data.tokenizer.special_tokens import TOKENIZER_FILES, TOKENIZER_JSON, begin_tokens, end_token
+from data.tokenizer.unbroken import RunCutter
 
 EOS_TOKEN = "<|endoftext|>"
 KINDS = ("byte", "bpe", "hf")
@@ -193,7 +193,7 @@ def train_bpe(
 ) -> Tokenizer:
     """Train a byte-level BPE with `vocab_size` tokens, the end token included; digits stay single tokens.
 
-    The same texts give the same tokenizer. Runs without a break are cut, see `data.unbroken`.
+    The same texts give the same tokenizer. Runs without a break are cut, see `data.tokenizer.unbroken`.
 
     Args:
         beat: called when the training begins, and every other second of it.
@@ -271,7 +271,7 @@ def tokenizer_of_files(files: Mapping[str, bytes], where: str) -> Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
     Args:
-        files: contents by name, of those in `data.special_tokens.TOKENIZER_FILES` that there are.
+        files: contents by name, of those in `data.tokenizer.special_tokens.TOKENIZER_FILES` that there are.
         where: the folder, for messages.
 
     Raises:

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 
 BENCHMARKS = {
-    "schedule": "launch.bench_schedule",
-    "checkpoint": "launch.bench_checkpoint",
-    "generate": "launch.bench_generate",
-    "capacity": "launch.bench_capacity",
+    "schedule": "launch.commands.bench_schedule",
+    "checkpoint": "launch.commands.bench_checkpoint",
+    "generate": "launch.commands.bench_generate",
+    "capacity": "launch.commands.bench_capacity",
 }
 """Modules with `HELP`, `add_options(parser)` and `measure(args, note)`."""
 
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.quiet import quiet_libraries
+    from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: processes on one machine share its cores
@@ -135,6 +135,6 @@ def _processor() -> str:
 
 
 def _versions() -> str:
-    from pipeline.setup import versions
+    from pipeline.parallel.setup import versions
 
     return ", ".join(f"{name} {version}" for name, version in versions().items())

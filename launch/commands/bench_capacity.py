@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from launch.arguments import positive_int
 
 if TYPE_CHECKING:
-    from launch.bench import Note
+    from launch.commands.bench import Note
 
 HELP = "pairs that one head of each memory rule holds, random keys, nothing learnt"
 RULES = ("linear", "delta", "deltanet")
@@ -24,9 +24,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, note: Note) -> None:
     """Raises: ValueError for sizes that are not positive."""
-    from pipeline import plots
-    from pipeline.bench_capacity import CODES, LANES, capacity_curve
-    from pipeline.bootstrap import wilson_interval
+    from pipeline.benchmarks.capacity import CODES, LANES, capacity_curve
+    from pipeline.evaluation import plots
+    from pipeline.evaluation.intervals import wilson_interval
 
     dim, length = args.dim, args.segment_length
     if min(dim, length) < 1:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from launch.arguments import positive_int
 
 if TYPE_CHECKING:
-    from launch.bench import Note
-    from pipeline.bench_checkpoint import SaveCosts
+    from launch.commands.bench import Note
+    from pipeline.benchmarks.checkpoint import SaveCosts
 
 HELP = "stall per save, synchronous and asynchronous, and the write rate against plain file writing"
 
@@ -23,9 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:
-    from launch.world import free_port
-    from pipeline.bench_checkpoint import measure
-    from pipeline.bench_step import in_fresh_process
+    from launch.processes.world import free_port
+    from pipeline.benchmarks.checkpoint import measure
+    from pipeline.benchmarks.step import in_fresh_process
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     with tempfile.TemporaryDirectory(prefix="infini-bench-", dir=args.folder) as folder:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from launch.arguments import positive_int
 
 if TYPE_CHECKING:
-    from launch.bench import Note
-    from pipeline.bench_generate import GenerationCosts
+    from launch.commands.bench import Note
+    from pipeline.benchmarks.generate import GenerationCosts
 
 HELP = "peak memory and time per token of generation after prompts of 1K to 1M tokens"
 LENGTHS = [1 << 10, 1 << 15, 1 << 20]
@@ -24,9 +24,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:
-    from launch.world import free_port
-    from pipeline.bench_generate import measure
-    from pipeline.bench_step import in_fresh_process
+    from launch.processes.world import free_port
+    from pipeline.benchmarks.generate import measure
+    from pipeline.benchmarks.step import in_fresh_process
 
     sizes = (2, 64, 128) if args.quick else (4, 128, 256)
     costs = []
@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace, note: Note) -> None:
 
 def report(costs: list[GenerationCosts], note: Note) -> None:
     """Write the table."""
-    from pipeline.streaming import WINDOW_TOKENS
+    from pipeline.inference.streaming import WINDOW_TOKENS
 
     first = costs[0]
     note.text("## Prompts of different lengths")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launch.bench import Note
-    from pipeline.bench_pipeline import Measured
-    from pipeline.bench_window import WindowCost
+    from launch.commands.bench import Note
+    from pipeline.benchmarks.pipeline import Measured
+    from pipeline.benchmarks.window import WindowCost
 
 HELP = "memory and time of windows with and without recomputation; the pipeline measured and simulated"
 PARTS = ("window", "pipeline", "million")
@@ -52,13 +52,13 @@ def _progress(message: str) -> None:
 
 
 def _port() -> None:
-    from launch.world import free_port
+    from launch.processes.world import free_port
 
     os.environ["MASTER_PORT"] = str(free_port())
 
 
 def _window(note: Note, lengths: tuple[int, ...]) -> None:
-    from pipeline.bench_window import CHUNK_SEGMENTS, METHODS, WINDOW_MODEL, window_table
+    from pipeline.benchmarks.window import CHUNK_SEGMENTS, METHODS, WINDOW_MODEL, window_table
 
     _port()
     costs = {(cost.method, cost.segments): cost for cost in window_table(lengths, _progress)}
@@ -67,8 +67,8 @@ def _window(note: Note, lengths: tuple[int, ...]) -> None:
         f"One process, one lane, forward and backward of one window: {_model(WINDOW_MODEL)}. `plain` keeps every "
         f"activation; `layer` recomputes layers; `window` runs chunks of {CHUNK_SEGMENTS} segments again from the "
         "memory at their beginning. Peak is the live tensors at most, counted at every operation "
-        "(`pipeline.live_bytes`), parameters and their gradients not included; RSS is by how much the resident set of "
-        "a fresh process grew at most. Time is CPU time, the quickest of three, relative to `plain` at "
+        "(`pipeline.accounting.live_bytes`), parameters and their gradients not included; RSS is by how much the "
+        "resident set of a fresh process grew at most. Time is CPU time, the quickest of three, relative to `plain` at "
         f"{lengths[0]} segments ({1e6 * costs['plain', lengths[0]].cpu_s_per_token:.0f} us per token)."
     )
     base = costs["plain", lengths[0]].cpu_s_per_token
@@ -100,7 +100,7 @@ def _window(note: Note, lengths: tuple[int, ...]) -> None:
 def _draw_window(path: Path, costs: dict[tuple[str, int], WindowCost], lengths: tuple[int, ...]) -> None:
     from matplotlib.figure import Figure
 
-    from pipeline.bench_window import METHODS
+    from pipeline.benchmarks.window import METHODS
     from pipeline.figures import save_figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -120,8 +120,8 @@ def _draw_window(path: Path, costs: dict[tuple[str, int], WindowCost], lengths: 
 
 
 def _pipeline(note: Note, quick: bool) -> None:
-    from pipeline.bench_pipeline import MODEL
-    from pipeline.timeline import draw_timelines
+    from pipeline.benchmarks.pipeline import MODEL
+    from pipeline.schedule.draw import draw_timelines
 
     chunk_s, repeats = (0.01, 1) if quick else (PACED_CHUNK_S, 3)
     note.text("## The pipeline, measured and simulated")
@@ -151,15 +151,15 @@ def _pipeline(note: Note, quick: bool) -> None:
 
 
 def _run_pipeline(stages: int, chunk_s: float, repeats: int) -> list[Measured]:
-    from launch.agent import launch_workers
-    from pipeline.bench_pipeline import read_results
+    from launch.processes.agent import launch_workers
+    from pipeline.benchmarks.pipeline import read_results
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # torchrun gives each rank its own
     settings = {"pipeline": stages, "lanes": 4, "repeats": repeats, "chunk_s": chunk_s, "model": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        code = launch_workers("launch.bench_worker", [str(path), json.dumps(settings)], stages)
+        code = launch_workers("launch.processes.bench_worker", [str(path), json.dumps(settings)], stages)
         if code:
             raise ValueError(f"the {stages} processes of the benchmark ended with exit code {code}")
         return read_results(path)
@@ -187,7 +187,7 @@ def _pipeline_row(result: Measured) -> list[str]:
 
 
 def _million(note: Note, segments: int, chunk_sizes: tuple[int, ...]) -> None:
-    from pipeline.bench_window import (
+    from pipeline.benchmarks.window import (
         MILLION_MODEL,
         document_gradients,
         largest_difference,
@@ -205,8 +205,8 @@ def _million(note: Note, segments: int, chunk_sizes: tuple[int, ...]) -> None:
     note.text(
         f"{_model(MILLION_MODEL)}, {segments:,} segments in one window, backpropagation through all of it, "
         f"`bptt.recompute: window`. Keeping all activations would take {plain / 2**30:.1f} GiB by "
-        "`pipeline.footprint`. RSS is the peak of the whole process (libraries, model, the document and its losses "
-        "included) and what it was before the step."
+        "`pipeline.accounting.footprint`. RSS is the peak of the whole process (libraries, model, the document and its "
+        "losses included) and what it was before the step."
     )
     header = ["objective", "segments per chunk", "wall s", "CPU s", "peak RSS MiB", "before MiB", "mean loss"]
     header += ["norm of the gradient at the first segment", "of all parameters"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.config_keys import Setting
+    from pipeline.config.keys import Setting
 
 WIDTH = 100
 """Of a line with a meaning."""
@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
         print(explain(args.help_keys), end="")
         return 0
 
-    from pipeline.config_io import load_config
-    from pipeline.config_yaml import dump
-    from pipeline.validate import validate
+    from pipeline.config.load import load_config
+    from pipeline.config.validate import validate
+    from pipeline.config.yaml import dump
 
     config = load_config(args.config, args.overrides)
     print(dump(dataclasses.asdict(config)), end="")
@@ -60,7 +60,7 @@ def explain(pattern: str) -> str:
     Raises:
         ValueError: it finds none.
     """
-    from pipeline.config_keys import SYNONYMS, settings, suggestions
+    from pipeline.config.keys import SYNONYMS, settings, suggestions
 
     wanted = pattern.lower()
     every = list(settings())
@@ -81,9 +81,9 @@ def _fits(setting: Setting, wanted: str) -> bool:
 
 
 def _explain(setting: Setting) -> str:
-    from pipeline.bounds import BOUNDS
-    from pipeline.config_values import list_item, type_name
-    from pipeline.validate import CHOICES
+    from pipeline.config.bounds import BOUNDS
+    from pipeline.config.validate import CHOICES
+    from pipeline.config.values import list_item, type_name
 
     bound = BOUNDS.get(f"{setting.key}.*" if list_item(setting.kind) else setting.key)
     what = type_name(setting.kind)

@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if args.nproc is not None:
         return _start(args)
 
-    from launch.worker import run_rank
-    from launch.world import join_world
+    from launch.processes.worker import run_rank
+    from launch.processes.world import join_world
 
     world_size = join_world(args.master_port)
     run_rank(lambda: _check(args, world_size), None)
@@ -69,15 +69,15 @@ def _is_override(argument: str) -> bool:
 
 
 def _check(args: argparse.Namespace, world_size: int) -> None:
-    from pipeline.evaluation_config import evaluation_config
+    from pipeline.config.evaluation import evaluation_config
 
     for run_dir in args.run_dirs:
         evaluation_config(Path(run_dir), args.overrides, world_size)
 
 
 def _start(args: argparse.Namespace) -> int:
-    from launch.agent import launch_workers
-    from launch.world import refuse_nproc_in_a_rank
+    from launch.processes.agent import launch_workers
+    from launch.processes.world import refuse_nproc_in_a_rank
 
     refuse_nproc_in_a_rank()
     _check(args, args.nproc)  # an error is told once, before any process starts
@@ -93,9 +93,9 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from pipeline.comparison import compare
-    from pipeline.evaluate import evaluate_run
-    from pipeline.topology import on_main, shutdown
+    from pipeline.evaluation.comparison import compare
+    from pipeline.evaluation.evaluate import evaluate_run
+    from pipeline.parallel.topology import on_main, shutdown
 
     several = len(args.run_dirs) > 1
     results: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from launch.terminal import visible
+from launch.commands.terminal import visible
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -38,11 +38,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.quiet import quiet_libraries
+    from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
-    from pipeline.console import progress
-    from pipeline.export_hf import export_model, exported_elements
+    from pipeline.huggingface.export_model import export_model, exported_elements
+    from pipeline.reporting.console import progress
 
     with progress(exported_elements(args.source), f"exporting {args.source}, parameters") as advance:
         export = export_model(

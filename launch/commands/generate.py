@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import count, number, port, positive_int, processes, seed
-from launch.terminal import for_output
+from launch.commands.terminal import for_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pipeline.generate import Generator, Prompt
-    from pipeline.incremental import LaneState
-    from pipeline.sampling import Sampling
+    from pipeline.inference.generate import Generator, Prompt
+    from pipeline.inference.incremental import LaneState
+    from pipeline.inference.sampling import Sampling
 
 PROGRESS_INTERVAL_S = 10.0
 """Between two words on how much of a long prompt has been read."""
@@ -84,13 +84,13 @@ def run(args: argparse.Namespace) -> int:
     if args.nproc is not None:
         return _start(args)
 
-    from launch.quiet import quiet_libraries
-    from launch.worker import run_rank
-    from launch.world import join_world
+    from launch.processes.quiet import quiet_libraries
+    from launch.processes.worker import run_rank
+    from launch.processes.world import join_world
 
     quiet_libraries()
     # Loaded before a port is chosen: it takes seconds, in which somebody else could get the port.
-    importlib.import_module("pipeline.generate")
+    importlib.import_module("pipeline.inference.generate")
     join_world(args.master_port)
     return run_rank(lambda: _generate(args), None)
 
@@ -118,7 +118,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _sampling(args: argparse.Namespace) -> Sampling:
     """Raises: ValueError: the options contradict one another."""
-    from pipeline.sampling import Sampling
+    from pipeline.inference.sampling import Sampling
 
     return Sampling(args.temperature, args.top_k, args.top_p)
 
@@ -133,8 +133,8 @@ def _check_writable(path: Path) -> None:
 
 
 def _start(args: argparse.Namespace) -> int:
-    from launch.agent import launch_workers
-    from launch.world import refuse_nproc_in_a_rank
+    from launch.processes.agent import launch_workers
+    from launch.processes.world import refuse_nproc_in_a_rank
 
     refuse_nproc_in_a_rank()
     arguments = ["generate", args.checkpoint, *args.overrides]
@@ -158,8 +158,8 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from pipeline.generate import Generator
-    from pipeline.topology import shutdown
+    from pipeline.inference.generate import Generator
+    from pipeline.parallel.topology import shutdown
 
     generator = Generator.open(args.checkpoint, overrides=args.overrides, tokenizer=args.tokenizer)
     after = generator.load(args.load_memory) if args.load_memory else None

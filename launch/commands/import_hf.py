@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from launch.arguments import number, positive_int
-from launch.terminal import visible
+from launch.commands.terminal import visible
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -34,16 +34,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.quiet import quiet_libraries
+    from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
-    from launch.world import join_world
+    from launch.processes.world import join_world
     from model.config import MemoryConfig
-    from model.hf_config import is_exported
-    from pipeline.console import progress
-    from pipeline.hf_source import open_source
-    from pipeline.import_hf import import_model, parameter_elements
-    from pipeline.topology import initialize, shutdown
+    from model.huggingface.config import is_exported
+    from pipeline.huggingface.folder_source import open_source
+    from pipeline.huggingface.import_model import import_model, parameter_elements
+    from pipeline.parallel.topology import initialize, shutdown
+    from pipeline.reporting.console import progress
 
     source = open_source(args.source)
     total = parameter_elements(source)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.prepare import left_out
+from launch.commands.prepare import left_out
 
 if TYPE_CHECKING:
-    from data.manifest import Manifest
+    from data.prepared.manifest import Manifest
 
 _BAR_CHARACTERS = 40
 _SHARDS_SHOWN = 20
@@ -69,9 +69,9 @@ def _is_prepared_set(folder: Path) -> bool:
 def _inspect_prepared_set(folder: Path, verify: bool) -> int:
     from rich.console import Console
 
-    from data.shards import load_manifest
-    from data.verify import KINDS as PROBLEMS
-    from data.verify import verify_set
+    from data.prepared.shards import load_manifest
+    from data.prepared.verify import KINDS as PROBLEMS
+    from data.prepared.verify import verify_set
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     try:
@@ -166,8 +166,8 @@ def histogram_lines(histogram: list[tuple[int, int]]) -> list[str]:
 
 def _print_excerpts(console: Any, folder: Path, split: str) -> None:
     from data.files import printable, shown
-    from data.shards import PreparedSet
-    from data.tokenizer import load_tokenizer
+    from data.prepared.shards import PreparedSet
+    from data.tokenizer.tokenizer import load_tokenizer
 
     try:
         prepared, tokenizer = PreparedSet(folder, split), load_tokenizer(folder)
@@ -192,11 +192,11 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _inspect_checkpoint(folder: Path, verify: bool) -> int:
-    from launch.quiet import quiet_libraries
+    from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
-    from pipeline.console import make_console, print_table
-    from pipeline.inspect_checkpoint import read_contents
+    from pipeline.reporting.console import make_console, print_table
+    from pipeline.reporting.inspect import read_contents
 
     console = make_console()
     found = read_contents(folder, verify=verify)
@@ -260,13 +260,13 @@ def _is_run(folder: Path) -> bool:
 
 
 def _inspect_run(folder: Path, verify: bool) -> int:
-    from launch.quiet import quiet_libraries
+    from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
-    from pipeline.console import make_console, print_table
-    from pipeline.inspect_checkpoint import read_run
-    from pipeline.metrics import METRICS_FILE
-    from pipeline.run_summary import summary_rows
+    from pipeline.reporting.console import make_console, print_table
+    from pipeline.reporting.inspect import read_run
+    from pipeline.reporting.metrics import METRICS_FILE
+    from pipeline.reporting.run_summary import summary_rows
 
     console = make_console()
     found = read_run(folder, verify=verify)

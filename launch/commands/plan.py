@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import number, whole
-from pipeline.devices import ACCELERATORS, GPUS_PER_NODE
+from pipeline.accounting.devices import ACCELERATORS, GPUS_PER_NODE
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
-    from pipeline.planner import Rates
+    from pipeline.accounting.planner import Rates
+    from pipeline.config.schema import Config
 
 ASSUMED_VOCAB = 32768
 """Tokens of a tokenizer that is not there yet; the plan says so when it assumes it."""
@@ -70,13 +70,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     # At once: importing the libraries and building the stages take seconds.
     print(f"planning {args.config} on {args.world_size:,} processes ...", flush=True)
-    from launch.quiet import quiet_libraries
+    from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
-    from pipeline.config_io import load_config
-    from pipeline.console import print_table
-    from pipeline.planner import build_stages, check_counts
-    from pipeline.validate import validate
+    from pipeline.accounting.planner import build_stages, check_counts
+    from pipeline.config.load import load_config
+    from pipeline.config.validate import validate
+    from pipeline.reporting.console import print_table
 
     config = load_config(args.config, args.overrides)
     validate(config, args.world_size, data_exists=False, file=args.config, overrides=args.overrides)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def planned_rates(config: Config, args: argparse.Namespace) -> Rates:
     """What the options and the device's data sheet say."""
-    from pipeline.planner import Rates
+    from pipeline.accounting.planner import Rates
 
     device = ACCELERATORS[args.gpu]
     tflops = args.tflops or ASSUMED_SHARE * device.tflops[config.train.precision]
@@ -110,7 +110,7 @@ def planned_vocabulary(config: Config) -> tuple[int, str]:
         return config.model.vocab_size, "model.vocab_size"
     found = [entry.path for entry in config.data.sets if Path(entry.path, "manifest.json").is_file()]
     if found:
-        from data.shards import PreparedSet
+        from data.prepared.shards import PreparedSet
 
         sizes = {path: PreparedSet(path).vocab_size for path in found}
         path = max(sizes, key=sizes.get)
@@ -119,9 +119,9 @@ def planned_vocabulary(config: Config) -> tuple[int, str]:
 
 
 def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[tuple[str, str]]:
-    from pipeline import derived
-    from pipeline.console import format_bytes, format_count
-    from pipeline.flops import memory_state_bytes, parameter_count, train_flops_per_token
+    from pipeline.accounting.flops import memory_state_bytes, parameter_count, train_flops_per_token
+    from pipeline.config import derived
+    from pipeline.reporting.console import format_bytes, format_count
 
     model, train, parallel = config.model, config.train, config.parallel
     count = parameter_count(model, vocab)
@@ -156,8 +156,8 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
 
 
 def _print_memory(config: Config, world: int, vocab: int) -> None:
-    from pipeline.console import format_bytes, print_table
-    from pipeline.footprint import per_rank_bytes
+    from pipeline.accounting.footprint import per_rank_bytes
+    from pipeline.reporting.console import format_bytes, print_table
 
     rows = []
     for needs in per_rank_bytes(config, world, vocab):
@@ -180,10 +180,10 @@ def _print_memory(config: Config, world: int, vocab: int) -> None:
 
 
 def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rates: Rates) -> None:
-    from pipeline.console import format_bytes, format_duration, print_table
-    from pipeline.flops import train_flops_per_token
-    from pipeline.footprint import per_rank_bytes
-    from pipeline.planner import predict_step
+    from pipeline.accounting.flops import train_flops_per_token
+    from pipeline.accounting.footprint import per_rank_bytes
+    from pipeline.accounting.planner import predict_step
+    from pipeline.reporting.console import format_bytes, format_duration, print_table
 
     world, train, device = args.world_size, config.train, ACCELERATORS[args.gpu]
     peak = device.tflops[train.precision]
@@ -236,7 +236,7 @@ def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rate
 
 def memory_verdict(needed: int, available: int) -> str:
     """Whether a rank fits, and by how much."""
-    from pipeline.console import format_bytes
+    from pipeline.reporting.console import format_bytes
 
     left = available - needed
     if left < 0:
@@ -248,9 +248,9 @@ def memory_verdict(needed: int, available: int) -> str:
 
 
 def _print_schedule(config: Config, args: argparse.Namespace, vocab: int, rates: Rates) -> None:
-    from pipeline import planner
-    from pipeline.console import format_bytes, print_table
-    from pipeline.footprint import per_rank_bytes
+    from pipeline.accounting import planner
+    from pipeline.accounting.footprint import per_rank_bytes
+    from pipeline.reporting.console import format_bytes, print_table
 
     windows, chunks = planner.windows_per_step(config, args.world_size), config.bptt.chunks_per_window
     rows, drawings = [], []
@@ -281,7 +281,7 @@ def _print_schedule(config: Config, args: argparse.Namespace, vocab: int, rates:
         header=header,
     )
     if args.png:
-        from pipeline.timeline import draw_timelines
+        from pipeline.schedule.draw import draw_timelines
 
         draw_timelines(args.png, drawings)
         print(f"\ntimeline: {args.png}")

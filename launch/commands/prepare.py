@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from launch.arguments import count, number, seed
-from launch.terminal import visible
+from launch.commands.terminal import visible
 
 if TYPE_CHECKING:
-    from data.manifest import Manifest, SourceEntry
-    from data.prepare import Prepared, Report
+    from data.preparation.prepare import Prepared, Report
+    from data.prepared.manifest import Manifest, SourceEntry
 
 _SOURCES = """\
 sources:
@@ -130,8 +130,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from data.prepare import PrepareOptions, prepare
-    from data.sources import TEXT_PATTERNS
+    from data.preparation.prepare import PrepareOptions, prepare
+    from data.preparation.sources import TEXT_PATTERNS
 
     options = PrepareOptions(
         tokenizer=args.tokenizer,
@@ -162,7 +162,7 @@ def _note(text: str) -> None:
 
 
 def _size(option: str, text: str) -> int:
-    from data.sources import parse_size
+    from data.preparation.sources import parse_size
 
     try:
         return parse_size(text)

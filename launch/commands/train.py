@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from launch.arguments import count, port, processes
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
 LATEST = "latest"
 
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_restarts is not None:
         raise ValueError("--max-restarts needs --nproc: else torchrun or the scheduler restarts (MAX_RESTARTS=N there)")
 
-    from launch.worker import run_rank
-    from launch.world import join_world
+    from launch.processes.worker import run_rank
+    from launch.processes.world import join_world
 
     world_size = join_world(args.master_port)
     config = run_rank(lambda: checked_config(args, world_size), None)
@@ -70,8 +70,8 @@ def checked_config(args: argparse.Namespace, world_size: int) -> Config:
         ConfigError: it cannot.
         OSError: the file cannot be read.
     """
-    from pipeline.config_io import load_config
-    from pipeline.validate import validate
+    from pipeline.config.load import load_config
+    from pipeline.config.validate import validate
 
     config = load_config(args.config, args.overrides)
     validate(config, world_size, file=args.config, overrides=args.overrides)
@@ -79,8 +79,8 @@ def checked_config(args: argparse.Namespace, world_size: int) -> Config:
 
 
 def _start(args: argparse.Namespace) -> int:
-    from launch.agent import launch_workers
-    from launch.world import refuse_nproc_in_a_rank
+    from launch.processes.agent import launch_workers
+    from launch.processes.world import refuse_nproc_in_a_rank
 
     refuse_nproc_in_a_rank()
     checked_config(args, args.nproc)  # an error is told once, before any process starts
@@ -91,6 +91,6 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _train(config: Config, resume: str | None) -> int:
-    from pipeline.trainer import train
+    from pipeline.training.trainer import train
 
     return train(config, resume)

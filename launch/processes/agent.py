@@ -1,8 +1,8 @@
 """Start the ranks of a run on this node: torchrun's agent and options, without its noise, passing signals on.
 
-`python -m launch.agent OPTIONS -m MODULE ARGUMENTS...` takes torchrun's options. torchrun itself buries the reason of a
-failure under a banner whose 'root cause' is a guess among ranks that fail within the same second, and kills the ranks
-30 s after a signal, however long saving takes.
+`python -m launch.processes.agent OPTIONS -m MODULE ARGUMENTS...` takes torchrun's options. torchrun itself buries the
+reason of a failure under a banner whose 'root cause' is a guess among ranks that fail within the same second, and kills
+the ranks 30 s after a signal, however long saving takes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launch.worker import CLAIM_FOLDER, FOLLOWED, INTERRUPTED
-from launch.world import LOOPBACK, check_port
+from launch.processes.worker import CLAIM_FOLDER, FOLLOWED, INTERRUPTED
+from launch.processes.world import LOOPBACK, check_port
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -68,7 +68,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
     # One thread per rank: ranks on one machine share its cores. The libraries' own warnings about a peer that is gone
     # would bury the reason.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A limit on the run's time counts restarts in (`pipeline.resilience.StopRequest`).
+    # A limit on the run's time counts restarts in (`pipeline.training.resilience.StopRequest`).
     os.environ["INFINI_LAUNCH_TIME"] = str(time.time())
     if os.environ.get("INFINI_DEBUG") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -6,12 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-from launch.worker import run_rank
-from launch.world import join_world
+from launch.processes.worker import run_rank
+from launch.processes.world import join_world
 
 
 def main() -> int:
-    """Arguments: a file for the results, and the settings of `pipeline.bench_pipeline.measure` as JSON."""
+    """Arguments: a file for the results, and the settings of `pipeline.benchmarks.pipeline.measure` as JSON."""
     path, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     join_world()
     return run_rank(lambda: _measure(path, settings), path.parent)
@@ -20,8 +20,8 @@ def main() -> int:
 def _measure(path: Path, settings: dict) -> int:
     import torch
 
-    from pipeline.bench_pipeline import measure, write_results
-    from pipeline.topology import shutdown
+    from pipeline.benchmarks.pipeline import measure, write_results
+    from pipeline.parallel.topology import shutdown
 
     torch.set_num_threads(1)
     results = measure(**settings)

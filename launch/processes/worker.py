@@ -23,8 +23,8 @@ from typing import NoReturn, TypeVar
 import psutil
 
 from data.files import write_whole
-from launch.quiet import quiet_libraries
-from launch.world import attempt_id
+from launch.processes.quiet import quiet_libraries
+from launch.processes.world import attempt_id
 
 Result = TypeVar("Result")
 

@@ -3,8 +3,8 @@
 # against the number of pairs, side by side; every rule with and without short convolutions. Half an hour on two cores.
 # Everything lands in ./capacity. It can be stopped and run again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source launch/models.sh
+cd "$(dirname "$0")/../.."
+source launch/recipes/models.sh
 
 # A document asks for all that it holds; numbers of one digit, so that an answer is one token.
 pairs() { echo "recall:$1,length=$2,pairs=$3,questions=$3,digits=1,seed=$4"; }

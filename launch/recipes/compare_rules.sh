@@ -3,8 +3,8 @@
 # held-out loss by segment, side by side. Less than an hour on two cores; everything lands in ./compare. It can be stopped
 # and run again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source launch/models.sh
+cd "$(dirname "$0")/../.."
+source launch/recipes/models.sh
 
 MODELS=(
     "plain model.memory.rule=none"

@@ -2,7 +2,7 @@
 # The whole way in minutes on two cores: real text and passkey documents -> shards -> a tiny model trained on two
 # processes -> evaluation with and without its memory. `make demo` runs this; everything lands in ./demo.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 text=python:numpy,networkx,matplotlib,deepspeed,megatron.core
 

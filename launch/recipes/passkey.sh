@@ -2,7 +2,7 @@
 # Passkey retrieval up to a million tokens, from scratch on two cores: sets -> training on two processes -> the heat map
 # of depth and length. `make passkey` runs this; everything lands in ./passkey. It can be stopped and run again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 say() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
 

@@ -2,8 +2,8 @@
 # The passkey task made harder: hidden in real text, and with several named keys.
 # Everything lands in ./passkey; two hours on two cores. It can be stopped and run again. docs/science.md has how far it goes.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source launch/models.sh
+cd "$(dirname "$0")/../.."
+source launch/recipes/models.sh
 
 # prepare_set FOLDER NAME SOURCE...: a set with FOLDER's tokenizer.
 prepare_set() {

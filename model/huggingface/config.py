@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from model.config import MemoryConfig, ModelConfig, RopeScalingConfig
-from model.hf_describe import EXPORTED, MEMORY_SETTINGS
+from model.huggingface.describe import EXPORTED, MEMORY_SETTINGS
 
 
 class Family(NamedTuple):
@@ -67,7 +67,7 @@ def model_config(
     """The model section for a Hugging Face `config.json`, read as transformers reads it.
 
     Args:
-        hf: the contents of `config.json`, of the right types (see `pipeline.hf_schema`).
+        hf: the contents of `config.json`, of the right types (see `pipeline.huggingface.schema`).
         source: its path, for messages.
         segment_length: tokens that the local attention sees; None takes an exported model's own, and for others 2,048,
             or the model's context where that is shorter.
@@ -141,7 +141,7 @@ def model_config(
 
 
 def is_exported(hf: Mapping[str, Any]) -> bool:
-    """Whether this is a model of ours, with its memory (see `model.hf_describe`)."""
+    """Whether this is a model of ours, with its memory (see `model.huggingface.describe`)."""
     return hf.get("model_type") == EXPORTED
 
 

@@ -6,8 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from model.config import ModelConfig, RopeScalingConfig
-from model.hf_export.memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES
-from model.hf_weights import head_shape
+from model.huggingface.exported.memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES
+from model.huggingface.weights import head_shape
 from model.rules import has_convolution
 
 EXPORTED = "infini"
@@ -18,7 +18,7 @@ EXPORTED_CODE = {
     "AutoModel": "modeling_infini.InfiniModel",
     "AutoModelForCausalLM": "modeling_infini.InfiniForCausalLM",
 }
-"""Its `auto_map`: the code in `model.hf_export`, which goes with it."""
+"""Its `auto_map`: the code in `model.huggingface.exported`, which goes with it."""
 
 MEMORY_SETTINGS = (
     *("rule", "write_gate", "write_gate_bias", "short_convolution", "mix_gate", "gate_floor", "beta_init"),
@@ -41,7 +41,7 @@ _ROPE_SETTINGS = {
 
 
 def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """The model with its memory, for the files in `model.hf_export`.
+    """The model with its memory, for the files in `model.huggingface.exported`.
 
     Args:
         config: the model.

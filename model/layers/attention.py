@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.local_context import (
+from model.layers.local_context import (
     LocalContext,
     initial_state,
     join_state,
@@ -19,12 +19,12 @@ from model.local_context import (
     sliding_attention,
     split_state,
 )
-from model.memory import remember, write_gate
-from model.norm import RMSNorm
-from model.rotary import rotary_table, rotate
-from model.rule_parameters import add_rule_parameters, rule_inputs, rule_weights
+from model.layers.norm import RMSNorm
+from model.layers.rotary import rotary_table, rotate
+from model.layers.segment_cache import SegmentCache, Span, empty_cache, put
 from model.rules import State, Tokens, build_rule, layer_shape
-from model.segment_cache import SegmentCache, Span, empty_cache, put
+from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
+from model.rules.window import remember, write_gate
 
 GATE_BINS = 20
 """Bins of the write-gate histogram over [0, 1]."""

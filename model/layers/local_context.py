@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from model.config import ModelConfig
-from model.rotary import rotate
+from model.layers.rotary import rotate
 from model.rules import LayerShape, State, build_rule, extended_state
 
 Table = tuple[Tensor, Tensor]
-"""Of `model.rotary`."""
+"""Of `model.layers.rotary`."""
 
 
 class LocalContext(NamedTuple):

@@ -10,7 +10,7 @@ is 0 where a document starts. Contributions of neighbouring segments compose, so
 the same pieces.
 
 A rule is a pure function of its arguments, in float32 (or float64 when the caller's tensors are), without any
-`torch.distributed`: a tensor-parallel rank passes the heads it owns. `model.memory_reference` holds the same rules
+`torch.distributed`: a tensor-parallel rank passes the heads it owns. `model.rules.reference` holds the same rules
 written token by token; the tests compare the two.
 
 Shapes: b lanes, t segments of a window, n key/value heads of this rank, r query heads per key/value head, s tokens of a
@@ -159,11 +159,11 @@ class MemoryRule:
         return (state.M.detach().abs().amax(dim=(-1, -2)) > 0).to(state.M.dtype)
 
     def flops_per_token(self, layer: LayerShape) -> int:
-        """FLOPs of a forward pass in one layer, by the conventions of `pipeline.flops`."""
+        """FLOPs of a forward pass in one layer, by the conventions of `pipeline.accounting.flops`."""
         raise NotImplementedError
 
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int) -> tuple[int, int]:
-        """What autograd keeps in one layer of a rank, see `pipeline.footprint`.
+        """What autograd keeps in one layer of a rank, see `pipeline.accounting.footprint`.
 
         Args:
             layer: the rank's part of the layer.

@@ -26,9 +26,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.rules import build_rule
-from pipeline.config import Config
-from pipeline.derived import data_parallel_size, lanes_per_microbatch, lanes_per_rank, segments_per_chunk
-from pipeline.footprint import RankBytes
+from pipeline.accounting.footprint import RankBytes
+from pipeline.config.derived import data_parallel_size, lanes_per_microbatch, lanes_per_rank, segments_per_chunk
+from pipeline.config.schema import Config
 
 
 @dataclass(frozen=True)

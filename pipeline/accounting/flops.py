@@ -1,4 +1,6 @@
-"""What a model costs, by arithmetic: parameters, FLOPs per token, carried memory. Bytes per rank: `pipeline.footprint`.
+"""What a model costs, by arithmetic: parameters, FLOPs per token, carried memory.
+
+Bytes per rank are in `pipeline.accounting.footprint`.
 
 Conventions. A multiply-add is 2 FLOPs. Matrix products are counted; norms, softmax, rotary, normalisers and other
 element-wise work are not. What is counted is what the mathematics needs, not what a kernel happens to execute: local
@@ -33,9 +35,9 @@ import torch
 
 from model.config import ModelConfig
 from model.decoder import padded_vocab_size
-from model.local_context import initial_state
+from model.layers.local_context import initial_state
 from model.rules import build_rule, layer_shape
-from pipeline.derived import head_dim, num_query_groups
+from pipeline.config.derived import head_dim, num_query_groups
 
 
 def embedding_rows(config: ModelConfig, vocab: int | None = None) -> int:

@@ -29,7 +29,7 @@ and of one rank n query and g key/value heads of dimension d and an MLP width f,
                 + h c + 3 n m                              mix gate per token
     states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (the others)
 
-and the last stage h (2 m + e) for the final norm and e bytes per logit (see `model.loss`). A **chunk** is one
+and the last stage h (2 m + e) for the final norm and e bytes per logit (see `model.layers.loss`). A **chunk** is one
 microbatch's lanes x segments_per_window / chunks_per_window segments. Stage i of P holds chunks_per_window + P - 1 - i
 chunks (never more than a step has). Recomputation leaves less per chunk, and one part at a time in full:
 
@@ -52,14 +52,14 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.decoder import split_layers
 from model.rules import build_rule, layer_shape
-from pipeline.config import Config
-from pipeline.derived import (
+from pipeline.accounting.flops import embedding_rows, layer_parameters, memory_state_bytes
+from pipeline.config.derived import (
     data_parallel_size,
     lanes_per_microbatch,
     lanes_per_rank,
     segments_per_chunk,
 )
-from pipeline.flops import embedding_rows, layer_parameters, memory_state_bytes
+from pipeline.config.schema import Config
 
 OPTIMIZER_COPIES = 3
 """Of every parameter: DeepSpeed's own copy and Adam's two moments."""

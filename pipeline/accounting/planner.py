@@ -17,13 +17,13 @@ from megatron.core import parallel_state
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.device import prepare_megatron
 from model.sharding import full_shape, partition_of
-from pipeline.communication import chunk_tokens, data_bytes, number_bytes, tensor_bytes
-from pipeline.config import Config
-from pipeline.derived import lanes_per_microbatch, lanes_per_rank, model_parallel_size
-from pipeline.flops import forward_flops_per_token, parameter_count
-from pipeline.footprint import per_rank_bytes
-from pipeline.schedule import Kind, build_schedule
-from pipeline.simulate import Costs, Timeline, simulate
+from pipeline.accounting.communication import chunk_tokens, data_bytes, number_bytes, tensor_bytes
+from pipeline.accounting.flops import forward_flops_per_token, parameter_count
+from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.config.derived import lanes_per_microbatch, lanes_per_rank, model_parallel_size
+from pipeline.config.schema import Config
+from pipeline.schedule.operations import Kind, build_schedule
+from pipeline.schedule.simulate import Costs, Timeline, simulate
 
 LATENCY_S = 20e-6
 """From sending to receiving between two nodes, beside the bytes' own time."""

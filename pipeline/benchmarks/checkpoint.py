@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.bench_step import random_batch
-from pipeline.config import Config
-from pipeline.config_io import load_config
-from pipeline.executor import Executor
-from pipeline.optimizer import ZeroOptimizer
-from pipeline.saving import CheckpointSaver, RunState, SaveReport, Snapshot, take_snapshot
-from pipeline.schedule import build_schedule
-from pipeline.setup import build_stage
-from pipeline.topology import initialize
+from pipeline.benchmarks.step import random_batch
+from pipeline.checkpoint.writer import CheckpointSaver, RunState, SaveReport, Snapshot, take_snapshot
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.parallel.optimizer import ZeroOptimizer
+from pipeline.parallel.setup import build_stage
+from pipeline.parallel.topology import initialize
+from pipeline.schedule.executor import Executor
+from pipeline.schedule.operations import build_schedule
 
 MODEL = [
     "model.num_layers=4",

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.tokenizer import byte_tokenizer
-from pipeline.bench_step import peak_rss_bytes
-from pipeline.config_io import load_config
-from pipeline.generate import BLOCK_CHARACTERS, Generator
-from pipeline.incremental import LaneState
-from pipeline.memory_file import Identity
-from pipeline.streaming import Streamer
-from pipeline.topology import initialize
+from data.tokenizer.tokenizer import byte_tokenizer
+from pipeline.benchmarks.step import peak_rss_bytes
+from pipeline.config.load import load_config
+from pipeline.inference.generate import BLOCK_CHARACTERS, Generator
+from pipeline.inference.incremental import LaneState
+from pipeline.inference.memory_file import Identity
+from pipeline.inference.streaming import Streamer
+from pipeline.parallel.topology import initialize
 
 MODEL = ["model.num_attention_heads=4", "model.num_query_groups=2", "model.memory.rule=delta"]
 SEED = 0

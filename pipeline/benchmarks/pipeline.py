@@ -21,12 +21,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.bench_step import Step, random_batch, tracked_peak
-from pipeline.config import Config
-from pipeline.config_io import load_config
-from pipeline.schedule import COMPUTE, Kind, Operation
-from pipeline.simulate import SENDS, Costs, Event, Timeline, simulate
-from pipeline.topology import initialize
+from pipeline.benchmarks.step import Step, random_batch, tracked_peak
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.parallel.topology import initialize
+from pipeline.schedule.operations import COMPUTE, Kind, Operation
+from pipeline.schedule.simulate import SENDS, Costs, Event, Timeline, simulate
 
 MODEL = [
     "model.num_layers=8",

@@ -13,13 +13,13 @@ from typing import Any
 import psutil
 import torch
 
-from data.lanes import WindowBatch
-from pipeline.config import Config
-from pipeline.executor import Executor, StepResult
-from pipeline.live_bytes import LiveBytes
-from pipeline.schedule import Operation, build_schedule
-from pipeline.setup import build_stage
-from pipeline.topology import Topology
+from data.lanes.loader import WindowBatch
+from pipeline.accounting.live_bytes import LiveBytes
+from pipeline.config.schema import Config
+from pipeline.parallel.setup import build_stage
+from pipeline.parallel.topology import Topology
+from pipeline.schedule.executor import Executor, StepResult
+from pipeline.schedule.operations import Operation, build_schedule
 
 
 def random_batch(config: Config, *, segments: int | None = None) -> WindowBatch:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from pipeline.bench_step import Step, in_fresh_process, peak_rss_bytes, random_batch, timed, tracked_peak
-from pipeline.config import Config
-from pipeline.config_io import load_config
-from pipeline.footprint import per_rank_bytes
-from pipeline.topology import initialize
+from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.benchmarks.step import Step, in_fresh_process, peak_rss_bytes, random_batch, timed, tracked_peak
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.parallel.topology import initialize
 
 WINDOW_MODEL = [
     "model.num_layers=2",
@@ -187,6 +187,6 @@ def document_gradients(
 
 
 def plain_bytes(config: Config) -> int:
-    """What plain backpropagation through the same document would keep, by `pipeline.footprint`."""
+    """What plain backpropagation through the same document would keep, by `pipeline.accounting.footprint`."""
     plain = replace(config, bptt=replace(config.bptt, recompute="none", chunks_per_window=1))
     return per_rank_bytes(plain, 1)[0].activations

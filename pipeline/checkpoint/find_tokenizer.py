@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.tokenizer import Tokenizer, load_tokenizer
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import SUMMARY
-from pipeline.config import Config
-from pipeline.config_io import ConfigError
+from data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from pipeline.checkpoint.folder import SUMMARY
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import Config
 
 
 def find_tokenizer(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import FileError, convert, decode_json, inside, open_regular, read_bytes, read_text, sealed, shown
-from pipeline.checkpoint_schema import FORMAT_VERSION, FileFacts, Part, Summary
+from pipeline.checkpoint.schema import FORMAT_VERSION, FileFacts, Part, Summary
 
 SUMMARY = "checkpoint.json"
 LATEST = "latest"

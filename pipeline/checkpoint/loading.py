@@ -1,4 +1,4 @@
-"""Opening checkpoints together, and putting what they hold into a run: the counterpart of `pipeline.saving`."""
+"""Opening checkpoints together, and putting what they hold into a run: `pipeline.checkpoint.writer`'s counterpart."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from model.decoder import DecoderStage
 from model.sharding import partition_of
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import CheckpointError, candidates, linked, read_latest
-from pipeline.executor import Memory
-from pipeline.optimizer import ZeroOptimizer
-from pipeline.topology import Topology, on_main
+from pipeline.checkpoint.folder import CheckpointError, candidates, linked, read_latest
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.parallel.optimizer import ZeroOptimizer
+from pipeline.parallel.topology import Topology, on_main
+from pipeline.schedule.executor import Memory
 
 
 def open_newest(run_dir: Path, warn) -> CheckpointReader | None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from model.decoder import DecoderStage, StageOptions
-from model.hf_weights import backbone_names
-from pipeline.config import Config
+from model.huggingface.weights import backbone_names
+from pipeline.config.schema import Config
 
 
 def memory_parameters(config: Config, vocab_size: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from model.sharding import Partition, full_shape, piece_bounds
-from pipeline.checkpoint_schema import MemoryEntry, ParameterEntry
+from pipeline.checkpoint.schema import MemoryEntry, ParameterEntry
 
 
 class Fragment(NamedTuple):

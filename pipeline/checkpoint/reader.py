@@ -25,7 +25,8 @@ from torch import Tensor
 
 from data.files import convert
 from model.sharding import Partition, full_shape
-from pipeline.checkpoint_folder import (
+from pipeline.accounting.flops import parameter_count
+from pipeline.checkpoint.folder import (
     SUMMARY,
     CheckpointError,
     checkpoint_errors,
@@ -34,13 +35,12 @@ from pipeline.checkpoint_folder import (
     read_part,
     read_summary,
 )
-from pipeline.checkpoint_parts import StoredMemory, StoredParameter, overlaps, stored_memory, stored_parameter
-from pipeline.checkpoint_schema import MemoryEntry, ParameterEntry
-from pipeline.config import Config
-from pipeline.config_io import ConfigError, stored_config
-from pipeline.flops import parameter_count
-from pipeline.tensor_reader import TensorReader
-from pipeline.validate import validate
+from pipeline.checkpoint.parts import StoredMemory, StoredParameter, overlaps, stored_memory, stored_parameter
+from pipeline.checkpoint.schema import MemoryEntry, ParameterEntry
+from pipeline.checkpoint.tensor_reader import TensorReader
+from pipeline.config.load import ConfigError, stored_config
+from pipeline.config.schema import Config
+from pipeline.config.validate import validate
 
 OPEN_FILES = 32
 """That a reader keeps open: a parameter's parts stand in few files, and the next one's in the same."""

@@ -74,7 +74,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """Where a lane stands: `data.lane_schedule.LaneCursor`, and the stream that it belongs to."""
+    """Where a lane stands: `data.lanes.schedule.LaneCursor`, and the stream that it belongs to."""
 
     taken: Annotated[list[Count], Meta(max_length=1 << 16)]
     consumed: Annotated[list[Count], Meta(max_length=1 << 16)]

@@ -1,6 +1,7 @@
 """Checkpoints that hold weights alone: written by an import, and what a new run may start from.
 
-They are checkpoints like any other (`pipeline.checkpoint`), of step 0, without moments, memory, lanes or random states.
+They are checkpoints like any other (`pipeline.checkpoint.reader`), of step 0, without moments, memory, lanes or random
+states.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch import Tensor
 
 from data.files import sealed, write_whole, writing
 from model.config import ModelConfig
-from model.hf_weights import backbone_weights, head_shape
+from model.huggingface.weights import backbone_weights, head_shape
 from model.sharding import partition_named, partition_of
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import SUMMARY, CheckpointError, checkpoint_name
-from pipeline.checkpoint_schema import FORMAT_VERSION
-from pipeline.config import Config
-from pipeline.optimizer import ZeroOptimizer
-from pipeline.saving import file_facts, move_latest
-from pipeline.setup import versions
-from pipeline.tensor_file import TensorFile
-from pipeline.topology import Topology
+from pipeline.checkpoint.folder import SUMMARY, CheckpointError, checkpoint_name
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.schema import FORMAT_VERSION
+from pipeline.checkpoint.tensor_file import TensorFile
+from pipeline.checkpoint.writer import file_facts, move_latest
+from pipeline.config.schema import Config
+from pipeline.parallel.optimizer import ZeroOptimizer
+from pipeline.parallel.setup import versions
+from pipeline.parallel.topology import Topology
 
 FILE_BYTES = 2 << 30
 """Files are cut at about this size, so that many processes can share the hashing."""

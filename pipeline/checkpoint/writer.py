@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data.files import sealed, shown, sync_folder, temporary_name, write_whole
 from model.sharding import partition_of
-from pipeline.checkpoint_folder import (
+from pipeline.checkpoint.folder import (
     LATEST,
     SUMMARY,
     checkpoint_folders,
@@ -34,11 +34,11 @@ from pipeline.checkpoint_folder import (
     leftovers,
     others_in,
 )
-from pipeline.checkpoint_schema import FORMAT_VERSION
-from pipeline.executor import Memory
-from pipeline.optimizer import ZeroOptimizer
-from pipeline.tensor_file import write_tensors
-from pipeline.topology import Topology
+from pipeline.checkpoint.schema import FORMAT_VERSION
+from pipeline.checkpoint.tensor_file import write_tensors
+from pipeline.parallel.optimizer import ZeroOptimizer
+from pipeline.parallel.topology import Topology
+from pipeline.schedule.executor import Memory
 
 
 @dataclass

@@ -139,7 +139,7 @@ BOUNDS: dict[str, Bound] = {
     "evaluate.passkey_grid.*.seeds": Bound(1, 10_000),
     "evaluate.seed": Bound(0, 1 << 62),
 }
-"""By key; `*` stands for the number of a list's item. `parallel.zero_stage` is a choice, see `pipeline.validate`."""
+"""By key; `*` stands for the number of a list's item. `parallel.zero_stage` is a choice: `pipeline.config.validate`."""
 
 
 def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, Number]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.config import ModelConfig
-from pipeline.config import Config
+from pipeline.config.schema import Config
 
 
 def num_query_groups(model: ModelConfig) -> int:

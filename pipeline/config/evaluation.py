@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.config_io import ConfigError, load_config, stored_config
-from pipeline.derived import model_parallel_size
-from pipeline.validate import validate
+from pipeline.config.derived import model_parallel_size
+from pipeline.config.load import ConfigError, load_config, stored_config
+from pipeline.config.schema import Config
+from pipeline.config.validate import validate
 
 OWN_LAYOUT = [
     "parallel.tensor=1",

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from data.files import shown
-from pipeline.config import Config
-from pipeline.config_values import list_item
+from pipeline.config.schema import Config
+from pipeline.config.values import list_item
 
 SYNONYMS = {
     "adam_beta1": "optimizer.betas",

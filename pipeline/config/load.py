@@ -1,6 +1,6 @@
 """Read, override and write a run's configuration: schema <- YAML file <- `key=value`, the last word wins.
 
-Every value is read by the type that its setting declares (`pipeline.config_values`) and assigned on its own to the
+Every value is read by the type that its setting declares (`pipeline.config.values`) and assigned on its own to the
 OmegaConf structured schema, so one message can name all mistakes of a file and the command line together, each with its
 key and what would be valid.
 
@@ -23,11 +23,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data.files import FileError, read_text, shown, write_whole
-from pipeline import config_yaml
-from pipeline.config import Config
-from pipeline.config_keys import UnknownKey, item_section, type_at
-from pipeline.config_values import MAX_ITEMS, MAX_TEXT, WrongValue, convert, is_interpolation, is_text
-from pipeline.config_yaml import Node, YamlError
+from pipeline.config import yaml as config_yaml
+from pipeline.config.keys import UnknownKey, item_section, type_at
+from pipeline.config.schema import Config
+from pipeline.config.values import MAX_ITEMS, MAX_TEXT, WrongValue, convert, is_interpolation, is_text
+from pipeline.config.yaml import Node, YamlError
 
 ENVIRONMENT = ("HOME", "PROJECT", "SCRATCH", "TMPDIR", "USER", "WORK")
 """Variables that a configuration may read: where files are, no secrets (the values are printed and stored)."""

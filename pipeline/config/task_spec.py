@@ -14,7 +14,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from data.sources import parse_size
+from data.preparation.sources import parse_size
 from data.synthetic import Spec
 
 MAX_SIZE = 1 << 40

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from model.config import LOCAL_CONTEXTS, MIX_GATES, QK_INITS, ROPE_SCALINGS, WRITE_GATES
 from model.rules import RULES
-from pipeline import derived
-from pipeline.bounds import PARAMETERS, TOKENS_PER_STEP, out_of_bounds
-from pipeline.config import (
+from pipeline.config import derived
+from pipeline.config.bounds import PARAMETERS, TOKENS_PER_STEP, out_of_bounds
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import (
     GRADIENTS,
     LR_SCHEDULES,
     PRECISIONS,
@@ -22,8 +23,7 @@ from pipeline.config import (
     STOP_SIGNALS,
     Config,
 )
-from pipeline.config_io import ConfigError
-from pipeline.task_spec import Task
+from pipeline.config.task_spec import Task
 
 CHOICES: dict[str, Collection[str]] = {
     "model.memory.rule": RULES,

@@ -18,7 +18,7 @@ import types
 import unicodedata
 from typing import Any, Union, get_args, get_origin
 
-from pipeline.config_yaml import Node
+from pipeline.config.yaml import Node
 
 MAX_TEXT = 4096
 """Characters of a text: the longest path that Linux opens."""

@@ -1,7 +1,7 @@
 """YAML without its guesses: what stands in the file, as text, for whoever knows which type a setting has.
 
 YAML 1.1 reads `2026_11_24` as a number, `12:30:00` as 45,000 and `on` as true, whatever the setting is. Here a scalar
-keeps its source text and whether it was quoted; `pipeline.config_values` makes a value of it by the setting's declared
+keeps its source text and whether it was quoted; `pipeline.config.values` makes a value of it by the setting's declared
 type. Of YAML's means only mappings, lists and scalars are read: no tags (objects), no anchors and aliases (a few lines
 of which can stand for gigabytes), no key twice.
 """

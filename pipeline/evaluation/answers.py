@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from data.lanes import WindowBatch
-from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
-from pipeline.executor import Memory, map_memory
-from pipeline.streaming import Document, Output, Streamer, spread_lanes
+from data.lanes.loader import WindowBatch
+from pipeline.evaluation.intervals import ratio_intervals, resample_counts, wilson_interval
+from pipeline.inference.streaming import Document, Output, Streamer, spread_lanes
+from pipeline.schedule.executor import Memory, map_memory
 
 CONTROLS = ("on", "off", "shuffled")
 SMALLEST_SPLIT = 4

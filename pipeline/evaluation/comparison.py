@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import plots, report, task_report
-from pipeline.bootstrap import ratio_intervals, resample_counts
-from pipeline.console import make_console, print_table
-from pipeline.report import Results
+from pipeline.evaluation import plots, report, task_report
+from pipeline.evaluation.intervals import ratio_intervals, resample_counts
+from pipeline.evaluation.report import Results
+from pipeline.reporting.console import make_console, print_table
 
 COMPARISON = "comparison.json"
 RUNS_PER_TABLE = 3

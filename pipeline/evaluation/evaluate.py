@@ -17,22 +17,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.shards import PreparedSet
+from data.prepared.shards import PreparedSet
 from data.synthetic import is_synthetic
-from data.tokenizer import Tokenizer, load_tokenizer
-from pipeline import answers, heldout, passkey, report
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import find_checkpoint
-from pipeline.config import Config
-from pipeline.config_io import ConfigError
-from pipeline.console import progress
-from pipeline.evaluation_config import evaluation_config
-from pipeline.find_tokenizer import check_tokenizer
-from pipeline.setup import versions
-from pipeline.streaming import Document, Streamer, open_checkpoint
-from pipeline.task_spec import Task
-from pipeline.tasks import task_cells, task_results
-from pipeline.topology import Topology, initialize, on_main
+from data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from pipeline.checkpoint.find_tokenizer import check_tokenizer
+from pipeline.checkpoint.folder import find_checkpoint
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.evaluation import evaluation_config
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import Config
+from pipeline.config.task_spec import Task
+from pipeline.evaluation import answers, heldout, passkey, report
+from pipeline.evaluation.tasks import task_cells, task_results
+from pipeline.inference.streaming import Document, Streamer, open_checkpoint
+from pipeline.parallel.setup import versions
+from pipeline.parallel.topology import Topology, initialize, on_main
+from pipeline.reporting.console import progress
 
 FORMAT_VERSION = 2
 STATISTICS_SEGMENTS = 16
@@ -54,7 +54,7 @@ def evaluate_run(
     with_perplexity: bool = True,
     with_passkey: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a run; collective. `launch.world.join_world` (or torchrun) must have set the ranks' environment.
+    """Evaluate a run; collective. `launch.processes.world.join_world` (or torchrun) must have set the environment.
 
     Args:
         run_dir: the run's folder.

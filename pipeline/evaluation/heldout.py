@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import PreparedSet
-from pipeline.bootstrap import ratio_intervals, resample_counts
-from pipeline.streaming import Document, Streamer, choose_lanes, roll_lanes
+from data.prepared.shards import PreparedSet
+from pipeline.evaluation.intervals import ratio_intervals, resample_counts
+from pipeline.inference.streaming import Document, Streamer, choose_lanes, roll_lanes
 
 
 def choose_documents(

@@ -1,4 +1,4 @@
-"""Passkey retrieval over a grid of lengths and depths, scored by `pipeline.answers`.
+"""Passkey retrieval over a grid of lengths and depths, scored by `pipeline.evaluation.answers`.
 
 A document of L segments has exactly L * S + 1 tokens, so that it fills its segments and the answer ends the last one.
 Whole fillers rarely come out even: what is missing is the end of a filler, behind the needle. All documents of all
@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import PreparedSet
+from data.prepared.shards import PreparedSet
 from data.synthetic import PasskeyGenerator
-from data.tokenizer import Tokenizer
-from pipeline.answers import CONTROLS, Cell, score
-from pipeline.config import Config, EvaluateConfig
-from pipeline.config_io import ConfigError
-from pipeline.streaming import Document, repeating_document
+from data.tokenizer.tokenizer import Tokenizer
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import Config, EvaluateConfig
+from pipeline.evaluation.answers import CONTROLS, Cell, score
+from pipeline.inference.streaming import Document, repeating_document
 
 FIRST_SEED = 1 << 63
 """Seeds of prepared passkey sets are smaller: no training document has an evaluation's seed."""

@@ -25,7 +25,7 @@ from pipeline.figures import (
     show_some_ticks,
     titled_figure,
 )
-from pipeline.metrics import RESERVED_NAMES, layer_metric, layer_name, read_metrics
+from pipeline.reporting.metrics import RESERVED_NAMES, layer_metric, layer_name, read_metrics
 
 GATE_BINS = 20
 SMOOTH_FROM_POINTS = 60
@@ -200,7 +200,7 @@ def training_curves(path: str | Path, metrics_jsonl: str | Path) -> None:
     """Plot what a run's `metrics.jsonl` holds: losses, learning rates, gradient norm, tokens per second, and of every
     layer the gates, the memory's part of the output and the size of the memory.
 
-    Panels without data are left out. Metrics go by the names in `pipeline.metrics`.
+    Panels without data are left out. Metrics go by the names in `pipeline.reporting.metrics`.
 
     Raises:
         OSError: the file cannot be read.

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from data.files import write_whole
-from pipeline import plots, task_report
-from pipeline.console import format_duration, make_console, print_table
-from pipeline.metrics import METRICS_FILE, TENSORBOARD_FOLDER
+from pipeline.evaluation import plots, task_report
+from pipeline.reporting.console import format_duration, make_console, print_table
+from pipeline.reporting.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
 RESULTS = "results.json"
 DEPTHS_SHOWN = 5

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline import plots
-from pipeline.console import print_table
+from pipeline.evaluation import plots
+from pipeline.reporting.console import print_table
 
 Results = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Synthetic tasks as evaluations: cells from a spec (see `pipeline.task_spec`), scored by `pipeline.answers`."""
+"""Synthetic tasks as evaluations: cells from a spec (`pipeline.config.task_spec`), scored by `evaluation.answers`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from data.synthetic import Generator, build_generator, task_options
-from data.tokenizer import Tokenizer
-from pipeline.answers import CONTROLS, Cell, score
-from pipeline.passkey import evaluation_seed
-from pipeline.streaming import Document, array_document
-from pipeline.task_spec import Settings, Task
+from data.tokenizer.tokenizer import Tokenizer
+from pipeline.config.task_spec import Settings, Task
+from pipeline.evaluation.answers import CONTROLS, Cell, score
+from pipeline.evaluation.passkey import evaluation_seed
+from pipeline.inference.streaming import Document, array_document
 
 
 def task_cells(task: Task, tokenizer: Tokenizer, segment_length: int, seed: int) -> list[Cell]:

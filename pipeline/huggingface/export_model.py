@@ -1,8 +1,8 @@
 """A checkpoint as a Hugging Face folder that `transformers` loads, one tensor at a time.
 
-With its memory the model goes with the code in `model.hf_export`; `plain` leaves the memory out and writes an ordinary
-Llama, Qwen 2 or Qwen 3. Everything is checked before anything is written, and the folder gets its name when it is
-whole.
+With its memory the model goes with the code in `model.huggingface.exported`; `plain` leaves the memory out and writes
+an ordinary Llama, Qwen 2 or Qwen 3. Everything is checked before anything is written, and the folder gets its name when
+it is whole.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 import torch
 
 from data.files import making_folder, write_whole, writing
-from data.hf_tokenizer import tokenizer_files
-from data.tokenizer import INFO, TOKENIZER_JSON, Tokenizer, tokenizer_of_files
-from model import hf_export
+from data.tokenizer.huggingface import tokenizer_files
+from data.tokenizer.tokenizer import INFO, TOKENIZER_JSON, Tokenizer, tokenizer_of_files
 from model.config import ModelConfig
-from model.hf_describe import describe_infini, describe_plain
-from model.hf_weights import Weight, backbone_weights, memory_weight
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import CheckpointError, find_checkpoint
-from pipeline.find_tokenizer import find_tokenizer
-from pipeline.hf_schema import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_CONFIG
-from pipeline.hf_tokens import TOKEN_IDS, SourceTokens, as_json, source_tokens
-from pipeline.tensor_file import TensorFile
+from model.huggingface import exported
+from model.huggingface.describe import describe_infini, describe_plain
+from model.huggingface.weights import Weight, backbone_weights, memory_weight
+from pipeline.checkpoint.find_tokenizer import find_tokenizer
+from pipeline.checkpoint.folder import CheckpointError, find_checkpoint
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.tensor_file import TensorFile
+from pipeline.huggingface.schema import CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER_CONFIG
+from pipeline.huggingface.tokens import TOKEN_IDS, SourceTokens, as_json, source_tokens
 
 SHARD_BYTES = 5 * 10**9
 """Of one safetensors file."""
@@ -222,7 +222,7 @@ def _write_weights(
 
 def _code() -> dict[str, bytes]:
     """The files that `trust_remote_code` runs."""
-    folder = Path(hf_export.__path__[0])
+    folder = Path(exported.__path__[0])
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*_infini.py"))}
 
 

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.files import open_regular, shown
-from model.hf_config import is_exported
-from model.hf_describe import EXPORTED_CODE
-from pipeline.hf_schema import CONFIG, INDEX, ModelSettings, WeightIndex, file_of, read_settings
-from pipeline.hf_tokens import SourceTokens, read_tokens
+from model.huggingface.config import is_exported
+from model.huggingface.describe import EXPORTED_CODE
+from pipeline.huggingface.schema import CONFIG, INDEX, ModelSettings, WeightIndex, file_of, read_settings
+from pipeline.huggingface.tokens import SourceTokens, read_tokens
 
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
@@ -35,7 +35,7 @@ class ModelSource(Protocol):
 
     path: Path
     config: dict[str, Any]
-    """As in Hugging Face's `config.json`, of the types that `pipeline.hf_schema` declares."""
+    """As in Hugging Face's `config.json`, of the types that `pipeline.huggingface.schema` declares."""
     config_name: str
     """Where the configuration stands, for messages."""
     shapes: dict[str, tuple[int, ...]]
@@ -196,7 +196,7 @@ def open_source(path: Path) -> ModelSource:
     if path.is_dir():
         return FolderSource(path)
     if path.suffix == ".gguf" and path.exists():
-        from pipeline.gguf_source import GgufSource
+        from pipeline.huggingface.gguf_source import GgufSource
 
         return GgufSource(path)
     raise ValueError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from data.files import FileError, convert, shown
 from model.config import RopeScalingConfig
-from model.rotary import scaled_frequencies
-from pipeline.gguf_header import GgufTensor, read_header
-from pipeline.hf_schema import ModelSettings
-from pipeline.hf_tokens import SourceTokens, read_tokens, write_folder
+from model.layers.rotary import scaled_frequencies
+from pipeline.huggingface.gguf_header import GgufTensor, read_header
+from pipeline.huggingface.schema import ModelSettings
+from pipeline.huggingface.tokens import SourceTokens, read_tokens, write_folder
 
 _LAYER_PARTS = {
     "attn_norm": "input_layernorm",
@@ -66,7 +66,7 @@ _SETTINGS = {
 
 
 class GgufSource:
-    """See `pipeline.hf_source.ModelSource`.
+    """See `pipeline.huggingface.folder_source.ModelSource`.
 
     Raises:
         ValueError: the file is damaged, or its architecture is not Llama's; names what it found.

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from data.files import making_folder, write_whole
-from data.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 from model.config import MemoryConfig, ModelConfig
-from model.hf_config import is_exported, model_config
-from model.hf_weights import Weight, backbone_weights, memory_weight
-from pipeline.config import Config, OptimizerConfig, TrainConfig
-from pipeline.config_io import ConfigError
-from pipeline.config_yaml import dump
-from pipeline.hf_source import ModelSource, open_source
-from pipeline.hf_tokens import SourceTokens
-from pipeline.initial_memory import memory_parameters
-from pipeline.validate import validate
-from pipeline.weights import write_weights
+from model.huggingface.config import is_exported, model_config
+from model.huggingface.weights import Weight, backbone_weights, memory_weight
+from pipeline.checkpoint.memory_parameters import memory_parameters
+from pipeline.checkpoint.weights_only import write_weights
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import Config, OptimizerConfig, TrainConfig
+from pipeline.config.validate import validate
+from pipeline.config.yaml import dump
+from pipeline.huggingface.folder_source import ModelSource, open_source
+from pipeline.huggingface.tokens import SourceTokens
 
 BETA_LR_SCALE = 100.0
 """In the configuration that an import writes: with the backbone's rate beta stays where it starts."""
@@ -62,7 +62,7 @@ def import_model(
         source: folder of a Hugging Face model, or a GGUF file of the Llama family.
         out: folder that does not exist yet.
         memory: what a plain model does not have; None for a model that this project exported, which keeps its own.
-        segment_length: tokens that the local attention sees; None: see `model.hf_config.model_config`.
+        segment_length: tokens that the local attention sees; None: see `model.huggingface.config.model_config`.
         progress: called with the number of elements read, parameter by parameter.
 
     Returns:
@@ -140,7 +140,7 @@ def _trained_memory(source: ModelSource, initial: dict[str, Tensor]) -> dict[str
 
 
 def _validate(config: Config, source: ModelSource) -> None:
-    """See `pipeline.validate`; what is wrong goes by the names of the file that says it."""
+    """See `pipeline.config.validate`; what is wrong goes by the names of the file that says it."""
     try:
         validate(config, data_exists=False)
     except ConfigError as error:

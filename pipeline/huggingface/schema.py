@@ -92,7 +92,7 @@ class ModelSettings(msgspec.Struct):
     transformers_weights: Any = None
     auto_map: Any = None
 
-    # A model that this project exported (see `model.hf_describe`).
+    # A model that this project exported (see `model.huggingface.describe`).
     qkv_bias: bool | None = None
     qk_norm: bool | None = None
     segment_length: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] | None = None

@@ -18,12 +18,12 @@ from typing import Any
 import msgspec
 
 from data.files import FileError, shown, write_whole
-from data.special_tokens import TOKENIZER_FILES, begin_tokens, end_token
-from data.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
-from data.tokenizer_library import TOKENIZER_LIMIT, open_backend
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import find_checkpoint
-from pipeline.hf_schema import (
+from data.tokenizer.library import TOKENIZER_LIMIT, open_backend
+from data.tokenizer.special_tokens import TOKENIZER_FILES, begin_tokens, end_token
+from data.tokenizer.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
+from pipeline.checkpoint.folder import find_checkpoint
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.huggingface.schema import (
     ADDED_TOKENS,
     CONFIG,
     GENERATION_CONFIG,

@@ -19,19 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.tokenizer import Tokenizer
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import find_checkpoint
-from pipeline.evaluation_config import generation_config
-from pipeline.find_tokenizer import find_tokenizer
-from pipeline.hf_tokens import source_tokens
-from pipeline.incremental import IncrementalModel, LaneState
-from pipeline.loading import open_verified
-from pipeline.memory_file import Identity, load_memory, save_memory
-from pipeline.sampling import Sampling, choose
-from pipeline.streaming import Streamer
-from pipeline.text_stream import TextStream
-from pipeline.topology import initialize, on_main
+from data.tokenizer.tokenizer import Tokenizer
+from pipeline.checkpoint.find_tokenizer import find_tokenizer
+from pipeline.checkpoint.folder import find_checkpoint
+from pipeline.checkpoint.loading import open_verified
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.evaluation import generation_config
+from pipeline.huggingface.tokens import source_tokens
+from pipeline.inference.incremental import IncrementalModel, LaneState
+from pipeline.inference.memory_file import Identity, load_memory, save_memory
+from pipeline.inference.sampling import Sampling, choose
+from pipeline.inference.streaming import Streamer
+from pipeline.inference.text_stream import TextStream
+from pipeline.parallel.topology import initialize, on_main
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Generator:
     ) -> Generator:
         """The model of a run's newest checkpoint, or of a checkpoint's folder; collective.
 
-        `launch.world.join_world` (or torchrun) must have set the ranks' environment.
+        `launch.processes.world.join_world` (or torchrun) must have set the ranks' environment.
 
         Args:
             overrides: `key=value` settings: the layout, `train.precision`.
@@ -227,7 +227,7 @@ class Generator:
         return self.complete(self.read(prompts, after), **options)
 
     def save(self, state: LaneState, path: str | Path) -> None:
-        """Write what was read to a file, see `pipeline.memory_file`; collective."""
+        """Write what was read to a file, see `pipeline.inference.memory_file`; collective."""
         save_memory(Path(path), state, self.model, self.identity)
 
     def load(self, path: str | Path) -> LaneState:

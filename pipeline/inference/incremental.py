@@ -1,8 +1,8 @@
 """Reading prompts of any length and decoding token by token, at a memory that does not depend on what was read.
 
 Whole segments go through the window-parallel forward, all lanes that have some at once. The last, partial segment of a
-lane lives in a cache of keys and values (`model.segment_cache`); when it is full it is written to the memory. Lanes are
-independent: each has its own position in its segment.
+lane lives in a cache of keys and values (`model.layers.segment_cache`); when it is full it is written to the memory.
+Lanes are independent: each has its own position in its segment.
 
 One token of a lane, the last one known, is always kept back: the next token is predicted by feeding it. So reading
 needs no predictions, and a state can be kept after a document and continued with anything.
@@ -19,9 +19,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from model.segment_cache import SegmentCache, Span
-from pipeline.executor import Memory, map_memory
-from pipeline.streaming import Streamer, segments_to_read
+from model.layers.segment_cache import SegmentCache, Span
+from pipeline.inference.streaming import Streamer, segments_to_read
+from pipeline.schedule.executor import Memory, map_memory
 
 EXTEND_TOKENS = 2048
 """Tokens, all lanes together, that go through the cache at once: their scores against the segment take memory."""

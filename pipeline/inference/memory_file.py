@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.files import FileError, decode_json, shown
-from model.local_context import initial_state
+from model.layers.local_context import initial_state
 from model.rules import layer_shape
-from pipeline.checkpoint_schema import Hash
-from pipeline.executor import Memory
-from pipeline.incremental import IncrementalModel, LaneState
-from pipeline.tensor_file import tensor_bytes, write_tensors
-from pipeline.tensor_reader import TensorReader
-from pipeline.topology import on_main
+from pipeline.checkpoint.schema import Hash
+from pipeline.checkpoint.tensor_file import tensor_bytes, write_tensors
+from pipeline.checkpoint.tensor_reader import TensorReader
+from pipeline.inference.incremental import IncrementalModel, LaneState
+from pipeline.parallel.topology import on_main
+from pipeline.schedule.executor import Memory
 
 logger = logging.getLogger(__name__)
 

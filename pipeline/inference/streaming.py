@@ -16,19 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.lanes import WindowBatch
-from model.attention import MemoryStatistics
+from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage
-from model.local_context import join_state, split_state
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import CheckpointError
-from pipeline.config import Config
-from pipeline.executor import Executor, Memory, StepResult, map_memory
-from pipeline.loading import load_weights, open_verified
-from pipeline.memory_statistics import gather_statistics
-from pipeline.schedule import build_forward_schedule
-from pipeline.setup import build_stage
-from pipeline.topology import Topology
+from model.layers.attention import MemoryStatistics
+from model.layers.local_context import join_state, split_state
+from pipeline.checkpoint.folder import CheckpointError
+from pipeline.checkpoint.loading import load_weights, open_verified
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.schema import Config
+from pipeline.parallel.memory_statistics import gather_statistics
+from pipeline.parallel.setup import build_stage
+from pipeline.parallel.topology import Topology
+from pipeline.schedule.executor import Executor, Memory, StepResult, map_memory
+from pipeline.schedule.operations import build_forward_schedule
 
 WINDOW_TOKENS = {"cpu": 2_048, "cuda": 16_384}
 """Tokens of one window, all lanes together: enough that matrix products, not Python, take the time; on a CPU no more

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 
 UNKNOWN = "\ufffd"
 """What a tokenizer makes of bytes that are no character, or no whole one yet."""

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.parameter_groups import Kind
-from pipeline.topology import Topology
+from pipeline.parallel.parameter_groups import Kind
+from pipeline.parallel.topology import Topology
 
 
 class GradientNorm:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from model.attention import MemoryStatistics
-from pipeline.topology import Topology
+from model.layers.attention import MemoryStatistics
+from pipeline.parallel.topology import Topology
 
 
 def gather_statistics(

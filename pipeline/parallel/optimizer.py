@@ -22,12 +22,12 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from model.decoder import DecoderStage
-from model.hf_weights import backbone_names
-from pipeline.config import Config
-from pipeline.double_precision import in_double_precision
-from pipeline.gradient_norm import GradientNorm
-from pipeline.parameter_groups import Kind, all_kinds, choose_trainable, parameter_groups
-from pipeline.topology import Topology
+from model.huggingface.weights import backbone_names
+from pipeline.config.schema import Config
+from pipeline.parallel.double_precision import in_double_precision
+from pipeline.parallel.gradient_norm import GradientNorm
+from pipeline.parallel.parameter_groups import Kind, all_kinds, choose_trainable, parameter_groups
+from pipeline.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REDUCTIONS = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")

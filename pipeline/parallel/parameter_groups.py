@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from model.decoder import DecoderStage
-from model.hf_weights import backbone_names
-from pipeline.config import Config, OptimizerConfig
+from model.huggingface.weights import backbone_names
+from pipeline.config.schema import Config, OptimizerConfig
 
 
 class Kind(NamedTuple):

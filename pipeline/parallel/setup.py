@@ -7,11 +7,11 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
-from data.shards import PreparedSet
+from data.prepared.shards import PreparedSet
 from model.decoder import DecoderStage, StageOptions, split_layers
-from pipeline.config import Config
-from pipeline.config_io import ConfigError
-from pipeline.topology import Topology
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import Config
+from pipeline.parallel.topology import Topology
 
 
 def build_stage(config: Config, topology: Topology, vocab_size: int) -> DecoderStage:

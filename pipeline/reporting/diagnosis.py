@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import MemoryConfig
-from pipeline.metrics import METRICS_FILE, layer_metric, read_metrics
+from pipeline.reporting.metrics import METRICS_FILE, layer_metric, read_metrics
 
 MIN_STEPS = 200
 """Before so many steps nothing is said: gates move slowly, and warm-up alone takes 50."""

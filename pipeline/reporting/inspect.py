@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from data.shards import PreparedSet
-from model.attention import effective_rank
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import (
+from data.prepared.shards import PreparedSet
+from model.layers.attention import effective_rank
+from pipeline.checkpoint.folder import (
     CheckpointError,
     checkpoint_folders,
     file_damage,
@@ -21,11 +20,12 @@ from pipeline.checkpoint_folder import (
     read_latest,
     read_summary,
 )
-from pipeline.checkpoint_schema import Summary
-from pipeline.config import Config
-from pipeline.config_io import load_config
-from pipeline.diagnosis import Finding, LayerNumbers, diagnose, read_history
-from pipeline.metrics import METRICS_FILE, layer_metric, metric_lines, read_metrics
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.schema import Summary
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.reporting.diagnosis import Finding, LayerNumbers, diagnose, read_history
+from pipeline.reporting.metrics import METRICS_FILE, layer_metric, metric_lines, read_metrics
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Layer:
     norms: dict[str, float]
     """By field of the memory: M, and z where the rule has it."""
     effective_rank: float | None = None
-    """Of M, see `model.attention.effective_rank`; mean over lanes and heads."""
+    """Of M, see `model.layers.attention.effective_rank`; mean over lanes and heads."""
 
 
 @dataclass

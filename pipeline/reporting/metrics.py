@@ -7,7 +7,7 @@ Names are paths, one spelling from the trainer to the plots:
     optimizer/learning_rate  optimizer/learning_rate_<group>  optimizer/gradient_norm
     optimizer/zero_gradient_steps               steps so far whose gradient was exactly 0
     optimizer/unmoved_parameters                parameters (tensors) that learn, but have not moved since the start
-    gradient_norm/<kind>                        of the kinds of parameters: `pipeline.parameter_groups`
+    gradient_norm/<kind>                        of the kinds of parameters: `pipeline.parallel.parameter_groups`
     speed/tokens_per_s  speed/mfu               of the whole run; utilisation is a share, 0..1
     speed/step_s                                mean seconds per step, everything included
     speed/data_s  speed/forward_backward_s  speed/optimizer_s    of these, by phase
@@ -215,7 +215,7 @@ class MetricsWriter:
     def settings(self, step: int, settings: Mapping[str, Any], text: str) -> None:
         """Show a run's configuration in TensorBoard: nested `settings` as hyperparameters, and their `text` (YAML)."""
         if self._tensorboard is not None:
-            from pipeline.dashboard import show_settings
+            from pipeline.reporting.dashboard import show_settings
 
             show_settings(self._tensorboard, settings)
             self.text(step, "configuration", "".join(f"    {line}\n" for line in text.splitlines()))  # a code block

@@ -6,9 +6,9 @@ import math
 import time
 from collections.abc import Mapping
 
-from pipeline.config import Config
-from pipeline.console import format_bytes, format_count, format_duration
-from pipeline.metrics import layer_metric
+from pipeline.config.schema import Config
+from pipeline.reporting.console import format_bytes, format_count, format_duration
+from pipeline.reporting.metrics import layer_metric
 
 Metrics = Mapping[str, float]
 """The newest value of every scalar, by its name; `time` and `step` of the last line among them."""

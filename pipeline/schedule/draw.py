@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from pipeline.figures import TITLE_LINES, TITLE_POINTS, break_lines, lines_inches, plain, save_figure
-from pipeline.schedule import Kind
-from pipeline.simulate import Timeline
+from pipeline.schedule.operations import Kind
+from pipeline.schedule.simulate import Timeline
 
 COLORS = {
     Kind.FORWARD: "#4c78a8",

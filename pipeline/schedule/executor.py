@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.lanes import WindowBatch
-from model.attention import MemoryStatistics
+from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage, StageOutput
+from model.layers.attention import MemoryStatistics
 from model.rules import State
-from pipeline.schedule import Kind, Operation
-from pipeline.topology import Topology
+from pipeline.parallel.topology import Topology
+from pipeline.schedule.operations import Kind, Operation
 
 MAX_PENDING_SENDS = 2
 """Sends in flight before the oldest is waited for: what a stage keeps of other stages' traffic stays bounded."""
@@ -145,7 +145,7 @@ class Executor:
         """Run one step.
 
         Args:
-            operations: from `pipeline.schedule`; without backwards it is an evaluation and no graph is kept.
+            operations: from `pipeline.schedule.operations`; without backwards it is an evaluation and no graph is kept.
             batch: this rank's lanes; every stage gets the same one.
             memory: memory carried in, per layer, all of this rank's lanes.
             lanes_per_microbatch: lanes in one window of the schedule.

@@ -10,7 +10,7 @@ can the first backward run), alternates forward and backward while there are for
 backwards.
 
 Receives are posted one computation ahead of their use. With that, even sends that wait for their receiver (rendezvous)
-cannot deadlock; `tests/pipeline/test_schedule.py` proves it by exhaustive simulation over many shapes.
+cannot deadlock; `tests/pipeline/schedule/test_schedule.py` proves it by exhaustive simulation over many shapes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.schedule import COMPUTE, Kind, Operation, peak_live_chunks
+from pipeline.schedule.operations import COMPUTE, Kind, Operation, peak_live_chunks
 
 POSTS = {Kind.POST_FORWARD: Kind.WAIT_FORWARD, Kind.POST_BACKWARD: Kind.WAIT_BACKWARD}
 SENDS = {Kind.SEND_FORWARD: (Kind.WAIT_FORWARD, 1), Kind.SEND_BACKWARD: (Kind.WAIT_BACKWARD, -1)}
@@ -86,7 +86,7 @@ def simulate(programs: Sequence[Sequence[Operation]], costs: Costs) -> Timeline:
     """Play one step.
 
     Args:
-        programs: per stage its operations, from `pipeline.schedule`.
+        programs: per stage its operations, from `pipeline.schedule.operations`.
         costs: what they take.
 
     Raises:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from data.lanes import WindowBatch
-from pipeline.topology import Topology
+from data.lanes.loader import WindowBatch
+from pipeline.parallel.topology import Topology
 
 SHOWN = 4
 """Lanes, ranks and documents that a message names, of each."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from data.lanes import WindowBatch
-from pipeline.executor import StepResult
-from pipeline.topology import Topology
+from data.lanes.loader import WindowBatch
+from pipeline.parallel.topology import Topology
+from pipeline.schedule.executor import StepResult
 
 
 def to_device(batch: WindowBatch, device: torch.device) -> WindowBatch:

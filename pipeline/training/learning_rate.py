@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config import OptimizerConfig
+from pipeline.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

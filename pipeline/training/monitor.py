@@ -12,23 +12,24 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from data.lanes import WindowBatch
-from model.attention import MemoryStatistics
-from pipeline import config_yaml, derived
-from pipeline.console import RunConsole, print_table
-from pipeline.diagnosis import diagnose_run
-from pipeline.executor import StepResult
-from pipeline.flops import measured_matmul_peak, parameter_count, train_flops_per_token
-from pipeline.footprint import per_rank_bytes
-from pipeline.memory_statistics import gather_statistics
-from pipeline.metrics import MetricsWriter, ThroughputMeter, layer_name
-from pipeline.optimizer import StepOutcome
-from pipeline.saving import SaveReport
-from pipeline.stillness import SHORTEST_HORIZON, StillnessWatch
-from pipeline.topology import on_main
+from data.lanes.loader import WindowBatch
+from model.layers.attention import MemoryStatistics
+from pipeline.accounting.flops import measured_matmul_peak, parameter_count, train_flops_per_token
+from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.checkpoint.writer import SaveReport
+from pipeline.config import derived
+from pipeline.config import yaml as config_yaml
+from pipeline.parallel.memory_statistics import gather_statistics
+from pipeline.parallel.optimizer import StepOutcome
+from pipeline.parallel.topology import on_main
+from pipeline.reporting.console import RunConsole, print_table
+from pipeline.reporting.diagnosis import diagnose_run
+from pipeline.reporting.metrics import MetricsWriter, ThroughputMeter, layer_name
+from pipeline.schedule.executor import StepResult
+from pipeline.training.stillness import SHORTEST_HORIZON, StillnessWatch
 
 if TYPE_CHECKING:
-    from pipeline.trainer import Trainer
+    from pipeline.training.trainer import Trainer
 
 SEGMENT_BUCKETS = 20
 """Loss by segment index: 0, 1, 2-3, 4-7, ... (powers of two); the last bucket takes the rest."""

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import psutil
 import torch.distributed as dist
 
-from pipeline.config import ResilienceConfig
+from pipeline.config.schema import ResilienceConfig
 
 Result = TypeVar("Result")
 
@@ -162,7 +162,7 @@ class Watchdog:
         where = self._write_stacks(rank)
         self._done.wait(2 * pause)  # the others write theirs
         error = HangError(f"no progress for {waited_s:.0f} s, in {own}; {late}; {where}")
-        # What a thread's failure does is the process's own affair (`launch.worker` tells it once for all ranks).
+        # What a thread's failure does is the process's affair (`launch.processes.worker` tells it once for all ranks).
         threading.excepthook(threading.ExceptHookArgs((HangError, error, None, threading.current_thread())))
         os._exit(1)
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from pipeline.checkpoint_folder import candidates, find_checkpoint
-from pipeline.config_io import ConfigError, save_config
-from pipeline.find_tokenizer import check_run_folder, check_tokenizer
-from pipeline.loading import open_newest, open_verified
-from pipeline.saving import move_latest
-from pipeline.topology import on_main
-from pipeline.weights import start_from
+from pipeline.checkpoint.find_tokenizer import check_run_folder, check_tokenizer
+from pipeline.checkpoint.folder import candidates, find_checkpoint
+from pipeline.checkpoint.loading import open_newest, open_verified
+from pipeline.checkpoint.weights_only import start_from
+from pipeline.checkpoint.writer import move_latest
+from pipeline.config.load import ConfigError, save_config
+from pipeline.parallel.topology import on_main
 
 if TYPE_CHECKING:
-    from pipeline.trainer import Trainer
+    from pipeline.training.trainer import Trainer
 
 
 def begin(trainer: Trainer, resume: str | None) -> tuple[list[str], bool]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.optimizer import StepOutcome, ZeroOptimizer
+from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
 
 SHORTEST_HORIZON = 10
 """Steps that a kind of parameters learns before it is called still: the first windows may give it nothing to learn."""

@@ -12,24 +12,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.lanes import WindowBatch, build_loader
-from pipeline import derived
-from pipeline.agreement import agreed_weight
-from pipeline.batch_sums import global_sums, to_device
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import CheckpointError
-from pipeline.config import Config
-from pipeline.executor import Executor, Memory, StepResult, map_memory
-from pipeline.learning_rate import learning_rate
-from pipeline.loading import load_training, open_newest
-from pipeline.monitor import Monitor
-from pipeline.optimizer import ZeroOptimizer
-from pipeline.resilience import SpikeDetector, StopRequest, Watchdog
-from pipeline.saving import CheckpointSaver, RunState, take_snapshot
-from pipeline.schedule import Operation, build_schedule
-from pipeline.setup import build_stage, check_same_run, versions, vocabulary
-from pipeline.starting import begin
-from pipeline.topology import Topology, initialize, on_main, shutdown
+from data.lanes.loader import WindowBatch, build_loader
+from pipeline.checkpoint.folder import CheckpointError
+from pipeline.checkpoint.loading import load_training, open_newest
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.writer import CheckpointSaver, RunState, take_snapshot
+from pipeline.config import derived
+from pipeline.config.schema import Config
+from pipeline.parallel.optimizer import ZeroOptimizer
+from pipeline.parallel.setup import build_stage, check_same_run, versions, vocabulary
+from pipeline.parallel.topology import Topology, initialize, on_main, shutdown
+from pipeline.schedule.executor import Executor, Memory, StepResult, map_memory
+from pipeline.schedule.operations import Operation, build_schedule
+from pipeline.training.agreement import agreed_weight
+from pipeline.training.batch_sums import global_sums, to_device
+from pipeline.training.learning_rate import learning_rate
+from pipeline.training.monitor import Monitor
+from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog
+from pipeline.training.starting import begin
 
 
 class NonFiniteError(RuntimeError):

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.shards import PreparedSet
+from data.prepared.shards import PreparedSet
 from data.synthetic import FILLER, PasskeyGenerator, build_generator
 from data.synthetic.text_filler import TextFiller
 from data.synthetic.vocabulary import CODED_WORDS, NOUNS, coded_word
-from data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from tests.prepared import write_set
 
 TEXT = (

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.window import ProbeBatch, WindowBatch
+from data.lanes.window import ProbeBatch, WindowBatch
 from model.sharding import partition_of
-from pipeline import derived
-from pipeline.config_io import load_config
-from pipeline.executor import Executor
-from pipeline.schedule import build_schedule, expected_peak_live_chunks
-from pipeline.setup import build_stage
-from pipeline.topology import Topology
+from pipeline.config import derived
+from pipeline.config.load import load_config
+from pipeline.parallel.setup import build_stage
+from pipeline.parallel.topology import Topology
+from pipeline.schedule.executor import Executor
+from pipeline.schedule.operations import build_schedule, expected_peak_live_chunks
 from tests.distributed.grid import join
 
 VOCAB = 40

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.shards import BadDocumentError, PreparedSet
+from data.prepared.shards import BadDocumentError, PreparedSet
 from model.sharding import partition_of, unshard
-from pipeline.agreement import DifferentWindowsError
-from pipeline.config_io import ConfigError, load_config
-from pipeline.executor import map_memory
-from pipeline.topology import on_main
-from pipeline.trainer import NonFiniteError, Trainer
-from pipeline.validate import validate
+from pipeline.config.load import ConfigError, load_config
+from pipeline.config.validate import validate
+from pipeline.parallel.topology import on_main
+from pipeline.schedule.executor import map_memory
+from pipeline.training.agreement import DifferentWindowsError
+from pipeline.training.trainer import NonFiniteError, Trainer
 from tests.distributed.grid import join
 
 TINY = [

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.shards import PreparedSet
-from data.tokenizer import byte_tokenizer
-from pipeline import answers, evaluate, heldout
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import find_checkpoint
-from pipeline.config import Config
-from pipeline.evaluation_config import evaluation_config
-from pipeline.streaming import Document, Streamer, open_checkpoint, window
-from pipeline.task_spec import Task
-from pipeline.tasks import task_cells
+from data.prepared.shards import PreparedSet
+from data.tokenizer.tokenizer import byte_tokenizer
+from pipeline.checkpoint.folder import find_checkpoint
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.evaluation import evaluation_config
+from pipeline.config.schema import Config
+from pipeline.config.task_spec import Task
+from pipeline.evaluation import answers, evaluate, heldout
+from pipeline.evaluation.tasks import task_cells
+from pipeline.inference.streaming import Document, Streamer, open_checkpoint, window
 from tests.distributed.grid import join
 
 evaluate.initialize = join  # groups of an earlier case for the same layout

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-import pipeline.evaluate
-import pipeline.monitor
-import pipeline.saving
-import pipeline.trainer
-from data.lanes import LaneLoader
-from launch.worker import run_rank
+import pipeline.checkpoint.writer
+import pipeline.evaluation.evaluate
+import pipeline.training.monitor
+import pipeline.training.trainer
+from data.lanes.loader import LaneLoader
+from launch.processes.worker import run_rank
 from model.decoder import DecoderStage
-from pipeline.checkpoint import CheckpointReader
-from pipeline.config_io import load_config
-from pipeline.trainer import Trainer, train
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.load import load_config
+from pipeline.training.trainer import Trainer, train
 from tests.distributed.cases import TINY
 
 WORLD = 4
@@ -90,14 +90,14 @@ def fail_at(fault: Fault, folder: Path) -> None:
     Trainer.train_step = counted
     owner, name = {
         "loader": (LaneLoader, "_read_window"),
-        "to_device": (pipeline.trainer, "to_device"),
+        "to_device": (pipeline.training.trainer, "to_device"),
         "forward": (DecoderStage, "forward"),
-        "backward": (pipeline.trainer, "build_stage"),
+        "backward": (pipeline.training.trainer, "build_stage"),
         "exit": (DecoderStage, "forward"),
-        "statistics": (pipeline.monitor, "gather_statistics"),
+        "statistics": (pipeline.training.monitor, "gather_statistics"),
         "optimizer": (torch.optim.AdamW, "step"),
-        "writer": (pipeline.saving, "_write_part"),
-        "save": (pipeline.trainer, "take_snapshot"),
+        "writer": (pipeline.checkpoint.writer, "_write_part"),
+        "save": (pipeline.training.trainer, "take_snapshot"),
         "load": (CheckpointReader, "local_range"),
         "evaluate": (DecoderStage, "forward"),
     }[fault.place]
@@ -118,7 +118,9 @@ def fail_at(fault: Fault, folder: Path) -> None:
 def work(fault: Fault, run_dir: Path, data: str) -> int:
     """What a rank runs."""
     if fault.place == "evaluate":
-        pipeline.evaluate.evaluate_run(run_dir, data=[data], with_synthetic=False, overrides=["parallel.pipeline=2"])
+        pipeline.evaluation.evaluate.evaluate_run(
+            run_dir, data=[data], with_synthetic=False, overrides=["parallel.pipeline=2"]
+        )
         return 0
     settings = [*TINY, *LAYOUT, f"data.sets=[{{path: {data}}}]", f"run_dir={run_dir}"]
     settings += ["train.steps=2", "optimizer.warmup_steps=1"] if fault.place == "none" else []

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from data.tokenizer import Tokenizer
-from pipeline import generate
-from pipeline.generate import Generator
-from pipeline.sampling import Sampling
+from data.tokenizer.tokenizer import Tokenizer
+from pipeline.inference import generate
+from pipeline.inference.generate import Generator
+from pipeline.inference.sampling import Sampling
 from tests.distributed.grid import join
 
 generate.initialize = join  # groups of an earlier case for the same layout

@@ -1,14 +1,15 @@
 """Layouts that ranks go back to: one set of process groups per layout instead of one per case.
 
-`pipeline.topology.initialize` makes new groups at every call, for a process that calls it once. Gloo gives each of them
-three threads, which cost processor time even when nobody talks: a hundred cases would leave thousands per rank.
+`pipeline.parallel.topology.initialize` makes new groups at every call, for a process that calls it once. Gloo gives
+each of them three threads, which cost processor time even when nobody talks: a hundred cases would leave thousands per
+rank.
 """
 
 from __future__ import annotations
 
 from megatron.core import parallel_state
 
-from pipeline.topology import Topology, initialize
+from pipeline.parallel.topology import Topology, initialize
 
 _known: dict[tuple[int, int], tuple[Topology, dict[str, object]]] = {}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.worker import run_rank
-from launch.world import join_world
-from pipeline.resilience import Watchdog
+from launch.processes.worker import run_rank
+from launch.processes.world import join_world
+from pipeline.training.resilience import Watchdog
 
 
 def read_slowly(run_dir: Path) -> None:

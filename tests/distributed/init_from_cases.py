@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model.config import MemoryConfig
-from pipeline.import_hf import import_model
+from pipeline.huggingface.import_model import import_model
 from tests.distributed import cases
 from tests.distributed.grid import join
 

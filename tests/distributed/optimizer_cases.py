@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-from pipeline.config_io import load_config
-from pipeline.learning_rate import learning_rate
-from pipeline.setup import build_stage
+from pipeline.config.load import load_config
+from pipeline.parallel.setup import build_stage
+from pipeline.training.learning_rate import learning_rate
 from tests.distributed.cases import TINY, finish, make_trainer
 
 

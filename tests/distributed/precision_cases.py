@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import attention
-from pipeline.executor import Executor
-from pipeline.schedule import build_schedule
+from model.layers import attention
+from pipeline.schedule.executor import Executor
+from pipeline.schedule.operations import build_schedule
 from tests.distributed.bptt_cases import GATE_SCALE, prepare
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "triangular_solve", "linalg_solve_triangular")

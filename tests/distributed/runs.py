@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import psutil
 
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import SUMMARY
+from pipeline.checkpoint.folder import SUMMARY
+from pipeline.checkpoint.reader import CheckpointReader
 from tests.distributed import saving_cases
 from tests.distributed.cases import TINY
 

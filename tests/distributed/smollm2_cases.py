@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from model.config import MemoryConfig
-from pipeline.checkpoint_folder import find_checkpoint
-from pipeline.config_io import load_config
-from pipeline.import_hf import import_model
-from pipeline.streaming import Streamer, open_checkpoint
+from pipeline.checkpoint.folder import find_checkpoint
+from pipeline.config.load import load_config
+from pipeline.huggingface.import_model import import_model
+from pipeline.inference.streaming import Streamer, open_checkpoint
 from tests.distributed.grid import join
 from tests.smollm2 import SEGMENT
 
@@ -40,6 +40,6 @@ def first_segment(out: str, tokens: list[int], tensor: int, pipeline: int) -> di
 
 
 def _batch(streamer: Streamer, tokens: list[int]):
-    from pipeline.streaming import array_document
+    from pipeline.inference.streaming import array_document
 
     return streamer.window([array_document("text", np.array(tokens))], 0, 1, 0)

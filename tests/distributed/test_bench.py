@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline import bench_pipeline, bench_window
-from pipeline.bench_pipeline import Measured, Recorder, mean_costs, message_latency, order_agreement
-from pipeline.live_bytes import LiveBytes
-from pipeline.schedule import Kind, Operation, build_schedule, expected_peak_live_chunks
-from pipeline.simulate import Event, Timeline
+from pipeline.accounting.live_bytes import LiveBytes
+from pipeline.benchmarks import pipeline as bench_pipeline
+from pipeline.benchmarks import window as bench_window
+from pipeline.benchmarks.pipeline import Measured, Recorder, mean_costs, message_latency, order_agreement
+from pipeline.schedule.operations import Kind, Operation, build_schedule, expected_peak_live_chunks
+from pipeline.schedule.simulate import Event, Timeline
 
 pytestmark = pytest.mark.distributed
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.worker import FOLLOWED
+from launch.processes.worker import FOLLOWED
 from tests.distributed import cases, failing_ranks
 from tests.prepared import write_set
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from data.tokenizer import load_tokenizer
-from pipeline.config_io import load_config
+from data.tokenizer.tokenizer import load_tokenizer
+from pipeline.config.load import load_config
 from tests.distributed import cases, init_from_cases
 from tests.prepared import write_set
 

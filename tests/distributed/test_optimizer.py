@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.files import sealed
-from pipeline.checkpoint_folder import SUMMARY
+from pipeline.checkpoint.folder import SUMMARY
 from tests.distributed import cases, optimizer_cases
 from tests.prepared import write_set
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import SUMMARY, CheckpointError
+from pipeline.checkpoint.folder import SUMMARY, CheckpointError
+from pipeline.checkpoint.reader import CheckpointReader
 from tests.distributed import cases, saving_cases
 from tests.prepared import write_set
 

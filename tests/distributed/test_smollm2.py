@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.tokenizer import load_tokenizer
+from data.tokenizer.tokenizer import load_tokenizer
 from tests.distributed import smollm2_cases
 from tests.smollm2 import SEGMENT, gguf_file, real_text
 

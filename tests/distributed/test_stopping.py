@@ -85,8 +85,8 @@ INTERRUPTED = """
 import pathlib, time
 import torch.distributed as dist
 dist.get_rank = lambda: 0
-from pipeline.config import ResilienceConfig
-from pipeline.resilience import StopRequest
+from pipeline.config.schema import ResilienceConfig
+from pipeline.training.resilience import StopRequest
 stop = StopRequest(ResilienceConfig(), pathlib.Path("nowhere"))
 stop.install()
 print("ready", flush=True)
@@ -112,7 +112,7 @@ def test_second_interrupt_leaves_at_once():
 HANG = """
 import sys
 from pathlib import Path
-from launch.agent import launch_workers
+from launch.processes.agent import launch_workers
 sys.exit(launch_workers("tests.distributed.hanging_rank", sys.argv[1:], 2))
 """
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import __version__, cli, train, world
-from pipeline.config_io import load_config
+from launch import __version__, cli
+from launch.commands import train
+from launch.processes import world
+from pipeline.config.load import load_config
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -35,8 +37,8 @@ def run_yaml(tmp_path) -> Path:
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """Takes the place of pipeline.trainer; its `calls` are (config, resume)."""
-    module = types.ModuleType("pipeline.trainer")
+    """Takes the place of pipeline.training.trainer; its `calls` are (config, resume)."""
+    module = types.ModuleType("pipeline.training.trainer")
     module.calls = []
     module.error = None
 
@@ -47,14 +49,14 @@ def trainer(monkeypatch):
         return 0
 
     module.train = fake_train
-    monkeypatch.setitem(sys.modules, "pipeline.trainer", module)
+    monkeypatch.setitem(sys.modules, "pipeline.training.trainer", module)
     return module
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """Calls of launch_workers, which starts nothing."""
-    from launch import agent
+    from launch.processes import agent
 
     calls = []
     monkeypatch.setattr(agent, "launch_workers", lambda *arguments: calls.append(arguments) or 0)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, inspect, worker
+from launch import cli
+from launch.commands import inspect
+from launch.processes import worker
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "command_line.md"
 
@@ -26,7 +28,7 @@ def test_every_code_of_the_program_is_in_the_table():
 
 def test_no_other_code_is_left_with():
     numbers = set()
-    for path in [*Path(cli.__file__).parent.glob("*.py"), *DOCUMENT.parents[1].glob("pipeline/*.py")]:
+    for path in [*Path(cli.__file__).parent.rglob("*.py"), *DOCUMENT.parents[1].glob("pipeline/**/*.py")]:
         numbers |= {int(n) for n in re.findall(r"(?:_exit|sys\.exit|_leave)\((\d+)\)", path.read_text())}
     assert numbers <= {int(code) for code in documented() if code.isdigit()}
 

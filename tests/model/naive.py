@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.memory_reference import window_convolution, window_deltanet, window_normalized
 from model.rules import has_convolution
+from model.rules.reference import window_convolution, window_deltanet, window_normalized
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

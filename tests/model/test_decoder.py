@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.lane_schedule import WeightedSet
-from data.lanes import LaneLoader
+from data.lanes.loader import LaneLoader
+from data.lanes.schedule import WeightedSet
 from model.config import QK_INITS
 from model.decoder import padded_vocab_size, split_layers
 from model.rules import RULES

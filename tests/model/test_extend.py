@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.segment_cache import Span
+from model.layers.segment_cache import Span
 from tests.model.build import VOCAB, small_config, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -10,11 +10,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline import plots
+from pipeline.evaluation import plots
 from pipeline.figures import DPI, Legend, break_lines, text_inches
-from pipeline.schedule import build_schedule
-from pipeline.simulate import Costs, simulate
-from pipeline.timeline import draw_timelines
+from pipeline.schedule.draw import draw_timelines
+from pipeline.schedule.operations import build_schedule
+from pipeline.schedule.simulate import Costs, simulate
 
 RUN = "_llama32_1b_continual_deltanet_hard_gate_books_and_passkey_2026_11_24_second_try_$5_and_$6"
 FOLDER = "/mnt/shared/projects/long-context/prepared/project_gutenberg_english_books_2048_tokens_v3"

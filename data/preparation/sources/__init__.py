@@ -16,10 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.sources.base import TEXT_PATTERNS, BadInputError, Encoded, Job, Loaded, Source, SourceOptions, parse_size
-from data.sources.python import PythonSource
-from data.sources.synthetic import SyntheticSource
-from data.sources.text_files import FileSource
+from data.preparation.sources.base import (
+    TEXT_PATTERNS,
+    BadInputError,
+    Encoded,
+    Job,
+    Loaded,
+    Source,
+    SourceOptions,
+    parse_size,
+)
+from data.preparation.sources.python import PythonSource
+from data.preparation.sources.synthetic import SyntheticSource
+from data.preparation.sources.text_files import FileSource
 from data.synthetic import is_synthetic
 
 __all__ = [

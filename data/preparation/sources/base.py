@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.files import FileError
-from data.questions import Question
-from data.streams import FileInput
-from data.tokenizer import Tokenizer
+from data.preparation.streams import FileInput
+from data.prepared.questions import Question
+from data.tokenizer.tokenizer import Tokenizer
 
 TEXT_PATTERNS = ("*.txt", "*.text", "*.md", "*.markdown", "*.rst", "*.tex")
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.files import FileError, file_name
-from data.manifest import MANIFEST
-from data.tokenizer import INFO
+from data.prepared.manifest import MANIFEST
+from data.tokenizer.tokenizer import INFO
 
 _EXAMPLES = 3
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import FileError, file_name
-from data.sources.base import BadInputError, Job, Loaded, Source, SourceOptions
-from data.streams import FileInput, NotUTF8Error, read_text, too_long
+from data.preparation.sources.base import BadInputError, Job, Loaded, Source, SourceOptions
+from data.preparation.streams import FileInput, NotUTF8Error, read_text, too_long
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from data.files import read_bytes
-from data.shards import MANIFEST, PreparedSet
-from data.sources.base import Encoded, Job, Loaded, Source, parse_size
+from data.preparation.sources.base import Encoded, Job, Loaded, Source, parse_size
+from data.prepared.shards import MANIFEST, PreparedSet
 from data.synthetic import Spec, SyntheticDocument, build_generator, task_options
-from data.tokenizer import Tokenizer, byte_tokenizer
+from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
 
 _BYTES = byte_tokenizer()
 _MOST_DOCUMENTS = 1_000_000_000

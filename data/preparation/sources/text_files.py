@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import FileError, file_name, is_utf8, open_regular
-from data.parquet import open_parquet
-from data.records import RECORD_SUFFIXES, is_record_file, read_records, without_compression
-from data.sources.base import BadInputError, Job, Loaded, Source, SourceOptions
-from data.sources.folders import Found, Walk, walk
-from data.streams import FileInput, read_text
+from data.preparation.parquet import open_parquet
+from data.preparation.records import RECORD_SUFFIXES, is_record_file, read_records, without_compression
+from data.preparation.sources.base import BadInputError, Job, Loaded, Source, SourceOptions
+from data.preparation.sources.folders import Found, Walk, walk
+from data.preparation.streams import FileInput, read_text
 
 _NAMES_SHOWN = 3
 

@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import DataConfig, SetConfig
-from data.lane_schedule import LaneSchedule
-from data.lanes import LaneLoader, WeightedSet, WindowBatch, build_loader
-from data.manifest import TokenizerEntry, write_manifest
-from data.prefetch import Prefetcher
-from data.questions import Question
-from data.shards import BadDocumentError, ShardSetWriter
-from data.window import WindowBuilder
+from data.lanes.loader import LaneLoader, WeightedSet, WindowBatch, build_loader
+from data.lanes.prefetch import Prefetcher
+from data.lanes.schedule import LaneSchedule
+from data.lanes.window import WindowBuilder
+from data.prepared.manifest import write_manifest
+from data.prepared.questions import Question
+from data.prepared.shards import BadDocumentError, ShardSetWriter
+from data.tokenizer.info import TokenizerEntry
 
 EOS = 0
 DOCUMENT_STRIDE = 100_000  # token i of document d is 1 + d * stride + i: a token tells where it comes from
@@ -195,7 +196,7 @@ def test_the_order_is_fixed_for_all_time():
 
 
 def test_an_order_that_left_the_cache_comes_back_the_same(monkeypatch):
-    monkeypatch.setattr("data.lane_schedule._CACHED_ENTRIES", 20)
+    monkeypatch.setattr("data.lanes.schedule._CACHED_ENTRIES", 20)
     schedule = LaneSchedule(sets_of([5] * 9), lanes=2, segment_length=8, seed=1)
     first = [schedule.document(0, 0, k) for k in range(200)]
     assert len(schedule._orders) == 4

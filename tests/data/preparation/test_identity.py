@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import data.building
-import data.prepare
-from data.manifest import MANIFEST, load_manifest
-from data.prepare import Prepared, PrepareOptions, prepare
+import data.preparation.building
+import data.preparation.prepare
+from data.preparation.prepare import Prepared, PrepareOptions, prepare
+from data.prepared.manifest import MANIFEST, load_manifest
 from tests.prepared import write_set
 
 OPTIONS = PrepareOptions(valid_fraction=0.0)
@@ -232,7 +232,7 @@ def test_a_kill_while_the_new_set_is_moved_in_is_recovered_from(
 
     with monkeypatch.context() as killed:
         killed.setattr(Path, "rename", killed_later)
-        killed.setattr(data.building.shutil, "rmtree", lambda *_, **__: None)
+        killed.setattr(data.preparation.building.shutil, "rmtree", lambda *_, **__: None)
         if moves < 6:
             with pytest.raises(_Killed):
                 prepared(folder, out=out, options=replace(OPTIONS, min_tokens=3), overwrite=True)

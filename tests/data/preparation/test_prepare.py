@@ -18,13 +18,13 @@ import numpy as np
 import psutil
 import pytest
 
-import data.shards
-from data.manifest import load_manifest
-from data.pool import EncodedDocument, encode_jobs
-from data.prepare import PrepareOptions, SplitAssigner, prepare
-from data.shards import PreparedSet
-from data.sources import Encoded, Job, Loaded
-from data.tokenizer import byte_tokenizer, load_tokenizer
+import data.prepared.shards
+from data.preparation.pool import EncodedDocument, encode_jobs
+from data.preparation.prepare import PrepareOptions, SplitAssigner, prepare
+from data.preparation.sources import Encoded, Job, Loaded
+from data.prepared.manifest import load_manifest
+from data.prepared.shards import PreparedSet
+from data.tokenizer.tokenizer import byte_tokenizer, load_tokenizer
 
 WORDS = ("the memory of a lane carries what earlier segments wrote so that later ones may read it again " * 3).split()
 
@@ -87,7 +87,7 @@ def test_every_document_arrives_whole_and_in_one_split(corpus: Path, tmp_path: P
 
 
 def test_the_number_of_processes_changes_no_byte(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.pool._BATCH_BYTES", 20_000)  # several batches for each process
+    monkeypatch.setattr("data.preparation.pool._BATCH_BYTES", 20_000)  # several batches for each process
     one, three = tmp_path / "one", tmp_path / "three"
     prepare([str(corpus), PASSKEYS], one, OPTIONS, processes=1)
     prepare([str(corpus), PASSKEYS], three, OPTIONS, processes=3)
@@ -100,7 +100,7 @@ def test_the_number_of_processes_changes_no_byte(corpus: Path, tmp_path: Path, m
 _STALLING = """
 import signal, sys, time
 from pathlib import Path
-from data.prepare import PrepareOptions, prepare
+from data.preparation.prepare import PrepareOptions, prepare
 
 def stall(phase, done, total, tokens):
     if list(Path(sys.argv[2]).glob(".building-*/train-000001.tar")):
@@ -124,7 +124,7 @@ def test_an_interrupted_run_leaves_nothing_and_a_second_one_finishes(
     out, script = tmp_path / "set", tmp_path / "stall.py"
     script.write_text(_STALLING)
     specs = [str(corpus), PASSKEYS]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     process = subprocess.Popen(
         [sys.executable, str(script), "|".join(specs), str(out)],
         stdout=subprocess.PIPE,
@@ -217,8 +217,8 @@ def test_a_full_disk_leaves_nothing(
         self._file = FullDisk(path, "wb")
 
     out = tmp_path / "set"
-    create = data.shards._HashingFile.__init__
-    monkeypatch.setattr(data.shards._HashingFile, "__init__", open_on_full_disk)
+    create = data.prepared.shards._HashingFile.__init__
+    monkeypatch.setattr(data.prepared.shards._HashingFile, "__init__", open_on_full_disk)
     with pytest.raises(OSError, match=f"disk is full: the set in {out}"):
         prepare([str(corpus)], out, OPTIONS)
     assert list(out.iterdir()) == []

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import data.prepare
-from data.prepare import PrepareOptions
-from data.shards import PreparedSet
+import data.preparation.prepare
+from data.preparation.prepare import PrepareOptions
+from data.prepared.shards import PreparedSet
 from data.synthetic import TASKS
-from launch import cli, prepare
+from launch import cli
+from launch.commands import prepare
 
 
 def test_the_stated_defaults_are_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +22,7 @@ def test_the_stated_defaults_are_the_real_ones(tmp_path: Path, monkeypatch: pyte
         seen.append(options)
         raise ValueError("stop here")
 
-    monkeypatch.setattr("data.prepare.prepare", fake)
+    monkeypatch.setattr("data.preparation.prepare.prepare", fake)
     assert cli.main(["prepare", "x.txt", "--out", str(tmp_path)]) == 2
     assert seen == [PrepareOptions()]
 
@@ -101,7 +102,7 @@ def test_training_a_tokenizer_says_what_it_does(tmp_path: Path, capsys: pytest.C
     (tmp_path / "a.txt").write_text("some words " * 50)
     told: list[tuple[str, int, int]] = []
     options = PrepareOptions(tokenizer="train:300")
-    build = data.prepare.prepare
+    build = data.preparation.prepare.prepare
     build([str(tmp_path / "a.txt")], tmp_path / "set", options, report=lambda *now: told.append(now[:3]))
     reading, training = "reading a sample for the tokenizer", "training the tokenizer on the sample"
     assert told[:3] == [
@@ -135,7 +136,7 @@ def test_a_bar_that_cannot_tell_how_far_it_is_ends_with_the_next(monkeypatch: py
 
 def test_progress_lines_tell_the_rest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("launch.prepare.time.perf_counter", lambda: now)
+    monkeypatch.setattr("launch.commands.prepare.time.perf_counter", lambda: now)
     with prepare._progress() as report:
         report("encoding", 0, 40_000_000, 0)
         now = 120.0

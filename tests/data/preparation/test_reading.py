@@ -20,10 +20,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data.parquet
+import data.preparation.parquet
 from data.files import FileError
-from data.sources import BadInputError, Source, SourceOptions, open_sources
-from data.sources.folders import Found
+from data.preparation.sources import BadInputError, Source, SourceOptions, open_sources
+from data.preparation.sources.folders import Found
 
 BOM = b"\xef\xbb\xbf"
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "a.txt").touch()
-    monkeypatch.setattr("data.sources.folders.os.scandir", refuse)
+    monkeypatch.setattr("data.preparation.sources.folders.os.scandir", refuse)
     with pytest.raises(FileError, match=rf"the folder {tmp_path} cannot be read: Permission denied"):
         opened(tmp_path)
 
@@ -247,7 +247,7 @@ TEXTS = [f"document number {i} ü" for i in range(600)]
 def test_every_kind_of_text_in_parquet_is_read(
     tmp_path: Path, column: pa.Array, rows_alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.parquet, "_BATCH_BYTES", 0 if rows_alone else 1 << 30)
+    monkeypatch.setattr(data.preparation.parquet, "_BATCH_BYTES", 0 if rows_alone else 1 << 30)
     for use_dictionary in (True, False):
         table = pa.table({"other": range(600), "text": column})
         pq.write_table(table, tmp_path / "x.PARQUET", row_group_size=400, use_dictionary=use_dictionary)
@@ -292,7 +292,7 @@ def test_a_column_with_a_dot_in_its_name_is_not_the_nested_one(tmp_path: Path) -
 def test_a_text_that_a_small_parquet_repeats_is_not_in_memory_a_thousand_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.parquet, "_BATCH_BYTES", 32 << 20)
+    monkeypatch.setattr(data.preparation.parquet, "_BATCH_BYTES", 32 << 20)
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * (8 << 20)]))
     pq.write_table(pa.table({"text": repeated}), tmp_path / "x.parquet", store_schema=False)
     before = pa.total_allocated_bytes()
@@ -312,7 +312,7 @@ def test_a_large_row_group_is_read_page_by_page(tmp_path: Path, monkeypatch: pyt
             asked.append(size)
             return super().read(size)
 
-    monkeypatch.setattr(data.parquet, "open_regular", Watched)
+    monkeypatch.setattr(data.preparation.parquet, "open_regular", Watched)
     before, most = pa.total_allocated_bytes(), 0
     for _ in opened(tmp_path / "x.parquet")[0].jobs():
         most = max(most, pa.total_allocated_bytes() - before)

@@ -13,8 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.sources import TEXT_PATTERNS, BadInputError, Source, SourceOptions, SyntheticSource, open_sources, parse_size
-from data.tokenizer import byte_tokenizer, train_bpe
+from data.preparation.sources import (
+    TEXT_PATTERNS,
+    BadInputError,
+    Source,
+    SourceOptions,
+    SyntheticSource,
+    open_sources,
+    parse_size,
+)
+from data.tokenizer.tokenizer import byte_tokenizer, train_bpe
 from tests.prepared import write_set
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.files import sealed
-from data.shards import PreparedSet
+from data.prepared.shards import PreparedSet
 from launch import cli
 from tests.prepared import write_set
 

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.files import sealed
-from data.manifest import load_manifest
-from data.shards import BadDocumentError, PreparedSet
-from data.verify import verify_set
+from data.prepared.manifest import load_manifest
+from data.prepared.shards import BadDocumentError, PreparedSet
+from data.prepared.verify import verify_set
 from launch import cli
 from tests.prepared import write_set
 

@@ -12,8 +12,9 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.manifest import TokenizerEntry, write_manifest
-from data.shards import BadDocumentError, PreparedSet, ShardSetWriter
+from data.prepared.manifest import write_manifest
+from data.prepared.shards import BadDocumentError, PreparedSet, ShardSetWriter
+from data.tokenizer.info import TokenizerEntry
 
 
 def write_set(

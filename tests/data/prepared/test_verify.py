@@ -12,11 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data.prepare import PrepareOptions, prepare
-from data.shards import PreparedSet
-from data.verify import KINDS, verify_set
+from data.preparation.prepare import PrepareOptions, prepare
+from data.prepared.shards import PreparedSet
+from data.prepared.verify import KINDS, verify_set
 from launch import cli
-from launch.inspect import histogram_lines
+from launch.commands.inspect import histogram_lines
 
 
 @pytest.fixture(scope="module")

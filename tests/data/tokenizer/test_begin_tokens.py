@@ -12,14 +12,14 @@ import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
-from data.prepare import PrepareOptions, prepare
-from data.shards import PreparedSet
-from data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from data.preparation.prepare import PrepareOptions, prepare
+from data.prepared.shards import PreparedSet
+from data.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from launch import cli
-from pipeline.generate import Generator
-from pipeline.passkey import Row, passkey_cells
-from pipeline.task_spec import Task
-from pipeline.tasks import task_cells
+from pipeline.config.task_spec import Task
+from pipeline.evaluation.passkey import Row, passkey_cells
+from pipeline.evaluation.tasks import task_cells
+from pipeline.inference.generate import Generator
 
 TEXT = "the cat sat on the mat and looked at the hat, "
 BEGIN = 280

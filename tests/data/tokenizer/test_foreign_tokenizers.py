@@ -13,8 +13,8 @@ import transformers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from data.special_tokens import end_token
-from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_files, train_bpe
+from data.tokenizer.special_tokens import end_token
+from data.tokenizer.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_files, train_bpe
 
 TEXT = "the cat sat on the mat and looked at the hat, "
 

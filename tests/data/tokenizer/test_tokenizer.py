@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from data.tokenizer import EOS_TOKEN, Tokenizer, byte_tokenizer, load_tokenizer, split_text, train_bpe
+from data.tokenizer.tokenizer import EOS_TOKEN, Tokenizer, byte_tokenizer, load_tokenizer, split_text, train_bpe
 
 SOURCE_CODE = Path(argparse.__file__).read_text(encoding="utf-8")
 

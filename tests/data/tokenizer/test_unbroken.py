@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import train_bpe
-from data.unbroken import LONGEST_RUN, MOST_CHARACTERS, RunCutter
+from data.tokenizer.tokenizer import train_bpe
+from data.tokenizer.unbroken import LONGEST_RUN, MOST_CHARACTERS, RunCutter
 from launch import cli
 
 ORDINARY = "The cat, don't you know, is 12 years old; \u4e2d\u6587\u5b57\u3002 na\u00efve\n\n" * 40

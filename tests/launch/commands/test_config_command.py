@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from launch import cli
-from pipeline.config_io import load_config
-from pipeline.config_keys import settings
+from pipeline.config.keys import settings
+from pipeline.config.load import load_config
 
 
 def shown(capsys, *arguments: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from launch import agent, cli
-from launch.bench_generate import report
-from pipeline.bench_generate import GenerationCosts
+from launch import cli
+from launch.commands.bench_generate import report
+from launch.processes import agent
+from pipeline.benchmarks.generate import GenerationCosts
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ class FakeState:
     ],
 )
 def test_a_prompt_goes_on_after_the_file(launched, monkeypatch, tmp_path, capsys, arguments, lanes, tokens):
-    from pipeline.generate import Generator
+    from pipeline.inference.generate import Generator
 
     book = tmp_path / "book.txt"
     book.write_text("It was")

@@ -9,17 +9,17 @@ import pytest
 import torch.distributed as dist
 
 from launch.cli import main
-from launch.plan import ASSUMED_VOCAB, add_parser, memory_verdict, planned_rates, planned_vocabulary
-from pipeline import planner
-from pipeline.config import PRECISIONS
-from pipeline.config_io import load_config
-from pipeline.devices import ACCELERATORS
-from pipeline.flops import train_flops_per_token
-from pipeline.footprint import per_rank_bytes
-from pipeline.schedule import Kind
+from launch.commands.plan import ASSUMED_VOCAB, add_parser, memory_verdict, planned_rates, planned_vocabulary
+from pipeline.accounting import planner
+from pipeline.accounting.devices import ACCELERATORS
+from pipeline.accounting.flops import train_flops_per_token
+from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.config.load import load_config
+from pipeline.config.schema import PRECISIONS
+from pipeline.schedule.operations import Kind
 from tests.prepared import write_set
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def plan(capsys, *arguments):
@@ -105,7 +105,7 @@ def test_a_line_comes_at_once(capsys, monkeypatch):
         assert capsys.readouterr().out == "planning no_such.yaml on 8 processes ...\n"
         raise ValueError("seen")
 
-    monkeypatch.setattr("launch.quiet.quiet_libraries", look)
+    monkeypatch.setattr("launch.processes.quiet.quiet_libraries", look)
     assert plan(capsys, "no_such.yaml", "--world-size", 8)[0] == 2
 
 
@@ -152,7 +152,7 @@ def test_what_cannot_run_is_refused(capsys):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "layer", "window"])
 def test_costs_add_up_to_the_flops_of_a_step(recompute):
-    """All computation of all stages, at 1 FLOP/s, is what `pipeline.flops` says for the step's tokens."""
+    """All computation of all stages, at 1 FLOP/s, is what `pipeline.accounting.flops` says for the step's tokens."""
     config = load_config(
         None,
         [

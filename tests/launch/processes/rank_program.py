@@ -6,8 +6,8 @@ import sys
 import threading
 from pathlib import Path
 
-from launch.worker import run_rank
-from launch.world import join_world
+from launch.processes.worker import run_rank
+from launch.processes.world import join_world
 
 
 def fail(reason: str) -> None:

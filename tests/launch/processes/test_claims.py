@@ -7,8 +7,8 @@ import stat
 
 import pytest
 
-from launch import worker
-from launch.worker import CLAIM_FOLDER, _Claim
+from launch.processes import worker
+from launch.processes.worker import CLAIM_FOLDER, _Claim
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 LAUNCH = (
-    "import sys; from launch.agent import launch_workers; sys.exit(launch_workers('rank_program', sys.argv[1:], 2))"
+    "import sys; from launch.processes.agent import launch_workers; "
+    "sys.exit(launch_workers('rank_program', sys.argv[1:], 2))"
 )
 PATIENCE_S = 150
 """For a busy machine: some four seconds when it is not."""

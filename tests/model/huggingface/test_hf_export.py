@@ -5,17 +5,17 @@ import copy
 import pytest
 import torch
 
-from model import hf_describe
 from model.config import RopeScalingConfig
-from model.hf_describe import describe_infini, describe_plain
-from model.hf_weights import backbone_weights, memory_weight
+from model.huggingface import describe as hf_describe
+from model.huggingface.describe import describe_infini, describe_plain
+from model.huggingface.weights import backbone_weights, memory_weight
 from tests.model.build import VOCAB, random_tokens, small_config, small_stage
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
-from model.hf_export.cache_infini import InfiniCache  # noqa: E402
-from model.hf_export.configuration_infini import InfiniConfig  # noqa: E402
-from model.hf_export.modeling_infini import CACHE_NAME, InfiniForCausalLM  # noqa: E402
+from model.huggingface.exported.cache_infini import InfiniCache  # noqa: E402
+from model.huggingface.exported.configuration_infini import InfiniConfig  # noqa: E402
+from model.huggingface.exported.modeling_infini import CACHE_NAME, InfiniForCausalLM  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_process"), pytest.mark.filterwarnings("ignore")]
 

@@ -9,7 +9,7 @@ import torch
 
 from model.config import MemoryConfig, ModelConfig, RopeScalingConfig
 from model.decoder import DecoderStage, StageOptions
-from model.hf_weights import backbone_weights, join_qkv, memory_weight, split_qkv
+from model.huggingface.weights import backbone_weights, join_qkv, memory_weight, split_qkv
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention import _variation, effective_rank
-from model.rotary import rotary_table, rotate
+from model.layers.attention import _variation, effective_rank
+from model.layers.rotary import rotary_table, rotate
 from model.rules import RULES
 from tests.model import naive
 from tests.model.build import random_memory, small_config, small_stage

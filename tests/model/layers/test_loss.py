@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from model import loss
-from pipeline.live_bytes import LiveBytes
+from model.layers import loss
+from pipeline.accounting.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

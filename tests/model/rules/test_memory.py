@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import MemoryConfig
-from model.memory import remember, write_gate
-from model.memory_reference import window_convolution, window_deltanet, window_normalized
 from model.rules import RULES as TABLE
 from model.rules import LayerShape, MatrixState, NormalizedState, Tokens, deltanet, extended_state
 from model.rules import build_rule as rule_of
 from model.rules.normalized import phi
+from model.rules.reference import window_convolution, window_deltanet, window_normalized
+from model.rules.window import remember, write_gate
 
 PLAIN_RULES = tuple(name for name in TABLE if name != "none")
 RULES = PLAIN_RULES + tuple(f"{name}+convolution" for name in PLAIN_RULES)

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_iter
 
 from model.config import MemoryConfig, ModelConfig
 from model.decoder import DecoderStage, StageOptions
-from pipeline.communication import data_bytes, tensor_bytes
-from pipeline.config import BpttConfig, Config, ParallelConfig, TrainConfig
-from pipeline.footprint import per_rank_bytes
-from pipeline.planner import pretended_rank
+from pipeline.accounting.communication import data_bytes, tensor_bytes
+from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.accounting.planner import pretended_rank
+from pipeline.config.schema import BpttConfig, Config, ParallelConfig, TrainConfig
 
 TENSOR, LANES, SEGMENTS, LENGTH, LAYERS = 4, 2, 2, 32, 2
 

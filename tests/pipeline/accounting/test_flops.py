@@ -10,16 +10,16 @@ from megatron.core import parallel_state
 from model.config import MemoryConfig, ModelConfig
 from model.decoder import DecoderStage, StageOptions
 from model.device import prepare_megatron
-from pipeline.config import BpttConfig, Config, ParallelConfig, TrainConfig
-from pipeline.flops import (
+from pipeline.accounting.flops import (
     forward_flops_per_token,
     measured_matmul_peak,
     memory_state_bytes,
     parameter_count,
     train_flops_per_token,
 )
-from pipeline.footprint import per_rank_bytes
-from pipeline.parameter_groups import parameter_groups
+from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.config.schema import BpttConfig, Config, ParallelConfig, TrainConfig
+from pipeline.parallel.parameter_groups import parameter_groups
 from tests.saved_bytes import saved_bytes
 
 MEMORY_KINDS = [("none", "none"), ("linear", "none"), ("delta", "none"), ("delta", "hard"), ("deltanet", "hard")]
@@ -319,7 +319,7 @@ def test_peak_is_operations_over_seconds_of_the_best_size(monkeypatch):
         seen.append((size, repeats))
         return repeats * 2 * size**3 / (1e9 if size <= 64 else 4e9)
 
-    monkeypatch.setattr("pipeline.flops._time_products", timed)
+    monkeypatch.setattr("pipeline.accounting.flops._time_products", timed)
     for seconds in (0.1, 0.4):
         assert measured_matmul_peak(torch.float32, "cpu", seconds=seconds, sizes=(64, 128)) == pytest.approx(4e9)
     assert measured_matmul_peak(torch.float32, "cpu", seconds=1e-6, sizes=(64, 128)) == pytest.approx(1e9)

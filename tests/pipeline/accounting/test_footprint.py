@@ -7,9 +7,9 @@ import torch
 
 from model.config import MemoryConfig, ModelConfig
 from model.decoder import DecoderStage, StageOptions
-from pipeline.config import BpttConfig, Config, ParallelConfig, TrainConfig
-from pipeline.footprint import per_rank_bytes
-from pipeline.planner import pretended_rank
+from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.accounting.planner import pretended_rank
+from pipeline.config.schema import BpttConfig, Config, ParallelConfig, TrainConfig
 from tests.saved_bytes import saved_bytes
 
 TENSOR, LANES, SEGMENTS, LENGTH = 4, 2, 2, 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.bench_capacity import CODES, recalled
+from pipeline.benchmarks.capacity import CODES, recalled
 
 SETTINGS = {"sharpness": 1.0, "segment_length": 8, "seed": 3}
 

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from data.files import sealed
 from model.sharding import Partition, shard
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import (
+from pipeline.checkpoint.folder import (
     LATEST,
     SUMMARY,
     CheckpointError,
@@ -23,7 +22,8 @@ from pipeline.checkpoint_folder import (
     file_hash,
     find_checkpoint,
 )
-from pipeline.checkpoint_schema import FORMAT_VERSION
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.schema import FORMAT_VERSION
 
 WEIGHT = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 MEMORY = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1))

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from data.files import sealed
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import LATEST, LATEST_LIMIT, SUMMARY, CheckpointError, file_hash, find_checkpoint
-from pipeline.inspect_checkpoint import read_contents, read_run
-from pipeline.tensor_file import write_tensors
-from tests.pipeline.test_checkpoint import KEY, MEMORY_KEY, write
+from pipeline.checkpoint.folder import LATEST, LATEST_LIMIT, SUMMARY, CheckpointError, file_hash, find_checkpoint
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.tensor_file import write_tensors
+from pipeline.reporting.inspect import read_contents, read_run
+from tests.pipeline.checkpoint.test_checkpoint import KEY, MEMORY_KEY, write
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "first_version" / "run" / "checkpoints" / "step_00000002"
 

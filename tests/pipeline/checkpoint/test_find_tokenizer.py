@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from data.files import sealed
-from data.tokenizer import Tokenizer, byte_tokenizer
-from pipeline import evaluate
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import SUMMARY, find_checkpoint
-from pipeline.config import Config
-from pipeline.config_io import ConfigError
-from pipeline.find_tokenizer import check_run_folder, find_tokenizer
+from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
+from pipeline.checkpoint.find_tokenizer import check_run_folder, find_tokenizer
+from pipeline.checkpoint.folder import SUMMARY, find_checkpoint
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import Config
+from pipeline.evaluation import evaluate
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "first_version"
 OTHER = Tokenizer("byte", eos_id=0)

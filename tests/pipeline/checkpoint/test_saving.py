@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoint import CheckpointReader
-from pipeline.checkpoint_folder import candidates, checkpoint_name, find_checkpoint
-from pipeline.inspect_checkpoint import read_run
-from pipeline.saving import CheckpointSaver, RunState, Snapshot
+from pipeline.checkpoint.folder import candidates, checkpoint_name, find_checkpoint
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.writer import CheckpointSaver, RunState, Snapshot
+from pipeline.reporting.inspect import read_run
 
 
 @pytest.fixture(scope="module", autouse=True)

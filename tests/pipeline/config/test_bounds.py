@@ -10,13 +10,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.bounds import BOUNDS, out_of_bounds
-from pipeline.config import Config
-from pipeline.config_io import ConfigError, load_config
-from pipeline.config_keys import settings
-from pipeline.config_values import list_item
-from pipeline.config_yaml import dump
-from pipeline.validate import validate
+from pipeline.config.bounds import BOUNDS, out_of_bounds
+from pipeline.config.keys import settings
+from pipeline.config.load import ConfigError, load_config
+from pipeline.config.schema import Config
+from pipeline.config.validate import validate
+from pipeline.config.values import list_item
+from pipeline.config.yaml import dump
 
 
 def value_of(config: Config, key: str):

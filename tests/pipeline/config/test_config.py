@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from model.rules import RULES
-from pipeline import derived
-from pipeline.config import Config
-from pipeline.config_io import ConfigError, load_config, save_config
-from pipeline.validate import validate
+from pipeline.config import derived
+from pipeline.config.load import ConfigError, load_config, save_config
+from pipeline.config.schema import Config
+from pipeline.config.validate import validate
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Config
-from pipeline.config_io import ConfigError, load_config, save_config, stored_config
-from pipeline.config_keys import SYNONYMS, settings, suggestions
-from pipeline.validate import validate
+from pipeline.config.keys import SYNONYMS, settings, suggestions
+from pipeline.config.load import ConfigError, load_config, save_config, stored_config
+from pipeline.config.schema import Config
+from pipeline.config.validate import validate
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_every_setting_says_what_it_means():
     assert set(SYNONYMS.values()) <= {"data.sets", *(setting.key for setting in settings())}
 
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 
 @st.composite

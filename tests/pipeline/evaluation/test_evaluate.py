@@ -13,20 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import PreparedSet
+from data.prepared.shards import PreparedSet
 from data.synthetic import FILLER, PasskeyGenerator
-from data.tokenizer import byte_tokenizer, train_bpe
-from launch import cli, evaluate
+from data.tokenizer.tokenizer import byte_tokenizer, train_bpe
+from launch import cli
+from launch.commands import evaluate
 from model.config import MemoryConfig, ModelConfig
-from model.local_context import LocalContext, join_state
+from model.layers.local_context import LocalContext, join_state
 from model.rules import MatrixState
-from pipeline import answers, report
-from pipeline.bootstrap import ratio_intervals, resample_counts, wilson_interval
-from pipeline.comparison import compare, loss_difference, run_names
-from pipeline.config_io import ConfigError, load_config
-from pipeline.evaluation_config import evaluation_config
-from pipeline.heldout import choose_documents, each_document, summarize
-from pipeline.passkey import (
+from pipeline.config.evaluation import evaluation_config
+from pipeline.config.load import ConfigError, load_config
+from pipeline.config.task_spec import Task
+from pipeline.config.validate import validate
+from pipeline.evaluation import answers, report
+from pipeline.evaluation.comparison import compare, loss_difference, run_names
+from pipeline.evaluation.heldout import choose_documents, each_document, summarize
+from pipeline.evaluation.intervals import ratio_intervals, resample_counts, wilson_interval
+from pipeline.evaluation.passkey import (
     FIRST_SEED,
     PLACES,
     Row,
@@ -38,11 +41,9 @@ from pipeline.passkey import (
     passkey_results,
     shortest_length,
 )
-from pipeline.streaming import Output, Streamer, array_document, choose_lanes, roll_lanes, window
-from pipeline.task_report import capacity_marks
-from pipeline.task_spec import Task
-from pipeline.tasks import task_cells, task_results
-from pipeline.validate import validate
+from pipeline.evaluation.task_report import capacity_marks
+from pipeline.evaluation.tasks import task_cells, task_results
+from pipeline.inference.streaming import Output, Streamer, array_document, choose_lanes, roll_lanes, window
 from tests.prepared import write_set
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not in
 from lm_eval.tasks import TaskManager  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from pipeline.export_hf import export_model  # noqa: E402
-from pipeline.generate import Generator  # noqa: E402
-from pipeline.topology import initialize, shutdown  # noqa: E402
+from pipeline.huggingface.export_model import export_model  # noqa: E402
+from pipeline.inference.generate import Generator  # noqa: E402
+from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_run import write_run  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

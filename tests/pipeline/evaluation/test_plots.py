@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.plots import (
+from pipeline.evaluation.plots import (
     Score,
     binned_gate_histogram,
     gate_histogram,

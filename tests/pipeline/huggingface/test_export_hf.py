@@ -17,16 +17,16 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from data.tokenizer import load_tokenizer  # noqa: E402
+from data.tokenizer.tokenizer import load_tokenizer  # noqa: E402
 from launch.cli import USER_ERROR, main  # noqa: E402
 from model.config import MemoryConfig  # noqa: E402
-from pipeline.checkpoint import CheckpointReader  # noqa: E402
-from pipeline.checkpoint_folder import CheckpointError, find_checkpoint  # noqa: E402
-from pipeline.export_hf import export_model  # noqa: E402
-from pipeline.generate import Generator  # noqa: E402
-from pipeline.import_hf import import_model  # noqa: E402
-from pipeline.sampling import Sampling  # noqa: E402
-from pipeline.topology import initialize, shutdown  # noqa: E402
+from pipeline.checkpoint.folder import CheckpointError, find_checkpoint  # noqa: E402
+from pipeline.checkpoint.reader import CheckpointReader  # noqa: E402
+from pipeline.huggingface.export_model import export_model  # noqa: E402
+from pipeline.huggingface.import_model import import_model  # noqa: E402
+from pipeline.inference.generate import Generator  # noqa: E402
+from pipeline.inference.sampling import Sampling  # noqa: E402
+from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import FAMILIES, write_hf_model  # noqa: E402
 from tests.tiny_run import write_run  # noqa: E402
 
@@ -314,7 +314,7 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pipeline.tensor_file.TensorFile.write", full)
+    monkeypatch.setattr("pipeline.checkpoint.tensor_file.TensorFile.write", full)
     with pytest.raises(OSError, match="No space"):
         export_model(run, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
@@ -332,7 +332,7 @@ def test_one_tensor_at_a_time(run, tmp_path, monkeypatch):
         written.append((len(read), name))
         write(self, name, tensor)
 
-    monkeypatch.setattr("pipeline.tensor_file.TensorFile.write", record)
+    monkeypatch.setattr("pipeline.checkpoint.tensor_file.TensorFile.write", record)
     steps = []
     found = export_model(run, tmp_path / "hf", progress=steps.append)
     assert len(read) == len(set(read)) and [n for n, _ in written] == sorted(n for n, _ in written)

@@ -15,12 +15,12 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 pytest.importorskip("gguf", reason="the extra `hf` is not installed")
 
 from data.files import FileError  # noqa: E402
-from data.tokenizer import load_tokenizer  # noqa: E402
+from data.tokenizer.tokenizer import load_tokenizer  # noqa: E402
 from model.config import MemoryConfig  # noqa: E402
-from pipeline.gguf_header import read_header  # noqa: E402
-from pipeline.hf_source import open_source  # noqa: E402
-from pipeline.import_hf import import_model  # noqa: E402
-from pipeline.topology import initialize, shutdown  # noqa: E402
+from pipeline.huggingface.folder_source import open_source  # noqa: E402
+from pipeline.huggingface.gguf_header import read_header  # noqa: E402
+from pipeline.huggingface.import_model import import_model  # noqa: E402
+from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_gguf import header, setting, text, write_gguf  # noqa: E402
 from tests.tiny_hf import write_hf_model  # noqa: E402
 

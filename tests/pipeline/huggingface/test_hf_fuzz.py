@@ -17,13 +17,13 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from data.tokenizer import load_tokenizer  # noqa: E402
+from data.tokenizer.tokenizer import load_tokenizer  # noqa: E402
 from model.config import MemoryConfig  # noqa: E402
-from pipeline.checkpoint_folder import find_checkpoint  # noqa: E402
-from pipeline.config_io import load_config  # noqa: E402
-from pipeline.import_hf import import_model  # noqa: E402
-from pipeline.streaming import open_checkpoint  # noqa: E402
-from pipeline.topology import initialize, shutdown  # noqa: E402
+from pipeline.checkpoint.folder import find_checkpoint  # noqa: E402
+from pipeline.config.load import load_config  # noqa: E402
+from pipeline.huggingface.import_model import import_model  # noqa: E402
+from pipeline.inference.streaming import open_checkpoint  # noqa: E402
+from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import write_hf_model  # noqa: E402
 
 LENGTH = 16

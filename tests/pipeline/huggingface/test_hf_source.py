@@ -15,10 +15,10 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 from transformers import AutoConfig  # noqa: E402
 
 from model.config import MemoryConfig  # noqa: E402
-from model.hf_config import model_config  # noqa: E402
-from model.rotary import scaled_frequencies  # noqa: E402
-from pipeline.hf_schema import ModelSettings, read_settings  # noqa: E402
-from pipeline.hf_source import open_source  # noqa: E402
+from model.huggingface.config import model_config  # noqa: E402
+from model.layers.rotary import scaled_frequencies  # noqa: E402
+from pipeline.huggingface.folder_source import open_source  # noqa: E402
+from pipeline.huggingface.schema import ModelSettings, read_settings  # noqa: E402
 from tests.tiny_hf import LLAMA3, SIZES, write_hf_model  # noqa: E402
 
 INDEX = "model.safetensors.index.json"
@@ -216,7 +216,7 @@ def test_json_of_others_is_checked_before_it_is_used(source, what):
 
 def test_more_layers_than_the_files_hold_are_not_built(source, monkeypatch):
     """The shapes are compared before modules are made of the configuration's numbers."""
-    from pipeline import import_hf
+    from pipeline.huggingface import import_model as import_hf
 
     change(source / "config.json", num_hidden_layers=2000)
     monkeypatch.setattr(import_hf, "memory_parameters", lambda *_: pytest.fail("the model was built"))
@@ -225,7 +225,7 @@ def test_more_layers_than_the_files_hold_are_not_built(source, monkeypatch):
 
 
 def test_settings_that_do_not_fit_are_named_as_the_file_names_them(source):
-    from pipeline.import_hf import import_model
+    from pipeline.huggingface.import_model import import_model
 
     change(source / "config.json", num_key_value_heads=3)
     with pytest.raises(ValueError, match=r"config\.json: num_key_value_heads = 3: must divide num_attention_heads = 4"):

@@ -21,13 +21,13 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from data.tokenizer import load_tokenizer  # noqa: E402
+from data.tokenizer.tokenizer import load_tokenizer  # noqa: E402
 from model.config import MemoryConfig  # noqa: E402
-from pipeline.export_hf import export_model  # noqa: E402
-from pipeline.generate import Generator  # noqa: E402
-from pipeline.hf_tokens import read_tokens  # noqa: E402
-from pipeline.import_hf import import_model  # noqa: E402
-from pipeline.topology import initialize, shutdown  # noqa: E402
+from pipeline.huggingface.export_model import export_model  # noqa: E402
+from pipeline.huggingface.import_model import import_model  # noqa: E402
+from pipeline.huggingface.tokens import read_tokens  # noqa: E402
+from pipeline.inference.generate import Generator  # noqa: E402
+from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import write_hf_model  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("remote_modules")]

@@ -15,14 +15,14 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from model.config import MemoryConfig  # noqa: E402
 from model.decoder import DecoderStage, StageOptions  # noqa: E402
-from pipeline.checkpoint import CheckpointReader  # noqa: E402
-from pipeline.checkpoint_folder import CheckpointError, find_checkpoint  # noqa: E402
-from pipeline.config_io import load_config  # noqa: E402
-from pipeline.import_hf import import_model  # noqa: E402
-from pipeline.inspect_checkpoint import read_contents  # noqa: E402
-from pipeline.streaming import open_checkpoint  # noqa: E402
-from pipeline.tensor_file import TensorFile  # noqa: E402
-from pipeline.topology import initialize, shutdown  # noqa: E402
+from pipeline.checkpoint.folder import CheckpointError, find_checkpoint  # noqa: E402
+from pipeline.checkpoint.reader import CheckpointReader  # noqa: E402
+from pipeline.checkpoint.tensor_file import TensorFile  # noqa: E402
+from pipeline.config.load import load_config  # noqa: E402
+from pipeline.huggingface.import_model import import_model  # noqa: E402
+from pipeline.inference.streaming import open_checkpoint  # noqa: E402
+from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
+from pipeline.reporting.inspect import read_contents  # noqa: E402
 from tests.tiny_hf import FAMILIES, VOCAB, write_hf_model  # noqa: E402
 
 LENGTH = 24
@@ -58,7 +58,7 @@ def first_segment_losses(config, topology, out, tokens):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_segment_is_the_imported_model(topology, tmp_path, family):
-    """Through the files, in float32; `tests.model.test_hf_weights` has the same in float64."""
+    """Through the files, in float32; `tests.model.huggingface.test_hf_weights` has the same in float64."""
     model = write_hf_model(tmp_path / "hf", family, shard_size="40KB" if family == "qwen3" else "1GB")
     config, _ = imported(tmp_path / "hf", tmp_path / "out")
     tokens = torch.randint(0, VOCAB, (LENGTH + 1,), generator=torch.Generator().manual_seed(0))
@@ -281,7 +281,7 @@ def test_tensor_file_is_what_safetensors_writes(tmp_path):
 
 
 def test_weights_alone_cannot_be_resumed(llama, tmp_path):
-    from pipeline.loading import load_training
+    from pipeline.checkpoint.loading import load_training
 
     imported(llama[0], tmp_path / "out")
     with pytest.raises(CheckpointError, match="train.init_from"):

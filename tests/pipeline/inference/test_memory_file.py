@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.memory_file import FIRST_FORMAT, FORMAT, LONGEST, Identity, _check, _expected, contents_hash
-from pipeline.tensor_file import write_tensors
+from pipeline.checkpoint.tensor_file import write_tensors
+from pipeline.inference.memory_file import FIRST_FORMAT, FORMAT, LONGEST, Identity, _check, _expected, contents_hash
 from tests.model.build import VOCAB, small_config
 
 CONFIG = small_config("delta+sliding")

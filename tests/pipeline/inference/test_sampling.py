@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.sampling import Sampling, choose, distribution
+from pipeline.inference.sampling import Sampling, choose, distribution
 
 LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.0, 2.5])
 

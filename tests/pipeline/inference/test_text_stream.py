@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import byte_tokenizer, train_bpe
-from pipeline.text_stream import TextStream
+from data.tokenizer.tokenizer import byte_tokenizer, train_bpe
+from pipeline.inference.text_stream import TextStream
 
 TEXT = "Grüße an alle: 10 € für 漢字 und 🙂🙂, naïve\n"
 

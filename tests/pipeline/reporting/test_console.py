@@ -8,7 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
-from pipeline.console import (
+from pipeline.reporting.console import (
     LOG_WIDTH,
     Eta,
     RunConsole,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from model.config import MemoryConfig
-from pipeline.diagnosis import MIN_STEPS, LayerNumbers, diagnose, diagnose_run, read_history
+from pipeline.reporting.diagnosis import MIN_STEPS, LayerNumbers, diagnose, diagnose_run, read_history
 
 HEALTHY = LayerNumbers(
     mix_gate_range=(0.2, 0.8),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.metrics import MetricsWriter, ThroughputMeter, layer_metric, layer_name, read_metrics
+from pipeline.reporting.metrics import MetricsWriter, ThroughputMeter, layer_metric, layer_name, read_metrics
 
 
 def strict_records(path):
@@ -261,7 +261,7 @@ def test_a_line_of_another_kind_is_named_and_left_out_where_that_is_asked(tmp_pa
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.metrics.LINE_LIMIT", 1000)
+    monkeypatch.setattr("pipeline.reporting.metrics.LINE_LIMIT", 1000)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + b" " * 5000)
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: more than 1,000 bytes"):

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from launch.cli import main
-from pipeline.config_io import load_config, save_config
-from tests.pipeline.test_diagnosis import STEPS
+from pipeline.config.load import load_config, save_config
+from tests.pipeline.reporting.test_diagnosis import STEPS
 
 SETTINGS = ["name=a run [named]", "train.steps=1600", "train.lanes=8", "train.segments_per_window=8"]
 SETTINGS += ["model.segment_length=256"]

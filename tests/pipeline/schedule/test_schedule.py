@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from pipeline.schedule import (
+from pipeline.schedule.operations import (
     Kind,
     Operation,
     build_forward_schedule,

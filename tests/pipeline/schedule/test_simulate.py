@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from matplotlib.image import imread
 
-from pipeline.schedule import COMPUTE, Kind, Operation, build_forward_schedule, build_schedule
-from pipeline.simulate import Costs, simulate
-from pipeline.timeline import draw_timelines
+from pipeline.schedule.draw import draw_timelines
+from pipeline.schedule.operations import COMPUTE, Kind, Operation, build_forward_schedule, build_schedule
+from pipeline.schedule.simulate import Costs, simulate
 
 
 def programs_of(stages, windows, chunks, replay=False):

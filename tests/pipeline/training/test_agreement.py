@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.agreement import RankWindow, different_windows
+from pipeline.training.agreement import RankWindow, different_windows
 
 
 def windows(*changes: tuple[int, int, int, list[str]]) -> list[RankWindow]:

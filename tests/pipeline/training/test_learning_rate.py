@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.config import OptimizerConfig
-from pipeline.learning_rate import learning_rate
+from pipeline.config.schema import OptimizerConfig
+from pipeline.training.learning_rate import learning_rate
 
 
 def rates(schedule: str, steps: int = 20, **settings) -> list[float]:

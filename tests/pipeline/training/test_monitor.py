@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from data.shards import PreparedSet
-from pipeline.config_io import load_config
-from pipeline.dashboard import LAYERS, LAYOUT, flatten
-from pipeline.metrics import read_metrics
-from pipeline.topology import initialize, shutdown
-from pipeline.trainer import Trainer
+from data.prepared.shards import PreparedSet
+from pipeline.config.load import load_config
+from pipeline.parallel.topology import initialize, shutdown
+from pipeline.reporting.dashboard import LAYERS, LAYOUT, flatten
+from pipeline.reporting.metrics import read_metrics
+from pipeline.training.trainer import Trainer
 from tests.distributed.cases import TINY
 from tests.prepared import write_set
 
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         lines = []
         patched.setenv("LOCAL_RANK", "0")
-        patched.setattr("pipeline.console._print_line", lambda console, text, style=None: lines.append(text))
+        patched.setattr("pipeline.reporting.console._print_line", lambda console, text, style=None: lines.append(text))
         trainer = Trainer(config, initialize(tensor=1, pipeline=1, timeout_s=60))
         trainer.start(None)
         trainer.train()

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from data.files import sealed
 from launch import cli
-from pipeline import resilience
-from pipeline.checkpoint_folder import LATEST, SUMMARY, candidates, file_hash
-from pipeline.checkpoint_schema import FORMAT_VERSION
-from pipeline.config import ResilienceConfig
-from pipeline.resilience import SpikeDetector, StopRequest, Watchdog, _Progress, late_ranks
+from pipeline.checkpoint.folder import LATEST, SUMMARY, candidates, file_hash
+from pipeline.checkpoint.schema import FORMAT_VERSION
+from pipeline.config.schema import ResilienceConfig
+from pipeline.training import resilience
+from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, _Progress, late_ranks
 from tests.prepared import write_set
 
 

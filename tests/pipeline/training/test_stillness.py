@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.optimizer import StepOutcome
-from pipeline.parameter_groups import Kind
-from pipeline.stillness import StillnessWatch
+from pipeline.parallel.optimizer import StepOutcome
+from pipeline.parallel.parameter_groups import Kind
+from pipeline.training.stillness import StillnessWatch
 
 MATRICES = Kind("model_matrices", 1.0, 0.1, True)
 GATES = Kind("write_gate", 3.0, 0.0, False)

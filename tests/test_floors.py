@@ -1,0 +1,110 @@
+"""Imports point one way: a module stands on a floor, and sees the floors below it, never one above.
+
+The picture is in docs/design.md. Inside a room modules may import one another, but not in a circle.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = (
+    ("data.files",),
+    ("data.config", "data.tokenizer", "model.config", "model.device"),
+    ("data.prepared", "model.rules"),
+    ("data.lanes", "data.synthetic", "model.sharding"),
+    ("data.preparation", "model.layers"),
+    ("model.decoder",),
+    ("model.huggingface",),
+    ("pipeline.figures", "pipeline.config"),
+    ("pipeline.parallel",),
+    ("pipeline.schedule",),
+    ("pipeline.accounting",),
+    ("pipeline.checkpoint",),
+    ("pipeline.reporting", "pipeline.huggingface"),
+    ("pipeline.inference",),
+    ("pipeline.training", "pipeline.evaluation"),
+    ("pipeline.benchmarks",),
+    ("launch.arguments", "launch.processes"),
+    ("launch.commands",),
+    ("launch.cli",),
+)
+"""From the ground up. Rooms of one floor do not see each other."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the product by its dotted name; code that is exported to run elsewhere stands for itself."""
+    found = {}
+    for package in ("data", "model", "pipeline", "launch"):
+        for path in (ROOT / package).rglob("*.py"):
+            if "exported" not in path.parts:
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """Modules of the product that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from package import module`, or `from module import name`.
+            found |= {part if part in MODULES else node.module for part in parts}
+    return {other for other in found if other in MODULES and other != name}
+
+
+def floor(name: str) -> int | None:
+    """The floor a module stands on; None for a package's own `__init__`."""
+    room = ".".join(name.split(".")[:2])
+    return next((number for number, rooms in enumerate(FLOORS) if room in rooms), None)
+
+
+def room(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_downwards(name):
+    own = floor(name)
+    if own is None:
+        assert name.count(".") == 0, f"{name} stands on no floor: give its room a place in FLOORS"
+        assert not [other for other in imports(name) if other != name], (
+            f"{name} is a package's door, and imports nothing"
+        )
+        return
+    for other in imports(name):
+        below = floor(other)
+        assert below is None or room(other) == room(name) or below < own, (
+            f"{name} imports {other}, which is not below it"
+        )
+
+
+def test_no_circles():
+    """Not even inside a room."""
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way[way.index(name) :], name))
+        if name not in done:
+            for other in sorted(imports(name)):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in sorted(MODULES):
+        visit(name, ())
+
+
+def test_model_and_data_do_not_know_each_other():
+    for name in MODULES:
+        for other in imports(name):
+            assert {name.split(".")[0], other.split(".")[0]} != {"model", "data"}, f"{name} imports {other}"
