@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -187,6 +188,11 @@ def _given_tokenizer(options: PrepareOptions) -> Tokenizer | None:
     if spec.startswith("train:"):
         _vocab_size(spec)
         return None
+    if not os.path.lexists(spec):
+        raise ValueError(
+            f"--tokenizer {spec}: there is no such folder, and nothing is downloaded; valid are `byte`, `train:VOCAB` "
+            "(such as train:4096) and a folder: a prepared set or one with tokenizer.json"
+        )
     tokenizer = load_tokenizer(spec)
     if options.begin_token == "none":
         tokenizer = tokenizer.without_begin()

@@ -260,10 +260,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return _load_own(path, path / name)
     found = {name: path / name for name in TOKENIZER_FILES if (path / name).exists()}
     if TOKENIZER_JSON not in found:
-        raise FileError(
-            f"{path} holds no tokenizer: neither a prepared set nor a folder with {TOKENIZER_JSON} "
-            "(other choices are `byte` and `train:VOCAB`)"
-        )
+        there = "holds no tokenizer" if os.path.lexists(path) else "does not exist"
+        raise FileError(f"{path} {there}: a tokenizer's folder is a prepared set or one with {TOKENIZER_JSON}")
     return tokenizer_of_files({name: read_bytes(file, TOKENIZER_LIMIT) for name, file in found.items()}, str(path))
 
 

@@ -70,7 +70,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="write control characters of the text as they are to a terminal, too, where they are shown as \\x1b and "
         "the like; files and pipes always get them",
     )
-    parser.add_argument("--save-memory", metavar="FILE", help="keep what was read, before anything is generated")
+    parser.add_argument(
+        "--save-memory",
+        metavar="FILE",
+        help="keep what was read in a new file, before anything is generated; with --file beside --prompt the memory "
+        "of the file alone, so that other prompts can go on after it",
+    )
     parser.add_argument("--load-memory", metavar="FILE", help="go on after what was kept")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer or of a prepared set")
     parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
@@ -97,6 +102,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before a model is loaded."""
+    for text in args.overrides:
+        if "=" not in text:
+            raise ValueError(f"{text!r} is no setting (key=value); a text to go on from is given as --prompt TEXT")
     if not args.prompt and not args.file:
         raise ValueError("nothing to read: give --prompt or --file")
     if args.prompt and len(args.file) > 1:
@@ -127,6 +135,8 @@ def _check_writable(path: Path) -> None:
     """Refuse a file that could not be written once everything has been read."""
     if path.is_dir():
         raise IsADirectoryError(f"--save-memory {path} is a folder: give a file")
+    if os.path.lexists(path):
+        raise FileExistsError(f"--save-memory {path} exists already: choose another name")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise PermissionError(f"--save-memory {path} cannot be written: {folder} is no folder that takes files")
@@ -166,14 +176,18 @@ def _generate(args: argparse.Namespace) -> int:
     # Every prompt goes on after the one file; files alone are prompts themselves.
     texts: list[list[Prompt]] = [list(map(Path, args.file)), args.prompt]
     start, tokens, progress = time.perf_counter(), 0, _progress()
+    kept = None
     for prompts in filter(None, texts):
         before = 0 if after is None else sum(after.tokens_read) * (len(prompts) if after.lanes == 1 else 1)
         after = generator.read(prompts, after, on_read=progress)
         tokens += sum(after.tokens_read) - before
+        if kept is None:
+            kept = after  # of a file and its prompts the file: with a question in it, it would serve that one alone
     state = after
     _report("read", tokens, start)
     if args.save_memory:
-        generator.save(state, args.save_memory)
+        generator.save(kept, args.save_memory)
+        _say_kept(kept, args.save_memory)
     if args.max_new_tokens:
         _complete(generator, state, _sampling(args), args)
     shutdown()
@@ -219,6 +233,12 @@ def _complete(generator: Generator, state: LaneState, sampling: Sampling, args: 
                 text = for_output(completion.text, raw=args.raw)
                 print(f"== prompt {number} ({completion.ended_by})\n{text}", flush=True)
     _report("generated", sum(len(completion.tokens) for completion in completions), start)
+
+
+def _say_kept(state: LaneState, path: str) -> None:
+    if os.environ["RANK"] == "0":
+        texts = "" if state.lanes == 1 else f" of {state.lanes:,} texts"
+        print(f"kept the memory of {sum(state.tokens_read):,} tokens{texts} in {path}", file=sys.stderr)
 
 
 def _report(what: str, tokens: int, start: float) -> None:

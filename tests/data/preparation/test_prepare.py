@@ -304,7 +304,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
         ({"seed": -1}, "--seed -1"),
         ({"tokenizer": "train:many"}, "train:many: 'many' is not a size"),
         ({"tokenizer": "train:100"}, "at least 257"),
-        ({"tokenizer": "nowhere"}, "nowhere holds no tokenizer"),
+        ({"tokenizer": "nowhere"}, "--tokenizer nowhere: there is no such folder, and nothing is downloaded"),
     ],
 )
 def test_options_that_make_no_set_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
