@@ -22,7 +22,7 @@ from data.prepared.verify import verify_set
 from launch import cli
 from tests.prepared import write_set
 
-FIRST_VERSION = Path(__file__).parents[1] / "fixtures" / "first_version" / "set"
+FIRST_VERSION = Path(__file__).parents[2] / "fixtures" / "first_version" / "set"
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from pipeline.checkpoint.schema import FORMAT_VERSION
 
 WEIGHT = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 MEMORY = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1))
-FIRST_VERSION = Path(__file__).parents[1] / "fixtures" / "first_version"
+FIRST_VERSION = Path(__file__).parents[2] / "fixtures" / "first_version"
 KEY, MEMORY_KEY = "master/layers.0.mlp.linear_fc1.weight", "memory/0/M"
 
 

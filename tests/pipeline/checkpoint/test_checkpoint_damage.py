@@ -20,7 +20,7 @@ from pipeline.checkpoint.tensor_file import write_tensors
 from pipeline.reporting.inspect import read_contents, read_run
 from tests.pipeline.checkpoint.test_checkpoint import KEY, MEMORY_KEY, write
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "first_version" / "run" / "checkpoints" / "step_00000002"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "first_version" / "run" / "checkpoints" / "step_00000002"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 from pipeline.evaluation import evaluate
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "first_version"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "first_version"
 OTHER = Tokenizer("byte", eos_id=0)
 """As large as the one of bytes, and another one."""
 

@@ -270,7 +270,7 @@ def test_a_damaged_file_is_refused_by_name_or_read(tmp_path_factory, content):
 
 
 def test_what_the_first_version_wrote_is_read_as_it_was():
-    run = Path(__file__).parents[1] / "fixtures" / "first_version" / "run"
+    run = Path(__file__).parents[2] / "fixtures" / "first_version" / "run"
     (summary,) = run.glob("checkpoints/*/checkpoint.json")
     stored = json.loads(summary.read_text())["config"]
     config = load_config(run / "config.yaml", [], own=False)
