@@ -12,7 +12,7 @@ demo: $(VENV)/.installed-base
 passkey: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/passkey.sh
 
-# Experiments of docs/science.md, each the best part of an hour on two cores.
+# Experiments of docs/science_record.md, each the best part of an hour on two cores.
 passkey-harder: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/passkey_harder.sh
 

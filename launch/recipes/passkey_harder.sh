@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The passkey task made harder: hidden in real text, and with several named keys.
-# Everything lands in ./passkey; two hours on two cores. It can be stopped and run again. docs/science.md has how far it goes.
+# Everything lands in ./passkey; two hours on two cores. It can be stopped and run again. docs/science_record.md has how far it goes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/recipes/models.sh
