@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from launch import __version__
 from launch.commands.terminal import visible
@@ -31,8 +34,34 @@ READER_GONE = 128 + 13
 """Exit code when whoever read the output has gone, as after `| head`: that of a process that SIGPIPE ends."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Says with an error which space may be missing, and of an unknown option what it may have been meant for."""
+
+    words: Sequence[str] = ()
+    commands: Mapping[str, _Parser]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        joined = [word for word in self.words if re.match(r"[^-\s][^\s=]*--[a-z]", word)]
+        super().error(message + (f" (is a space missing in {joined[0]!r}?)" if joined else ""))
+
+    def refuse(self, words: list[str], *, settings: bool) -> NoReturn:
+        """End with an error about words that are neither options nor, for a command with `settings`, settings."""
+        name = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+        if settings and "." in name:
+            hint = f"a setting has no dashes: {name.lstrip('-')}=VALUE"
+        elif close := difflib.get_close_matches(name, re.findall(r"--[a-z-]+", self.format_usage()), 1):
+            hint = f"did you mean {close[0]}?"
+        else:
+            hint = f"`{self.prog} --help` lists the options"
+        self.error(f"unrecognized arguments: {' '.join(words)}; {hint}")
+
+
+def build_parser() -> _Parser:
+    parser = _Parser(
         prog="infini",
         description="Train language models with Infini-attention on documents of unbounded length.",
         epilog="`infini COMMAND --help` explains a command.",
@@ -41,9 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error (INFINI_DEBUG=1 does the same)"
     )
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for module in COMMANDS:
         importlib.import_module(module).add_parser(subparsers)
+    parser.commands = subparsers.choices
     return parser
 
 
@@ -53,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     # argparse gives a list of positionals only what stands before the next option: take the later ones here.
     if rest and not (hasattr(args, "overrides") and all("=" in r and not r.startswith("-") for r in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.commands[args.command].refuse(rest, settings=hasattr(args, "overrides"))
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args

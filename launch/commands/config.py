@@ -77,7 +77,8 @@ def explain(pattern: str) -> str:
 def _fits(setting: Setting, wanted: str) -> bool:
     if any(character in wanted for character in "*?"):
         return fnmatch.fnmatchcase(setting.key, wanted)
-    return wanted in setting.key or wanted in setting.meaning.lower()
+    text = f"{setting.key} {setting.meaning.lower()}"
+    return wanted in text or all(word in text for word in wanted.split())
 
 
 def _explain(setting: Setting) -> str:

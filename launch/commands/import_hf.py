@@ -62,5 +62,8 @@ def run(args: argparse.Namespace) -> int:
         shutdown()
     for note in notes:
         print(f"note: {visible(note)}")
-    print(f"{args.out}: {total:,} parameters; start a run with `infini train {args.out / 'config.yaml'}`")
+    print(
+        f"{args.out}: {total:,} parameters; next: `infini prepare SOURCE... --tokenizer {args.out / 'tokenizer'} "
+        f"--out SET`, `infini train {args.out / 'config.yaml'} data.sets.0.path=SET`"
+    )
     return 0

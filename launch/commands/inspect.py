@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        raise ValueError(f"{folder} {'is not a folder' if os.path.lexists(folder) else 'does not exist'}")
     for kind in KINDS:
         if kind.recognises(folder):
             return kind.inspect(folder, args.verify)
-    raise ValueError(f"{folder} is nothing that can be inspected; valid is: {', '.join(kind.name for kind in KINDS)}")
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and any(k.recognises(path) for k in KINDS))
+    raise ValueError(
+        f"{folder} is nothing that can be inspected; valid is: {', '.join(kind.name for kind in KINDS)}"
+        + (f"; in it there is {', '.join(map(str, inside[:4]))}{', ...' if len(inside) > 4 else ''}" if inside else "")
+    )
 
 
 def _is_prepared_set(folder: Path) -> bool:

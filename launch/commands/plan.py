@@ -49,7 +49,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--png", metavar="PATH", help="draw the simulated timeline; implies --schedule")
     parser.add_argument(
-        "--gpu", choices=ACCELERATORS, default="H100", help="device, by its data sheet (default %(default)s)"
+        "--gpu",
+        type=str.upper,
+        choices=ACCELERATORS,
+        default="H100",
+        help="device, by its data sheet (default %(default)s)",
     )
     parser.add_argument(
         "--tflops",
@@ -230,7 +234,8 @@ def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rate
         f"taken: {rates.flops_per_s / 1e12:,.4g} TFLOP/s while computing ({source}); "
         f"{rates.link_bytes_per_s / 1e9:g} GB/s between stages and data-parallel ranks ({link}), "
         f"{rates.tensor_bytes_per_s / 1e9:g} GB/s between tensor-parallel ranks; only transfers between stages hide "
-        "behind computation; the optimizer's own work, reading data and saving take no time"
+        "behind computation; the optimizer's own work, starting kernels, reading data and saving take no time, "
+        "so a small model is slower by far"
     )
 
 

@@ -83,7 +83,12 @@ def _start(args: argparse.Namespace) -> int:
     from launch.processes.world import refuse_nproc_in_a_rank
 
     refuse_nproc_in_a_rank()
-    checked_config(args, args.nproc)  # an error is told once, before any process starts
+    from pipeline.checkpoint.folder import check_new
+
+    # An error is told once, before any process starts, and writes nothing into another run's folder.
+    config = checked_config(args, args.nproc)
+    if args.resume is None:
+        check_new(Path(config.run_dir))
     arguments = ["train", args.config, *args.overrides]
     if args.resume is not None:
         arguments += ["--resume", args.resume]

@@ -15,6 +15,7 @@ from typing import Any
 
 from data.files import FileError, convert, decode_json, inside, open_regular, read_bytes, read_text, sealed, shown
 from pipeline.checkpoint.schema import FORMAT_VERSION, FileFacts, Part, Summary
+from pipeline.config.load import ConfigError
 
 SUMMARY = "checkpoint.json"
 LATEST = "latest"
@@ -107,6 +108,14 @@ def read_latest(folder: Path) -> tuple[str | None, str | None]:
     if folder / text not in checkpoint_folders(folder) or not (folder / text / SUMMARY).is_file():
         return text, f"{pointer} names {text}, which is not a checkpoint here (no {SUMMARY})"
     return text, None
+
+
+def check_new(run_dir: Path) -> None:
+    """Raises: ConfigError: a new run in this folder would overwrite an old one."""
+    if (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            [f"run_dir: {run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
+        )
 
 
 def candidates(folder: Path) -> list[Path]:

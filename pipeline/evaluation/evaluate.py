@@ -232,6 +232,10 @@ def _documents(source: PreparedSet, config: Config, notes: list[str]) -> list[Do
             f"{source.path}: {len(documents)} held-out documents, {full} of them with the {evaluate.max_segments} "
             f"segments of {length} tokens asked for"
         )
+    if len(documents) == 1:
+        notes.append(
+            f"{source.path}: of one document there is no 95 % interval, and no other whose memory it could read"
+        )
     return documents
 
 

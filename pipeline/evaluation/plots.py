@@ -78,7 +78,7 @@ def loss_by_segment(path: str | Path, curves: Mapping[str, Curve], title: str) -
             upper.fill_between(x, mean - width, mean + width, color=color, alpha=0.18, linewidth=0)
         if index == 0 or not same_counts:
             lower.step(x, counts, where="mid", color="0.35" if same_counts else color, linewidth=1.3)
-    has_intervals = any(widths is not None for _, widths, _ in curves.values())
+    has_intervals = any(widths is not None and np.isfinite(_floats(widths)).any() for _, widths, _ in curves.values())
     upper.set(ylabel="loss (nats per token)" + ("\nband: 95 % interval" if has_intervals else ""))
     legend.draw(figure, upper.lines)
     upper.tick_params(labelbottom=False)

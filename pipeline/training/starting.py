@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from pipeline.checkpoint.find_tokenizer import check_run_folder, check_tokenizer
-from pipeline.checkpoint.folder import candidates, find_checkpoint
+from pipeline.checkpoint.folder import candidates, check_new, find_checkpoint
 from pipeline.checkpoint.loading import open_newest, open_verified
 from pipeline.checkpoint.weights_only import start_from
 from pipeline.checkpoint.writer import move_latest
-from pipeline.config.load import ConfigError, save_config
+from pipeline.config.load import save_config
 from pipeline.parallel.topology import on_main
 
 if TYPE_CHECKING:
@@ -56,16 +56,16 @@ def begin(trainer: Trainer, resume: str | None) -> tuple[list[str], bool]:
         source = open_verified(on_main(lambda: find_checkpoint(Path(trainer.config.train.init_from))))
         notes += check_tokenizer(source, *tokenizer)
         notes += start_from(source, trainer.optimizer, trainer.topology, trainer.config, trainer.vocab_size)
+    if trainer.step >= trainer.config.train.steps:
+        notes.append(f"train.steps = {trainer.config.train.steps} are done already: nothing is left to train")
     dist.barrier()
     on_main(lambda: _write_config(trainer))
     return notes, resume is not None
 
 
 def _check_folder(run_dir: Path, tokenizer: tuple[str, Path | str], *, new: bool) -> None:
-    if new and (run_dir / "metrics.jsonl").exists():
-        raise ConfigError(
-            [f"run_dir: {run_dir} holds a run already; go on with --resume, or choose another name or run_dir"]
-        )
+    if new:
+        check_new(run_dir)
     check_run_folder(run_dir, *tokenizer)
 
 

@@ -181,7 +181,7 @@ class Trainer:
             reasons: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(reasons, reason)
             first = next(r for r in reasons if r)
-            self.monitor.message(f"stopping after step {self.step}: {first}")
+            self.monitor.message(f"stopping after step {self.step}: {first} (--resume goes on from there)")
             on_main(stop.clear_file)
         return bool(stopping)
 

@@ -87,6 +87,32 @@ def test_wrong_usage_is_exit_code_2(argv):
     assert left.value.code == 2
 
 
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["prepare", "books", "--out", "set", "--valid_fraction", "0.1"], "did you mean --valid-fraction?"),
+        (["train", "a.yaml", "--train.steps=3"], "a setting has no dashes: train.steps=VALUE"),
+        (["train", "a.yaml", "--zzz"], "`infini train --help` lists the options"),
+        (["prepare", "books--out", "set"], "required: --out (is a space missing in 'books--out'?)"),
+    ],
+)
+def test_a_mistyped_option_is_told_what_was_meant(argv, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(argv)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and message in error and f"infini {argv[0]}: error: " in error
+
+
+def test_a_new_run_in_an_old_ones_folder_starts_no_process(run_yaml, launched, capsys):
+    run = run_yaml.parent / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    assert cli.main(["train", str(run_yaml), "--nproc", "2"]) == 2
+    assert f"run_dir: {run} holds a run already; go on with --resume" in capsys.readouterr().err
+    assert not launched and len(list(run.iterdir())) == 1
+    assert cli.main(["train", str(run_yaml), "--nproc", "2", "--resume"]) == 0 and launched
+
+
 def test_user_error_is_one_message_without_traceback(run_yaml, trainer, capsys):
     assert cli.main(["train", str(run_yaml), "model.num_layer=3"]) == 2
     printed = capsys.readouterr().err

@@ -184,8 +184,12 @@ def test_inspect_without_verifying_reads_no_hashes(folder: Path, capsys: pytest.
 def test_inspect_says_what_it_can_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(tmp_path)]) == 2
     assert "nothing that can be inspected; valid is: a prepared set" in capsys.readouterr().err
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "manifest.json").write_text("{}")
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert f"a run's folder; in it there is {tmp_path / 'book'}\n" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path / "gone")]) == 2
-    assert "gone is not a folder" in capsys.readouterr().err
+    assert "gone does not exist" in capsys.readouterr().err
 
 
 def test_histogram_bars_are_proportional() -> None:

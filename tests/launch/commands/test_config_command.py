@@ -34,6 +34,7 @@ def test_every_setting_is_explained_with_type_default_and_meaning(capsys):
         ("learning_rate", "optimizer.lr"),
         ("tensorboard", "metrics.tensorboard"),
         ("checkpoint.*", "checkpoint.interval"),
+        ("file stop", "resilience.stop_file"),
         ("haystack of nothing", None),
     ],
 )
