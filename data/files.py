@@ -21,7 +21,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -50,6 +50,13 @@ def shown(value: object, characters: int = _SHOWN_CHARACTERS) -> str:
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits, a list inside itself
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= characters + 2 else f"{text[:characters]}..."
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message: the first `most` of them, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:

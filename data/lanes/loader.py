@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.config import DataConfig
+from data.files import some
 from data.lanes.prefetch import Prefetcher
 from data.lanes.schedule import LaneCursor, LaneSchedule, Run, WeightedSet
 from data.lanes.window import WindowBatch, WindowBuilder
@@ -171,7 +172,8 @@ class LaneLoader:
         missing = [lane for lane in self._lane_ids if str(lane) not in lanes]
         if missing:
             raise ValueError(
-                f"the saved state lacks lanes {_some(missing)}; it holds lanes {_some(sorted(map(int, lanes)))}"
+                f"the saved state lacks lanes {some(map(str, missing), 8)}; "
+                f"it holds lanes {some(map(str, sorted(map(int, lanes))), 8)}"
             )
         self._rewind([self._cursor(lane, lanes[str(lane)]) for lane in self._lane_ids])
 
@@ -280,8 +282,3 @@ def build_loader(
         prefetch=config.prefetch,
         skip_bad_documents=config.skip_bad_documents,
     )
-
-
-def _some(lanes: list[int]) -> str:
-    shown = ", ".join(map(str, lanes[:8]))
-    return f"{shown}, ... ({len(lanes)} in all)" if len(lanes) > 8 else shown

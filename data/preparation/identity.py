@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.files import FileError, inside, open_regular, writing
+from data.files import FileError, inside, open_regular, some, writing
 from data.preparation.sources import Source
 from data.preparation.streams import FileInput, hash_file
 from data.prepared.manifest import Manifest, SourceEntry
@@ -110,7 +110,7 @@ def _differing_names(source: Source, entry: SourceEntry, there: dict[str, _Row])
     if (entry.inputs, entry.fingerprint) == (len(source.inputs), source.fingerprint):
         return None
     here = {file.name: file.size for file in source.files}
-    return _some(
+    return _named(
         [f"{name} is new" for name in here if name not in there]
         + [f"{name} is gone" for name in there if name not in here]
         + [name for name in here if name in there and here[name] != there[name].bytes]
@@ -143,7 +143,7 @@ def _changed_contents(
         if touched:
             say(f"{source.spec}: {len(touched):,} files have other times and the same contents (read and compared)")
         return ""
-    return _some(changed or list(source.digests)) or ": contents of equal size are others"
+    return _named(changed or list(source.digests)) or ": contents of equal size are others"
 
 
 def _is_as_recorded(file: FileInput, row: _Row | None) -> bool:
@@ -178,7 +178,6 @@ def _read_inputs(folder: Path, manifest: Manifest) -> dict[int, dict[str, _Row]]
     }
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
-    return f": {shown}" if names else ""
+def _named(names: Iterable[str]) -> str:
+    listed = some(names, _NAMES_SHOWN)
+    return f": {listed}" if listed else ""

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import zstandard
 
-from data.files import FileError, file_name, open_regular, shown
+from data.files import FileError, file_name, open_regular, shown, some
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
@@ -87,8 +87,7 @@ def too_long(where: str, limit: int) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """Columns for a message."""
-    names = list(names)
-    return ", ".join(shown(name, 40) for name in names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+    return some((shown(name, 40) for name in names), _NAMES_SHOWN)
 
 
 class NotUTF8Error(FileError):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from data.files import write_whole
+
 BENCHMARKS = {
     "schedule": "launch.commands.bench_schedule",
     "checkpoint": "launch.commands.bench_checkpoint",
@@ -103,12 +105,7 @@ class Note:
         }
         head = [f"# Benchmark: {self.name}", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
         path = self.folder / f"{self.day}-{self.name}.md"
-        temporary = path.with_suffix(".md.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("\n\n".join([*head, *self.parts]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, "\n\n".join([*head, *self.parts]) + "\n")
         return path
 
 

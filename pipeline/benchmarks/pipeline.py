@@ -11,7 +11,6 @@ and a machine with fewer cores than stages can show whether schedule and simulat
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.files import write_whole
 from pipeline.benchmarks.step import Step, random_batch, tracked_peak
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
@@ -58,8 +58,6 @@ class Measured:
     """The same lists with the mean measured cost of every stage's kinds of computation and the messages' latency."""
     latency_s: float
     """From sending to the end of a wait that had begun before, the median."""
-    steps_s: list[float]
-    """Lengths of all repeats."""
     bubble_shares: list[float]
     """Of all repeats."""
     cpu_s: float
@@ -160,7 +158,6 @@ def _gather(variant: str, paced: bool, runs: list[tuple[Recorder, int]], live_by
         timeline=timeline,
         simulated=simulate(programs, costs),
         latency_s=latency_s,
-        steps_s=lengths,
         bubble_shares=[timeline.bubble_share for timeline in timelines],
         cpu_s=sum(rank[shown][1] for rank, _ in everyone),
         overruns=sum(rank[shown][2] for rank, _ in everyone),
@@ -229,9 +226,7 @@ def write_results(path: Path, results: list[Measured]) -> None:
         ]
 
     rows = [vars(r) | {"timeline": plain(r.timeline), "simulated": plain(r.simulated)} for r in results]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(rows), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(rows))
 
 
 def read_results(path: Path) -> list[Measured]:

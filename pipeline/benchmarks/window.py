@@ -56,7 +56,6 @@ class WindowCost:
     rss_bytes: int
     """Growth of the process's resident set at most."""
     cpu_s_per_token: float
-    wall_s_per_token: float
 
 
 def measure_window(method: str, segments: int) -> WindowCost:
@@ -79,7 +78,7 @@ def measure_window(method: str, segments: int) -> WindowCost:
     took = timed(lambda: step.run(batch, config))
     peak = tracked_peak(lambda: step.run(batch, config))
     tokens = batch.tokens.numel()
-    return WindowCost(method, segments, peak, int(took["rss_bytes"]), took["cpu_s"] / tokens, took["wall_s"] / tokens)
+    return WindowCost(method, segments, peak, int(took["rss_bytes"]), took["cpu_s"] / tokens)
 
 
 def window_table(lengths: Sequence[int], report: Callable[[str], None]) -> list[WindowCost]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from data.files import sealed, write_whole, writing
+from data.files import sealed, some, write_whole, writing
 from model.config import ModelConfig
 from model.huggingface.weights import backbone_weights, head_shape
 from model.sharding import partition_named, partition_of
@@ -120,7 +120,7 @@ def start_from(
         raise CheckpointError(f"{reader.folder} holds no {', '.join(missing)}")
     if extra := sorted(usable - own):
         raise CheckpointError(
-            f"{reader.folder} holds {_some(extra)}, which this run's model does not have: model.memory must be as it "
+            f"{reader.folder} holds {some(extra, 4)}, which this run's model does not have: model.memory must be as it "
             "was trained"
         )
     optimizer.set_steps_taken(0, 0)
@@ -194,7 +194,3 @@ def _entry(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         "tensor_rank": 0,
         "tensor_size": 1,
     }
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

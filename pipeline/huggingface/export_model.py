@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data.files import making_folder, write_whole, writing
+from data.files import making_folder, some, write_whole, writing
 from data.tokenizer.huggingface import tokenizer_files
 from data.tokenizer.tokenizer import INFO, TOKENIZER_JSON, Tokenizer, tokenizer_of_files
 from model.config import ModelConfig
@@ -32,7 +32,6 @@ SHARD_BYTES = 5 * 10**9
 """Of one safetensors file."""
 
 _MASTER = "master/"
-_LISTED = 5
 
 
 @dataclass
@@ -154,13 +153,13 @@ def _weights(reader: CheckpointReader, config: ModelConfig, plain: bool, export:
     weights = backbone_weights(config, reader.summary.vocab_size)
     shapes = {key.removeprefix(_MASTER): reader.shape(key) for key in reader.keys() if key.startswith(_MASTER)}
     if missing := [name for name in weights if name not in shapes]:
-        raise CheckpointError(f"{reader.folder} holds no {_some(missing)}")
+        raise CheckpointError(f"{reader.folder} holds no {some(missing)}")
     memory = {name: memory_weight(name, shape) for name, shape in shapes.items() if name not in weights}
     mixing = "beta" if config.memory.mix_gate == "head" else "mix_gate.weight"
     parts = {name.split(".attention.")[1] for name in memory} | ({mixing} if config.memory.rule != "none" else set())
     expected = {f"layers.{layer}.attention.{part}" for layer in range(config.num_layers) for part in parts}
     if missing := sorted(expected - memory.keys()):
-        raise CheckpointError(f"{reader.folder} holds no {_some(missing)}")
+        raise CheckpointError(f"{reader.folder} holds no {some(missing)}")
     for name, weight in weights.items():
         if tuple(shapes[name]) != weight.shape:
             raise CheckpointError(f"{reader.folder}: {name} has shape {shapes[name]}; its model's has {weight.shape}")
@@ -168,7 +167,7 @@ def _weights(reader: CheckpointReader, config: ModelConfig, plain: bool, export:
         if memory:
             count = sum(torch.Size(weight.shape).numel() for weight in memory.values())
             export.notes.append(
-                f"--plain leaves out the memory: {len(memory)} parameters ({count:,} numbers), {_some(sorted(memory))}"
+                f"--plain leaves out the memory: {len(memory)} parameters ({count:,} numbers), {some(sorted(memory))}"
                 ". The plain model attends to all of its context instead"
             )
         memory = {}
@@ -224,7 +223,3 @@ def _code() -> dict[str, bytes]:
     """The files that `trust_remote_code` runs."""
     folder = Path(exported.__path__[0])
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*_infini.py"))}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.files import open_regular, shown
+from data.files import open_regular, shown, some
 from model.huggingface.config import is_exported
 from model.huggingface.describe import EXPORTED_CODE
 from pipeline.huggingface.schema import CONFIG, INDEX, ModelSettings, WeightIndex, file_of, read_settings
@@ -27,7 +27,6 @@ ADAPTER = "adapter_config.json"
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_LISTED = 5
 
 
 class ModelSource(Protocol):
@@ -174,11 +173,15 @@ class FolderSource:
         names = sorted(path.name for path in self.path.iterdir())
         read = {file.split("/")[0] for file in self._files.values()}
         if weights := [name for name in names if name.endswith(_WEIGHTS) and name not in read]:
-            self.notes.append(f"{self.path}: not read: {_some(weights)} ({len(weights)} file(s) of other weights)")
+            self.notes.append(
+                f"{self.path}: not read: {some(map(shown, weights))} ({len(weights)} file(s) of other weights)"
+            )
         own = EXPORTED_CODE if is_exported(self.config) else {}
         code = [name for name in names if name.endswith(".py") and not (own and name.endswith("_infini.py"))]
         if code:
-            self.notes.append(f"{self.path}: {_some(code)} ({len(code)} file(s) of code) is neither run nor taken over")
+            self.notes.append(
+                f"{self.path}: {some(map(shown, code))} ({len(code)} file(s) of code) is neither run nor taken over"
+            )
         if (named := self.config.get("auto_map")) and named != own:
             self.notes.append(
                 f"{self.config_name}: auto_map names code of the model's own, which is neither run nor taken over: the "
@@ -200,9 +203,3 @@ def open_source(path: Path) -> ModelSource:
 
         return GgufSource(path)
     raise ValueError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(shown(name) for name in names[:_LISTED]) + (
-        f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    )

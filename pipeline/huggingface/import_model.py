@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.files import making_folder, write_whole
+from data.files import making_folder, some, write_whole
 from data.tokenizer.tokenizer import Tokenizer
 from model.config import MemoryConfig, ModelConfig
 from model.huggingface.config import is_exported, model_config
@@ -32,7 +32,6 @@ BETA_LR_SCALE = 100.0
 
 _IGNORED = ("rotary_emb.inv_freq",)
 """Tensors that older exports carry and that follow from the configuration."""
-_LISTED = 5
 _HF_NAMES = {
     "num_query_groups": "num_key_value_heads",
     "num_layers": "num_hidden_layers",
@@ -179,16 +178,16 @@ def _check_tensors(source: ModelSource, weights: dict[str, Weight], *, with_memo
         given.pop("lm_head.weight", None)  # compared with the embedding in `_check_tied`
     problems = []
     if missing := [name for name in expected if name not in given]:
-        problems.append(f"missing: {_some(missing)}")
+        problems.append(f"missing: {some(missing)}")
     if extra := [name for name in given if name not in expected and not (with_memory and ".memory." in name)]:
-        problems.append(f"not part of this decoder: {_some(extra)}")
+        problems.append(f"not part of this decoder: {some(extra)}")
     wrong = [
         f"{name} has shape {list(given[name])} where {source.config_name} means {list(shape)}"
         for name, shape in expected.items()
         if name in given and given[name] != shape
     ]
     if wrong:
-        problems.append(_some(wrong))
+        problems.append(some(wrong))
     if problems:
         raise ValueError(f"{source.path}: " + "; ".join(problems))
 
@@ -249,7 +248,3 @@ def _yaml(config: Config, source: Path) -> str:
         + "\n# init_from: the weights beside this file, with a fresh optimizer.\n"
         + dump({"train": {"init_from": config.train.init_from}})
     )
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:_LISTED]) + (f" and {len(items) - _LISTED} more" if len(items) > _LISTED else "")

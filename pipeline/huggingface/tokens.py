@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from data.files import FileError, shown, write_whole
+from data.files import FileError, shown, some, write_whole
 from data.tokenizer.library import TOKENIZER_LIMIT, open_backend
 from data.tokenizer.special_tokens import TOKENIZER_FILES, begin_tokens, end_token
 from data.tokenizer.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
@@ -60,7 +60,6 @@ _PLAIN_CLASS = "PreTrainedTokenizerFast"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _COMPANIONS = (TOKENIZER_CONFIG, GENERATION_CONFIG, TOKEN_IDS, CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, CONFIG)
-_LISTED = 5
 
 
 class Ids(msgspec.Struct):
@@ -276,7 +275,7 @@ def _say_end_token(
         found = f"of {' and '.join(places)}" if places else "of the vocabulary, because no file names any"
         notes.append(f"{folder}: the tokenizer names no end token; {shown(content)} ({number}) {found} ends documents")
     if others := {name: ids for name, ids in said.items() if ids and set(ids) != {number}}:
-        listed = ", ".join(f"{name} says {_some(list(map(str, ids)))}" for name, ids in others.items())
+        listed = ", ".join(f"{name} says {some(map(str, ids))}" for name, ids in others.items())
         notes.append(
             f"{folder}: the tokenizer's end token is {shown(content)} ({number}); {listed}. Documents end with the "
             "tokenizer's; an export says what each file says now"
@@ -300,7 +299,7 @@ def _begin_token(
     own = vocabulary[_content(token)]
     found = {CONFIG: _declared(ids, "bos_token_id"), GENERATION_CONFIG: _declared(generation, "bos_token_id")}
     if others := {name: x for name, x in found.items() if x and x != [own]}:
-        listed = ", ".join(f"{name} says {_some(list(map(str, x)))}" for name, x in others.items())
+        listed = ", ".join(f"{name} says {some(map(str, x))}" for name, x in others.items())
         notes.append(f"{folder}: the tokenizer's begin token is {shown(_content(token))} ({own}); {listed}")
 
 
@@ -323,7 +322,7 @@ def _templates(folder: Path, settings: dict[str, Any], notes: list[str]) -> dict
     if templates and (other := settings.pop("chat_template", None)) is not None:
         if not isinstance(other, str) or other.encode() != templates.get(CHAT_TEMPLATE):
             notes.append(
-                f"{folder}: {_some(list(templates))} and {TOKENIZER_CONFIG} have different chat templates: the former "
+                f"{folder}: {some(templates)} and {TOKENIZER_CONFIG} have different chat templates: the former "
                 "count, as in transformers"
             )
     return templates
@@ -338,7 +337,7 @@ def _known(settings: Mapping[str, Any], kind: type, where: Path, notes: list[str
     left_out = [name for name in settings if name not in declared | own and name not in _SAYS_NOTHING]
     if left_out:
         notes.append(
-            f"{where}: left out: {_some([shown(name) for name in left_out])} ({len(left_out)} setting(s) that are not "
+            f"{where}: left out: {some(map(shown, left_out))} ({len(left_out)} setting(s) that are not "
             "known to be harmless)"
         )
     return {name: value for name, value in settings.items() if name in declared | own}
@@ -379,13 +378,9 @@ def _in_vocabulary(
                 strange.append(f"{len(value) - len(known)} of {name}")
             kept[name] = known if isinstance(value, dict) else list(known.values())
     if strange:
-        notes.append(f"{where}: left out: {_some(strange)}: {TOKENIZER_JSON} has no such token")
+        notes.append(f"{where}: left out: {some(strange)}: {TOKENIZER_JSON} has no such token")
     return kept
 
 
 def _content(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:_LISTED]) + (f" and {len(items) - _LISTED} more" if len(items) > _LISTED else "")

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.files import some
 from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage
 from model.layers.attention import MemoryStatistics
@@ -160,10 +161,9 @@ class Streamer:
         everyone: list[dict[str, int]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, {name: count for name, count in bad.items() if count})
         if found := [f"{name} ({count:,})" for own in everyone for name, count in own.items()]:
-            listed = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
             raise CheckpointError(
-                f"{reader.folder} holds weights that are NaN or infinite in {self.stage.compute_dtype}: {listed}. "
-                "Nothing can be computed with it: take an earlier checkpoint"
+                f"{reader.folder} holds weights that are NaN or infinite in {self.stage.compute_dtype}: "
+                f"{some(found, 4)}. Nothing can be computed with it: take an earlier checkpoint"
             )
 
     @property

@@ -40,10 +40,6 @@ class Topology:
     backward_group: dist.ProcessGroup
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
 
@@ -55,10 +51,6 @@ class Topology:
     @property
     def tensor_group(self) -> dist.ProcessGroup:
         return parallel_state.get_tensor_model_parallel_group()
-
-    @property
-    def pipeline_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_pipeline_model_parallel_group()
 
     @property
     def data_group(self) -> dist.ProcessGroup:

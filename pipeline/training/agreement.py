@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from data.files import some
 from data.lanes.loader import WindowBatch
 from pipeline.parallel.topology import Topology
 
@@ -66,7 +67,7 @@ def different_windows(windows: list[RankWindow]) -> str:
     for lane, found in list(different.items())[:SHOWN]:
         # The reading of the most ranks first: it is the likelier one.
         groups = sorted(found.values(), key=lambda group: (-len(group), group[0][0]))
-        told = [f"{_ranks([rank for rank, _ in group])} read {_some(group[0][1])}" for group in groups]
+        told = [f"{_ranks([rank for rank, _ in group])} read {some(group[0][1], SHOWN)}" for group in groups]
         same_names = len({tuple(group[0][1]) for group in groups}) == 1
         lines.append(f"lane {lane}: {', '.join(told)}" + (" with other contents" if same_names else ""))
     if len(different) > SHOWN:
@@ -80,9 +81,4 @@ def different_windows(windows: list[RankWindow]) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + _some(list(map(str, ranks)))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ("rank " if len(ranks) == 1 else "ranks ") + some(map(str, ranks), SHOWN)

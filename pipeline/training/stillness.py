@@ -7,12 +7,11 @@ has a learning rate of 0, is still on purpose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.files import some
 from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
 
 SHORTEST_HORIZON = 10
@@ -75,7 +74,8 @@ class StillnessWatch:
                 names = [name for name, own in self.kind_of.items() if own == kind]
                 steps = self.silent[kind]
                 messages.append(
-                    f"THE GRADIENT OF {kind.name} IS EXACTLY 0 in {steps} steps: {_some(names)} learn nothing"
+                    f"THE GRADIENT OF {kind.name} IS EXACTLY 0 in {steps} steps: "
+                    f"{some(names, NAMES_SHOWN)} learn nothing"
                 )
         self._see_what_moved()
         still = [name for name in self.unmoved if self.learning[self.kind_of[name]] >= self.horizon]
@@ -83,8 +83,9 @@ class StillnessWatch:
         for kind in sorted({self.kind_of[name] for name in news}):
             names = [name for name in news if self.kind_of[name] == kind]
             messages.append(
-                f"PARAMETERS HAVE NOT MOVED in {self.learning[kind]} steps: {_some(names)} (gradient norm of "
-                f"{kind.name} {self.norms.get(kind.name, 0.0):.3g}, learning rate {rate * kind.lr_scale:.3g})"
+                f"PARAMETERS HAVE NOT MOVED in {self.learning[kind]} steps: {some(names, NAMES_SHOWN)} "
+                f"(gradient norm of {kind.name} {self.norms.get(kind.name, 0.0):.3g}, "
+                f"learning rate {rate * kind.lr_scale:.3g})"
             )
         values = {f"gradient_norm/{name}": norm for name, norm in self.norms.items()}
         return messages, values | {
@@ -116,8 +117,3 @@ class StillnessWatch:
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int64 if tensor.dtype == torch.float64 else torch.int32).sum(dtype=torch.int64)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

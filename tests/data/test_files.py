@@ -19,6 +19,7 @@ from data.files import (
     read_bytes,
     read_json,
     shown,
+    some,
     write_whole,
     writing,
 )
@@ -135,3 +136,9 @@ def test_what_is_shown_of_a_value_is_bounded_and_printable():
     assert shown("a\x1b[31m") == "'a\\x1b[31m'"
     assert len(shown("x" * 10**6)) < 100 and len(shown([1] * 10**4)) < 100
     assert shown(10**5000) == "a int too large to show"
+
+
+def test_names_that_are_left_out_are_counted():
+    assert some(iter("abc"), 3) == "a, b, c"
+    assert some("abcdefg", 3) == "a, b, c and 4 more"
+    assert some([]) == ""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import FileError, file_name, is_utf8, open_regular
+from data.files import FileError, file_name, is_utf8, open_regular, some
 from data.preparation.parquet import open_parquet
 from data.preparation.records import RECORD_SUFFIXES, is_record_file, read_records, without_compression
 from data.preparation.sources.base import BadInputError, Job, Loaded, Source, SourceOptions
@@ -127,11 +127,11 @@ class FileSource(Source):
         if self.passed_over:
             self.notes.append(f"{self.spec}: passed over {met.passed_over} (see --text-pattern)")
         if met.twice:
-            examples = _some(f"{name} leads to {where}" for name, where in met.twice)
+            examples = some((f"{name} leads to {where}" for name, where in met.twice), _NAMES_SHOWN)
             self.notes.append(f"{self.spec}: {len(met.twice):,} linked folders are not read again: {examples}")
         escaped = [file.relative for file in found if not is_utf8(file.relative)]
         if escaped:
-            examples = _some(map(file_name, escaped))
+            examples = some(map(file_name, escaped), _NAMES_SHOWN)
             self.notes.append(f"{self.spec}: {len(escaped):,} names are not UTF-8, read with escapes: {examples}")
         return found
 
@@ -146,7 +146,9 @@ class FileSource(Source):
             else:
                 again.append(f"{name} is {first}")
         if again:
-            self.notes.append(f"{self.spec}: {len(again):,} files are reached twice and read once: {_some(again)}")
+            self.notes.append(
+                f"{self.spec}: {len(again):,} files are reached twice and read once: {some(again, _NAMES_SHOWN)}"
+            )
         return sorted(kept, key=lambda file: file.relative)
 
     @property
@@ -177,8 +179,3 @@ class FileSource(Source):
         except (FileError, OSError) as error:
             self.digests.setdefault(file.name, "")
             yield BadJob(file.name, left, str(error), record=False)
-
-
-def _some(names: Iterator[str] | list[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
