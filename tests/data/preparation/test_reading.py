@@ -276,7 +276,7 @@ def test_bad_rows_of_parquet_are_named_and_the_others_read(tmp_path: Path) -> No
         (pa.table({"meta": [{"text": "a"}]}), "meta.text", "column 'meta' holds struct<text: string>; .* not read"),
         (pa.table({"text": [b"a"]}), "text", "column 'text' holds binary, not text"),
         (pa.table([["a"], ["b"]], names=["text", "text"]), "text", "column 'text' stands there 2 times"),
-        (pa.table({f"c{i}": [1] for i in range(99)}), "text", r"no column 'text'; it has 'c0', .*'c9', \.\.\. \(see"),
+        (pa.table({f"c{i}": [1] for i in range(99)}), "text", "no column 'text'; it has 'c0', .*'c9' and 89 more"),
     ],
 )
 def test_a_column_that_is_not_text_is_named(tmp_path: Path, table: pa.Table, column: str, message: str) -> None:
