@@ -6,6 +6,7 @@ The picture is in docs/design.md. Inside a room modules may import one another, 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,40 @@ def test_model_and_data_do_not_know_each_other():
     for name in MODULES:
         for other in imports(name):
             assert {name.split(".")[0], other.split(".")[0]} != {"model", "data"}, f"{name} imports {other}"
+
+
+PAGE = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+WINGS = ("data", "model", "pipeline", "launch")
+
+
+def picture() -> str:
+    """The floors as docs/design.md draws them."""
+    cells = [[[r.split(".")[1] for r in rooms if r.startswith(f"{wing}.")] for wing in WINGS] for rooms in FLOORS]
+    rows = [("", *WINGS)] + [(str(number), *map("  ".join, row)) for number, row in reversed(list(enumerate(cells)))]
+    widths = [max(len(row[i]) for row in rows) + 4 for i in range(len(rows[0]))]
+    lines = (
+        row[0].rjust(2) + "    " + "".join(cell.ljust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+    return "\n".join(f"    {line}".rstrip() for line in lines)
+
+
+def test_the_page_has_the_picture():
+    assert picture() in PAGE, f"docs/design.md should have:\n{picture()}"
+
+
+WALKS = [
+    re.findall(r"^\d+\. `([\w/]+)\.py`", part, re.MULTILINE)
+    for part in re.split(r"^(?!\d+\. )", PAGE.partition("## Walk 1")[2].partition("## A window")[0], flags=re.MULTILINE)
+]
+WALKS = [walk for walk in WALKS if walk]
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk[-1])
+def test_walks_go_down(walk):
+    floors = [floor(path.replace("/", ".")) for path in walk]
+    assert floors == sorted(floors, reverse=True), list(zip(walk, floors, strict=True))
+
+
+def test_the_page_has_two_walks():
+    assert len(WALKS) == 6 and all(len(walk) > 1 for walk in WALKS), WALKS
