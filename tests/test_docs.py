@@ -1,4 +1,5 @@
-"""What the documentation points at is there: links with their anchors, paths, and names of modules."""
+"""What the documentation points at is there: links with their anchors, paths, names of modules. And its tables are for
+looking at: no cell of more than forty words."""
 
 from __future__ import annotations
 
@@ -66,3 +67,10 @@ def test_pages_that_the_code_names_exist():
         if not (ROOT / page).exists()
     ]
     assert not missing, missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_cell_of_more_than_forty_words(page):
+    rows = re.findall(r"^\|(.*)\|$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    long = [cell.strip() for row in rows for cell in row.split(" | ") if len(cell.split()) > 40]
+    assert not long, f"{page}: {long}"
