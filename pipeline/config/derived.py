@@ -47,6 +47,12 @@ def lanes_per_microbatch(config: Config, world_size: int) -> int:
     return lanes_per_rank(config, world_size) if config.parallel.pipeline == 1 else 1
 
 
+def gate_count(config: Config) -> int:
+    """Write gates in one step of the whole job: layers x key/value heads x tokens."""
+    model, train = config.model, config.train
+    return model.num_layers * num_query_groups(model) * train.lanes * train.segments_per_window * model.segment_length
+
+
 def longest_hang_s(config: Config) -> float:
     """What the watchdog waits at the most, in seconds: it must speak before a collective gives up."""
     return 0.9 * config.parallel.timeout_s

@@ -6,30 +6,26 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from data.lanes.loader import WindowBatch
 from model.layers.attention import MemoryStatistics
 from pipeline.accounting.flops import measured_matmul_peak, parameter_count, train_flops_per_token
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.checkpoint.writer import SaveReport
 from pipeline.config import derived
 from pipeline.config import yaml as config_yaml
+from pipeline.config.schema import Config
 from pipeline.parallel.memory_statistics import gather_statistics
-from pipeline.parallel.optimizer import StepOutcome
-from pipeline.parallel.topology import on_main
+from pipeline.parallel.topology import Topology, on_main
 from pipeline.reporting.console import RunConsole, print_table
 from pipeline.reporting.diagnosis import diagnose_run
 from pipeline.reporting.metrics import MetricsWriter, ThroughputMeter, layer_name
-from pipeline.schedule.executor import StepResult
-from pipeline.training.stillness import SHORTEST_HORIZON, StillnessWatch
-
-if TYPE_CHECKING:
-    from pipeline.training.trainer import Trainer
+from pipeline.training.step_record import StepRecord
+from pipeline.training.stillness import StillnessWatch
 
 SEGMENT_BUCKETS = 20
 """Loss by segment index: 0, 1, 2-3, 4-7, ... (powers of two); the last bucket takes the rest."""
@@ -53,20 +49,36 @@ def bucket_name(bucket: int) -> str:
 
 
 class Monitor:
-    """The run's numbers. Every process has one and calls the same methods; only the main one writes."""
+    """The run's numbers. Every process has one and calls the same methods; only the main one writes.
 
-    def __init__(self, trainer: Trainer, *, resume_step: int | None) -> None:
-        self.trainer = trainer
-        self.topology = trainer.topology
-        self.config = trainer.config
-        self.is_main = self.topology.is_main
+    Args:
+        vocab_size: tokens, without padding.
+        stillness: watches what should learn.
+        step: where training begins.
+        resumed: the run folder's numbers up to `step` stay.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        *,
+        vocab_size: int,
+        stillness: StillnessWatch,
+        step: int,
+        resumed: bool,
+    ) -> None:
+        self.config, self.topology = config, topology
+        self.vocab_size = vocab_size
+        self.run_dir = Path(config.run_dir)
+        self.step = step
+        self.is_main = topology.is_main
         self.meter = ThroughputMeter()
         self.writer = self.console = None
-        on_main(lambda: self._open_writer(resume_step))
+        on_main(lambda: self._open_writer(step if resumed else None))
         if self.is_main:
-            self.console = RunConsole(total_steps=self.config.train.steps, start_step=trainer.step)
-        horizon = min(max(SHORTEST_HORIZON, self.config.metrics.interval), self.config.train.steps)
-        self.stillness = StillnessWatch(trainer.optimizer, horizon=horizon)
+            self.console = RunConsole(total_steps=config.train.steps, start_step=step)
+        self.stillness = stillness
         self.peak_flops = 0.0
         self.took_a_step = False
         self.skipped_steps = 0
@@ -97,10 +109,13 @@ class Monitor:
             return
         train, parallel, model = config.train, config.parallel, config.model
         tokens = train.lanes * train.segments_per_window * model.segment_length
-        count = parameter_count(model, self.trainer.vocab_size)
-        flops = train_flops_per_token(model, self.trainer.vocab_size, recompute=config.bptt.recompute)
-        largest = max(per_rank_bytes(config, world, self.trainer.vocab_size), key=lambda rank: rank.total)
-        lanes_per_rank = derived.lanes_per_rank(config, world)
+        count = parameter_count(model, self.vocab_size)
+        flops = train_flops_per_token(model, self.vocab_size, recompute=config.bptt.recompute)
+        largest = max(per_rank_bytes(config, world, self.vocab_size), key=lambda rank: rank.total)
+        lanes_per_rank, per_microbatch = (
+            derived.lanes_per_rank(config, world),
+            derived.lanes_per_microbatch(config, world),
+        )
         rows = {
             "layout": f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {self.topology.data_size}, "
             f"ZeRO {parallel.zero_stage}, {world} processes on {self.topology.device.type}",
@@ -112,70 +127,67 @@ class Monitor:
             "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "
             f"{model.segment_length} tokens"
             + (f", and {train.probes_per_window} probes per lane" if train.probes_per_window else ""),
-            "windows per step and rank": f"{lanes_per_rank // self.trainer.lanes_per_microbatch} of "
-            f"{self.trainer.lanes_per_microbatch} lanes, {config.bptt.chunks_per_window} chunks each",
+            "windows per step and rank": f"{lanes_per_rank // per_microbatch} of "
+            f"{per_microbatch} lanes, {config.bptt.chunks_per_window} chunks each",
             "tokens in the run": f"{tokens * train.steps:,} in {train.steps:,} steps",
             "training FLOPs per token": f"{flops:.3e}",
             "matrix-product peak": f"{self.peak_flops / 1e9:,.1f} GFLOP/s measured, all processes",
             "memory per rank, estimated": f"{largest.total / 2**20:,.1f} MiB (stage {largest.stage})",
-            "run folder": str(self.trainer.run_dir),
+            "run folder": str(self.run_dir),
         }
-        if self.trainer.step:
-            rows["resumed at step"] = f"{self.trainer.step:,}"
+        if self.step:
+            rows["resumed at step"] = f"{self.step:,}"
         print_table(self.config.name, list(rows.items()))
         settings = asdict(config)
-        self.writer.settings(self.trainer.step, settings, config_yaml.dump(settings))
-        self.writer.text(self.trainer.step, "run", "\n".join(f"- {name}: {value}" for name, value in rows.items()))
+        self.writer.settings(self.step, settings, config_yaml.dump(settings))
+        self.writer.text(self.step, "run", "\n".join(f"- {name}: {value}" for name, value in rows.items()))
         self.console.begin()
         self.meter.restart()
 
-    def after_step(
-        self, batch: WindowBatch, result: StepResult, sums: dict[str, float], outcome: StepOutcome, rate: float
-    ) -> None:
+    def after_step(self, record: StepRecord) -> None:
         """Take in a step's numbers; at the end of an interval write them. Collective."""
-        step = self.trainer.step
+        self.step = step = record.step
+        sums, outcome, rate = record.sums, record.outcome, record.rate
         self.meter.count_step(int(sums["tokens"]))
         if outcome.applied:
             for name, value in sums.items():
                 self.interval[name] = self.interval.get(name, 0.0) + value
-            self._add_by_segment(batch, result)
+            self._add_by_segment(record)
         else:
             self.skipped_steps += 1
             if self.is_main:
-                names = "; ".join(
-                    f"lane {int(lane)}: {', '.join(documents)}"
-                    for lane, documents in zip(batch.lane_ids, batch.documents, strict=True)
-                )
                 self.console.message(
-                    f"step {step} skipped: loss {sums['loss'] / max(sums['weight'], 1e-30):.4g}, gradient norm "
-                    f"{outcome.gradient_norm:.4g}; memory rolled back. Documents of rank 0: {names}"
+                    f"step {step} skipped: loss {record.loss:.4g}, gradient norm "
+                    f"{outcome.gradient_norm:.4g}; memory rolled back. Documents of rank 0: "
+                    f"{'; '.join(record.documents())}"
                 )
         if still := self.stillness.after_step(step, outcome, rate, sums["weight"]):
             self.message(still)
-        if result.statistics:
-            self._write_statistics(step, result.statistics)
+        if record.result.statistics:
+            self._write_statistics(step, record.result.statistics)
         if step % self.config.metrics.interval == 0 or step == self.config.train.steps:
-            self._write_interval(step, outcome, rate)
+            self._write_interval(record)
         elif not self.took_a_step and self.is_main:
             values = {
-                "loss/train": sums["loss"] / max(sums["weight"], 1e-30),
+                "loss/train": record.loss,
                 "optimizer/learning_rate": rate,
                 "optimizer/gradient_norm": outcome.gradient_norm,
             }
             self.console.first_step(step, values, self.meter.elapsed_s)
         self.took_a_step = True
 
-    def _add_by_segment(self, batch: WindowBatch, result: StepResult) -> None:
+    def _add_by_segment(self, record: StepRecord) -> None:
         if not (self.topology.is_last_stage and self.topology.tensor_rank == 0):
             return
+        batch, result = record.batch, record.result
         bucket = segment_bucket(batch.position_in_document // self.config.model.segment_length).flatten()
         losses = (result.token_loss.double() * batch.loss_weight).sum(dim=-1).flatten()
         weights = batch.loss_weight.double().sum(dim=-1).flatten()
         self.by_segment[0].index_add_(0, bucket.cpu(), losses.cpu())
         self.by_segment[1].index_add_(0, bucket.cpu(), weights.cpu())
 
-    def _write_interval(self, step: int, outcome: StepOutcome, rate: float) -> None:
-        topology = self.topology
+    def _write_interval(self, record: StepRecord) -> None:
+        topology, step, outcome, rate = self.topology, record.step, record.outcome, record.rate
         by_segment = self.by_segment.to(topology.device)
         dist.all_reduce(by_segment)
         rss = topology.all_reduce([float(psutil.Process().memory_info().rss)], op=dist.ReduceOp.MAX)[0]
@@ -183,7 +195,7 @@ class Monitor:
         if self.config.data.skip_bad_documents:
             # The processes of a model's parts read the same lanes.
             copies = topology.tensor_size * topology.pipeline_size
-            skipped = topology.all_reduce([float(self.trainer.loader.skipped_documents)])[0] / copies
+            skipped = topology.all_reduce([float(record.skipped_documents)])[0] / copies
         still, stillness = self.stillness.at_interval(rate)
         totals, by_segment = self.interval, by_segment.cpu()
         self._clear_interval()
@@ -191,11 +203,11 @@ class Monitor:
         if not self.is_main:
             return
         train = self.config.train
-        flops = train_flops_per_token(self.config.model, self.trainer.vocab_size)  # what the model needs: MFU
+        flops = train_flops_per_token(self.config.model, self.vocab_size)  # what the model needs: MFU
         flops *= 1 + train.probes_per_window / train.segments_per_window
         values = {
             "loss/train": totals["loss"] / totals["weight"] if totals else math.nan,
-            "progress/tokens": self.trainer.tokens,
+            "progress/tokens": record.tokens,
             "progress/skipped_steps": self.skipped_steps,
             "optimizer/gradient_norm": outcome.gradient_norm,
             "optimizer/learning_rate": rate,
@@ -217,7 +229,7 @@ class Monitor:
                 values["loss/probe"] = totals["probe_loss"] / totals["probe_answers"]
             if self.config.model.memory.write_gate != "none":
                 steps = seen / (train.lanes * train.segments_per_window * self.config.model.segment_length)
-                values["memory/write_gate"] = totals["gate"] / (steps * self.trainer.gate_count)
+                values["memory/write_gate"] = totals["gate"] / (steps * derived.gate_count(self.config))
         for bucket in range(SEGMENT_BUCKETS):
             loss, weight = by_segment[:, bucket].tolist()
             if weight:
@@ -252,13 +264,13 @@ class Monitor:
 
     def _diagnose(self) -> None:
         """Say in words what is wrong with the memory, if anything is."""
-        findings = diagnose_run(self.trainer.run_dir, self.config.model.memory)
+        findings = diagnose_run(self.run_dir, self.config.model.memory)
         if findings is None:
             return
         for finding in findings:
             self.console.message(f"memory: {finding}")
         text = "\n".join(f"- {finding}" for finding in findings) or "nothing wrong is seen"
-        self.writer.text(self.trainer.step, "memory", text)
+        self.writer.text(self.step, "memory", text)
 
     def message(self, text: str) -> None:
         """Print a line, on the main process."""
@@ -278,17 +290,18 @@ class Monitor:
             f"saved {report.path} (training waited {report.stall_s:.2f} s, writing took {report.write_s:.2f} s)"
         )
 
-    def rolled_back(self) -> None:
-        """The run went back to an earlier step: what was written for later ones is taken back."""
+    def rolled_back(self, step: int) -> None:
+        """The run went back to `step`: what was written for later ones is taken back."""
+        self.step = step
         self.meter, self.skipped_steps = ThroughputMeter(), 0
         self._clear_interval()
-        on_main(lambda: self._open_writer(self.trainer.step))
+        on_main(lambda: self._open_writer(step))
 
     def _open_writer(self, resume_step: int | None) -> None:
         if self.writer is not None:
             self.writer.close()
         tensorboard = self.config.metrics.tensorboard
-        self.writer = MetricsWriter(self.trainer.run_dir, tensorboard=tensorboard, resume_step=resume_step)
+        self.writer = MetricsWriter(self.run_dir, tensorboard=tensorboard, resume_step=resume_step)
 
     def close(self) -> None:
         if self.is_main:

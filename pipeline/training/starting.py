@@ -7,59 +7,74 @@ same place.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from pipeline.checkpoint.find_tokenizer import check_run_folder, check_tokenizer
 from pipeline.checkpoint.folder import candidates, check_new, find_checkpoint
 from pipeline.checkpoint.loading import open_newest, open_verified
+from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.weights_only import start_from
 from pipeline.checkpoint.writer import move_latest
 from pipeline.config.load import save_config
-from pipeline.parallel.topology import on_main
+from pipeline.config.schema import Config
+from pipeline.parallel.optimizer import ZeroOptimizer
+from pipeline.parallel.topology import Topology, on_main
 
-if TYPE_CHECKING:
-    from pipeline.training.trainer import Trainer
 
-
-def begin(trainer: Trainer, resume: str | None) -> tuple[list[str], bool]:
+def begin(
+    config: Config,
+    topology: Topology,
+    optimizer: ZeroOptimizer,
+    *,
+    tokenizer: tuple[str, Path | str],
+    vocab_size: int,
+    resume: str | None,
+    load: Callable[[CheckpointReader], None],
+) -> tuple[list[str], bool]:
     """Prepare the run folder and load what the run begins with; collective. See `Trainer.start`.
+
+    Args:
+        optimizer: whose parameters `train.init_from` gives their first values.
+        tokenizer: hash, and where it is.
+        vocab_size: tokens, without padding.
+        load: goes on from a checkpoint.
 
     Returns:
         What is to be said about it; whether the run goes on with what its folder holds.
     """
     notes: list[str] = []
-    tokenizer = trainer.loader.tokenizer
+    run_dir = Path(config.run_dir)
     # Only the node where a rank failed counts the restart.
     own_restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    restarts = int(trainer.topology.all_reduce([own_restarts], op=dist.ReduceOp.MAX)[0])
+    restarts = int(topology.all_reduce([own_restarts], op=dist.ReduceOp.MAX)[0])
     if restarts:
         notes.append(f"restart {restarts} after a failure")
-        if resume is None or on_main(lambda: bool(candidates(trainer.run_dir / "checkpoints"))):
+        if resume is None or on_main(lambda: bool(candidates(run_dir / "checkpoints"))):
             resume = "latest"
-    on_main(lambda: _check_folder(trainer.run_dir, tokenizer, new=resume is None))
+    on_main(lambda: _check_folder(run_dir, tokenizer, new=resume is None))
     reader = None
     if resume == "latest":
-        reader = open_newest(trainer.run_dir, notes.append)
+        reader = open_newest(run_dir, notes.append)
         if reader is None:
-            notes.append(f"no whole checkpoint in {trainer.run_dir} yet: starting from the beginning")
+            notes.append(f"no whole checkpoint in {run_dir} yet: starting from the beginning")
     elif resume is not None:
         reader = open_verified(on_main(lambda: find_checkpoint(Path(resume))))
     if reader is not None:
         notes += check_tokenizer(reader, *tokenizer)
-        trainer.load(reader)
+        load(reader)
         if resume != "latest":
-            on_main(lambda: _go_on_from(reader.folder, trainer.run_dir))
-    elif trainer.config.train.init_from is not None:
-        source = open_verified(on_main(lambda: find_checkpoint(Path(trainer.config.train.init_from))))
+            on_main(lambda: _go_on_from(reader.folder, run_dir))
+    elif config.train.init_from is not None:
+        source = open_verified(on_main(lambda: find_checkpoint(Path(config.train.init_from))))
         notes += check_tokenizer(source, *tokenizer)
-        notes += start_from(source, trainer.optimizer, trainer.topology, trainer.config, trainer.vocab_size)
-    if trainer.step >= trainer.config.train.steps:
-        notes.append(f"train.steps = {trainer.config.train.steps} are done already: nothing is left to train")
+        notes += start_from(source, optimizer, topology, config, vocab_size)
+    if reader is not None and reader.summary.step >= config.train.steps:
+        notes.append(f"train.steps = {config.train.steps} are done already: nothing is left to train")
     dist.barrier()
-    on_main(lambda: _write_config(trainer))
+    on_main(lambda: _write_config(config, run_dir))
     return notes, resume is not None
 
 
@@ -74,6 +89,6 @@ def _go_on_from(checkpoint: Path, run_dir: Path) -> None:
         move_latest(checkpoint)  # restarts and roll-backs must not pass it
 
 
-def _write_config(trainer: Trainer) -> None:
-    trainer.run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(trainer.config, trainer.run_dir / "config.yaml")
+def _write_config(config: Config, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")

@@ -12,11 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.files import some
+from pipeline.config.schema import Config
 from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
 
 SHORTEST_HORIZON = 10
 """Steps that a kind of parameters learns before it is called still: the first windows may give it nothing to learn."""
 NAMES_SHOWN = 4
+
+
+def horizon(config: Config) -> int:
+    """Steps after which what learns nothing is named."""
+    return min(max(SHORTEST_HORIZON, config.metrics.interval), config.train.steps)
 
 
 class StillnessWatch:

@@ -19,7 +19,7 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.writer import CheckpointSaver, RunState, take_snapshot
 from pipeline.config import derived
 from pipeline.config.schema import Config
-from pipeline.parallel.optimizer import ZeroOptimizer
+from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
 from pipeline.parallel.setup import build_stage, check_same_run, versions, vocabulary
 from pipeline.parallel.topology import Topology, initialize, on_main, shutdown
 from pipeline.schedule.executor import Executor, Memory, StepResult, map_memory
@@ -30,6 +30,8 @@ from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog
 from pipeline.training.starting import begin
+from pipeline.training.step_record import StepRecord
+from pipeline.training.stillness import StillnessWatch, horizon
 
 
 class NonFiniteError(RuntimeError):
@@ -129,8 +131,23 @@ class Trainer:
             ConfigError: a new run would overwrite an old one, or the checkpoint does not fit the configuration.
             CheckpointError: the checkpoint asked for is missing or damaged.
         """
-        notes, resumed = begin(self, resume)
-        self.monitor = Monitor(self, resume_step=self.step if resumed else None)
+        notes, resumed = begin(
+            self.config,
+            self.topology,
+            self.optimizer,
+            tokenizer=self.loader.tokenizer,
+            vocab_size=self.vocab_size,
+            resume=resume,
+            load=self.load,
+        )
+        self.monitor = Monitor(
+            self.config,
+            self.topology,
+            vocab_size=self.vocab_size,
+            stillness=StillnessWatch(self.optimizer, horizon=horizon(self.config)),
+            step=self.step,
+            resumed=resumed,
+        )
         self.monitor.introduce()
         for note in notes:
             self.monitor.message(note)
@@ -189,27 +206,35 @@ class Trainer:
         """One window of every lane: forward, backward, update; or none of it when a number is wrong."""
         with self._phase("data"):
             batch = to_device(self.loader.next_batch(), self.topology.device)
-        self.optimizer.backbone_frozen = self.step < self.config.train.freeze_backbone_steps
-        with_statistics = self.monitor.wants_statistics(self.step + 1)
         with self._phase("forward_backward"):
-            result, sums = self.forward_backward(batch, statistics=with_statistics)
+            result, sums = self.forward_backward(batch, statistics=self.monitor.wants_statistics(self.step + 1))
         with self._phase("optimizer"):
-            rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
-            outcome = self.optimizer.step(rate)
+            outcome, rate = self.update()
+        self.record(batch, result, sums, outcome, rate)
+
+    def update(self) -> tuple[StepOutcome, float]:
+        """Move the parameters, unless a number is wrong; what came of it, and the learning rate."""
+        rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
+        return self.optimizer.step(rate), rate
+
+    def record(
+        self, batch: WindowBatch, result: StepResult, sums: dict[str, float], outcome: StepOutcome, rate: float
+    ) -> None:
+        """The step is over: carry the memory on, count, tell the monitor, and see whether the run may go on so."""
         self.step += 1
         self.windows += 1
-        loss = sums["loss"] / max(sums["weight"], 1e-30)
+        self.tokens += int(sums["tokens"])
+        record = StepRecord(self.step, batch, result, sums, outcome, rate, self.tokens, self.loader.skipped_documents)
         if outcome.applied:
             self.memory = result.memory
-            self.spikes.add(loss)
+            self.spikes.add(record.loss)
             self.skipped.clear()
         else:
             self.memory = self._memory_after_skip(batch)
-            self._note_skip(batch)
-        self.tokens += int(sums["tokens"])
-        self.monitor.after_step(batch, result, sums, outcome, rate)
+            self.skipped.append((self.step, record.documents()))
+        self.monitor.after_step(record)
         if sums["spike"]:
-            self._after_spike(loss, sums["spike"])
+            self._after_spike(record.loss, sums["spike"])
         elif len(self.skipped) == self.config.train.max_nonfinite_steps:
             self._stop_for_nonfinite()
 
@@ -238,11 +263,12 @@ class Trainer:
             DifferentWindowsError: the processes of one model copy have not read the same window.
         """
         config, topology = self.config, self.topology
+        self.optimizer.backbone_frozen = self.step < config.train.freeze_backbone_steps
         weight = agreed_weight(batch, topology, step=self.step + 1)
         # DeepSpeed averages over data parallelism; the factor makes the average a sum over all lanes.
         scale = topology.data_size / max(weight, 1e-30)
         penalty = config.train.write_gate_penalty if self.step >= config.train.write_gate_penalty_from else 0.0
-        gate_scale = penalty * topology.data_size / self.gate_count
+        gate_scale = penalty * topology.data_size / derived.gate_count(config)
         with self.optimizer.accumulate():
             result = self.executor.run(
                 self.schedule,
@@ -263,13 +289,6 @@ class Trainer:
                 self.optimizer.poison()
         return result, sums
 
-    @property
-    def gate_count(self) -> int:
-        """Write gates in one step of the whole job: layers x key/value heads x tokens."""
-        model, train = self.config.model, self.config.train
-        heads = derived.num_query_groups(model)
-        return model.num_layers * heads * train.lanes * train.segments_per_window * model.segment_length
-
     def _sums(self, batch: WindowBatch, result: StepResult) -> dict[str, float]:
         return global_sums(batch, result, self.topology)
 
@@ -280,12 +299,6 @@ class Trainer:
         read the document before it.
         """
         return clear_lanes(self.memory, ~batch.reset.any(dim=1))
-
-    def _note_skip(self, batch: WindowBatch) -> None:
-        documents = [
-            f"lane {int(lane)}: {', '.join(names)}" for lane, names in zip(batch.lane_ids, batch.documents, strict=True)
-        ]
-        self.skipped.append((self.step, documents))
 
     def _stop_for_nonfinite(self) -> None:
         first = self.skipped[0][0]
@@ -405,7 +418,7 @@ class Trainer:
         windows = self.windows - reader.summary.windows
         self.load(reader)
         self.skip_windows(windows)
-        self.monitor.rolled_back()
+        self.monitor.rolled_back(self.step)
         self.monitor.message(f"rolled back to step {self.step}; the lanes go on {windows} windows later")
         return True
 
