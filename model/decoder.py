@@ -20,7 +20,8 @@ from model.layers.attention import InfiniAttention, MemoryStatistics
 from model.layers.loss import token_correct, token_losses
 from model.layers.norm import RMSNorm
 from model.layers.segment_cache import SegmentCache, Span
-from model.rules import State, build_rule, layer_shape
+from model.rules import build_rule, layer_shape
+from model.rules.state import Memory, State
 from model.sharding import (
     RULE_PARAMETERS,
     initialize_parameter,
@@ -52,7 +53,7 @@ class StageOutput(NamedTuple):
     """Cross entropy `[b, t+p, s]` on the last stage when labels were given."""
     token_correct: Tensor | None
     """Bool `[b, t+p, s]`: greedy decoding would give the label; only when asked for."""
-    memory: list[State | None]
+    memory: Memory
     """Memory carried out, per layer of the stage."""
     gate_sum: Tensor
     """Sum of the write gates over the stage's layers, this rank's heads and all tokens."""
@@ -222,7 +223,7 @@ class DecoderStage(nn.Module):
                 name, parameter, draw, seed=seed, tensor_rank=self.tensor_rank, tensor_size=self.tensor_size
             )
 
-    def initial_memory(self, lanes: int, device: torch.device) -> list[State | None]:
+    def initial_memory(self, lanes: int, device: torch.device) -> Memory:
         """An empty memory for every layer of the stage."""
         return [layer.attention.initial_memory(lanes, device, self.compute_dtype) for layer in self.layers.values()]
 
@@ -235,7 +236,7 @@ class DecoderStage(nn.Module):
     def forward(
         self,
         inputs: Tensor,
-        memory: list[State | None],
+        memory: Memory,
         reset: Tensor,
         labels: Tensor | None = None,
         *,
@@ -288,7 +289,7 @@ class DecoderStage(nn.Module):
         """A current segment without tokens for every layer of the stage, see `extend`."""
         return [layer.attention.empty_cache(lanes, device, self.compute_dtype) for layer in self.layers.values()]
 
-    def extend(self, inputs: Tensor, memory: list[State | None], cache: list[SegmentCache], span: Span) -> Tensor:
+    def extend(self, inputs: Tensor, memory: Memory, cache: list[SegmentCache], span: Span) -> Tensor:
         """Run the stage over new tokens of the current segment, without a graph; sequence parallelism must be off.
 
         Args:
@@ -306,7 +307,7 @@ class DecoderStage(nn.Module):
                 hidden = layer.extend(hidden, state, segment, span)
             return hidden
 
-    def commit(self, memory: list[State | None], cache: list[SegmentCache], lanes: Tensor) -> list[State | None]:
+    def commit(self, memory: Memory, cache: list[SegmentCache], lanes: Tensor) -> Memory:
         """Write the full segments of `lanes` to the memory of every layer, see `InfiniAttention.commit`."""
         with torch.no_grad():
             return [

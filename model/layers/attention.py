@@ -11,19 +11,13 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers.local_context import (
-    LocalContext,
-    initial_state,
-    join_state,
-    put_before,
-    sliding_attention,
-    split_state,
-)
+from model.layers.local_context import initial_state, put_before, sliding_attention
 from model.layers.norm import RMSNorm
 from model.layers.rotary import rotary_table, rotate
 from model.layers.segment_cache import SegmentCache, Span, empty_cache, put
-from model.rules import State, Tokens, build_rule, layer_shape
+from model.rules import Tokens, build_rule, layer_shape
 from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
+from model.rules.state import State, join_state, map_state, split_state
 from model.rules.window import remember, write_gate
 
 GATE_BINS = 20
@@ -247,7 +241,7 @@ class InfiniAttention(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             so_far = cache.query.to(self.memory_dtype).unflatten(1, (self.groups, -1))
             memory = self.rule.inside(memory, so_far, span.start)
-            before = type(memory)(*(x.unsqueeze(1) for x in memory))
+            before = map_state(memory, lambda x: x.unsqueeze(1))
             q = query.to(self.memory_dtype).unflatten(1, (self.groups, -1)).unsqueeze(1)
             read = self.rule.read(q, rule_weights(self), before).flatten(2, 3)
             local = local.to(self.memory_dtype).unsqueeze(1)
@@ -268,9 +262,7 @@ class InfiniAttention(nn.Module):
         memory, context = split_state(memory)
         if context is not None:
             last = (cache.key[lanes], cache.value[lanes], torch.ones_like(context.local_seen[lanes]))
-            context = LocalContext(
-                *(old.index_copy(0, lanes, new.to(old.dtype)) for old, new in zip(context, last, strict=True))
-            )
+            context = map_state(context, lambda old, new: old.index_copy(0, lanes, new.to(old.dtype)), last)
         if self.rule is None:
             return context
         with torch.autocast(lanes.device.type, enabled=False):
@@ -279,10 +271,10 @@ class InfiniAttention(nn.Module):
             )
             gate = None if self.memory_config.write_gate == "none" else gate
             tokens = self._tokens(q, k, v, gate, dict(zip(self.rule.token_inputs, inputs.unbind(-1), strict=True)))
-            carried = type(memory)(*(x[lanes] for x in memory))
+            carried = map_state(memory, lambda x: x[lanes])
             keep = torch.ones(len(lanes), 1, dtype=torch.bool, device=lanes.device)
             states = self.rule.scan(tokens, rule_weights(self), carried, keep)
-        memory = type(memory)(*(x.index_copy(0, lanes, after[:, -1]) for x, after in zip(memory, states, strict=True)))
+        memory = map_state(memory, lambda x, after: x.index_copy(0, lanes, after[:, -1]), states)
         return join_state(memory, context)
 
     def _tokens(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, inputs: dict[str, Tensor]) -> Tokens:

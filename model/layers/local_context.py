@@ -13,8 +13,6 @@ tokens of a segment, d head dimension.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,21 +20,11 @@ from torch.nn.attention.bias import causal_lower_right
 
 from model.config import ModelConfig
 from model.layers.rotary import rotate
-from model.rules import LayerShape, State, build_rule, extended_state
+from model.rules import LayerShape, build_rule
+from model.rules.state import LocalContext, State, join_state
 
 Table = tuple[Tensor, Tensor]
 """Of `model.layers.rotary`."""
-
-
-class LocalContext(NamedTuple):
-    """The previous segment, keys without position encoding; in the precision in which the products are computed."""
-
-    local_key: Tensor
-    """`[b, n, s, d]`."""
-    local_value: Tensor
-    """`[b, n, s, d]`."""
-    local_seen: Tensor
-    """`[b, n, 1]`: 1 where there is a previous segment of the same document, else 0."""
 
 
 def initial_state(
@@ -62,22 +50,6 @@ def initial_state(
     shape = (lanes, layer.groups, config.segment_length, layer.dim)
     key, value = (torch.zeros(shape, dtype=context_dtype, device=device) for _ in range(2))
     return join_state(memory, LocalContext(key, value, key.new_zeros(*shape[:2], 1)))
-
-
-def join_state(memory: State | None, context: LocalContext | None) -> State | None:
-    """A layer's state of what its memory and its local context carry."""
-    if memory is None or context is None:
-        return context if memory is None else memory
-    return extended_state(type(memory), LocalContext._fields)(*memory, *context)
-
-
-def split_state(state: State | None) -> tuple[State | None, LocalContext | None]:
-    """The opposite of `join_state`."""
-    own = len(LocalContext._fields)
-    if state is None or state._fields[-own:] != LocalContext._fields:
-        return state, None
-    memory = getattr(state, "inner", None)
-    return None if memory is None else memory(*state[:-own]), LocalContext(*state[-own:])
 
 
 def sliding_attention(

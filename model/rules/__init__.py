@@ -7,12 +7,9 @@ from collections.abc import Callable
 from model.config import MemoryConfig
 from model.rules.base import (
     LayerShape,
-    MatrixState,
     MemoryRule,
     RuleParameter,
-    State,
     Tokens,
-    extended_state,
     layer_shape,
 )
 from model.rules.convolution import ConvolvedRule
@@ -23,14 +20,11 @@ from model.rules.normalized import NormalizedRule, NormalizedState
 __all__ = [
     "RULES",
     "LayerShape",
-    "MatrixState",
     "MemoryRule",
     "NormalizedState",
     "RuleParameter",
-    "State",
     "Tokens",
     "build_rule",
-    "extended_state",
     "has_convolution",
     "layer_shape",
 ]

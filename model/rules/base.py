@@ -19,8 +19,6 @@ segment, d head dimension.
 
 from __future__ import annotations
 
-import functools
-from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
@@ -28,26 +26,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-
-
-class MatrixState(NamedTuple):
-    """State of a rule that carries a matrix and nothing else: M `[b, n, d, d]`."""
-
-    M: Tensor
-
-
-State = tuple[Tensor, ...]
-"""What a rule carries: a NamedTuple of tensors. The first dim of every tensor is the lane, the second the key/value
-head: the trainer and the checkpoint rely on this and on nothing else."""
-
-
-@functools.cache
-def extended_state(inner: type, fields: tuple[str, ...]) -> type:
-    """The NamedTuple of the tensors of `inner` and of those that something around the rule carries beside them. Its
-    attribute `inner` is `inner`."""
-    extended = namedtuple(inner.__name__ + "".join(f"_{field}" for field in fields), inner._fields + fields)
-    extended.inner = inner
-    return extended
+from model.rules.state import MatrixState, State
 
 
 class LayerShape(NamedTuple):

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.rules.base import LayerShape, MemoryRule, RuleParameter, State, Tokens, extended_state
+from model.rules.base import LayerShape, MemoryRule, RuleParameter, Tokens
+from model.rules.state import State, extended_state
 
 WIDTH = 4
 """Tokens that the convolutions see, their own included."""

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.rules.base import LayerShape, MatrixState, RuleParameter, Tokens
+from model.rules.base import LayerShape, RuleParameter, Tokens
 from model.rules.deltanet import DeltaNetRule, block_length, scan_delta_rule, unit_length
+from model.rules.state import MatrixState
 
 SLOWEST_DECAY, FASTEST_DECAY = 1e-5, 1e-3
 """Initial -log a of the first and the last key/value head."""

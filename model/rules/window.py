@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from model.rules import MemoryRule, State, Tokens
+from model.rules import MemoryRule, Tokens
+from model.rules.state import State, map_state
 
 
 def remember(
@@ -37,11 +38,11 @@ def remember(
     """
     b = tokens.q.shape[0]
     states = rule.scan(tokens, weights, state, ~reset)
-    before = type(states)(*(x[:, :-1].detach() if detach_reads else x[:, :-1] for x in states))
+    before = map_state(states, lambda x: x[:, :-1].detach() if detach_reads else x[:, :-1])
     if probes is not None:
         lane = torch.arange(b, device=probes.device).unsqueeze(1)
-        before = type(states)(*(torch.cat([x, x[lane, probes]], dim=1) for x in before))
-    after = type(states)(*(x[:, -1] for x in states))
+        before = map_state(before, lambda x: torch.cat([x, x[lane, probes]], dim=1))
+    after = map_state(states, lambda x: x[:, -1])
     return rule.read(tokens.q, weights, before).flatten(2, 3), rule.present(before), after
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.config import MemoryConfig
 from model.rules import LayerShape, Tokens, build_rule
+from model.rules.state import map_state
 
 CODES = 90
 """Different values, such as the two-digit numbers of `recall`: guessing is right once in 90 times."""
@@ -60,7 +61,7 @@ def recalled(
     weights = {name: parameter.initial(generator) for name, parameter in rule.parameters(layer).items()}
     state = rule.init(LANES, layer, dtype=torch.float32, device=k.device)
     states = rule.scan(tokens, weights, state, torch.ones(LANES, segments, dtype=torch.bool))
-    last = type(states)(*(x[:, -1:].expand(-1, segments, *x.shape[2:]) for x in states))
+    last = map_state(states, lambda x: x[:, -1:].expand(-1, segments, *x.shape[2:]))
     read = rule.read(query, weights, last).flatten(1, 4)[:, :pairs]
     angles = F.normalize(read, dim=-1) @ F.normalize(codes, dim=-1).T
     right = (angles.argmax(dim=-1) == chosen) & (read.norm(dim=-1) > 0)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from model.decoder import DecoderStage
+from model.rules.state import Memory, map_named
 from model.sharding import partition_of
 from pipeline.checkpoint.folder import CheckpointError, candidates, linked, read_latest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.topology import Topology, on_main
-from pipeline.schedule.executor import Memory
 
 
 def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
@@ -110,23 +111,11 @@ def load_training(
             torch.set_rng_state(reader.rng_state(dist.get_rank()))
         except RuntimeError as error:
             raise CheckpointError(f"{reader.folder}: the random state of rank {dist.get_rank()}: {error}") from error
-    loaded: Memory = []
-    for layer, state in zip(optimizer.stage.layers, memory, strict=True):
-        if state is None:
-            loaded.append(None)
-            continue
-        fields = state._asdict()
-        loaded.append(
-            type(state)(
-                *(
-                    reader.memory_tensor(layer, field, like, lane_range[0], topology.tensor_rank * like.shape[1]).to(
-                        like.device
-                    )
-                    for field, like in fields.items()
-                )
-            )
-        )
-    return loaded
+
+    def read(name: str, like: Tensor) -> Tensor:
+        return reader.memory_tensor(name, like, lane_range[0], topology.tensor_rank * like.shape[1]).to(like.device)
+
+    return map_named(optimizer.stage.layers, memory, read)
 
 
 def load_weights(reader: CheckpointReader, stage: DecoderStage) -> None:

@@ -171,15 +171,15 @@ class CheckpointReader:
         stored = self._parameter(key)
         return self.local_tensor(key, stored.shape, stored.partition, 0, 1)
 
-    def whole_memory(self, layer: str, field: str) -> Tensor:
+    def whole_memory(self, key: str) -> Tensor:
         """The carried memory of all lanes and heads.
 
         Raises:
             CheckpointError: it is not there.
         """
-        stored = self._memory(f"memory/{layer}/{field}")
+        stored = self._memory(key)
         self._check_files({part.file for part in stored.parts})
-        return self.memory_tensor(layer, field, torch.empty(stored.shape), 0, 0)
+        return self.memory_tensor(stored.key, torch.empty(stored.shape), 0, 0)
 
     def local_tensor(self, key: str, shape: tuple[int, ...], partition: Partition, rank: int, size: int) -> Tensor:
         """The part of a parameter-like tensor that tensor-parallel rank `rank` of `size` holds.
@@ -259,13 +259,13 @@ class CheckpointReader:
             return torch.zeros(0)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def memory_tensor(self, layer: str, field: str, like: Tensor, first_lane: int, first_head: int) -> Tensor:
+    def memory_tensor(self, key: str, like: Tensor, first_lane: int, first_head: int) -> Tensor:
         """The carried memory of some lanes and heads; `like` gives their number (dims 0 and 1) and the precision.
 
         Raises:
             CheckpointError: lanes or heads are not all there.
         """
-        stored = self._memory(f"memory/{layer}/{field}")
+        stored = self._memory(key)
         if stored.shape[2:] != tuple(like.shape[2:]):
             raise CheckpointError(f"{self.folder}: {stored.key} has shape {stored.shape}, expected {tuple(like.shape)}")
         last_lane, last_head = first_lane + like.shape[0], first_head + like.shape[1]

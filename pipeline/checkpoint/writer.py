@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.files import sealed, shown, sync_folder, temporary_name, write_whole
+from model.rules.state import Memory, named_tensors
 from model.sharding import partition_of
 from pipeline.checkpoint.folder import (
     LATEST,
@@ -38,7 +39,6 @@ from pipeline.checkpoint.schema import FORMAT_VERSION
 from pipeline.checkpoint.tensor_file import write_tensors
 from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.topology import Topology
-from pipeline.schedule.executor import Memory
 
 
 @dataclass
@@ -120,18 +120,16 @@ def take_snapshot(
                     "tensor_size": topology.tensor_size if split else 1,
                 }
             )
-    for layer, layer_state in zip(optimizer.stage.layers, memory, strict=True):
-        for name, tensor in {} if layer_state is None else layer_state._asdict().items():
-            key = f"memory/{layer}/{name}"
-            tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-            entries.append(
-                {
-                    "key": key,
-                    "first_lane": lane_range[0],
-                    "first_head": topology.tensor_rank * tensor.shape[1],
-                    "shape": list(tensor.shape),
-                }
-            )
+    for key, tensor in named_tensors(optimizer.stage.layers, memory):
+        tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        entries.append(
+            {
+                "key": key,
+                "first_lane": lane_range[0],
+                "first_head": topology.tensor_rank * tensor.shape[1],
+                "shape": list(tensor.shape),
+            }
+        )
     tensors["rng"] = torch.get_rng_state()
     summary = {"optimizer_steps": steps, "backbone_optimizer_steps": backbone_steps, **summary}
     owns_lanes = topology.tensor_rank == 0 and topology.pipeline_rank == 0

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from data.lanes.loader import WindowBatch
+from model.rules.state import Memory, roll_lanes, spread_lanes
 from pipeline.evaluation.intervals import ratio_intervals, resample_counts, wilson_interval
-from pipeline.inference.streaming import Document, Output, Streamer, spread_lanes
-from pipeline.schedule.executor import Memory, map_memory
+from pipeline.inference.streaming import Document, Output, Streamer
 
 CONTROLS = ("on", "off", "shuffled")
 SMALLEST_SPLIT = 4
@@ -187,7 +187,7 @@ def _answer(
         outputs["off"] = streamer.run(batch, without, correct=True, memory_off=True)
         if len(documents) > 1:
             # A sliding context, too: its upper layers hold what they have read from the document's own memory.
-            others = map_memory(memory, lambda x: x.roll(-1, dims=0))
+            others = roll_lanes(memory, with_context=True)
             outputs["shuffled"] = streamer.run(batch, others, correct=True)
     advance(len(documents) * (segments - asked) * length)
     if outputs["on"].correct is None:

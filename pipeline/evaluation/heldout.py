@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from data.prepared.shards import PreparedSet
+from model.rules.state import choose_lanes, roll_lanes
 from pipeline.evaluation.intervals import ratio_intervals, resample_counts
-from pipeline.inference.streaming import Document, Streamer, choose_lanes, roll_lanes
+from pipeline.inference.streaming import Document, Streamer
 
 
 def choose_documents(
@@ -84,7 +85,7 @@ def segment_losses(
                 outputs["off"] = streamer.run(window, without, memory_off=True)
                 without = outputs["off"].memory
             if "shuffled" in ways:
-                outputs["shuffled"] = streamer.run(window, roll_lanes(memory))
+                outputs["shuffled"] = streamer.run(window, roll_lanes(memory, with_context=False))
             for way, output in outputs.items():
                 if output.loss is not None:
                     sums[way][rows, segment] = (output.loss.double() * weight).sum(dim=(1, 2)).cpu().numpy()

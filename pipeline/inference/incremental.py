@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from model.layers.segment_cache import SegmentCache, Span
+from model.rules.state import Memory, put_lanes, take_lanes
 from pipeline.inference.streaming import Streamer, segments_to_read
-from pipeline.schedule.executor import Memory, map_memory
 
 EXTEND_TOKENS = 2048
 """Tokens, all lanes together, that go through the cache at once: their scores against the segment take memory."""
@@ -52,7 +52,7 @@ class LaneState:
         """A copy of some lanes; a lane may be taken more than once."""
         index = torch.tensor(lanes, dtype=torch.int64, device=self.cache[0].key.device)
         return LaneState(
-            map_memory(self.memory, lambda x: x[index]),
+            take_lanes(self.memory, index),
             [SegmentCache(*(x[index] for x in layer)) for layer in self.cache],
             [list(self.segment[i]) for i in lanes],
             [self.position[i] for i in lanes],
@@ -142,11 +142,8 @@ class IncrementalModel:
         tokens = np.stack([sources[i].take(count * self.length) for i in fresh])
         tokens = torch.from_numpy(tokens).view(len(fresh), count, self.length).to(self.topology.device)
         index = torch.tensor(fresh, device=self.topology.device)
-        after = self.streamer.read(segments_to_read(tokens), map_memory(state.memory, lambda x: x[index]))
-        state.memory = [
-            None if old is None else type(old)(*(x.index_copy(0, index, y) for x, y in zip(old, new, strict=True)))
-            for old, new in zip(state.memory, after, strict=True)
-        ]
+        after = self.streamer.read(segments_to_read(tokens), take_lanes(state.memory, index))
+        state.memory = put_lanes(state.memory, index, after)
         for i in fresh:
             state.position[i] += count * self.length
         return True

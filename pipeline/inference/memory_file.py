@@ -23,12 +23,12 @@ from torch import Tensor
 from data.files import FileError, decode_json, shown
 from model.layers.local_context import initial_state
 from model.rules import layer_shape
+from model.rules.state import Memory, map_named, named_tensors
 from pipeline.checkpoint.schema import Hash
 from pipeline.checkpoint.tensor_file import tensor_bytes, write_tensors
 from pipeline.checkpoint.tensor_reader import TensorReader
 from pipeline.inference.incremental import IncrementalModel, LaneState
 from pipeline.parallel.topology import on_main
-from pipeline.schedule.executor import Memory
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,8 @@ def save_memory(path: Path, state: LaneState, model: IncrementalModel, identity:
         OSError: the file cannot be written.
     """
     stage, topology = model.stage, model.topology
-    mine = {
-        f"memory/{layer}/{field}": (topology.tensor_rank, tensor.cpu())
-        for layer, carried in zip(stage.layers, state.memory, strict=True)
-        for field, tensor in ({} if carried is None else carried._asdict()).items()
-    }
+    carried = named_tensors(stage.layers, state.memory)
+    mine = {name: (topology.tensor_rank, tensor.cpu()) for name, tensor in carried}
     gathered: list[dict[str, tuple[int, Tensor]]] = [{}] * dist.get_world_size()
     dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, dst=0)  # nobody else needs it all
     on_main(lambda: _write(path, state, gathered, model.length, identity))
@@ -146,17 +143,13 @@ def _checked(path: Path, model: IncrementalModel, identity: Identity) -> bool:
 
 def _memory(file: TensorReader, empty: Memory, model: IncrementalModel) -> Memory:
     """The part of the file's memory that belongs to this process's layers and heads."""
-    rank, loaded = model.topology.tensor_rank, []
-    for layer, state in zip(model.stage.layers, empty, strict=True):
-        if state is None:
-            loaded.append(None)
-            continue
-        fields = []
-        for field, like in state._asdict().items():
-            heads = slice(rank * like.shape[1], (rank + 1) * like.shape[1])
-            fields.append(file.read(f"memory/{layer}/{field}", slice(None), heads).to(like))
-        loaded.append(type(state)(*fields))
-    return loaded
+    rank = model.topology.tensor_rank
+
+    def read(name: str, like: Tensor) -> Tensor:
+        heads = slice(rank * like.shape[1], (rank + 1) * like.shape[1])
+        return file.read(name, slice(None), heads).to(like)
+
+    return map_named(model.stage.layers, empty, read)
 
 
 def _check(path: Path, model: IncrementalModel, identity: Identity) -> bool:
@@ -202,9 +195,8 @@ def _expected(model: IncrementalModel, lanes: int) -> Iterator[tuple[str, tuple[
     state = initial_state(
         config, layer_shape(config), lanes, dtype=wide, context_dtype=wide, device=torch.device("meta")
     )
-    for layer in range(config.num_layers):
-        for field, like in ({} if state is None else state._asdict()).items():
-            yield f"memory/{layer}/{field}", tuple(like.shape)
+    for name, like in named_tensors(map(str, range(config.num_layers)), [state] * config.num_layers):
+        yield name, tuple(like.shape)
 
 
 def _check_range(path: Path, name: str, tensors: Mapping[str, Tensor], most: int) -> None:

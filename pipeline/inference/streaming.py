@@ -20,7 +20,7 @@ from data.files import some
 from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage
 from model.layers.attention import MemoryStatistics
-from model.layers.local_context import join_state, split_state
+from model.rules.state import Memory
 from pipeline.checkpoint.folder import CheckpointError
 from pipeline.checkpoint.loading import load_weights, open_verified
 from pipeline.checkpoint.reader import CheckpointReader
@@ -28,7 +28,7 @@ from pipeline.config.schema import Config
 from pipeline.parallel.memory_statistics import gather_statistics
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import Topology
-from pipeline.schedule.executor import Executor, Memory, StepResult, map_memory
+from pipeline.schedule.executor import Executor, StepResult
 from pipeline.schedule.operations import build_forward_schedule
 
 WINDOW_TOKENS = {"cpu": 2_048, "cuda": 16_384}
@@ -239,25 +239,6 @@ def _microbatches(lanes: int, stages: int) -> int:
     return max(count for count in range(1, most + 1) if lanes % count == 0)
 
 
-def roll_lanes(memory: Memory) -> Memory:
-    """Give every lane the memory of the next one, the last that of the first; its local context stays its own."""
-    parts = [split_state(state) for state in memory]
-    rolled = [None if own is None else type(own)(*(x.roll(-1, dims=0) for x in own)) for own, _ in parts]
-    return [join_state(own, context) for own, (_, context) in zip(rolled, parts, strict=True)]
-
-
-def choose_lanes(condition: Tensor, then: Memory, otherwise: Memory) -> Memory:
-    """Memory from `then` in lanes where `condition` `[B]` holds, else from `otherwise`."""
-
-    def choose(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(condition.view(-1, *(1,) * (a.dim() - 1)), a, b)
-
-    return [
-        None if new is None else type(new)(*(choose(a, b) for a, b in zip(new, old, strict=True)))
-        for new, old in zip(then, otherwise, strict=True)
-    ]
-
-
 def array_document(name: str, tokens: np.ndarray, answers: Sequence[tuple[int, int]] = ()) -> Document:
     """A document whose tokens are in memory."""
     return Document(name, len(tokens), lambda start, stop: tokens[start:stop], answers)
@@ -279,11 +260,6 @@ def repeating_document(
         return np.concatenate(parts)
 
     return Document(name, int(ends[-1]), read, answers, shared)
-
-
-def spread_lanes(memory: Memory, lanes: int) -> Memory:
-    """The memory of one lane in each of `lanes`."""
-    return map_memory(memory, lambda x: x.expand(lanes, *x.shape[1:]))
 
 
 def open_checkpoint(config: Config, topology: Topology, path: Path) -> tuple[Streamer, CheckpointReader]:

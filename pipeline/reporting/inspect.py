@@ -146,7 +146,7 @@ def _layers(reader: CheckpointReader) -> tuple[list[Layer], int]:
         for key in reader.keys():
             if key.startswith(f"memory/{number}/"):
                 name = key.rsplit("/", 1)[1]
-                state = reader.whole_memory(str(number), name)
+                state = reader.whole_memory(key)
                 norms[name] = float(state.flatten(2).norm(dim=2).mean())
                 if name == "M":
                     rank = float(effective_rank(state).mean())

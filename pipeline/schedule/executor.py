@@ -17,14 +17,12 @@ from torch import Tensor
 from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage, StageOutput
 from model.layers.attention import MemoryStatistics
-from model.rules import State
+from model.rules.state import Memory, join_lanes, map_memory, memory_tensors, take_lanes
 from pipeline.parallel.topology import Topology
 from pipeline.schedule.operations import Kind, Operation
 
 MAX_PENDING_SENDS = 2
 """Sends in flight before the oldest is waited for: what a stage keeps of other stages' traffic stays bounded."""
-
-Memory = list[State | None]
 
 
 @dataclass
@@ -51,20 +49,6 @@ class _Chunk:
     inputs: Tensor
     memory_in: Memory
     output: StageOutput | None = None
-
-
-def map_memory(memory: Memory, function) -> Memory:
-    """Apply `function` to every tensor of a memory."""
-    return [None if state is None else type(state)(*(function(x) for x in state)) for state in memory]
-
-
-def join_memory(parts: list[Memory]) -> Memory:
-    """Put memories of consecutive lanes together."""
-    joined: Memory = []
-    for states in zip(*parts, strict=True):
-        first = states[0]
-        joined.append(None if first is None else type(first)(*(torch.cat(xs) for xs in zip(*states, strict=True))))
-    return joined
 
 
 class _Traffic:
@@ -191,7 +175,7 @@ class _Run:
         self.with_gradient = any(o.kind is Kind.BACKWARD for o in operations)
         windows, segments, length = batch.tokens.shape[0] // lanes, batch.tokens.shape[1], batch.tokens.shape[2]
         self.segments_per_chunk = segments // self.chunks
-        self.carried = {w: map_memory(memory, lambda x, w=w: x[w * lanes : (w + 1) * lanes]) for w in range(windows)}
+        self.carried = {w: take_lanes(memory, slice(w * lanes, (w + 1) * lanes)) for w in range(windows)}
         rows = length // (self.topology.tensor_size if self.stage.options.sequence_parallel else 1)
         self.probes_per_chunk = batch.probes.segment.shape[1] // self.chunks if batch.probes else 0
         folded = lanes * (self.segments_per_chunk + self.probes_per_chunk)
@@ -331,13 +315,13 @@ class _Run:
             add(output.hidden, self.received.pop(Operation(Kind.WAIT_BACKWARD, window, chunk)))
         if self.gate_scale:
             add(output.gate_sum * self.gate_scale, None)
-        for tensor, gradient in zip(_tensors(output.memory), self.memory_gradient.pop(window, []), strict=False):
+        for tensor, gradient in zip(memory_tensors(output.memory), self.memory_gradient.pop(window, []), strict=False):
             if gradient is not None:
                 add(tensor, gradient)
         # Outside of autocast: what ran in bfloat16 goes back in bfloat16 by itself, and the memory in float32.
         torch.autograd.backward(tensors, gradients)
         if chunk > 0 and self.carry_gradient:
-            self.memory_gradient[window] = [x.grad for x in _tensors(record.memory_in)]
+            self.memory_gradient[window] = [x.grad for x in memory_tensors(record.memory_in)]
         if not self.stage.is_first:
             self.input_gradient[window, chunk] = record.inputs.grad
 
@@ -347,7 +331,7 @@ class _Run:
             token_loss=self._assemble(self.losses),
             probe_loss=self._assemble(self.probe_losses),
             token_correct=self._assemble(self.hits),
-            memory=join_memory([self.carried[w] for w in range(windows)]),
+            memory=join_lanes([self.carried[w] for w in range(windows)]),
             gate_sum=float(self.gate_sum),
             statistics=_average_statistics(self.measured),
             peak_live_chunks=self.peak_graphs,
@@ -359,10 +343,6 @@ class _Run:
             return None
         windows = range(len(self.carried))
         return torch.cat([torch.cat([pieces[w, c] for c in range(self.chunks)], dim=1) for w in windows])
-
-
-def _tensors(memory: Memory) -> list[Tensor]:
-    return [x for state in memory if state is not None for x in state]
 
 
 def _average_statistics(measured: list[dict[int, MemoryStatistics]]) -> dict[int, MemoryStatistics]:

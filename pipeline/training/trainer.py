@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.lanes.loader import WindowBatch, build_loader
+from model.rules.state import Memory, clear_lanes
 from pipeline.checkpoint.folder import CheckpointError
 from pipeline.checkpoint.loading import load_training, open_newest
 from pipeline.checkpoint.reader import CheckpointReader
@@ -22,7 +23,7 @@ from pipeline.config.schema import Config
 from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
 from pipeline.parallel.setup import build_stage, check_same_run, versions, vocabulary
 from pipeline.parallel.topology import Topology, initialize, on_main, shutdown
-from pipeline.schedule.executor import Executor, Memory, StepResult, map_memory
+from pipeline.schedule.executor import Executor, StepResult
 from pipeline.schedule.operations import Operation, build_schedule
 from pipeline.training.agreement import agreed_weight
 from pipeline.training.batch_sums import global_sums, to_device
@@ -430,8 +431,3 @@ class Trainer:
         after = self.loader.state_dict()["lanes"]
         keep = [before[str(lane)]["taken"] == after[str(lane)]["taken"] for lane in range(*self.lane_range)]
         self.memory = clear_lanes(self.memory, torch.tensor(keep))
-
-
-def clear_lanes(memory: Memory, keep: torch.Tensor) -> Memory:
-    """The memory with the lanes emptied where `keep` (bool `[B]`) is False."""
-    return map_memory(memory, lambda x: x.where(keep.to(x.device).view(-1, *(1,) * (x.dim() - 1)), 0))

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from data.prepared.shards import BadDocumentError, PreparedSet
+from model.rules.state import map_memory, named_tensors
 from model.sharding import partition_of, unshard
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.validate import validate
 from pipeline.parallel.topology import on_main
-from pipeline.schedule.executor import map_memory
 from pipeline.training.agreement import DifferentWindowsError
 from pipeline.training.trainer import NonFiniteError, Trainer
 from tests.distributed.grid import join
@@ -99,11 +99,7 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def full_memory(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The memory carried by all lanes, heads and layers, whole, on every rank."""
     place = (trainer.topology.data_rank, trainer.topology.tensor_rank)
-    mine = [
-        (f"memory/{layer}/{field}", *place, tensor.clone())
-        for layer, state in zip(trainer.stage.layers, trainer.memory, strict=True)
-        for field, tensor in ({} if state is None else state._asdict()).items()
-    ]
+    mine = [(name, *place, tensor.clone()) for name, tensor in named_tensors(trainer.stage.layers, trainer.memory)]
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     parts: dict[str, dict[int, dict[int, torch.Tensor]]] = {}

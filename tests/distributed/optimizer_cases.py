@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
+from model.rules.state import map_memory
 from pipeline.config.load import load_config
 from pipeline.parallel.setup import build_stage
 from pipeline.training.learning_rate import learning_rate
@@ -55,7 +56,7 @@ def plain_loop(folder: str, data: str, overrides: list[str], steps: int) -> dict
         for group in adamw.param_groups:
             group["lr"] = learning_rate(settings, step, config.train.steps) * group["scale"]
         adamw.step()
-        memory = [type(state)(*(x.detach() for x in state)) for state in output.memory]
+        memory = map_memory(output.memory, torch.Tensor.detach)
         losses.append(loss.item())
         norms.append(norm.item())
     finish(trainer)

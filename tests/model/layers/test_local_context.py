@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.layers.local_context import LocalContext, join_state, split_state
+from model.rules.state import LocalContext, join_state, split_state
 from tests.model.build import random_memory, random_tokens, small_config, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from model.config import MemoryConfig
 from model.rules import RULES as TABLE
-from model.rules import LayerShape, MatrixState, NormalizedState, Tokens, deltanet, extended_state
+from model.rules import LayerShape, NormalizedState, Tokens, deltanet
 from model.rules import build_rule as rule_of
 from model.rules.normalized import phi
 from model.rules.reference import window_convolution, window_deltanet, window_normalized
+from model.rules.state import MatrixState, extended_state
 from model.rules.window import remember, write_gate
 
 PLAIN_RULES = tuple(name for name in TABLE if name != "none")

@@ -108,7 +108,7 @@ def test_any_layout_reads_any_other(tmp_path_factory, written, read, fragments, 
         heads = 4 // read
         for first_lane in (0, 2, 6):
             like = torch.empty(2, heads, 3, 3)
-            found = reader.memory_tensor("0", "M", like, first_lane, rank * heads)
+            found = reader.memory_tensor("memory/0/M", like, first_lane, rank * heads)
             assert torch.equal(found, MEMORY[first_lane : first_lane + 2, rank * heads : (rank + 1) * heads])
 
 
@@ -125,7 +125,7 @@ def test_data_parallel_ranks_read_a_tensor_once_between_them(tmp_path, ranks, fr
         found = reader.local_range(KEY, (16, 6), Partition(0, 2), 0, 1, start, start + wanted.numel())
         assert torch.equal(found, wanted)
         lanes = MEMORY.chunk(ranks)[rank]
-        assert torch.equal(reader.memory_tensor("0", "M", lanes, rank * len(lanes), 0), lanes)
+        assert torch.equal(reader.memory_tensor("memory/0/M", lanes, rank * len(lanes), 0), lanes)
         read += reader.bytes_read
     assert read == WEIGHT.nbytes + MEMORY.nbytes
 
@@ -148,9 +148,9 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"linear_fc1.weight has shape \(16, 6\); the model's has \(32, 6\)"):
         reader.local_tensor(KEY, (32, 6), Partition(0, 2), 0, 1)
     with pytest.raises(CheckpointError, match="memory/0/M does not hold lanes 6 to 9, heads 0 to 3; .* train.lanes"):
-        reader.memory_tensor("0", "M", torch.empty(4, 4, 3, 3), 6, 0)
+        reader.memory_tensor("memory/0/M", torch.empty(4, 4, 3, 3), 6, 0)
     with pytest.raises(CheckpointError, match="memory/0/M has shape"):
-        reader.memory_tensor("0", "M", torch.empty(4, 4, 5, 5), 0, 0)
+        reader.memory_tensor("memory/0/M", torch.empty(4, 4, 5, 5), 0, 0)
 
 
 def test_missing_fragment_is_noticed(tmp_path):

@@ -37,7 +37,7 @@ def everything(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for key in reader.keys():
         if key.startswith("memory/"):
-            found[key] = reader.whole_memory(*key.split("/")[1:])
+            found[key] = reader.whole_memory(key)
         else:
             found[key] = reader.whole_tensor(key)
     return found

@@ -19,8 +19,7 @@ from data.tokenizer.tokenizer import byte_tokenizer, train_bpe
 from launch import cli
 from launch.commands import evaluate
 from model.config import MemoryConfig, ModelConfig
-from model.layers.local_context import LocalContext, join_state
-from model.rules import MatrixState
+from model.rules.state import LocalContext, MatrixState, choose_lanes, join_state, roll_lanes
 from pipeline.config.evaluation import evaluation_config
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.task_spec import Task
@@ -43,7 +42,7 @@ from pipeline.evaluation.passkey import (
 )
 from pipeline.evaluation.task_report import capacity_marks
 from pipeline.evaluation.tasks import task_cells, task_results
-from pipeline.inference.streaming import Output, Streamer, array_document, choose_lanes, roll_lanes, window
+from pipeline.inference.streaming import Output, Streamer, array_document, window
 from tests.prepared import write_set
 
 CPU = torch.device("cpu")
@@ -136,7 +135,7 @@ def test_exchanged_memory_leaves_the_local_context():
     lanes = torch.arange(3.0)
     context = LocalContext(*(lanes.view(shape) for shape in ((3, 1, 1, 1), (3, 1, 1, 1), (3, 1, 1))))
     memory = [join_state(MatrixState(lanes.view(3, 1, 1, 1)), context), context, None]
-    first, second, third = roll_lanes(memory)
+    first, second, third = roll_lanes(memory, with_context=False)
     assert first.M.flatten().tolist() == [1, 2, 0]
     assert all(torch.equal(x, y) for found in (first[1:], second) for x, y in zip(found, context, strict=True))
     assert third is None
@@ -144,7 +143,7 @@ def test_exchanged_memory_leaves_the_local_context():
 
 def test_memory_of_other_lanes():
     memory = [MatrixState(torch.arange(3.0).view(3, 1, 1, 1)), None]
-    assert roll_lanes(memory)[0].M.flatten().tolist() == [1, 2, 0]
+    assert roll_lanes(memory, with_context=False)[0].M.flatten().tolist() == [1, 2, 0]
     zeros = [MatrixState(torch.zeros(3, 1, 1, 1)), None]
     chosen = choose_lanes(torch.tensor([True, False, True]), memory, zeros)
     assert chosen[0].M.flatten().tolist() == [0, 0, 2] and chosen[1] is None
