@@ -64,6 +64,11 @@ def test_loss_by_segment(tmp_path, figures):
     assert [list(line.get_ydata()) for line in lower.lines] == [[4, 4, 0], [4, 4, 1]]
 
 
+def test_no_band_is_named_where_one_document_has_none(tmp_path, figures):
+    loss_by_segment(tmp_path / "loss.png", {"memory on": ([3.0, 2.5], [None, None], [1, 1])}, "")
+    assert figures[0].axes[0].get_ylabel() == "loss (nats per token)"
+
+
 def test_equal_document_counts_are_drawn_once(tmp_path, figures):
     curves = {name: ([1.0, 2.0], None, [3, 2]) for name in ("memory on", "memory off", "shuffled")}
     loss_by_segment(tmp_path / "loss.png", curves, "")
