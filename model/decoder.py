@@ -28,6 +28,7 @@ from model.sharding import (
     mark_partitions,
     normal_values,
     output_projection_std,
+    padded_vocab_size,
     tie_keys_to_queries,
 )
 
@@ -336,11 +337,6 @@ class DecoderStage(nn.Module):
             with torch.no_grad():
                 logits[..., max(known, 0) :] = -torch.inf
         return logits
-
-
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """The vocabulary with padding, so that tensor-parallel ranks hold equal parts. Padding has no probability."""
-    return -(-vocab_size // multiple) * multiple
 
 
 def split_layers(num_layers: int, stages: int, layers_per_stage: list[int] | None) -> list[tuple[int, int]]:

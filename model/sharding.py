@@ -148,3 +148,8 @@ def tie_keys_to_queries(
 def output_projection_std(std: float, num_layers: int) -> float:
     """Initial standard deviation of matrices that write to the residual stream (GPT-2's scaling by depth)."""
     return std / math.sqrt(2 * num_layers)
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """The vocabulary with padding, so that tensor-parallel ranks hold equal parts. Padding has no probability."""
+    return -(-vocab_size // multiple) * multiple

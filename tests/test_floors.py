@@ -105,6 +105,37 @@ def test_no_circles():
         visit(name, ())
 
 
+def loaded_with(name: str) -> set[str]:
+    """All modules that come with a module when it is loaded, the libraries' too; not what functions load later."""
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])
+        for node in ast.parse(MODULES[name].read_text(encoding="utf-8")).body if name in MODULES else ():
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                waiting += [part if part in MODULES else node.module for part in parts]
+    return seen
+
+
+def test_reading_a_checkpoint_loads_no_training():
+    """`infini inspect` starts in about a second: torch alone takes most of it, the libraries of training several."""
+    heavy = {"deepspeed", "megatron", "transformers", "pipeline.parallel", "pipeline.schedule", "model.decoder"}
+    heavy |= {"torch.nn.attention"}  # its mask loads torch's compiler
+    own = imports("launch.commands.inspect")
+    assert {"pipeline.reporting.inspect", "pipeline.reporting.run_summary"} <= own
+    for name in sorted(own):
+        assert not heavy & loaded_with(name), f"{name} loads {sorted(heavy & loaded_with(name))}"
+    assert heavy & loaded_with("pipeline.training.trainer") == heavy - {"transformers"}
+
+
 def test_model_and_data_do_not_know_each_other():
     for name in MODULES:
         for other in imports(name):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.decoder import padded_vocab_size
+from model.sharding import padded_vocab_size
 
 Shape = tuple[int, ...]
 

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.layers.effective_rank import effective_rank
 from model.layers.local_context import initial_state, put_before, sliding_attention
 from model.layers.norm import RMSNorm
 from model.layers.rotary import rotary_table, rotate
@@ -359,22 +360,6 @@ class InfiniAttention(nn.Module):
             effective_rank=effective_rank(memory.M).mean(dim=0).float(),
             read_variation=_variation(read).float(),
         )
-
-
-def effective_rank(matrices: Tensor) -> Tensor:
-    """exp of the entropy of the singular values of `[..., d, e]`, divided by their sum.
-
-    0 for a matrix of zeros, NaN for one that is not finite.
-
-    Roy and Vetterli, The effective rank (EUSIPCO 2007).
-    """
-    finite = torch.isfinite(matrices).all(dim=-1).all(dim=-1)
-    # The library raises where there is no decomposition.
-    values = torch.linalg.svdvals(torch.where(finite[..., None, None], matrices, 0).double())
-    total = values.sum(dim=-1, keepdim=True)
-    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
-    rank = torch.special.entr(shares).sum(dim=-1).exp() * (total.squeeze(-1) > 0)
-    return torch.where(finite, rank, torch.nan)
 
 
 def _variation(read: Tensor) -> Tensor:

@@ -34,9 +34,8 @@ from collections.abc import Sequence
 import torch
 
 from model.config import ModelConfig
-from model.decoder import padded_vocab_size
-from model.layers.local_context import initial_state
 from model.rules import build_rule, layer_shape
+from model.sharding import padded_vocab_size
 from pipeline.config.derived import head_dim, num_query_groups
 
 
@@ -150,6 +149,8 @@ def memory_state_bytes(config: ModelConfig, precision: str = "fp32") -> int:
     precision of the run."""
     memory = torch.float64 if precision == "fp64" else torch.float32
     context = torch.bfloat16 if precision == "bf16" else memory
+    from model.layers.local_context import initial_state  # loads torch's compiler, which only a model needs
+
     state = initial_state(
         config, layer_shape(config), 1, dtype=memory, context_dtype=context, device=torch.device("meta")
     )

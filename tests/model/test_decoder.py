@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from data.lanes.loader import LaneLoader
 from data.lanes.schedule import WeightedSet
 from model.config import QK_INITS
-from model.decoder import padded_vocab_size, split_layers
+from model.decoder import split_layers
 from model.rules import RULES
 from model.rules.deltanet import unit_length
+from model.sharding import padded_vocab_size
 from tests.model import naive
 from tests.model.build import VOCAB, random_memory, random_tokens, small_config, small_stage
 

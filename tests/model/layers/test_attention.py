@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.layers.attention import _variation, effective_rank
+from model.layers.attention import _variation
+from model.layers.effective_rank import effective_rank
 from model.layers.rotary import rotary_table, rotate
 from model.rules import RULES
 from tests.model import naive
