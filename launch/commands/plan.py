@@ -23,8 +23,8 @@ BETWEEN_NODES_GB = 50.0
 """400 Gbit/s for each device."""
 TIGHT = 0.1
 """Of a device's memory, left over: less may go to what the estimate leaves out."""
-DRAWN_WINDOWS = 8
-"""Of a longer step only the first windows are drawn: the rest repeats them."""
+DRAWN_MICROBATCHES = 8
+"""Of a longer step only the first microbatches are drawn: the rest repeats them."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -257,15 +257,17 @@ def _print_schedule(config: Config, args: argparse.Namespace, vocab: int, rates:
     from pipeline.accounting.footprint import per_rank_bytes
     from pipeline.reporting.console import format_bytes, print_table
 
-    windows, chunks = planner.windows_per_step(config, args.world_size), config.bptt.chunks_per_window
+    microbatches, chunks = planner.microbatches_per_step(config, args.world_size), config.bptt.chunks_per_window
     rows, drawings = [], []
     for pieces in sorted({1, chunks}, reverse=True):
         variant = replace(config, bptt=replace(config.bptt, chunks_per_window=pieces))
         name = "1f1b" if pieces == 1 else f"segment_1f1b, {pieces} chunks per window"
         costs = planner.estimated_costs(variant, args.world_size, vocab, rates)
-        timeline = planner.simulate_step(variant, costs, windows)
-        shown = min(windows, DRAWN_WINDOWS)
-        drawings.append((f"{name}, {shown} of {windows} windows", planner.simulate_step(variant, costs, shown)))
+        timeline = planner.simulate_step(variant, costs, microbatches)
+        shown = min(microbatches, DRAWN_MICROBATCHES)
+        drawings.append(
+            (f"{name}, {shown} of {microbatches} microbatches", planner.simulate_step(variant, costs, shown))
+        )
         step = [name, f"{1e3 * timeline.makespan_s:,.1f} ms", f"{100 * timeline.bubble_share:.1f} %"]
         for needs in per_rank_bytes(variant, args.world_size, vocab):
             rows.append(
@@ -280,8 +282,8 @@ def _print_schedule(config: Config, args: argparse.Namespace, vocab: int, rates:
             )
     header = ("schedule", "step", "bubbles", "stage", "idle", "live chunks", "activations", "sent per rank")
     print_table(
-        f"simulated pipeline of {windows} windows per step: {rates.flops_per_s / 1e12:,.4g} TFLOP/s per rank, "
-        f"{rates.link_bytes_per_s / 1e9:g} GB/s between stages",
+        f"simulated pipeline of {microbatches} microbatches per step: {rates.flops_per_s / 1e12:,.4g} TFLOP/s "
+        f"per rank, {rates.link_bytes_per_s / 1e9:g} GB/s between stages",
         rows,
         header=header,
     )

@@ -60,6 +60,7 @@ from pipeline.config.derived import (
     segments_per_chunk,
 )
 from pipeline.config.schema import Config
+from pipeline.schedule.operations import expected_peak_live_chunks
 
 OPTIMIZER_COPIES = 3
 """Of every parameter: DeepSpeed's own copy and Adam's two moments."""
@@ -141,8 +142,13 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         gradients=parameters * number,
         optimizer=-(-parameters // replicas) * OPTIMIZER_COPIES * number,
         memory_state=2 * lanes_per_rank(config, world_size) * lane_state,
-        live_chunks=min(
-            config.bptt.chunks_per_window + parallel.pipeline - 1 - stage, microbatches * config.bptt.chunks_per_window
+        # With window recomputation what a live chunk keeps is its input and its memory.
+        live_chunks=expected_peak_live_chunks(
+            stages=parallel.pipeline,
+            stage=stage,
+            microbatches=microbatches,
+            chunks=config.bptt.chunks_per_window,
+            replay=False,
         ),
         chunk_activations=chunk,
         recompute_activations=once,

@@ -106,7 +106,7 @@ def check_counts(config: Config, world_size: int, vocab: int, stages: list[Built
             )
 
 
-def windows_per_step(config: Config, world_size: int) -> int:
+def microbatches_per_step(config: Config, world_size: int) -> int:
     """Microbatches that every pipeline works off in a step."""
     return lanes_per_rank(config, world_size) // lanes_per_microbatch(config, world_size)
 
@@ -164,11 +164,11 @@ def message_bytes(config: Config, tokens: int) -> int:
     return tokens // share * config.model.hidden_size * number_bytes(config)
 
 
-def simulate_step(config: Config, costs: Costs, windows: int) -> Timeline:
-    """One step of `windows` windows against the clock."""
+def simulate_step(config: Config, costs: Costs, microbatches: int) -> Timeline:
+    """One step of `microbatches` microbatches against the clock."""
     shape = {
         "stages": config.parallel.pipeline,
-        "windows": windows,
+        "microbatches": microbatches,
         "chunks": config.bptt.chunks_per_window,
         "replay": config.bptt.recompute == "window",
     }
@@ -180,7 +180,7 @@ class Prediction:
     """One step, by arithmetic."""
 
     pipeline_s: float
-    """Forward and backward passes of all windows, bubbles and tensor-parallel communication included."""
+    """Forward and backward passes of all microbatches, bubbles and tensor-parallel communication included."""
     data_s: float
     """Gradients and parameters between data-parallel ranks, after that."""
     bubble_share: float
@@ -201,7 +201,7 @@ def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> P
     computation (which would be faster).
     """
     costs = estimated_costs(config, world_size, vocab, rates)
-    timeline = simulate_step(config, costs, windows_per_step(config, world_size))
+    timeline = simulate_step(config, costs, microbatches_per_step(config, world_size))
     needs = per_rank_bytes(config, world_size, vocab)
     sent = [data_bytes(config, world_size, stage) for stage in needs]
     tensor = []

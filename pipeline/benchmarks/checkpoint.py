@@ -58,7 +58,7 @@ class _Bench:
         self.stage = build_stage(config, self.topology, config.model.vocab_size)
         self.optimizer = ZeroOptimizer(self.stage, self.topology, config)
         self.executor = Executor(self.stage, self.topology, chunks=1, carry_gradient=True)
-        self.schedule = build_schedule(stages=1, stage=0, windows=1, chunks=1, replay=False)
+        self.schedule = build_schedule(stages=1, stage=0, microbatches=1, chunks=1, replay=False)
         self.memory = self.stage.initial_memory(config.train.lanes, self.topology.device)
         self.batch = random_batch(config)
         self.savers = {

@@ -108,7 +108,7 @@ def measure(*, pipeline: int, lanes: int, repeats: int, chunk_s: float, model: l
 
     Args:
         pipeline: stages; there must be as many processes.
-        lanes: windows per step.
+        lanes: microbatches per step.
         repeats: steps of each kind.
         chunk_s: paced seconds of the forward of a quarter of a window; a backward takes twice that.
         model: overrides on top of `MODEL`.
@@ -234,7 +234,7 @@ def read_results(path: Path) -> list[Measured]:
 
     def timeline(rows: list) -> Timeline:
         return Timeline(
-            [[Event(Operation(Kind[kind], w, c), start, end) for kind, w, c, start, end in events] for events in rows]
+            [[Event(Operation(Kind[kind], m, c), start, end) for kind, m, c, start, end in events] for events in rows]
         )
 
     rows = json.loads(path.read_text(encoding="utf-8"))

@@ -64,7 +64,7 @@ class Step:
         return build_schedule(
             stages=self.topology.pipeline_size,
             stage=self.topology.pipeline_rank,
-            windows=config.train.lanes // self.lanes_per_microbatch,
+            microbatches=config.train.lanes // self.lanes_per_microbatch,
             chunks=config.bptt.chunks_per_window,
             replay=config.bptt.recompute == "window",
         )

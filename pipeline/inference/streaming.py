@@ -217,7 +217,10 @@ class Streamer:
         lanes = batch.tokens.shape[0]
         return self.executor.run(
             build_forward_schedule(
-                stages=self.topology.pipeline_size, stage=self.topology.pipeline_rank, windows=microbatches, chunks=1
+                stages=self.topology.pipeline_size,
+                stage=self.topology.pipeline_rank,
+                microbatches=microbatches,
+                chunks=1,
             ),
             batch,
             memory,

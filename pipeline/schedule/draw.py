@@ -34,7 +34,7 @@ LABEL_INCHES = 0.075
 def draw_timelines(path: str | Path, timelines: Sequence[tuple[str, Timeline]]) -> None:
     """Draw timelines below each other on one time axis: a row per stage, a box per computation, a bar per transfer.
 
-    Boxes say window.chunk where that fits.
+    Boxes say microbatch.chunk where that fits.
 
     Args:
         path: PNG file to write.
@@ -85,7 +85,7 @@ def _draw(ax, timeline: Timeline, scale: float, inches_per_s: float) -> None:
             ax.broken_barh(
                 [(left, width)], (bottom, height), facecolor=color, edgecolor=edge, linewidth=0.4 + 0.4 * send
             )
-            label = f"{operation.window}.{operation.chunk}"
+            label = f"{operation.microbatch}.{operation.chunk}"
             if not send and (end_s - start_s) * inches_per_s > LABEL_INCHES * len(label):
                 ax.text(
                     left + width / 2, stage, label, ha="center", va="center", fontsize=7, color="white", clip_on=True

@@ -61,7 +61,7 @@ class _Traffic:
         self.sends: deque[tuple[dist.Work, Tensor]] = deque()
 
     def post(self, operation: Operation, tag: int) -> None:
-        """Post the receive that a WAIT of the same window and chunk will take."""
+        """Post the receive that a WAIT of the same microbatch and chunk will take."""
         forward = operation.kind is Kind.POST_FORWARD
         source = self.topology.previous_rank if forward else self.topology.next_rank
         group = self.topology.forward_group if forward else self.topology.backward_group
@@ -132,7 +132,7 @@ class Executor:
             operations: from `pipeline.schedule.operations`; without backwards it is an evaluation and no graph is kept.
             batch: this rank's lanes; every stage gets the same one.
             memory: memory carried in, per layer, all of this rank's lanes.
-            lanes_per_microbatch: lanes in one window of the schedule.
+            lanes_per_microbatch: whose windows are one microbatch of the schedule.
             loss_scale: factor of the weighted sum of token losses in the objective.
             gate_scale: factor of the sum of the write gates in the objective.
             statistics, correct, memory_off: see `DecoderStage.forward`.
@@ -173,9 +173,9 @@ class _Run:
         self.losses_wanted = True
         self.replayed = {o[1:] for o in operations if o.kind is Kind.REPLAY}
         self.with_gradient = any(o.kind is Kind.BACKWARD for o in operations)
-        windows, segments, length = batch.tokens.shape[0] // lanes, batch.tokens.shape[1], batch.tokens.shape[2]
+        microbatches, segments, length = batch.tokens.shape[0] // lanes, batch.tokens.shape[1], batch.tokens.shape[2]
         self.segments_per_chunk = segments // self.chunks
-        self.carried = {w: take_lanes(memory, slice(w * lanes, (w + 1) * lanes)) for w in range(windows)}
+        self.carried = {m: take_lanes(memory, slice(m * lanes, (m + 1) * lanes)) for m in range(microbatches)}
         rows = length // (self.topology.tensor_size if self.stage.options.sequence_parallel else 1)
         self.probes_per_chunk = batch.probes.segment.shape[1] // self.chunks if batch.probes else 0
         folded = lanes * (self.segments_per_chunk + self.probes_per_chunk)
@@ -193,56 +193,56 @@ class _Run:
         self.graphs = self.peak_graphs = 0
 
     def execute(self, operation: Operation) -> None:
-        kind, window, chunk = operation
-        tag = window * self.chunks + chunk
+        kind, microbatch, chunk = operation
+        tag = microbatch * self.chunks + chunk
         if kind in (Kind.POST_FORWARD, Kind.POST_BACKWARD):
             self.traffic.post(operation, tag)
         elif kind in (Kind.WAIT_FORWARD, Kind.WAIT_BACKWARD):
             self.received[operation] = self.traffic.wait(operation)
         elif kind is Kind.FORWARD:
-            self._forward(window, chunk)
+            self._forward(microbatch, chunk)
         elif kind is Kind.REPLAY:
-            self._replay(window, chunk)
+            self._replay(microbatch, chunk)
         elif kind is Kind.BACKWARD:
-            self._backward(window, chunk)
+            self._backward(microbatch, chunk)
         elif kind is Kind.SEND_FORWARD:
-            self.traffic.send(operation, self._take_hidden(window, chunk), tag)
+            self.traffic.send(operation, self._take_hidden(microbatch, chunk), tag)
         elif kind is Kind.SEND_BACKWARD:
-            self.traffic.send(operation, self.input_gradient.pop((window, chunk)), tag)
+            self.traffic.send(operation, self.input_gradient.pop((microbatch, chunk)), tag)
 
-    def _slice(self, tensor: Tensor, window: int, chunk: int) -> Tensor:
+    def _slice(self, tensor: Tensor, microbatch: int, chunk: int) -> Tensor:
         """The part of a `[B, T, ...]` (or `[B, P, ...]`) batch tensor that a chunk works on."""
-        lanes = tensor[window * self.lanes : (window + 1) * self.lanes]
+        lanes = tensor[microbatch * self.lanes : (microbatch + 1) * self.lanes]
         length = tensor.shape[1] // self.chunks
         return lanes[:, chunk * length : (chunk + 1) * length]
 
-    def _part(self, name: str, window: int, chunk: int) -> Tensor:
+    def _part(self, name: str, microbatch: int, chunk: int) -> Tensor:
         """Tokens, labels or weights of a chunk: its segments, and behind them its probes."""
-        part = self._slice(getattr(self.batch, name), window, chunk)
+        part = self._slice(getattr(self.batch, name), microbatch, chunk)
         if self.batch.probes is None:
             return part
-        return torch.cat([part, self._slice(getattr(self.batch.probes, name), window, chunk)], dim=1)
+        return torch.cat([part, self._slice(getattr(self.batch.probes, name), microbatch, chunk)], dim=1)
 
-    def _probes(self, window: int, chunk: int) -> Tensor | None:
+    def _probes(self, microbatch: int, chunk: int) -> Tensor | None:
         """`[b, p]`: the segment of the chunk whose starting memory each of its probes reads."""
         if self.batch.probes is None:
             return None
-        return self._slice(self.batch.probes.segment, window, chunk) - chunk * self.segments_per_chunk
+        return self._slice(self.batch.probes.segment, microbatch, chunk) - chunk * self.segments_per_chunk
 
-    def _forward(self, window: int, chunk: int) -> None:
+    def _forward(self, microbatch: int, chunk: int) -> None:
         if self.stage.is_first:
-            inputs = self._part("tokens", window, chunk)
+            inputs = self._part("tokens", microbatch, chunk)
         else:
-            inputs = self.received.pop(Operation(Kind.WAIT_FORWARD, window, chunk))
-        record = _Chunk(inputs, self.carried[window])
-        keep_graph = self.with_gradient and (window, chunk) not in self.replayed
+            inputs = self.received.pop(Operation(Kind.WAIT_FORWARD, microbatch, chunk))
+        record = _Chunk(inputs, self.carried[microbatch])
+        keep_graph = self.with_gradient and (microbatch, chunk) not in self.replayed
         if keep_graph:
             self._make_leaves(record, chunk)
-        record.output = self._compute(record, window, chunk, keep_graph, first_time=True)
+        record.output = self._compute(record, microbatch, chunk, keep_graph, first_time=True)
         # A copy: the last entry of the scan's stacked states would keep all of them alive.
-        self.carried[window] = map_memory(record.output.memory, lambda x: x.detach().clone())
+        self.carried[microbatch] = map_memory(record.output.memory, lambda x: x.detach().clone())
         if self.with_gradient or not self.stage.is_last:
-            self.live[window, chunk] = record
+            self.live[microbatch, chunk] = record
         if self.stage.is_last and not keep_graph:
             record.output = None
 
@@ -252,18 +252,18 @@ class _Run:
         if chunk > 0 and self.carry_gradient:
             record.memory_in = map_memory(record.memory_in, lambda x: x.detach().requires_grad_())
 
-    def _compute(self, record: _Chunk, window: int, chunk: int, keep_graph: bool, first_time: bool) -> StageOutput:
+    def _compute(self, record: _Chunk, microbatch: int, chunk: int, keep_graph: bool, first_time: bool) -> StageOutput:
         # A forward that will be replayed leaves the output matrix to the replay.
         labels_needed = self.stage.is_last and self.losses_wanted and (keep_graph or not self.with_gradient)
-        labels = self._part("labels", window, chunk) if labels_needed else None
+        labels = self._part("labels", microbatch, chunk) if labels_needed else None
         flags = dict(self.flags, statistics=self.flags["statistics"] and first_time)
         with torch.set_grad_enabled(keep_graph):
             output = self.stage(
                 record.inputs,
                 record.memory_in,
-                self._slice(self.batch.reset, window, chunk),
+                self._slice(self.batch.reset, microbatch, chunk),
                 labels,
-                probes=self._probes(window, chunk),
+                probes=self._probes(microbatch, chunk),
                 **flags,
             )
         if keep_graph:
@@ -275,29 +275,29 @@ class _Run:
                 self.measured.append(output.statistics)
         if output.token_loss is not None:
             losses = output.token_loss.detach()
-            self.losses[window, chunk] = losses[:, : self.segments_per_chunk]
+            self.losses[microbatch, chunk] = losses[:, : self.segments_per_chunk]
             if self.probes_per_chunk:
-                self.probe_losses[window, chunk] = losses[:, self.segments_per_chunk :]
+                self.probe_losses[microbatch, chunk] = losses[:, self.segments_per_chunk :]
         if output.token_correct is not None:
-            self.hits[window, chunk] = output.token_correct[:, : self.segments_per_chunk]
+            self.hits[microbatch, chunk] = output.token_correct[:, : self.segments_per_chunk]
         return output
 
-    def _take_hidden(self, window: int, chunk: int) -> Tensor:
-        record = self.live[window, chunk]
+    def _take_hidden(self, microbatch: int, chunk: int) -> Tensor:
+        record = self.live[microbatch, chunk]
         hidden = record.output.hidden
         if not self.with_gradient:
-            del self.live[window, chunk]
-        elif (window, chunk) in self.replayed:
+            del self.live[microbatch, chunk]
+        elif (microbatch, chunk) in self.replayed:
             record.output = None
         return hidden
 
-    def _replay(self, window: int, chunk: int) -> None:
-        record = self.live[window, chunk]
+    def _replay(self, microbatch: int, chunk: int) -> None:
+        record = self.live[microbatch, chunk]
         self._make_leaves(record, chunk)
-        record.output = self._compute(record, window, chunk, keep_graph=True, first_time=False)
+        record.output = self._compute(record, microbatch, chunk, keep_graph=True, first_time=False)
 
-    def _backward(self, window: int, chunk: int) -> None:
-        record = self.live.pop((window, chunk))
+    def _backward(self, microbatch: int, chunk: int) -> None:
+        record = self.live.pop((microbatch, chunk))
         self.graphs -= 1
         output = record.output
         tensors: list[Tensor] = []
@@ -309,29 +309,31 @@ class _Run:
                 gradients.append(gradient)
 
         if self.stage.is_last:
-            weight = self._part("loss_weight", window, chunk).to(output.token_loss.dtype)
+            weight = self._part("loss_weight", microbatch, chunk).to(output.token_loss.dtype)
             add((output.token_loss * weight).sum() * self.loss_scale, None)
         else:
-            add(output.hidden, self.received.pop(Operation(Kind.WAIT_BACKWARD, window, chunk)))
+            add(output.hidden, self.received.pop(Operation(Kind.WAIT_BACKWARD, microbatch, chunk)))
         if self.gate_scale:
             add(output.gate_sum * self.gate_scale, None)
-        for tensor, gradient in zip(memory_tensors(output.memory), self.memory_gradient.pop(window, []), strict=False):
+        for tensor, gradient in zip(
+            memory_tensors(output.memory), self.memory_gradient.pop(microbatch, []), strict=False
+        ):
             if gradient is not None:
                 add(tensor, gradient)
         # Outside of autocast: what ran in bfloat16 goes back in bfloat16 by itself, and the memory in float32.
         torch.autograd.backward(tensors, gradients)
         if chunk > 0 and self.carry_gradient:
-            self.memory_gradient[window] = [x.grad for x in memory_tensors(record.memory_in)]
+            self.memory_gradient[microbatch] = [x.grad for x in memory_tensors(record.memory_in)]
         if not self.stage.is_first:
-            self.input_gradient[window, chunk] = record.inputs.grad
+            self.input_gradient[microbatch, chunk] = record.inputs.grad
 
     def result(self) -> StepResult:
-        windows = len(self.carried)
+        microbatches = len(self.carried)
         return StepResult(
             token_loss=self._assemble(self.losses),
             probe_loss=self._assemble(self.probe_losses),
             token_correct=self._assemble(self.hits),
-            memory=join_lanes([self.carried[w] for w in range(windows)]),
+            memory=join_lanes([self.carried[m] for m in range(microbatches)]),
             gate_sum=float(self.gate_sum),
             statistics=_average_statistics(self.measured),
             peak_live_chunks=self.peak_graphs,
@@ -341,8 +343,8 @@ class _Run:
         """Per-chunk results `[b, t, s]` as one `[B, T, S]`."""
         if not pieces:
             return None
-        windows = range(len(self.carried))
-        return torch.cat([torch.cat([pieces[w, c] for c in range(self.chunks)], dim=1) for w in windows])
+        microbatches = range(len(self.carried))
+        return torch.cat([torch.cat([pieces[m, c] for c in range(self.chunks)], dim=1) for m in microbatches])
 
 
 def _average_statistics(measured: list[dict[int, MemoryStatistics]]) -> dict[int, MemoryStatistics]:

@@ -1,12 +1,12 @@
 """The pipeline schedule as data: for every stage the list of operations that one step runs.
 
-The unit of work is a chunk (some segments of a window). Forwards run first-in first-out over (window, chunk);
-backwards run over windows first-in first-out and over the chunks of a window last-in first-out, because the gradient
-of the memory flows backwards in time. This is the order of Seq1F1B (arXiv 2406.03488); with one chunk per window it is
-ordinary 1F1B. Windows of different lanes are the microbatches.
+The unit of work is a chunk (some segments of a microbatch, which is the window of some lanes). Forwards run first-in
+first-out over (microbatch, chunk); backwards run over microbatches first-in first-out and over the chunks of one
+last-in first-out, because the gradient of the memory flows backwards in time. This is the order of Seq1F1B
+(arXiv 2406.03488); with one chunk per microbatch it is ordinary 1F1B.
 
-A stage warms up with as many forwards as there are stages behind it plus the chunks of a window but one (only then
-can the first backward run), alternates forward and backward while there are forwards left, and cools down with
+A stage warms up with as many forwards as there are stages behind it plus the chunks of a microbatch but one (only
+then can the first backward run), alternates forward and backward while there are forwards left, and cools down with
 backwards.
 
 Receives are posted one computation ahead of their use. With that, even sends that wait for their receiver (rendezvous)
@@ -38,16 +38,16 @@ COMPUTE = (Kind.FORWARD, Kind.REPLAY, Kind.BACKWARD)
 
 class Operation(NamedTuple):
     kind: Kind
-    window: int
-    """Index of the microbatch (a group of lanes)."""
+    microbatch: int
+    """Index of the microbatch: the window of a group of lanes."""
     chunk: int
-    """Index of the chunk in the window."""
+    """Index of the chunk in the microbatch."""
 
 
-def compute_order(*, stages: int, stage: int, windows: int, chunks: int) -> list[Operation]:
+def compute_order(*, stages: int, stage: int, microbatches: int, chunks: int) -> list[Operation]:
     """Forwards and backwards of a stage, without communication."""
-    forwards = [Operation(Kind.FORWARD, w, c) for w in range(windows) for c in range(chunks)]
-    backwards = [Operation(Kind.BACKWARD, w, c) for w in range(windows) for c in reversed(range(chunks))]
+    forwards = [Operation(Kind.FORWARD, m, c) for m in range(microbatches) for c in range(chunks)]
+    backwards = [Operation(Kind.BACKWARD, m, c) for m in range(microbatches) for c in reversed(range(chunks))]
     warm_up = min(stages - 1 - stage + chunks - 1, len(forwards))
     order = forwards[:warm_up]
     for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
@@ -67,22 +67,24 @@ def add_replays(order: list[Operation]) -> list[Operation]:
     return result
 
 
-def build_schedule(*, stages: int, stage: int, windows: int, chunks: int, replay: bool) -> list[Operation]:
+def build_schedule(*, stages: int, stage: int, microbatches: int, chunks: int, replay: bool) -> list[Operation]:
     """All operations of one stage for one step, communication included.
 
     Args:
         stages: pipeline stages.
         stage: index of this stage.
-        windows: microbatches in the step.
-        chunks: chunks per window.
+        microbatches: in the step.
+        chunks: chunks per microbatch.
         replay: keep no activations in the forward pass and run a chunk again before its backward.
 
     Raises:
         ValueError: a count that is not positive.
     """
-    if min(stages, windows, chunks) < 1 or not 0 <= stage < stages:
-        raise ValueError(f"no schedule for stage {stage} of {stages} with {windows} windows of {chunks} chunks")
-    order = compute_order(stages=stages, stage=stage, windows=windows, chunks=chunks)
+    if min(stages, microbatches, chunks) < 1 or not 0 <= stage < stages:
+        raise ValueError(
+            f"no schedule for stage {stage} of {stages} with {microbatches} microbatches of {chunks} chunks"
+        )
+    order = compute_order(stages=stages, stage=stage, microbatches=microbatches, chunks=chunks)
     if replay:
         order = add_replays(order)
     first, last = stage == 0, stage == stages - 1
@@ -112,25 +114,28 @@ def build_schedule(*, stages: int, stage: int, windows: int, chunks: int, replay
     return operations
 
 
-def build_forward_schedule(*, stages: int, stage: int, windows: int, chunks: int) -> list[Operation]:
+def build_forward_schedule(*, stages: int, stage: int, microbatches: int, chunks: int) -> list[Operation]:
     """Operations of one stage for an evaluation: forwards only."""
     operations: list[Operation] = []
-    for window in range(windows):
+    for microbatch in range(microbatches):
         for chunk in range(chunks):
             if stage > 0:
-                operations += [Operation(Kind.POST_FORWARD, window, chunk), Operation(Kind.WAIT_FORWARD, window, chunk)]
-            operations.append(Operation(Kind.FORWARD, window, chunk))
+                operations += [
+                    Operation(Kind.POST_FORWARD, microbatch, chunk),
+                    Operation(Kind.WAIT_FORWARD, microbatch, chunk),
+                ]
+            operations.append(Operation(Kind.FORWARD, microbatch, chunk))
             if stage < stages - 1:
-                operations.append(Operation(Kind.SEND_FORWARD, window, chunk))
+                operations.append(Operation(Kind.SEND_FORWARD, microbatch, chunk))
     return operations
 
 
 def peak_live_chunks(operations: list[Operation]) -> int:
     """Largest number of chunks whose activations are held at once."""
-    replayed = {(o.window, o.chunk) for o in operations if o.kind is Kind.REPLAY}
+    replayed = {(o.microbatch, o.chunk) for o in operations if o.kind is Kind.REPLAY}
     live = peak = 0
-    for kind, window, chunk in operations:
-        if kind is Kind.REPLAY or (kind is Kind.FORWARD and (window, chunk) not in replayed):
+    for kind, microbatch, chunk in operations:
+        if kind is Kind.REPLAY or (kind is Kind.FORWARD and (microbatch, chunk) not in replayed):
             live += 1
             peak = max(peak, live)
         elif kind is Kind.BACKWARD:
@@ -138,6 +143,6 @@ def peak_live_chunks(operations: list[Operation]) -> int:
     return peak
 
 
-def expected_peak_live_chunks(*, stages: int, stage: int, windows: int, chunks: int, replay: bool) -> int:
-    """The same by derivation: the chunks of a window, and one more for every stage behind; one with replay."""
-    return 1 if replay else min(stages - 1 - stage + chunks, windows * chunks)
+def expected_peak_live_chunks(*, stages: int, stage: int, microbatches: int, chunks: int, replay: bool) -> int:
+    """The same by derivation: the chunks of a microbatch, and one more for every stage behind; one with replay."""
+    return 1 if replay else min(stages - 1 - stage + chunks, microbatches * chunks)

@@ -127,7 +127,7 @@ class Monitor:
             "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "
             f"{model.segment_length} tokens"
             + (f", and {train.probes_per_window} probes per lane" if train.probes_per_window else ""),
-            "windows per step and rank": f"{lanes_per_rank // per_microbatch} of "
+            "microbatches per step and rank": f"{lanes_per_rank // per_microbatch} of "
             f"{per_microbatch} lanes, {config.bptt.chunks_per_window} chunks each",
             "tokens in the run": f"{tokens * train.steps:,} in {train.steps:,} steps",
             "training FLOPs per token": f"{flops:.3e}",

@@ -95,7 +95,7 @@ class Trainer:
         self.schedule = build_schedule(
             stages=topology.pipeline_size,
             stage=topology.pipeline_rank,
-            windows=lanes // self.lanes_per_microbatch,
+            microbatches=lanes // self.lanes_per_microbatch,
             chunks=config.bptt.chunks_per_window,
             replay=config.bptt.recompute == "window",
         )
@@ -248,7 +248,9 @@ class Trainer:
     def _begin(self, operation: Operation | None) -> None:
         """The schedule comes to an operation, or (None) to its end."""
         self.watchdog.operation(
-            f"{operation.kind.value}, window {operation.window}, chunk {operation.chunk}" if operation else "sums"
+            f"{operation.kind.value}, microbatch {operation.microbatch}, chunk {operation.chunk}"
+            if operation
+            else "sums"
         )
 
     def forward_backward(self, batch: WindowBatch, *, statistics: bool = False) -> tuple[StepResult, dict[str, float]]:

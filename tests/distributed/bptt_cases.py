@@ -157,7 +157,7 @@ def by_schedule(overrides: list[str], chunk_counts: list[int]) -> list[dict[str,
     for chunks in chunk_counts:
         stage.zero_grad(set_to_none=True)
         shape = {"stages": topology.pipeline_size, "stage": topology.pipeline_rank}
-        shape |= {"windows": lanes // per_microbatch, "chunks": chunks, "replay": replay}
+        shape |= {"microbatches": lanes // per_microbatch, "chunks": chunks, "replay": replay}
         done = Executor(stage, topology, chunks=chunks, carry_gradient=config.bptt.gradient == "full").run(
             build_schedule(**shape),
             batch,
@@ -189,7 +189,7 @@ def input_gradients(overrides: list[str]) -> dict[str, Any]:
     stage.embedding.register_forward_hook(watch)
     executor = Executor(stage, topology, chunks=chunks, carry_gradient=config.bptt.gradient == "full")
     replay = config.bptt.recompute == "window"
-    schedule = build_schedule(stages=1, stage=0, windows=1, chunks=chunks, replay=replay)
+    schedule = build_schedule(stages=1, stage=0, microbatches=1, chunks=chunks, replay=replay)
     carries_graph = False
     for window in range(2):
         # A segment's tokens are all its number, so that gradients can be told apart.

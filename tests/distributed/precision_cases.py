@@ -76,7 +76,7 @@ def run_window(overrides: list[str], chunks: int) -> dict[str, Any]:
     torch.autograd.backward = watched_backward
     try:
         replay = config.bptt.recompute == "window"
-        shape = {"stages": topology.pipeline_size, "stage": topology.pipeline_rank, "windows": 1, "chunks": chunks}
+        shape = {"stages": topology.pipeline_size, "stage": topology.pipeline_rank, "microbatches": 1, "chunks": chunks}
         Executor(stage, topology, chunks=chunks, carry_gradient=True).run(
             build_schedule(**shape, replay=replay),
             batch,

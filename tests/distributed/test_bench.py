@@ -84,7 +84,7 @@ def test_pipeline_is_measured_next_to_its_simulation(pools, tmp_path):
     for (variant, paced), result in results.items():
         chunks, replay = (1 if variant == "1f1b" else 4), "window" in variant
         for stage, events in enumerate(result.timeline.events):
-            shape = {"stages": 2, "stage": stage, "windows": 2, "chunks": chunks, "replay": replay}
+            shape = {"stages": 2, "stage": stage, "microbatches": 2, "chunks": chunks, "replay": replay}
             assert [e.operation for e in events] == build_schedule(**shape)
             assert result.live_chunks[stage] == expected_peak_live_chunks(**shape)
             assert [e.operation for e in result.simulated.events[stage]] == [e.operation for e in events]

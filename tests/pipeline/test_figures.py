@@ -90,7 +90,7 @@ def gates(layers):
 
 
 def timelines(path, title, names):
-    shape = {"stages": 2, "windows": 2, "chunks": 2, "replay": False}
+    shape = {"stages": 2, "microbatches": 2, "chunks": 2, "replay": False}
     programs = [build_schedule(stage=stage, **shape) for stage in range(2)]
     kinds = {operation.kind for program in programs for operation in program}
     timeline = simulate(programs, Costs([dict.fromkeys(kinds, 0.1)] * 2))

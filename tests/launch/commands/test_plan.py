@@ -37,7 +37,7 @@ def test_llama3_8b_with_its_schedule(capsys, tmp_path):
     # Meta's 8,030,261,248 and one beta for each of 32 heads in 32 layers.
     assert "parameters 8,030,262,272, all stages built and counted; 1,024 of them for the memory" in out
     assert "tokens per step 1,048,576 = 128 lanes x 4 segments x 2048 tokens" in out
-    assert "simulated pipeline of 64 windows per step" in out
+    assert "simulated pipeline of 64 microbatches per step" in out
     assert "segment_1f1b, 4 chunks per window" in out
     # 64 windows of 8,192 tokens, split over 8 ranks by sequence parallelism, 4,096 bfloat16 numbers each.
     assert 64 * 8192 // 8 * 4096 * 2 == 512 * 2**20
@@ -161,7 +161,7 @@ def test_costs_add_up_to_the_flops_of_a_step(recompute):
         ],
     )
     costs = planner.estimated_costs(config, 3, 128, planner.Rates(flops_per_s=1.0, link_bytes_per_s=1e9))
-    timeline = planner.simulate_step(config, costs, planner.windows_per_step(config, 3))
+    timeline = planner.simulate_step(config, costs, planner.microbatches_per_step(config, 3))
     seconds = sum(timeline.compute_s(stage) for stage in range(3))
     tokens = 4 * 8 * config.model.segment_length
     expected = tokens * train_flops_per_token(config.model, 128, recompute=recompute)

@@ -1,4 +1,4 @@
-"""The schedule proved by exhaustion: every shape up to 6 stages, 6 windows and 6 chunks, with and without replay.
+"""The schedule proved by exhaustion: every shape up to 6 stages, 6 microbatches and 6 chunks, with and without replay.
 
 The proofs use an interpreter of their own, which knows nothing of how the lists are made. Whether a stage can go on
 depends only on what others have done before, never on what they have not done yet, so going on earlier or later
@@ -25,7 +25,7 @@ GRIDS = [
     for stages in range(1, 7)
     for replay, name in ((False, ""), (True, ", replay"))
 ]
-"""Shapes (stages, windows, chunks, replay)."""
+"""Shapes (stages, microbatches, chunks, replay)."""
 
 FORWARD, BACKWARD = "forward", "backward"
 POSTS = {Kind.POST_FORWARD: FORWARD, Kind.POST_BACKWARD: BACKWARD}
@@ -37,8 +37,8 @@ class Deadlock(AssertionError):
     """No stage can go on; the message says where each one stands."""
 
 
-def programs_of(stages, windows, chunks, replay):
-    shape = {"stages": stages, "windows": windows, "chunks": chunks, "replay": replay}
+def programs_of(stages, microbatches, chunks, replay):
+    shape = {"stages": stages, "microbatches": microbatches, "chunks": chunks, "replay": replay}
     return [build_schedule(stage=stage, **shape) for stage in range(stages)]
 
 
@@ -103,8 +103,8 @@ def run_with_rendezvous(programs, *, queues):
 @pytest.mark.parametrize("shapes", GRIDS)
 def test_compute_respects_data_and_memory(shapes):
     for shape in shapes:
-        stages, windows, chunks, replay = shape
-        everything = {(w, c) for w in range(windows) for c in range(chunks)}
+        stages, microbatches, chunks, replay = shape
+        everything = {(m, c) for m in range(microbatches) for c in range(chunks)}
         for program in programs_of(*shape):
             at = {(kind, w, c): i for i, (kind, w, c) in enumerate(program)}
             assert len(at) == len(program), "an operation stands twice"
@@ -183,10 +183,10 @@ def test_no_deadlock(shapes, queues):
 @pytest.mark.parametrize("shapes", GRIDS)
 def test_peak_live_chunks_are_as_derived(shapes):
     for shape in shapes:
-        stages, windows, chunks, replay = shape
+        stages, microbatches, chunks, replay = shape
         for stage, program in enumerate(programs_of(*shape)):
             expected = expected_peak_live_chunks(
-                stages=stages, stage=stage, windows=windows, chunks=chunks, replay=replay
+                stages=stages, stage=stage, microbatches=microbatches, chunks=chunks, replay=replay
             )
             assert peak_live_chunks(program) == count_live(program) == expected
 
@@ -206,8 +206,8 @@ def count_live(program):
     return max(sizes)
 
 
-def test_one_chunk_per_window_is_1f1b():
-    order = [(o.kind, o.window) for o in build_schedule(stages=3, stage=1, windows=3, chunks=1, replay=False)]
+def test_one_chunk_per_microbatch_is_1f1b():
+    order = [(o.kind, o.microbatch) for o in build_schedule(stages=3, stage=1, microbatches=3, chunks=1, replay=False)]
     forward_and_backward = [o for o in order if o[0] in (Kind.FORWARD, Kind.BACKWARD)]
     f, b = Kind.FORWARD, Kind.BACKWARD
     assert forward_and_backward == [(f, 0), (f, 1), (b, 0), (f, 2), (b, 1), (b, 2)]
@@ -216,7 +216,7 @@ def test_one_chunk_per_window_is_1f1b():
 @pytest.mark.parametrize("stages", range(1, 7))
 @pytest.mark.parametrize("queues", ["none", "two"])
 def test_forward_schedule_runs_through(stages, queues):
-    programs = [build_forward_schedule(stages=stages, stage=s, windows=3, chunks=4) for s in range(stages)]
+    programs = [build_forward_schedule(stages=stages, stage=s, microbatches=3, chunks=4) for s in range(stages)]
     run_with_rendezvous(programs, queues=queues)
 
 
@@ -243,11 +243,11 @@ def test_without_looking_ahead_rendezvous_deadlocks(queues, replay):
         run_with_rendezvous(programs, queues=queues)
 
 
-def test_backwards_first_in_first_out_inside_a_window_deadlock():
+def test_backwards_first_in_first_out_inside_a_microbatch_deadlock():
     """The order of ordinary pipelines, which the gradient of the memory does not allow."""
     programs = programs_of(3, 2, 3, False)
     programs[1] = [
-        Operation(o.kind, o.window, 2 - o.chunk)
+        Operation(o.kind, o.microbatch, 2 - o.chunk)
         if o.kind in (*WAITS, Kind.SEND_BACKWARD) and "gradient" in o.kind.value
         else o
         for o in programs[1]

@@ -10,8 +10,8 @@ from pipeline.schedule.operations import COMPUTE, Kind, Operation, build_forward
 from pipeline.schedule.simulate import Costs, simulate
 
 
-def programs_of(stages, windows, chunks, replay=False):
-    shape = {"stages": stages, "windows": windows, "chunks": chunks, "replay": replay}
+def programs_of(stages, microbatches, chunks, replay=False):
+    shape = {"stages": stages, "microbatches": microbatches, "chunks": chunks, "replay": replay}
     return [build_schedule(stage=stage, **shape) for stage in range(stages)]
 
 
@@ -24,11 +24,11 @@ def times(timeline, stage, *kinds):
 
 
 @pytest.mark.parametrize("stages", range(1, 7))
-@pytest.mark.parametrize("windows", [1, 2, 5, 9])
-def test_1f1b_has_its_known_bubble(stages, windows):
-    timeline = simulate(programs_of(stages, windows, 1), even(stages))
-    assert timeline.makespan_s == (windows + stages - 1) * 3
-    assert timeline.bubble_share == pytest.approx((stages - 1) / (windows + stages - 1))
+@pytest.mark.parametrize("microbatches", [1, 2, 5, 9])
+def test_1f1b_has_its_known_bubble(stages, microbatches):
+    timeline = simulate(programs_of(stages, microbatches, 1), even(stages))
+    assert timeline.makespan_s == (microbatches + stages - 1) * 3
+    assert timeline.bubble_share == pytest.approx((stages - 1) / (microbatches + stages - 1))
 
 
 def test_chunks_shrink_the_bubble():
@@ -38,7 +38,7 @@ def test_chunks_shrink_the_bubble():
     assert sum(whole.compute_s(s) for s in range(4)) == sum(pieces.compute_s(s) for s in range(4))
     assert pieces.makespan_s < whole.makespan_s
     assert pieces.bubble_share < 0.5 * whole.bubble_share
-    # In pieces of four, stage s holds 4 + 3 - s of them, in whole windows 4 - s windows.
+    # In pieces of four, stage s holds 4 + 3 - s of them, in whole ones 4 - s.
     assert pieces.peak_live_chunks == [7, 6, 5, 4]
     assert whole.peak_live_chunks == [4, 3, 2, 1]
 
@@ -58,7 +58,7 @@ def test_transfers_add_up_on_the_critical_path():
 def test_a_slow_link_carries_one_message_after_the_other():
     """Forwards of 1 s over a link of 5 s a message: a message every 5 s, each another 0.5 s on its way."""
     costs = Costs([{Kind.FORWARD: 1.0}] * 2, message_bytes=5, bytes_per_s=1.0, latency_s=0.5)
-    sends, receives = (build_forward_schedule(stages=2, stage=s, windows=1, chunks=3) for s in range(2))
+    sends, receives = (build_forward_schedule(stages=2, stage=s, microbatches=1, chunks=3) for s in range(2))
     receives.sort(key=lambda operation: operation.kind is not Kind.POST_FORWARD)  # all posted at the start
     timeline = simulate([sends, receives], costs)
     assert times(timeline, 0, Kind.SEND_FORWARD) == [(1, 6.5), (6, 11.5), (11, 16.5)]
@@ -68,14 +68,14 @@ def test_a_slow_link_carries_one_message_after_the_other():
 def test_a_transfer_waits_for_its_receive():
     """Without looking ahead, the receive of the second message is posted when the first one has been worked on."""
     costs = Costs([{Kind.FORWARD: 1.0}, {Kind.FORWARD: 10.0}], message_bytes=1, bytes_per_s=1.0)
-    posts_late = [build_forward_schedule(stages=2, stage=s, windows=1, chunks=2) for s in range(2)]
+    posts_late = [build_forward_schedule(stages=2, stage=s, microbatches=1, chunks=2) for s in range(2)]
     assert times(simulate(posts_late, costs), 0, Kind.SEND_FORWARD) == [(1, 2), (12, 13)]
 
 
 def test_replay_costs_a_forward():
     plain, replayed = (simulate(programs_of(1, 2, 4, replay), even(1)) for replay in (False, True))
     assert plain.makespan_s == 8 * 3
-    # The last chunk of each window goes backward at once, without a replay.
+    # The last chunk of each microbatch goes backward at once, without a replay.
     replays = sum(e.operation.kind is Kind.REPLAY for e in replayed.events[0])
     assert replays == 6
     assert replayed.makespan_s == 8 * 3 + replays
@@ -98,7 +98,7 @@ def test_stages_of_unequal_speed():
     costs = Costs([{Kind.FORWARD: s, Kind.BACKWARD: 2 * s} for s in (1.0, 2.0, 1.0)])
     timeline = simulate(programs_of(3, 8, 1), costs)
     assert timeline.bubble_shares[1] == min(timeline.bubble_shares)
-    # A forward of stage 0, eight windows on stage 1 with one gap in warm-up, a backward of stage 0.
+    # A forward of stage 0, eight microbatches on stage 1 with one gap in warm-up, a backward of stage 0.
     assert timeline.makespan_s == 1 + (8 * 6 + 1) + 2
 
 

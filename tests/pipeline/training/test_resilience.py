@@ -71,7 +71,7 @@ def test_late_ranks_are_named_with_their_operations():
     def at(count, phase, operation=""):
         return _Progress(count, 7, phase, False, operation)
 
-    waiting, working = "wait for hidden states, window 0, chunk 1", "forward, window 0, chunk 1"
+    waiting, working = "wait for hidden states, microbatch 0, chunk 1", "forward, microbatch 0, chunk 1"
     assert late_ranks([at(20, "data"), at(21, "forward_backward", waiting), at(20, "data")]) == (
         "late: ranks 0, 2 in data of step 7"
     )
