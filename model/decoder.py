@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
-from model.layers.attention import InfiniAttention, MemoryStatistics
+from model.layers import incremental
+from model.layers.attention import InfiniAttention
 from model.layers.loss import token_correct, token_losses
 from model.layers.norm import RMSNorm
 from model.layers.segment_cache import SegmentCache, Span
+from model.layers.statistics import MemoryStatistics
 from model.rules import build_rule, layer_shape
 from model.rules.state import Memory, State
 from model.sharding import (
@@ -112,8 +114,9 @@ class DecoderLayer(nn.Module):
         return hidden, attended.memory, attended.gate_sum, attended.statistics
 
     def extend(self, hidden: Tensor, memory: State | None, cache: SegmentCache, span: Span) -> Tensor:
-        """The layer for new tokens of the current segment, see `InfiniAttention.extend`."""
-        return self._feed_forward(hidden + self.attention.extend(self.attention_norm(hidden), memory, cache, span))
+        """The layer for new tokens of the current segment, see `model.layers.incremental`."""
+        attended = incremental.extend(self.attention, self.attention_norm(hidden), memory, cache, span)
+        return self._feed_forward(hidden + attended)
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         output, _ = self.mlp(self.mlp_norm(hidden))
@@ -288,7 +291,10 @@ class DecoderStage(nn.Module):
 
     def empty_cache(self, lanes: int, device: torch.device) -> list[SegmentCache]:
         """A current segment without tokens for every layer of the stage, see `extend`."""
-        return [layer.attention.empty_cache(lanes, device, self.compute_dtype) for layer in self.layers.values()]
+        return [
+            incremental.empty_cache(layer.attention, lanes, device, self.compute_dtype)
+            for layer in self.layers.values()
+        ]
 
     def extend(self, inputs: Tensor, memory: Memory, cache: list[SegmentCache], span: Span) -> Tensor:
         """Run the stage over new tokens of the current segment, without a graph; sequence parallelism must be off.
@@ -309,10 +315,10 @@ class DecoderStage(nn.Module):
             return hidden
 
     def commit(self, memory: Memory, cache: list[SegmentCache], lanes: Tensor) -> Memory:
-        """Write the full segments of `lanes` to the memory of every layer, see `InfiniAttention.commit`."""
+        """Write the full segments of `lanes` to the memory of every layer, see `model.layers.incremental`."""
         with torch.no_grad():
             return [
-                layer.attention.commit(state, segment, lanes)
+                incremental.commit(layer.attention, state, segment, lanes)
                 for layer, state, segment in zip(self.layers.values(), memory, cache, strict=True)
             ]
 

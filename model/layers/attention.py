@@ -1,4 +1,7 @@
-"""Infini-attention (arXiv 2404.07143) on Megatron-core's tensor-parallel linear layers."""
+"""Infini-attention (arXiv 2404.07143) on Megatron-core's tensor-parallel linear layers, over the segments of a window.
+
+The same attention token by token is in `model.layers.incremental`, what is measured of it in `model.layers.statistics`.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +14,14 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers.effective_rank import effective_rank
-from model.layers.local_context import initial_state, put_before, sliding_attention
+from model.layers.local_context import initial_state, sliding_attention
 from model.layers.norm import RMSNorm
 from model.layers.rotary import rotary_table, rotate
-from model.layers.segment_cache import SegmentCache, Span, empty_cache, put
+from model.layers.statistics import MemoryStatistics, measure
 from model.rules import Tokens, build_rule, layer_shape
 from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
-from model.rules.state import State, join_state, map_state, split_state
+from model.rules.state import State, join_state, split_state
 from model.rules.window import remember, write_gate
-
-GATE_BINS = 20
-"""Bins of the write-gate histogram over [0, 1]."""
-
-
-class MemoryStatistics(NamedTuple):
-    """What one layer's memory does in one window, for this rank's heads; detached, float32."""
-
-    mix_gate: Tensor
-    """The memory's share of the output where it holds something, `[query heads]`: the floor and sigmoid(beta), or the
-    mean over tokens."""
-    memory_share: Tensor
-    """Size of the memory's part of the output relative to both parts, `[query heads]`, in 0..1."""
-    write_gate: Tensor
-    """Mean write gate, `[key/value heads]`; ones without a write gate."""
-    write_gate_histogram: Tensor
-    """Tokens per bin of the write gate, `[key/value heads, GATE_BINS]`."""
-    memory_norm: Tensor
-    """Frobenius norm of M carried out, mean over lanes, `[key/value heads]`."""
-    normaliser_norm: Tensor
-    """Norm of z carried out, mean over lanes, `[key/value heads]`; zeros for rules without z."""
-    effective_rank: Tensor
-    """exp of the entropy of M's singular values (divided by their sum), mean over lanes, `[key/value heads]`; 0 where M
-    is empty, d at most."""
-    read_variation: Tensor
-    """How much the memory's part differs between the tokens of a segment: the root mean square of its deviation from
-    the segment's mean, relative to its own, `[query heads]`, in 0..1; 0 where nothing is read."""
 
 
 class AttentionResult(NamedTuple):
@@ -152,27 +127,27 @@ class InfiniAttention(nn.Module):
         """
         b, t = reset.shape
         segments = t if probes is None else t + probes.shape[1]
-        query, key, value = self._heads(hidden)
+        query, key, value = self.project_in(hidden)
         memory, context = split_state(memory)
-        table = self._rotary_table(torch.arange(query.shape[2], device=hidden.device))
+        table = self.rotary(torch.arange(query.shape[2], device=hidden.device))
         if context is None:
             local = F.scaled_dot_product_attention(
                 rotate(query, table), rotate(key, table), value, is_causal=True, enable_gqa=self.heads > self.groups
             )
         else:
-            tables = (self._previous_table(hidden.device), table)
+            tables = (self.rotary_before(hidden.device), table)
             local, context = sliding_attention(
                 query, key, value, tables, context, reset, probes, detach=self.detach_reads
             )
         if self.rule is None:
-            return AttentionResult(self._project(local), context, hidden.new_zeros((), dtype=torch.float32), None)
+            return AttentionResult(self.project_out(local), context, hidden.new_zeros((), dtype=torch.float32), None)
 
         with torch.autocast(hidden.device.type, enabled=False):
-            gate = self._write_gate(hidden, b, segments)
+            gate = self.token_gate(hidden, b, segments)
             inputs = rule_inputs(self, self.rule, hidden, b, segments, self.memory_dtype)
             q, k, v = (x.unflatten(0, (b, segments)) for x in (query, key, value))
             gate, k, v = (None if x is None else x[:, :t] for x in (gate, k, v))  # probes are not written
-            tokens = self._tokens(q, k, v, gate, {name: x[:, :t] for name, x in inputs.items()})
+            tokens = self.tokens(q, k, v, gate, {name: x[:, :t] for name, x in inputs.items()})
             read, present, memory = remember(
                 self.rule,
                 tokens,
@@ -183,107 +158,20 @@ class InfiniAttention(nn.Module):
                 detach_reads=self.detach_reads,
             )
             local = local.to(self.memory_dtype).unflatten(0, (b, segments))
-            share = self._memory_share(hidden, b, segments)
-            from_memory, from_segment = self._mix(share, read, local, present, memory_off=memory_off)
+            share = self.memory_share(hidden, b, segments)
+            from_memory, from_segment = self.mix(share, read, local, present, memory_off=memory_off)
             mixed = from_memory + from_segment
-            measured = self._statistics(share, from_memory, from_segment, gate, memory) if statistics else None
+            measured = measure(share, from_memory, from_segment, gate, memory) if statistics else None
         gate_sum = hidden.new_zeros((), dtype=torch.float32) if gate is None else gate.sum()
-        mixed = self._project(mixed.flatten(0, 1).to(query.dtype))
+        mixed = self.project_out(mixed.flatten(0, 1).to(query.dtype))
         return AttentionResult(mixed, join_state(memory, context), gate_sum, measured)
 
-    def empty_cache(self, lanes: int, device: torch.device, dtype: torch.dtype) -> SegmentCache:
-        """A current segment without tokens, see `extend`."""
-        return empty_cache(
-            lanes,
-            self.shape,
-            self.segment_length,
-            inputs=0 if self.rule is None else len(self.rule.token_inputs),
-            dtype=dtype,
-            gate_dtype=self.memory_dtype,
-            device=device,
-        )
-
-    def extend(self, hidden: Tensor, memory: State | None, cache: SegmentCache, span: Span) -> Tensor:
-        """Attend from new tokens of the current segment to the memory before it and to the segment so far.
-
-        The same numbers as `forward` gives for these positions of the whole segment.
-
-        Args:
-            hidden: normalised hidden states of the new tokens, `[c, b, h]`.
-            memory: as it was when the segment began.
-            cache: the segment so far; the new tokens are written into it, in place.
-            span: where the new tokens stand.
-
-        Returns:
-            Hidden states `[c, b, h]`; where a lane does not use a column they mean nothing.
-        """
-        c, b = hidden.shape[:2]
-        query, key, value = self._heads(hidden)  # [b, n, c, d]
-        positions = span.positions(c)
-        table = self._rotary_table(positions.unsqueeze(1))
-        inputs = cache.inputs.new_empty(b, self.groups, c, 0)
-        with torch.autocast(hidden.device.type, enabled=False):
-            gate = self._write_gate(hidden, b, 1)
-            if self.rule is not None and self.rule.token_inputs:
-                found = rule_inputs(self, self.rule, hidden, b, 1, self.memory_dtype)
-                inputs = torch.stack([x.squeeze(1) for x in found.values()], dim=-1)
-        gate = cache.gate.new_ones(b, self.groups, c) if gate is None else gate.squeeze(1)
-        put(cache, SegmentCache(query, key, rotate(key, table), value, gate, inputs), span)
-        mask = (torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)).unsqueeze(1)
-        keys, values = cache.rotated[:, :, : span.stop], cache.value[:, :, : span.stop]
-        memory, context = split_state(memory)
-        if context is not None:
-            keys, values, mask = put_before(keys, values, mask, self._previous_table(hidden.device), context)
-        local = F.scaled_dot_product_attention(
-            rotate(query, table), keys, values, attn_mask=mask, enable_gqa=self.heads > self.groups
-        )
-        if self.rule is None:
-            return self._project(local)
-        with torch.autocast(hidden.device.type, enabled=False):
-            so_far = cache.query.to(self.memory_dtype).unflatten(1, (self.groups, -1))
-            memory = self.rule.inside(memory, so_far, span.start)
-            before = map_state(memory, lambda x: x.unsqueeze(1))
-            q = query.to(self.memory_dtype).unflatten(1, (self.groups, -1)).unsqueeze(1)
-            read = self.rule.read(q, rule_weights(self), before).flatten(2, 3)
-            local = local.to(self.memory_dtype).unsqueeze(1)
-            mixed = sum(self._mix(self._memory_share(hidden, b, 1), read, local, self.rule.present(before)))
-        return self._project(mixed.squeeze(1).to(query.dtype))
-
-    def commit(self, memory: State | None, cache: SegmentCache, lanes: Tensor) -> State | None:
-        """Write the full segment of some lanes to the memory.
-
-        Args:
-            memory: as it was when the segment began, all lanes.
-            cache: full in `lanes`.
-            lanes: int64, the lanes that have filled their segment.
-
-        Returns:
-            The memory after the segment; the other lanes are as before.
-        """
-        memory, context = split_state(memory)
-        if context is not None:
-            last = (cache.key[lanes], cache.value[lanes], torch.ones_like(context.local_seen[lanes]))
-            context = map_state(context, lambda old, new: old.index_copy(0, lanes, new.to(old.dtype)), last)
-        if self.rule is None:
-            return context
-        with torch.autocast(lanes.device.type, enabled=False):
-            q, k, v, gate, inputs = (
-                x[lanes].unsqueeze(1) for x in (cache.query, cache.key, cache.value, cache.gate, cache.inputs)
-            )
-            gate = None if self.memory_config.write_gate == "none" else gate
-            tokens = self._tokens(q, k, v, gate, dict(zip(self.rule.token_inputs, inputs.unbind(-1), strict=True)))
-            carried = map_state(memory, lambda x: x[lanes])
-            keep = torch.ones(len(lanes), 1, dtype=torch.bool, device=lanes.device)
-            states = self.rule.scan(tokens, rule_weights(self), carried, keep)
-        memory = map_state(memory, lambda x, after: x.index_copy(0, lanes, after[:, -1]), states)
-        return join_state(memory, context)
-
-    def _tokens(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, inputs: dict[str, Tensor]) -> Tokens:
+    def tokens(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, inputs: dict[str, Tensor]) -> Tokens:
         """What the memory gets, in its own precision, of q `[b, t, n*r, s, d]`, k and v `[b, t, n, s, d]`."""
         wide = (x.to(self.memory_dtype) for x in (q.unflatten(2, (self.groups, -1)), k, v))
         return Tokens(*wide, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
 
-    def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_in(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[b, n*r, s, d]`, keys and values `[b, n, s, d]` of hidden states `[s, b, h]`, without positions."""
         qkv, _ = self.qkv(hidden)
         s, b = qkv.shape[:2]
@@ -294,14 +182,14 @@ class InfiniAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
 
-    def _previous_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rotary_before(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """For the positions of the previous segment, before those of the own one."""
-        return self._rotary_table(torch.arange(-self.segment_length, 0, device=device))
+        return self.rotary(torch.arange(-self.segment_length, 0, device=device))
 
-    def _rotary_table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(positions, self.dim, self.rope_base, scaling=self.rope_scaling, dtype=self.memory_dtype)
 
-    def _memory_share(self, hidden: Tensor, b: int, segments: int) -> Tensor:
+    def memory_share(self, hidden: Tensor, b: int, segments: int) -> Tensor:
         """The memory's share of the output, which broadcasts to `[b, segments, n*r, s, 1]`, in its precision."""
         if self.memory_config.mix_gate == "token":
             logit, _ = self.mix_gate(hidden.to(self.memory_dtype))  # [s, b*t, n*r]
@@ -311,13 +199,13 @@ class InfiniAttention(nn.Module):
         floor = self.memory_config.gate_floor
         return floor + (1 - floor) * torch.sigmoid(logit)
 
-    def _mix(
+    def mix(
         self, share: Tensor, read: Tensor, local: Tensor, present: Tensor, *, memory_off: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The memory's and the segment's part of the output, `[b, t, n*r, s, d]` each.
 
         Args:
-            share: see `_memory_share`.
+            share: see `memory_share`.
             read, local: what both attentions give, in the memory's precision.
             present: `[b, t, n]`, 0 where the memory is empty.
         """
@@ -327,42 +215,14 @@ class InfiniAttention(nn.Module):
             share = share * present.repeat_interleave(self.heads // self.groups, dim=2)[..., None, None]
         return share * read, (1 - share) * local
 
-    def _project(self, attended: Tensor) -> Tensor:
+    def project_out(self, attended: Tensor) -> Tensor:
         """`[b*(t+p), heads, s, d]` to hidden states `[s, b*(t+p), h]`."""
         output, _ = self.projection(attended.permute(2, 0, 1, 3).flatten(2))
         return output
 
-    def _write_gate(self, hidden: Tensor, b: int, segments: int) -> Tensor | None:
+    def token_gate(self, hidden: Tensor, b: int, segments: int) -> Tensor | None:
         """The write gate `[b, segments, n, s]` in the memory's precision; None when every token is written."""
         if self.memory_config.write_gate == "none":
             return None
         activation, _ = self.write_gate(hidden.to(self.memory_dtype))  # [s, b*t, n]
         return write_gate(self.memory_config.write_gate, activation.permute(1, 2, 0).unflatten(0, (b, segments)))
-
-    @torch.no_grad()
-    def _statistics(
-        self, share: Tensor, read: Tensor, local: Tensor, gate: Tensor | None, memory: State
-    ) -> MemoryStatistics:
-        read_size = read.norm(dim=-1).mean(dim=(0, 1, 3))
-        local_size = local.norm(dim=-1).mean(dim=(0, 1, 3))
-        if gate is None:
-            gate = read.new_ones(1, 1, self.groups, 1)
-        per_head = gate.transpose(0, 2).flatten(1)
-        histogram = torch.stack([torch.histc(row.float(), GATE_BINS, 0.0, 1.0) for row in per_head])
-        z = getattr(memory, "z", None)
-        return MemoryStatistics(
-            mix_gate=share.mean(dim=(0, 1, 3, 4)).float(),
-            memory_share=(read_size / (read_size + local_size).clamp_min(1e-30)).float(),
-            write_gate=per_head.mean(dim=1).float(),
-            write_gate_histogram=histogram,
-            memory_norm=memory.M.flatten(2).norm(dim=-1).mean(dim=0).float(),
-            normaliser_norm=read.new_zeros(self.groups).float() if z is None else z.norm(dim=-1).mean(dim=0).float(),
-            effective_rank=effective_rank(memory.M).mean(dim=0).float(),
-            read_variation=_variation(read).float(),
-        )
-
-
-def _variation(read: Tensor) -> Tensor:
-    """`MemoryStatistics.read_variation` of `[b, t, heads, s, d]`."""
-    spread = (read - read.mean(dim=3, keepdim=True)).square().sum(dim=(0, 1, 3, 4))
-    return (spread / read.square().sum(dim=(0, 1, 3, 4)).clamp_min(torch.finfo(read.dtype).tiny)).sqrt()

@@ -1,8 +1,9 @@
 """The segment that is being written: keys and values of its tokens so far, until it is full and goes to the memory.
 
 Generation sees one token at a time, and prompts end anywhere in a segment. What `InfiniAttention.forward` computes from
-a whole segment, `InfiniAttention.extend` computes for some new tokens of it from this cache. Every lane has a position
-of its own. There is no backward pass, so new tokens are written in place: a copy would cost as much as the attention.
+a whole segment, `model.layers.incremental` computes for some new tokens of it from this cache. Every lane has a
+position of its own. There is no backward pass, so new tokens are written in place: a copy would cost as much as the
+attention.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.files import some
 from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage
-from model.layers.attention import MemoryStatistics
+from model.layers.statistics import MemoryStatistics
 from model.rules.state import Memory
 from pipeline.checkpoint.folder import CheckpointError
 from pipeline.checkpoint.loading import load_weights, open_verified

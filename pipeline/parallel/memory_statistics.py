@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from model.layers.attention import MemoryStatistics
+from model.layers.statistics import MemoryStatistics
 from pipeline.parallel.topology import Topology
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data.prepared.shards import PreparedSet
-from model.layers.effective_rank import effective_rank
+from model.layers.statistics import effective_rank
 from pipeline.checkpoint.folder import (
     CheckpointError,
     checkpoint_folders,
@@ -53,7 +53,7 @@ class Layer:
     norms: dict[str, float]
     """By field of the memory: M, and z where the rule has it."""
     effective_rank: float | None = None
-    """Of M, see `model.layers.effective_rank`; mean over lanes and heads."""
+    """Of M, see `model.layers.statistics.effective_rank`; mean over lanes and heads."""
 
 
 @dataclass

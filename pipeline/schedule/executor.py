@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage, StageOutput
-from model.layers.attention import MemoryStatistics
+from model.layers.statistics import MemoryStatistics
 from model.rules.state import Memory, join_lanes, map_memory, memory_tensors, take_lanes
 from pipeline.parallel.topology import Topology
 from pipeline.schedule.operations import Kind, Operation

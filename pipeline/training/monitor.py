@@ -12,7 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from model.layers.attention import MemoryStatistics
+from model.layers.statistics import MemoryStatistics
 from pipeline.accounting.flops import measured_matmul_peak, parameter_count, train_flops_per_token
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.checkpoint.writer import SaveReport

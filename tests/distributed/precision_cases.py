@@ -54,7 +54,7 @@ def run_window(overrides: list[str], chunks: int) -> dict[str, Any]:
     """
     config, topology, stage, batch, memory = prepare(overrides)
     watch = _Watch()
-    remember, mix = attention.remember, attention.InfiniAttention._mix
+    remember, mix = attention.remember, attention.InfiniAttention.mix
 
     def watched_remember(*args, **kwargs):
         read, present, after = remember(*args, **kwargs)
@@ -72,7 +72,7 @@ def run_window(overrides: list[str], chunks: int) -> dict[str, Any]:
         with watch:
             go_back(*args, **kwargs)
 
-    attention.remember, attention.InfiniAttention._mix = watched_remember, watched_mix
+    attention.remember, attention.InfiniAttention.mix = watched_remember, watched_mix
     torch.autograd.backward = watched_backward
     try:
         replay = config.bptt.recompute == "window"
@@ -86,7 +86,7 @@ def run_window(overrides: list[str], chunks: int) -> dict[str, Any]:
             gate_scale=GATE_SCALE,
         )
     finally:
-        attention.remember, attention.InfiniAttention._mix = remember, mix
+        attention.remember, attention.InfiniAttention.mix = remember, mix
         torch.autograd.backward = go_back
     return {
         "in_memory": watch.in_memory,

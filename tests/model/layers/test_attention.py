@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.layers.attention import _variation
-from model.layers.effective_rank import effective_rank
 from model.layers.rotary import rotary_table, rotate
+from model.layers.statistics import effective_rank, read_variation
 from model.rules import RULES
 from tests.model import naive
 from tests.model.build import random_memory, small_config, small_stage
@@ -289,9 +288,9 @@ def test_effective_rank_counts_directions():
 def test_reads_that_are_the_same_for_all_tokens_do_not_vary():
     read = torch.randn(2, 3, 2, 1, 4).expand(2, 3, 2, 5, 4).clone()
     read[:, :, 1] = torch.randn(2, 3, 5, 4)
-    found = _variation(read)
+    found = read_variation(read)
     assert found[0] < 1e-6 and found[1] > 0.7
-    assert _variation(torch.zeros_like(read)).tolist() == [0, 0]
+    assert read_variation(torch.zeros_like(read)).tolist() == [0, 0]
 
 
 def test_memory_is_float32_under_bfloat16(reset):

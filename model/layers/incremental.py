@@ -1,0 +1,109 @@
+"""The token-by-token path through a layer's attention: what generation takes, where training takes whole windows.
+
+The parameters, the projections and the mixing are `InfiniAttention`'s; the segment so far is a cache of keys and values
+(`model.layers.segment_cache`). There is no backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.layers import segment_cache
+from model.layers.attention import InfiniAttention
+from model.layers.local_context import put_before
+from model.layers.rotary import rotate
+from model.layers.segment_cache import SegmentCache, Span, put
+from model.rules.parameters import rule_inputs, rule_weights
+from model.rules.state import State, join_state, map_state, split_state
+
+
+def empty_cache(attention: InfiniAttention, lanes: int, device: torch.device, dtype: torch.dtype) -> SegmentCache:
+    """A current segment without tokens, see `extend`."""
+    return segment_cache.empty_cache(
+        lanes,
+        attention.shape,
+        attention.segment_length,
+        inputs=0 if attention.rule is None else len(attention.rule.token_inputs),
+        dtype=dtype,
+        gate_dtype=attention.memory_dtype,
+        device=device,
+    )
+
+
+def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cache: SegmentCache, span: Span) -> Tensor:
+    """Attend from new tokens of the current segment to the memory before it and to the segment so far.
+
+    The same numbers as `InfiniAttention.forward` gives for these positions of the whole segment.
+
+    Args:
+        hidden: normalised hidden states of the new tokens, `[c, b, h]`.
+        memory: as it was when the segment began.
+        cache: the segment so far; the new tokens are written into it, in place.
+        span: where the new tokens stand.
+
+    Returns:
+        Hidden states `[c, b, h]`; where a lane does not use a column they mean nothing.
+    """
+    c, b = hidden.shape[:2]
+    query, key, value = attention.project_in(hidden)  # [b, n, c, d]
+    positions = span.positions(c)
+    table = attention.rotary(positions.unsqueeze(1))
+    inputs = cache.inputs.new_empty(b, attention.groups, c, 0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        gate = attention.token_gate(hidden, b, 1)
+        if attention.rule is not None and attention.rule.token_inputs:
+            found = rule_inputs(attention, attention.rule, hidden, b, 1, attention.memory_dtype)
+            inputs = torch.stack([x.squeeze(1) for x in found.values()], dim=-1)
+    gate = cache.gate.new_ones(b, attention.groups, c) if gate is None else gate.squeeze(1)
+    put(cache, SegmentCache(query, key, rotate(key, table), value, gate, inputs), span)
+    mask = (torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)).unsqueeze(1)
+    keys, values = cache.rotated[:, :, : span.stop], cache.value[:, :, : span.stop]
+    memory, context = split_state(memory)
+    if context is not None:
+        keys, values, mask = put_before(keys, values, mask, attention.rotary_before(hidden.device), context)
+    local = F.scaled_dot_product_attention(
+        rotate(query, table), keys, values, attn_mask=mask, enable_gqa=attention.heads > attention.groups
+    )
+    if attention.rule is None:
+        return attention.project_out(local)
+    with torch.autocast(hidden.device.type, enabled=False):
+        so_far = cache.query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1))
+        memory = attention.rule.inside(memory, so_far, span.start)
+        before = map_state(memory, lambda x: x.unsqueeze(1))
+        q = query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1)).unsqueeze(1)
+        read = attention.rule.read(q, rule_weights(attention), before).flatten(2, 3)
+        local = local.to(attention.memory_dtype).unsqueeze(1)
+        mixed = sum(attention.mix(attention.memory_share(hidden, b, 1), read, local, attention.rule.present(before)))
+    return attention.project_out(mixed.squeeze(1).to(query.dtype))
+
+
+def commit(attention: InfiniAttention, memory: State | None, cache: SegmentCache, lanes: Tensor) -> State | None:
+    """Write the full segment of some lanes to the memory.
+
+    Args:
+        memory: as it was when the segment began, all lanes.
+        cache: full in `lanes`.
+        lanes: int64, the lanes that have filled their segment.
+
+    Returns:
+        The memory after the segment; the other lanes are as before.
+    """
+    memory, context = split_state(memory)
+    if context is not None:
+        last = (cache.key[lanes], cache.value[lanes], torch.ones_like(context.local_seen[lanes]))
+        context = map_state(context, lambda old, new: old.index_copy(0, lanes, new.to(old.dtype)), last)
+    if attention.rule is None:
+        return context
+    with torch.autocast(lanes.device.type, enabled=False):
+        q, k, v, gate, inputs = (
+            x[lanes].unsqueeze(1) for x in (cache.query, cache.key, cache.value, cache.gate, cache.inputs)
+        )
+        gate = None if attention.memory_config.write_gate == "none" else gate
+        tokens = attention.tokens(q, k, v, gate, dict(zip(attention.rule.token_inputs, inputs.unbind(-1), strict=True)))
+        carried = map_state(memory, lambda x: x[lanes])
+        keep = torch.ones(len(lanes), 1, dtype=torch.bool, device=lanes.device)
+        states = attention.rule.scan(tokens, rule_weights(attention), carried, keep)
+    memory = map_state(memory, lambda x, after: x.index_copy(0, lanes, after[:, -1]), states)
+    return join_state(memory, context)
