@@ -99,7 +99,7 @@ def take_snapshot(
     entries: list[dict[str, Any]] = []
     for fragment in optimizer.fragments():
         partition = partition_of(fragment.parameter)
-        replica = getattr(fragment.parameter, "ds_pipe_replicated", False)  # a tied copy: the first stage writes it
+        replica = fragment.is_second_copy  # the first stage writes it
         if replica or (partition.dim is None and topology.tensor_rank > 0):
             continue
         if fragment.shared and topology.data_rank > 0:

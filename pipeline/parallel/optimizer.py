@@ -1,8 +1,8 @@
 """AdamW behind DeepSpeed's ZeRO, fed by our own schedule.
 
 The schedule calls `torch.autograd.backward` many times per step. Inside `accumulate()` DeepSpeed leaves the gradients
-where they are (`coalesce_grad_reduction`); at its end they are averaged over data parallelism once. ZeRO 2 therefore
-saves no gradient memory over ZeRO 1 during the backward passes.
+where they are; at its end they are averaged over data parallelism once. ZeRO 2 therefore saves no gradient memory over
+ZeRO 1 during the backward passes.
 
 Parameters are float32 and are the masters themselves; bfloat16 exists in the matrix products only (autocast).
 """
@@ -10,7 +10,6 @@ Parameters are float32 and are the masters themselves; bfloat16 exists in the ma
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,14 +23,19 @@ from torch import Tensor, nn
 from model.decoder import DecoderStage
 from model.huggingface.weights import backbone_names
 from pipeline.config.schema import Config
-from pipeline.parallel.double_precision import in_double_precision
+from pipeline.parallel.deepspeed_internals import (
+    Partitions,
+    count_once,
+    in_double_precision,
+    is_counted_elsewhere,
+    quieten,
+    reduced_once,
+)
 from pipeline.parallel.gradient_norm import GradientNorm
 from pipeline.parallel.parameter_groups import Kind, all_kinds, choose_trainable, parameter_groups
 from pipeline.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-REDUCTIONS = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")
-"""DeepSpeed's methods that reduce the gradients at the end of `coalesce_grad_reduction`."""
 
 
 class StepOutcome(NamedTuple):
@@ -55,6 +59,11 @@ class Fragment(NamedTuple):
     """`master`, `exp_avg` and `exp_avg_sq`, one-dimensional views; a parameter that is not trained has no moments."""
     shared: bool = False
     """All data-parallel ranks hold the same range."""
+
+    @property
+    def is_second_copy(self) -> bool:
+        """Of a tied embedding: the first stage has the other one."""
+        return is_counted_elsewhere(self.parameter)
 
 
 class _ModelParallelUnit:
@@ -83,16 +92,14 @@ class ZeroOptimizer:
         self.zero_stage = config.parallel.zero_stage
         for name, parameter in stage.named_parameters():
             if stage.holds_embedding_copy and name == "output.weight":
-                parameter.ds_pipe_replicated = True  # counted once in the gradient norm, on the first stage
+                count_once(parameter)  # on the first stage
         choose_trainable(stage, config.train.trainable)
         settings = config.optimizer
         groups = parameter_groups(stage, config)
         self.kinds = all_kinds(groups)
         kind_of = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
         adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps)
-        # Its CPU collectives would be compiled at start-up, and a killed build leaves a lock that later runs wait for.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.utils.logger.setLevel(logging.ERROR)
+        quieten()
         # Names are kept from before ZeRO 3 takes the parameters apart.
         self.named = list(stage.named_parameters())
         self.global_names = {id(parameter): name for name, parameter in stage.global_parameters()}
@@ -122,28 +129,19 @@ class ZeroOptimizer:
                     "steps_per_print": 10**9,
                 },
             )
-        self.norm = GradientNorm(self.engine.optimizer, self.kinds, kind_of, topology, zero_stage=self.zero_stage)
+        self.partitions = Partitions(self.engine, zero_stage=self.zero_stage, data_rank=topology.data_rank)
+        self.norm = GradientNorm(self.partitions, self.kinds, kind_of, topology)
         self.adamw = adamw
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         """Run all forward and backward passes of a step inside; at the end the gradients are synchronised.
 
-        An exception leaves without that: DeepSpeed's context reduces whatever passes through it, and would wait, with
-        the reason of the failure, for ranks that are somewhere else.
+        An exception leaves without that.
         """
-        engine = vars(self.engine)
-        try:
-            with self.engine.coalesce_grad_reduction():
-                try:
-                    yield
-                    self._synchronise_replicas()
-                except BaseException:
-                    engine.update(dict.fromkeys(REDUCTIONS, lambda optimizer: None))
-                    raise
-        finally:
-            for name in REDUCTIONS:
-                engine.pop(name, None)
+        with reduced_once(self.engine):
+            yield
+            self._synchronise_replicas()
 
     def _synchronise_replicas(self) -> None:
         """Sum the gradients of parameters that exist more than once inside one model copy."""
@@ -192,20 +190,14 @@ class ZeroOptimizer:
         """What this process holds of the parameters that are trained, by their names in the whole model."""
         for _, parameter in self.named:
             if parameter.requires_grad:
-                held = parameter.ds_tensor if self.zero_stage == 3 else parameter
-                yield self.global_names[id(parameter)], held.detach()
+                yield self.global_names[id(parameter)], self.partitions.held(parameter)
 
     # Sharded state, for checkpoints.
 
-    def _flat_partitions(self) -> list[nn.Parameter]:
-        zero = self.engine.optimizer
-        return zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
-
     def _backbone_partitions(self) -> list[nn.Parameter]:
-        zero = self.engine.optimizer
         if self.zero_stage == 3:
-            return list({id(flat): flat for flat in (self._locate(p)[0] for p in self.backbone)}.values())
-        flats = zip(zero.single_partition_of_fp32_groups, zero.param_groups, strict=True)
+            return list({id(flat): flat for flat in (self.partitions.locate(p)[0] for p in self.backbone)}.values())
+        flats = zip(self.partitions.flat(), self.engine.optimizer.param_groups, strict=True)
         return [flat for flat, group in flats if group["kind"].backbone]
 
     def steps_taken(self) -> tuple[int, int]:
@@ -216,13 +208,13 @@ class ZeroOptimizer:
         def most(flats: list[nn.Parameter]) -> float:
             return max((float(self.adamw.state.get(flat, {}).get("step", 0)) for flat in flats), default=0.0)
 
-        own = [most(self._flat_partitions()), most(self._backbone_partitions())]
+        own = [most(self.partitions.flat()), most(self._backbone_partitions())]
         steps, backbone_steps = self.topology.all_reduce(own, op=dist.ReduceOp.MAX)
         return int(steps), int(backbone_steps)
 
     def set_steps_taken(self, steps: int, backbone_steps: int) -> None:
         """Set Adam's step counts, creating its state where it does not exist yet (AdamW makes it in its first step)."""
-        self._set_steps(self._flat_partitions(), steps)
+        self._set_steps(self.partitions.flat(), steps)
         self._set_steps(self._backbone_partitions(), backbone_steps)
 
     def _set_steps(self, flats: list[nn.Parameter], steps: int) -> None:
@@ -243,7 +235,7 @@ class ZeroOptimizer:
             if not parameter.requires_grad:
                 yield self._untrained(name, parameter)
                 continue
-            flat, offset, start, count = self._locate(parameter)
+            flat, offset, start, count = self.partitions.locate(parameter)
             if count <= 0:
                 continue
             state = self.adamw.state[flat]
@@ -258,37 +250,17 @@ class ZeroOptimizer:
             )
 
     def _untrained(self, name: str, parameter: nn.Parameter) -> Fragment:
+        part = self.partitions.held(parameter).view(-1)
         if self.zero_stage < 3:
-            return Fragment(name, parameter, 0, {"master": parameter.detach().view(-1)}, shared=True)
-        part = parameter.ds_tensor.detach().view(-1)  # ZeRO 3 shares out what is not trained too
-        start = self.topology.data_rank * part.numel()
-        count = max(0, min(part.numel(), parameter.ds_numel - start))
+            return Fragment(name, parameter, 0, {"master": part}, shared=True)
+        start = self.topology.data_rank * part.numel()  # ZeRO 3 shares out what is not trained too
+        count = max(0, min(part.numel(), self.partitions.count(parameter) - start))
         return Fragment(name, parameter, start, {"master": part[:count]})
 
     def local_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """Shape of this tensor-parallel rank's part (ZeRO 3 leaves only a remnant in the parameter itself)."""
-        return tuple(parameter.ds_shape if self.zero_stage == 3 else parameter.shape)
+        """Shape of this tensor-parallel rank's part."""
+        return self.partitions.shape(parameter)
 
     def refresh_parameters(self) -> None:
         """Copy the masters into the model's own parameters, on all processes, after the masters were written."""
-        if self.zero_stage < 3:
-            self.engine.optimizer.update_lp_params()
-            return
-        for _, parameter in self.named:
-            if not parameter.requires_grad:
-                continue
-            flat, offset, _, count = self._locate(parameter)
-            parameter.ds_tensor.data[: max(count, 0)].copy_(flat.detach().narrow(0, offset, max(count, 0)))
-
-    def _locate(self, parameter: nn.Parameter) -> tuple[nn.Parameter, int, int, int]:
-        """Flat partition, offset in it, first element of the flattened parameter, number of elements (0: none here)."""
-        zero = self.engine.optimizer
-        if self.zero_stage == 3:
-            group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-            start = self.topology.data_rank * padded
-            return zero.fp32_partitioned_groups_flat[group], offset, start, min(padded, parameter.ds_numel - start)
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return zero.single_partition_of_fp32_groups[0], 0, 0, 0
-        flat, source = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return zero.single_partition_of_fp32_groups[mapping.param_group_index], flat.start, source.start, flat.numel
+        self.partitions.copy_masters([p for _, p in self.named if p.requires_grad])
