@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 WRITE_GATES = ("none", "hard", "sigmoid")
 MIX_GATES = ("head", "token")
@@ -111,3 +113,35 @@ class ModelConfig:
     learnt, in the memory and in the local attention (mimetic initialisation, arXiv 2410.11135). For models from scratch
     that have to recall; nothing ties them in training."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+class LayerShape(NamedTuple):
+    """Sizes of an attention layer, or of the part of it that a tensor-parallel rank holds."""
+
+    hidden: int
+    heads: int
+    """Query heads."""
+    groups: int
+    """Key/value heads."""
+    dim: int
+    """Of a head."""
+
+    @property
+    def ratio(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.groups
+
+
+def layer_shape(config: ModelConfig, tensor_size: int = 1) -> LayerShape:
+    """The attention of `config` on one of `tensor_size` ranks: where null means as many heads as queries have, or
+    hidden_size / num_attention_heads, it is resolved here and nowhere else."""
+    heads = config.num_attention_heads
+    groups = heads if config.num_query_groups is None else config.num_query_groups
+    dim = config.hidden_size // heads if config.kv_channels is None else config.kv_channels
+    return LayerShape(config.hidden_size, heads // tensor_size, groups // tensor_size, dim)
+
+
+def saved_shape(model: Mapping[str, Any]) -> LayerShape:
+    """`layer_shape` of a `model` section as the files of a run hold it."""
+    names = ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    return layer_shape(ModelConfig(**{name: model[name] for name in names}))

@@ -15,14 +15,14 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import ModelConfig
+from model.config import ModelConfig, layer_shape
 from model.layers import incremental
 from model.layers.attention import InfiniAttention
 from model.layers.loss import token_correct, token_losses
 from model.layers.norm import RMSNorm
 from model.layers.segment_cache import SegmentCache, Span
 from model.layers.statistics import MemoryStatistics
-from model.rules import build_rule, layer_shape
+from model.rules import build_rule
 from model.rules.state import Memory, State
 from model.sharding import (
     RULE_PARAMETERS,
@@ -364,12 +364,13 @@ def split_layers(num_layers: int, stages: int, layers_per_stage: list[int] | Non
 def megatron_config(config: ModelConfig, options: StageOptions, *, tensor_size: int) -> TransformerConfig:
     """Megatron's view of the model. Parameters are float32 (the masters); bfloat16 is a matter of autocast."""
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
+    shape = layer_shape(config)
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups or config.num_attention_heads,
-        kv_channels=config.kv_channels or config.hidden_size // config.num_attention_heads,
+        num_query_groups=shape.groups,
+        kv_channels=shape.dim,
         ffn_hidden_size=config.ffn_hidden_size,
         gated_linear_unit=True,
         activation_func=F.silu,

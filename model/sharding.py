@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.rules import LayerShape
+from model.config import LayerShape
 
 
 @dataclass(frozen=True)

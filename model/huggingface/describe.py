@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from model.config import ModelConfig, RopeScalingConfig
+from model.config import ModelConfig, RopeScalingConfig, layer_shape
 from model.huggingface.exported.memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES
-from model.huggingface.weights import head_shape
 from model.rules import has_convolution
 
 EXPORTED = "infini"
@@ -128,7 +127,7 @@ def _source_sliding(config: ModelConfig) -> dict[str, Any]:
 
 
 def _common(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    heads, groups, dim = head_shape(config)
+    _, heads, groups, dim = layer_shape(config)
     return {
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,

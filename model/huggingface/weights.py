@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, layer_shape
 from model.sharding import padded_vocab_size
 
 Shape = tuple[int, ...]
@@ -46,7 +46,7 @@ def backbone_weights(config: ModelConfig, vocab_size: int) -> dict[str, Weight]:
         vocab_size: tokens, without padding: rows of Hugging Face's embedding.
     """
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
-    heads, groups, dim = head_shape(config)
+    _, heads, groups, dim = layer_shape(config)
     padded = padded_vocab_size(vocab_size, config.vocab_size_multiple)
 
     def vocabulary(hf_name: str) -> Weight:
@@ -102,12 +102,6 @@ def memory_weight(name: str, shape: Sequence[int]) -> Weight:
     if not (match := _MEMORY.fullmatch(name)):
         raise ValueError(f"{name} is not a parameter of the memory, and Hugging Face has none like it")
     return _same(f"model.layers.{match[1]}.self_attn.memory.{match[2].removeprefix('memory_')}", *shape)
-
-
-def head_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """Query heads, key/value heads, dimension of a head."""
-    heads = config.num_attention_heads
-    return heads, config.num_query_groups or heads, config.kv_channels or config.hidden_size // heads
 
 
 def join_qkv(query: Tensor, key: Tensor, value: Tensor, *, groups: int, dim: int) -> Tensor:

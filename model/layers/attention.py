@@ -13,12 +13,12 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import ModelConfig, layer_shape
 from model.layers.local_context import initial_state, sliding_attention
 from model.layers.norm import RMSNorm
 from model.layers.rotary import rotary_table, rotate
 from model.layers.statistics import MemoryStatistics, measure
-from model.rules import Tokens, build_rule, layer_shape
+from model.rules import Tokens, build_rule
 from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
 from model.rules.state import State, join_state, split_state
 from model.rules.window import remember, write_gate

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from model.config import ModelConfig
+from model.config import LayerShape, ModelConfig
 from model.layers.rotary import rotate
-from model.rules import LayerShape, build_rule
+from model.rules import build_rule
 from model.rules.state import LocalContext, State, join_state
 
 Table = tuple[Tensor, Tensor]

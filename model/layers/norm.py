@@ -9,6 +9,9 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dim, computed in float32 at least.
 
+    By hand, though `F.rms_norm` gives the same numbers: over the strided keys of a projection it also copies them into
+    another layout, and the memory's sums behind it are then rounded in another order.
+
     Args:
         dim: size of the last dim.
         epsilon: added to the mean square.

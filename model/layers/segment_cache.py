@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.rules import LayerShape
+from model.config import LayerShape
 
 
 class SegmentCache(NamedTuple):

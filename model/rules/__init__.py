@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 from model.config import MemoryConfig
 from model.rules.base import (
-    LayerShape,
     MemoryRule,
     RuleParameter,
     Tokens,
-    layer_shape,
 )
 from model.rules.convolution import ConvolvedRule
 from model.rules.deltanet import DeltaNetRule
@@ -19,14 +17,12 @@ from model.rules.normalized import NormalizedRule, NormalizedState
 
 __all__ = [
     "RULES",
-    "LayerShape",
     "MemoryRule",
     "NormalizedState",
     "RuleParameter",
     "Tokens",
     "build_rule",
     "has_convolution",
-    "layer_shape",
 ]
 
 RULES: dict[str, Callable[[MemoryConfig], MemoryRule | None]] = {

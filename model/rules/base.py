@@ -25,33 +25,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import LayerShape
 from model.rules.state import MatrixState, State
-
-
-class LayerShape(NamedTuple):
-    """Sizes of an attention layer, or of the part of it that a tensor-parallel rank holds."""
-
-    hidden: int
-    heads: int
-    """Query heads."""
-    groups: int
-    """Key/value heads."""
-    dim: int
-    """Of a head."""
-
-    @property
-    def ratio(self) -> int:
-        """Query heads per key/value head."""
-        return self.heads // self.groups
-
-
-def layer_shape(config: ModelConfig, tensor_size: int = 1) -> LayerShape:
-    """The attention of `config` on one of `tensor_size` ranks."""
-    heads = config.num_attention_heads
-    groups = heads if config.num_query_groups is None else config.num_query_groups
-    dim = config.hidden_size // heads if config.kv_channels is None else config.kv_channels
-    return LayerShape(config.hidden_size, heads // tensor_size, groups // tensor_size, dim)
 
 
 class RuleParameter(NamedTuple):

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.rules.base import LayerShape, MemoryRule, RuleParameter, Tokens
+from model.config import LayerShape
+from model.rules.base import MemoryRule, RuleParameter, Tokens
 from model.rules.state import State, extended_state
 
 WIDTH = 4

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from model.rules.base import LayerShape, MemoryRule, Tokens, affine_scan
+from model.config import LayerShape
+from model.rules.base import MemoryRule, Tokens, affine_scan
 from model.rules.state import MatrixState
 
 SMALLEST_SQUARE = 1e-24

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.rules.base import LayerShape, RuleParameter, Tokens
+from model.config import LayerShape
+from model.rules.base import RuleParameter, Tokens
 from model.rules.deltanet import DeltaNetRule, block_length, scan_delta_rule, unit_length
 from model.rules.state import MatrixState
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.rules.base import LayerShape, MemoryRule, Tokens, affine_scan
+from model.config import LayerShape
+from model.rules.base import MemoryRule, Tokens, affine_scan
 
 
 class NormalizedState(NamedTuple):

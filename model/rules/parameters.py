@@ -11,7 +11,8 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from model.rules import LayerShape, MemoryRule
+from model.config import LayerShape
+from model.rules import MemoryRule
 
 PREFIX = "memory_"
 

@@ -33,10 +33,9 @@ from collections.abc import Sequence
 
 import torch
 
-from model.config import ModelConfig
-from model.rules import build_rule, layer_shape
+from model.config import ModelConfig, layer_shape
+from model.rules import build_rule
 from model.sharding import padded_vocab_size
-from pipeline.config.derived import head_dim, num_query_groups
 
 
 def embedding_rows(config: ModelConfig, vocab: int | None = None) -> int:
@@ -58,13 +57,14 @@ def embedding_rows(config: ModelConfig, vocab: int | None = None) -> int:
 def layer_parameters(config: ModelConfig, tensor: int = 1) -> dict[str, int]:
     """Parameters of one layer on one of `tensor` tensor-parallel ranks: `attention`, `mlp`, `norms` (on every rank
     alike), `beta`, `write_gate` and `rule` (what the memory rule adds)."""
-    heads, groups, dim = config.num_attention_heads, num_query_groups(config), head_dim(config)
+    layer = layer_shape(config)
+    _, heads, groups, dim = layer
     hidden, memory = config.hidden_size, config.memory
     remembers = memory.rule != "none"
     gated = remembers and memory.write_gate != "none"
     bias = dim * (heads + 2 * groups) // tensor if config.qkv_bias else 0
     rule = build_rule(memory)
-    own = {} if rule is None else rule.parameters(layer_shape(config))
+    own = {} if rule is None else rule.parameters(layer)
     return {
         "attention": hidden * dim * (heads + 2 * groups) // tensor + heads * dim * hidden // tensor + bias,
         "mlp": 3 * hidden * config.ffn_hidden_size // tensor,
@@ -101,12 +101,13 @@ def parameter_count(config: ModelConfig, vocab: int | None = None) -> dict[str, 
 def forward_flops_per_token(config: ModelConfig, vocab: int | None = None) -> dict[str, float]:
     """FLOPs of a forward pass per token: `projections`, `mlp`, `local_attention`, `memory`, `output`, `total`, by the
     module's conventions. They do not depend on the document's length."""
-    heads, groups, dim = config.num_attention_heads, num_query_groups(config), head_dim(config)
+    layer = layer_shape(config)
+    _, heads, groups, dim = layer
     hidden, layers = config.hidden_size, config.num_layers
     memory = 0
     rule = build_rule(config.memory)
     if rule is not None:
-        memory = rule.flops_per_token(layer_shape(config))
+        memory = rule.flops_per_token(layer)
         if config.memory.write_gate != "none":
             memory += 2 * hidden * groups
         if config.memory.mix_gate == "token":

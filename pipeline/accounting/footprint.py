@@ -49,9 +49,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import ModelConfig
+from model.config import ModelConfig, layer_shape
 from model.decoder import split_layers
-from model.rules import build_rule, layer_shape
+from model.rules import build_rule
 from pipeline.accounting.flops import embedding_rows, layer_parameters, memory_state_bytes
 from pipeline.config.derived import (
     data_parallel_size,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import MemoryConfig
-from model.rules import LayerShape, Tokens, build_rule
+from model.config import LayerShape, MemoryConfig
+from model.rules import Tokens, build_rule
 from model.rules.state import map_state
 
 CODES = 90

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.files import sealed, some, write_whole, writing
-from model.config import ModelConfig
-from model.huggingface.weights import backbone_weights, head_shape
+from model.config import saved_shape
+from model.huggingface.weights import backbone_weights
 from model.sharding import partition_named, partition_of
 from pipeline.checkpoint.folder import SUMMARY, CheckpointError, checkpoint_name
 from pipeline.checkpoint.reader import CheckpointReader
@@ -148,7 +148,7 @@ def model_differences(reader: CheckpointReader, config: Config, vocab_size: int)
     """
     saved, current, summary = asdict(reader.config.model), asdict(config.model), reader.summary
     for model in (saved, current):
-        _, model["num_query_groups"], model["kv_channels"] = head_shape(ModelConfig(**_heads(model)))
+        _, _, model["num_query_groups"], model["kv_channels"] = saved_shape(model)
     names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
     names += ("tie_embeddings", "qkv_bias", "qk_norm", "rope_base", "rope_scaling", "norm_epsilon")
     problems = [
@@ -164,10 +164,6 @@ def model_differences(reader: CheckpointReader, config: Config, vocab_size: int)
         if trained and theirs != "none" and ours != theirs:
             problems.append(f"model.memory.{name} is {ours!r} here, {theirs!r} there")
     return problems
-
-
-def _heads(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: model[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")}
 
 
 def _parts(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from model.config import ModelConfig
+from model.config import layer_shape
 from pipeline.config.schema import Config
-
-
-def num_query_groups(model: ModelConfig) -> int:
-    """Key/value heads of a layer."""
-    return model.num_attention_heads if model.num_query_groups is None else model.num_query_groups
-
-
-def head_dim(model: ModelConfig) -> int:
-    """Dimension of one head."""
-    return model.hidden_size // model.num_attention_heads if model.kv_channels is None else model.kv_channels
 
 
 def model_parallel_size(config: Config) -> int:
@@ -50,7 +40,7 @@ def lanes_per_microbatch(config: Config, world_size: int) -> int:
 def gate_count(config: Config) -> int:
     """Write gates in one step of the whole job: layers x key/value heads x tokens."""
     model, train = config.model, config.train
-    return model.num_layers * num_query_groups(model) * train.lanes * train.segments_per_window * model.segment_length
+    return model.num_layers * layer_shape(model).groups * train.lanes * train.segments_per_window * model.segment_length
 
 
 def longest_hang_s(config: Config) -> float:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from model.config import LOCAL_CONTEXTS, MIX_GATES, QK_INITS, ROPE_SCALINGS, WRITE_GATES
+from model.config import LOCAL_CONTEXTS, MIX_GATES, QK_INITS, ROPE_SCALINGS, WRITE_GATES, layer_shape
 from model.rules import RULES
 from pipeline.config import derived
 from pipeline.config.bounds import PARAMETERS, TOKENS_PER_STEP, out_of_bounds
@@ -115,7 +115,7 @@ def _totals(config: Config) -> Iterator[str]:
             f"model.segment_length = {model.segment_length}: {tokens:,} tokens per step; must be at most "
             f"{TOKENS_PER_STEP:,}"
         )
-    heads, groups, dim = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
+    _, heads, groups, dim = layer_shape(model)
     layer = model.hidden_size * (2 * dim * (heads + groups) + 3 * model.ffn_hidden_size)
     parameters = model.num_layers * layer + model.hidden_size * (model.vocab_size or 0)
     if parameters > PARAMETERS:
@@ -152,7 +152,7 @@ def _choices(config: Config) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model, tensor = config.model, config.parallel.tensor
-    heads, groups = model.num_attention_heads, derived.num_query_groups(model)
+    _, heads, groups, dim = layer_shape(model)
     if heads % groups:
         yield (
             f"model.num_query_groups = {groups}: must divide model.num_attention_heads = {heads}; "
@@ -163,7 +163,7 @@ def _model(config: Config) -> Iterator[str]:
             f"model.num_attention_heads = {heads}: must divide model.hidden_size = {model.hidden_size}, or "
             f"model.kv_channels must give the dimension of a head; valid are {_list(_divisors(model.hidden_size))}"
         )
-    elif (dim := derived.head_dim(model)) % 2:
+    elif dim % 2:
         yield (
             f"{'model.hidden_size / model.num_attention_heads' if model.kv_channels is None else 'model.kv_channels'}"
             f" = {dim}: the dimension of a head must be even, rotary embeddings turn it in pairs"

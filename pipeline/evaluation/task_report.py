@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from model.config import saved_shape
 from pipeline.evaluation import plots
 from pipeline.reporting.console import print_table
 
@@ -38,8 +39,7 @@ def capacity_marks(model: Results, x: str) -> dict[float, str]:
     """Where the axis of a capacity curve passes what a matrix of d x d can hold: d independent pairs per head."""
     if x not in ("pairs", "keys") or model["memory"]["rule"] == "none":
         return {}
-    dim = model["kv_channels"] or model["hidden_size"] // model["num_attention_heads"]
-    heads = model["num_query_groups"] or model["num_attention_heads"]
+    _, _, heads, dim = saved_shape(model)
     return {dim: f"d = {dim}: one head's rank", heads * dim: f"{heads} heads x d: a layer's"}
 
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.files import FileError, decode_json, shown
+from model.config import layer_shape
 from model.layers.local_context import initial_state
-from model.rules import layer_shape
 from model.rules.state import Memory, map_named, named_tensors
 from pipeline.checkpoint.schema import Hash
 from pipeline.checkpoint.tensor_file import tensor_bytes, write_tensors

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data.lanes.window import ProbeBatch, WindowBatch
+from model.config import layer_shape
 from model.sharding import partition_of
-from pipeline.config import derived
 from pipeline.config.load import load_config
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import Topology
@@ -80,7 +80,7 @@ def random_batch(config, first_lane: int, last_lane: int) -> WindowBatch:
 def carried_memory(config, stage, first_lane: int, last_lane: int) -> list:
     """A memory that was written to before: drawn per layer for all lanes and heads, then cut to this rank's."""
     result = []
-    whole_heads = derived.num_query_groups(config.model)
+    whole_heads = layer_shape(config.model).groups
     for layer, empty in zip(
         stage.layers, stage.initial_memory(last_lane - first_lane, torch.device("cpu")), strict=True
     ):

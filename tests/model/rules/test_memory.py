@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import MemoryConfig
+from model.config import LayerShape, MemoryConfig
 from model.rules import RULES as TABLE
-from model.rules import LayerShape, NormalizedState, Tokens, deltanet
+from model.rules import NormalizedState, Tokens, deltanet
 from model.rules import build_rule as rule_of
 from model.rules.normalized import phi
 from model.rules.reference import window_convolution, window_deltanet, window_normalized

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model.config import layer_shape
 from model.rules import RULES
 from pipeline.config import derived
 from pipeline.config.load import ConfigError, load_config, save_config
@@ -271,8 +272,8 @@ def test_data_must_be_prepared(prepared, tmp_path):
 
 def test_derived_quantities():
     config = load_config(None, ["parallel.tensor=2", "train.lanes=24", "model.kv_channels=48"])
-    assert derived.head_dim(config.model) == 48
-    assert derived.num_query_groups(config.model) == 4
+    assert layer_shape(config.model) == (128, 4, 4, 48)
+    assert layer_shape(config.model, tensor_size=2) == (128, 2, 2, 48)
     assert derived.data_parallel_size(config, 8) == 4
     assert derived.lanes_per_rank(config, 8) == 6
     assert derived.lanes_per_microbatch(config, 8) == 6
