@@ -8,7 +8,7 @@ import numpy as np
 
 from data.prepared.manifest import SourceEntry, write_manifest
 from data.prepared.questions import Question
-from data.prepared.shards import ShardSetWriter
+from data.prepared.shard_writer import ShardSetWriter
 from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
 
 

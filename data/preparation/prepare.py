@@ -33,7 +33,8 @@ from data.preparation.sampling import sample_texts
 from data.preparation.sources import BadInputError, Job, Source, SourceOptions, open_sources, parse_size
 from data.preparation.splits import SplitAssigner
 from data.prepared.manifest import MANIFEST, SPLITS, Manifest, SourceEntry, index_name, load_manifest, write_manifest
-from data.prepared.shards import PreparedSet, ShardSetWriter
+from data.prepared.shard_writer import ShardSetWriter
+from data.prepared.shards import PreparedSet
 from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -74,7 +74,7 @@ def _is_prepared_set(folder: Path) -> bool:
 def _inspect_prepared_set(folder: Path, verify: bool) -> int:
     from rich.console import Console
 
-    from data.prepared.shards import load_manifest
+    from data.prepared.manifest import load_manifest
     from data.prepared.verify import KINDS as PROBLEMS
     from data.prepared.verify import verify_set
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from data.files import read_bytes
 from data.preparation.sources.base import Encoded, Job, Loaded, Source, parse_size
-from data.prepared.shards import MANIFEST, PreparedSet
+from data.prepared.manifest import MANIFEST
+from data.prepared.shards import PreparedSet
 from data.synthetic import Spec, SyntheticDocument, build_generator, task_options
 from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
 

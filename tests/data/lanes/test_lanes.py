@@ -24,7 +24,8 @@ from data.lanes.schedule import LaneSchedule
 from data.lanes.window import WindowBuilder
 from data.prepared.manifest import write_manifest
 from data.prepared.questions import Question
-from data.prepared.shards import BadDocumentError, ShardSetWriter
+from data.prepared.shard_writer import ShardSetWriter
+from data.prepared.shards import BadDocumentError
 from data.tokenizer.info import TokenizerEntry
 
 EOS = 0

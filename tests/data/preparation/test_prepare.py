@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-import data.prepared.shards
+import data.prepared.shard_writer
 from data.preparation.pool import EncodedDocument, encode_jobs
 from data.preparation.prepare import PrepareOptions, SplitAssigner, prepare
 from data.preparation.sources import Encoded, Job, Loaded
@@ -217,8 +217,8 @@ def test_a_full_disk_leaves_nothing(
         self._file = FullDisk(path, "wb")
 
     out = tmp_path / "set"
-    create = data.prepared.shards._HashingFile.__init__
-    monkeypatch.setattr(data.prepared.shards._HashingFile, "__init__", open_on_full_disk)
+    create = data.prepared.shard_writer._HashingFile.__init__
+    monkeypatch.setattr(data.prepared.shard_writer._HashingFile, "__init__", open_on_full_disk)
     with pytest.raises(OSError, match=f"disk is full: the set in {out}"):
         prepare([str(corpus)], out, OPTIONS)
     assert list(out.iterdir()) == []

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.prepared.manifest import write_manifest
-from data.prepared.shards import BadDocumentError, PreparedSet, ShardSetWriter
+from data.prepared.shard_writer import ShardSetWriter
+from data.prepared.shards import BadDocumentError, PreparedSet
 from data.tokenizer.info import TokenizerEntry
 
 
