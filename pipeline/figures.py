@@ -143,3 +143,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as file:
         figure.savefig(file, format="png", dpi=DPI)
+
+
+def quiet(axes: Axes) -> None:
+    """A pale grid, and no frame above and on the right."""
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

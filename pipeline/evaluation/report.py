@@ -12,6 +12,7 @@ import numpy as np
 
 from data.files import write_whole
 from pipeline.evaluation import plots, task_report
+from pipeline.evaluation.training_curves import training_curves
 from pipeline.reporting.console import format_duration, make_console, print_table
 from pipeline.reporting.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
@@ -57,7 +58,7 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
     images |= task_report.plot_tasks(results, folder, WAY_NAMES)
     if (run_dir / METRICS_FILE).is_file() and (run_dir / METRICS_FILE).stat().st_size:
         images["training_curves"] = target = folder / "training_curves.png"
-        plots.training_curves(target, run_dir / METRICS_FILE)
+        training_curves(target, run_dir / METRICS_FILE)
     if results["config"]["metrics"]["tensorboard"]:
         parent = folder if own_folder else run_dir
         _tensorboard(results, images, parent / TENSORBOARD_FOLDER / "evaluation")

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.evaluation import plots
+from pipeline.evaluation.training_curves import training_curves
 from pipeline.figures import DPI, Legend, break_lines, text_inches
 from pipeline.schedule.draw import draw_timelines
 from pipeline.schedule.operations import build_schedule
@@ -128,7 +129,7 @@ def test_training_curves_hide_nothing(tmp_path, figures, layers):
             record |= {f"loss_by_segment/{name}": 2.0 for name in buckets}
             record |= {f"{quantity}/layer_{layer:02d}": 0.1 for quantity in quantities for layer in range(layers)}
             file.write(json.dumps(record) + "\n")
-    plots.training_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
+    training_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
     check_texts(figures[0])
     renderer = FigureCanvasAgg(figures[0]).get_renderer()
     for axes in figures[0].axes:

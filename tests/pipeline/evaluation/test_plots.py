@@ -16,8 +16,8 @@ from pipeline.evaluation.plots import (
     loss_by_segment,
     passkey_heatmap,
     score_curves,
-    training_curves,
 )
+from pipeline.evaluation.training_curves import training_curves
 
 
 @pytest.fixture
