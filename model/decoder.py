@@ -227,9 +227,9 @@ class DecoderStage(nn.Module):
                 name, parameter, draw, seed=seed, tensor_rank=self.tensor_rank, tensor_size=self.tensor_size
             )
 
-    def initial_memory(self, lanes: int, device: torch.device) -> Memory:
+    def empty_memory(self, lanes: int, device: torch.device) -> Memory:
         """An empty memory for every layer of the stage."""
-        return [layer.attention.initial_memory(lanes, device, self.compute_dtype) for layer in self.layers.values()]
+        return [layer.attention.empty_state(lanes, device, self.compute_dtype) for layer in self.layers.values()]
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision context of a forward pass. A backward pass must not run inside one: it would lower the memory's
@@ -254,7 +254,7 @@ class DecoderStage(nn.Module):
         Args:
             inputs: tokens `[b, t+p, s]` on the first stage, else hidden states `[s, b*(t+p), h]` (`s/tp` with sequence
                 parallelism) from the stage before. Probes stand behind the segments.
-            memory: per layer, what `initial_memory` or an earlier call returned.
+            memory: per layer, what `empty_memory` or an earlier call returned.
             reset: bool `[b, t]`, True where a document starts.
             labels: `[b, t+p, s]`; without them the last stage computes no loss.
             probes: int64 `[b, p]`, the segment whose starting memory each probe reads.

@@ -16,7 +16,7 @@ def saved_bytes(stage, inputs, labels, reset):
             kept[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
         return x
 
-    memory = stage.initial_memory(reset.shape[0], torch.device("cpu"))
+    memory = stage.empty_memory(reset.shape[0], torch.device("cpu"))
     with saved_tensors_hooks(pack, lambda x: x):
         stage(inputs, memory, reset, labels)
     return sum(x.untyped_storage().nbytes() for x in kept.values())

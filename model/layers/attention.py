@@ -14,11 +14,11 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.config import ModelConfig, layer_shape
-from model.layers.local_context import initial_state, sliding_attention
+from model.layers.local_context import sliding_attention
 from model.layers.norm import RMSNorm
 from model.layers.rotary import rotary_table, rotate
 from model.layers.statistics import MemoryStatistics, measure
-from model.rules import Tokens, build_rule
+from model.rules import Tokens, build_rule, empty_state
 from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
 from model.rules.state import State, join_state, split_state
 from model.rules.window import remember, write_gate
@@ -91,7 +91,7 @@ class InfiniAttention(nn.Module):
         """float32, and float64 when the parameters are: never lower."""
         return torch.float64 if self.projection.weight.dtype == torch.float64 else torch.float32
 
-    def initial_memory(self, lanes: int, device: torch.device, dtype: torch.dtype | None = None) -> State | None:
+    def empty_state(self, lanes: int, device: torch.device, dtype: torch.dtype | None = None) -> State | None:
         """What `lanes` lanes carry that have read nothing, for this rank's key/value heads; None where a layer carries
         nothing.
 
@@ -99,7 +99,7 @@ class InfiniAttention(nn.Module):
             dtype: of keys and values; None for the parameters'.
         """
         context_dtype = self.memory_dtype if dtype is None else dtype
-        return initial_state(
+        return empty_state(
             self.config, self.shape, lanes, dtype=self.memory_dtype, context_dtype=context_dtype, device=device
         )
 

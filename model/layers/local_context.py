@@ -18,38 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from model.config import LayerShape, ModelConfig
 from model.layers.rotary import rotate
-from model.rules import build_rule
-from model.rules.state import LocalContext, State, join_state
+from model.rules.state import LocalContext
 
 Table = tuple[Tensor, Tensor]
 """Of `model.layers.rotary`."""
-
-
-def initial_state(
-    config: ModelConfig,
-    layer: LayerShape,
-    lanes: int,
-    *,
-    dtype: torch.dtype,
-    context_dtype: torch.dtype,
-    device: torch.device,
-) -> State | None:
-    """What a layer carries when nothing has been read: the memory's state and the local context's, where there are
-    such; None where there is neither.
-
-    Args:
-        dtype: of the memory.
-        context_dtype: of the local context: that of keys and values, so that carrying them costs no digit and no byte.
-    """
-    rule = build_rule(config.memory)
-    memory = None if rule is None else rule.init(lanes, layer, dtype=dtype, device=device)
-    if config.local_context == "segment":
-        return memory
-    shape = (lanes, layer.groups, config.segment_length, layer.dim)
-    key, value = (torch.zeros(shape, dtype=context_dtype, device=device) for _ in range(2))
-    return join_state(memory, LocalContext(key, value, key.new_zeros(*shape[:2], 1)))
 
 
 def sliding_attention(

@@ -1,10 +1,15 @@
-"""The memory rules: one file each, and the table of their names. Adding one is a file and a line here."""
+"""The memory rules: one file each, the table of their names, and what a layer carries before anything is read.
+
+Adding one is a file and a line here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from model.config import MemoryConfig
+import torch
+
+from model.config import LayerShape, MemoryConfig, ModelConfig
 from model.rules.base import (
     MemoryRule,
     RuleParameter,
@@ -14,6 +19,7 @@ from model.rules.convolution import ConvolvedRule
 from model.rules.deltanet import DeltaNetRule
 from model.rules.gated_deltanet import GatedDeltaNetRule
 from model.rules.normalized import NormalizedRule, NormalizedState
+from model.rules.state import LocalContext, State, join_state
 
 __all__ = [
     "RULES",
@@ -22,6 +28,7 @@ __all__ = [
     "RuleParameter",
     "Tokens",
     "build_rule",
+    "empty_state",
     "has_convolution",
 ]
 
@@ -56,3 +63,28 @@ def build_rule(memory: MemoryConfig) -> MemoryRule | None:
         raise ValueError(f"memory.rule: no rule {memory.rule!r}; valid: {', '.join(RULES)}")
     rule = RULES[memory.rule](memory)
     return ConvolvedRule(rule) if rule is not None and has_convolution(memory) else rule
+
+
+def empty_state(
+    config: ModelConfig,
+    layer: LayerShape,
+    lanes: int,
+    *,
+    dtype: torch.dtype,
+    context_dtype: torch.dtype,
+    device: torch.device,
+) -> State | None:
+    """What a layer carries when nothing has been read: the memory's state and the local context's, where there are
+    such; None where there is neither.
+
+    Args:
+        dtype: of the memory.
+        context_dtype: of the local context: that of keys and values, so that carrying them costs no digit and no byte.
+    """
+    rule = build_rule(config.memory)
+    memory = None if rule is None else rule.empty(lanes, layer, dtype=dtype, device=device)
+    if config.local_context == "segment":
+        return memory
+    shape = (lanes, layer.groups, config.segment_length, layer.dim)
+    key, value = (torch.zeros(shape, dtype=context_dtype, device=device) for _ in range(2))
+    return join_state(memory, LocalContext(key, value, key.new_zeros(*shape[:2], 1)))

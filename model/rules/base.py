@@ -74,7 +74,7 @@ class MemoryRule:
         """What the rule adds to a layer, by name."""
         return {}
 
-    def init(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> State:
+    def empty(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> State:
         """An empty memory for the heads of `layer`."""
         return MatrixState(torch.zeros(lanes, layer.groups, layer.dim, layer.dim, dtype=dtype, device=device))
 

@@ -57,9 +57,9 @@ class ConvolvedRule(MemoryRule):
             "convolution": RuleParameter((rows, WIDTH), taps, is_gate=False, tied=tied_taps),
         }
 
-    def init(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> State:
+    def empty(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> State:
         shape = (lanes, layer.groups, layer.ratio + 2, WIDTH - 1, layer.dim)
-        empty = self.rule.init(lanes, layer, dtype=dtype, device=device)
+        empty = self.rule.empty(lanes, layer, dtype=dtype, device=device)
         return _join(empty, torch.zeros(shape, dtype=dtype, device=device))
 
     def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> State:

@@ -46,7 +46,7 @@ class NormalizedRule(MemoryRule):
         self.delta = delta
         self.epsilon = epsilon
 
-    def init(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> NormalizedState:
+    def empty(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> NormalizedState:
         return NormalizedState(
             torch.zeros(lanes, layer.groups, layer.dim, layer.dim, dtype=dtype, device=device),
             torch.zeros(lanes, layer.groups, layer.dim, dtype=dtype, device=device),

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 import torch
 
 from model.config import ModelConfig, layer_shape
-from model.rules import build_rule
+from model.rules import build_rule, empty_state
 from model.sharding import padded_vocab_size
 
 
@@ -150,9 +150,7 @@ def memory_state_bytes(config: ModelConfig, precision: str = "fp32") -> int:
     precision of the run."""
     memory = torch.float64 if precision == "fp64" else torch.float32
     context = torch.bfloat16 if precision == "bf16" else memory
-    from model.layers.local_context import initial_state  # loads torch's compiler, which only a model needs
-
-    state = initial_state(
+    state = empty_state(
         config, layer_shape(config), 1, dtype=memory, context_dtype=context, device=torch.device("meta")
     )
     return config.num_layers * sum(x.numel() * x.element_size() for x in state or ())

@@ -59,7 +59,7 @@ def recalled(
     inputs = {name: torch.full_like(gate, NO_DECAY) for name in rule.token_inputs}
     tokens = Tokens(query, split(k), split(codes[chosen]), gate, inputs)
     weights = {name: parameter.initial(generator) for name, parameter in rule.parameters(layer).items()}
-    state = rule.init(LANES, layer, dtype=torch.float32, device=k.device)
+    state = rule.empty(LANES, layer, dtype=torch.float32, device=k.device)
     states = rule.scan(tokens, weights, state, torch.ones(LANES, segments, dtype=torch.bool))
     last = map_state(states, lambda x: x[:, -1:].expand(-1, segments, *x.shape[2:]))
     read = rule.read(query, weights, last).flatten(1, 4)[:, :pairs]

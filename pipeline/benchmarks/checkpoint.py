@@ -59,7 +59,7 @@ class _Bench:
         self.optimizer = ZeroOptimizer(self.stage, self.topology, config)
         self.executor = Executor(self.stage, self.topology, chunks=1, carry_gradient=True)
         self.schedule = build_schedule(stages=1, stage=0, microbatches=1, chunks=1, replay=False)
-        self.memory = self.stage.initial_memory(config.train.lanes, self.topology.device)
+        self.memory = self.stage.empty_memory(config.train.lanes, self.topology.device)
         self.batch = random_batch(config)
         self.savers = {
             mode: CheckpointSaver(folder / ("behind" if mode else "waiting"), keep=1, asynchronous=mode)

@@ -80,7 +80,7 @@ class Step:
             config: the step's own configuration, in which window length, chunks and window recomputation may differ.
         """
         executor = Executor(self.stage, self.topology, chunks=config.bptt.chunks_per_window, carry_gradient=True)
-        memory = self.stage.initial_memory(config.train.lanes, self.topology.device)
+        memory = self.stage.empty_memory(config.train.lanes, self.topology.device)
         return executor.run(
             self.schedule(config),
             batch,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.files import FileError, decode_json, shown
 from model.config import layer_shape
-from model.layers.local_context import initial_state
+from model.rules import empty_state
 from model.rules.state import Memory, map_named, named_tensors
 from pipeline.checkpoint.schema import Hash
 from pipeline.checkpoint.tensor_file import tensor_bytes, write_tensors
@@ -192,9 +192,7 @@ def _check(path: Path, model: IncrementalModel, identity: Identity) -> bool:
 def _expected(model: IncrementalModel, lanes: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of what all layers and heads of the model carry."""
     config, wide = model.stage.config, torch.float32
-    state = initial_state(
-        config, layer_shape(config), lanes, dtype=wide, context_dtype=wide, device=torch.device("meta")
-    )
+    state = empty_state(config, layer_shape(config), lanes, dtype=wide, context_dtype=wide, device=torch.device("meta"))
     for name, like in named_tensors(map(str, range(config.num_layers)), [state] * config.num_layers):
         yield name, tuple(like.shape)
 

@@ -186,7 +186,7 @@ class Streamer:
         return window(documents, first, segments, self.segment_length, eos_id, self.topology.device)
 
     def empty_memory(self, lanes: int) -> Memory:
-        return self.stage.initial_memory(lanes, self.topology.device)
+        return self.stage.empty_memory(lanes, self.topology.device)
 
     def run(self, batch: WindowBatch, memory: Memory, *, memory_off: bool = False, correct: bool = False) -> Output:
         """Run one window of every lane from `memory`, which is not changed; collective over this copy of the model.

@@ -99,7 +99,7 @@ class Trainer:
             chunks=config.bptt.chunks_per_window,
             replay=config.bptt.recompute == "window",
         )
-        self.memory: Memory = self.stage.initial_memory(lanes, topology.device)
+        self.memory: Memory = self.stage.empty_memory(lanes, topology.device)
         self.run_dir = Path(config.run_dir)
         self.step = 0
         self.tokens = 0

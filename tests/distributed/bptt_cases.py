@@ -81,9 +81,7 @@ def carried_memory(config, stage, first_lane: int, last_lane: int) -> list:
     """A memory that was written to before: drawn per layer for all lanes and heads, then cut to this rank's."""
     result = []
     whole_heads = layer_shape(config.model).groups
-    for layer, empty in zip(
-        stage.layers, stage.initial_memory(last_lane - first_lane, torch.device("cpu")), strict=True
-    ):
+    for layer, empty in zip(stage.layers, stage.empty_memory(last_lane - first_lane, torch.device("cpu")), strict=True):
         if empty is None:
             result.append(None)
             continue

@@ -52,7 +52,7 @@ def _last_logits(generator: Generator, tokens: list[int]) -> torch.Tensor:
     hook = stage.final_norm.register_forward_pre_hook(lambda _, inputs: normed.append(inputs[0]))
     inputs = padded.view(1, segments, length)
     with torch.no_grad():
-        stage(inputs, stage.initial_memory(1, torch.device("cpu")), reset, torch.zeros_like(inputs))
+        stage(inputs, stage.empty_memory(1, torch.device("cpu")), reset, torch.zeros_like(inputs))
     hook.remove()
     hidden = normed[0].transpose(0, 1).flatten(0, 1)[len(tokens) - 1]
     return stage.next_token_logits(hidden[None])[0, : model.vocab_size]

@@ -42,7 +42,7 @@ def plain_loop(folder: str, data: str, overrides: list[str], steps: int) -> dict
         betas=tuple(settings.betas),
         eps=settings.eps,
     )
-    memory = stage.initial_memory(config.train.lanes, torch.device("cpu"))
+    memory = stage.empty_memory(config.train.lanes, torch.device("cpu"))
     losses, norms = [], []
     for step in range(steps):
         batch = trainer.loader.next_batch()

@@ -48,7 +48,7 @@ def random_memory(stage: DecoderStage, lanes: int, seed: int = 3):
     """A memory that has been written to: positive z, any M. Leaves of the graph."""
     generator = torch.Generator().manual_seed(seed)
     memory = []
-    for state in stage.initial_memory(lanes, torch.device("cpu")):
+    for state in stage.empty_memory(lanes, torch.device("cpu")):
         if state is None:
             memory.append(None)
             continue

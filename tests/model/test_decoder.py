@@ -62,7 +62,7 @@ def test_correct_says_what_greedy_decoding_gives():
     config = small_config()
     stage = small_stage(config)
     tokens = random_tokens(B, T, config.segment_length)
-    reset, memory = starts(0, b=B), stage.initial_memory(B, tokens.device)
+    reset, memory = starts(0, b=B), stage.empty_memory(B, tokens.device)
     losses = [
         stage(tokens, memory, reset, torch.full_like(tokens, label)).token_loss for label in range(stage.vocab_size)
     ]
@@ -155,7 +155,7 @@ def losses_in_a_lane(stage, documents, *, segments_per_window, windows):
         stagger=False,
         prefetch=0,
     )
-    memory = stage.initial_memory(1, torch.device("cpu"))
+    memory = stage.empty_memory(1, torch.device("cpu"))
     found = []
     for _ in range(windows):
         batch = loader.next_batch()

@@ -38,7 +38,7 @@ def all_logits(stage, tokens):
     hook = stage.final_norm.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     labels = torch.zeros(1, segments, length, dtype=torch.int64)
     with torch.no_grad():
-        memory = stage(padded.view(1, segments, length), stage.initial_memory(1, CPU), reset, labels).memory
+        memory = stage(padded.view(1, segments, length), stage.empty_memory(1, CPU), reset, labels).memory
     hook.remove()
     hidden = captured[0].transpose(0, 1).flatten(0, 1)  # [s, t, h] -> [t*s, h]
     return stage.next_token_logits(hidden)[: len(tokens)], memory
@@ -47,7 +47,7 @@ def all_logits(stage, tokens):
 def extended_logits(stage, lanes, steps):
     """Logits of every position of every lane, fed `steps[i]` tokens at a time (fewer where a segment or lane ends)."""
     length = stage.config.segment_length
-    memory, cache = stage.initial_memory(len(lanes), CPU), stage.empty_cache(len(lanes), CPU)
+    memory, cache = stage.empty_memory(len(lanes), CPU), stage.empty_cache(len(lanes), CPU)
     done, rows, turn = [0] * len(lanes), [[] for _ in lanes], 0
     while any(d < len(tokens) for d, tokens in zip(done, lanes, strict=True)):
         step = steps[turn % len(steps)]

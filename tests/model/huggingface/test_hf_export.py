@@ -77,7 +77,7 @@ def stage_logits(stage, tokens):
     hook = stage.output.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
     reset = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     reset[:, 0] = True
-    stage(tokens, stage.initial_memory(len(tokens), tokens.device), reset, tokens)
+    stage(tokens, stage.empty_memory(len(tokens), tokens.device), reset, tokens)
     hook.remove()
     b, t, s = tokens.shape
     return found[0].detach()[..., :VOCAB].view(s, b, t, VOCAB).permute(1, 2, 0, 3).flatten(1, 2)
@@ -138,7 +138,7 @@ def test_gradients_are_the_decoders():
     config, stage, model = build("delta-norms-llama3")
     tokens, labels = random_tokens(1, 4, SEGMENT), random_tokens(1, 4, SEGMENT, seed=1)
     reset = torch.tensor([[True, False, False, False]])
-    stage(tokens, stage.initial_memory(1, tokens.device), reset, labels).token_loss.mean().backward()
+    stage(tokens, stage.empty_memory(1, tokens.device), reset, labels).token_loss.mean().backward()
     logits = model(tokens.flatten(1)).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     found = dict(model.named_parameters())

@@ -135,7 +135,7 @@ def our_stage(config: ModelConfig, hf_tensors) -> DecoderStage:
 
 def our_logits(stage: DecoderStage, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `[t, s, vocabulary]` of one lane."""
-    memory = stage.initial_memory(1, tokens.device)
+    memory = stage.empty_memory(1, tokens.device)
     reset = torch.tensor([[True] + [False] * (len(tokens) - 1)])
     losses = [
         stage(tokens[None], memory, reset, torch.full_like(tokens[None], label)).token_loss[0] for label in range(VOCAB)

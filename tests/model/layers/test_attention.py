@@ -62,7 +62,7 @@ def assert_is_the_dense_layer(config, carried_in, reset):
     layer = stage.layers["0"]
     hidden, x = hidden_states(config)
     hidden, x = hidden.requires_grad_(), x.requires_grad_()
-    memory = random_memory(stage, B) if carried_in else stage.initial_memory(B, torch.device("cpu"))
+    memory = random_memory(stage, B) if carried_in else stage.empty_memory(B, torch.device("cpu"))
     output, after, _, _ = layer(hidden, memory[0], reset, False, False)
     weights = dict(layer.named_parameters())
     expected, expected_after = [], []
@@ -96,7 +96,7 @@ def test_positions_restart_in_every_segment():
     layer = small_stage(config).layers["0"]
     hidden, _ = hidden_states(config, b=1, t=1)
     starts = torch.ones(1, T, dtype=torch.bool)
-    output, *_ = layer(hidden.repeat(1, T, 1), layer.attention.initial_memory(1, hidden.device), starts, False, False)
+    output, *_ = layer(hidden.repeat(1, T, 1), layer.attention.empty_state(1, hidden.device), starts, False, False)
     for segment in range(1, T):
         torch.testing.assert_close(output[:, segment], output[:, 0], rtol=0, atol=1e-13)
 
@@ -148,7 +148,7 @@ def test_query_heads_read_the_memory_of_their_group(rule):
     with torch.no_grad():
         attention.projection.weight.copy_(torch.eye(heads * d))
     hidden, _ = hidden_states(config, b=1, t=1)
-    memory = attention.initial_memory(1, hidden.device)
+    memory = attention.empty_state(1, hidden.device)
     ones = [torch.ones_like(m) for m in memory]
     starts = torch.zeros(1, 1, dtype=torch.bool)
 
@@ -170,7 +170,7 @@ def test_empty_heads_of_the_memory_are_not_mixed_in(rule):
     attention, local = (small_stage(c).layers["0"].attention for c in (config, plain))
     heads, d = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     hidden, _ = hidden_states(config, b=1, t=1)
-    memory = attention.initial_memory(1, hidden.device)
+    memory = attention.empty_state(1, hidden.device)
     for m in memory:
         m[:, 1] = 1
     outputs = []
@@ -197,7 +197,7 @@ def test_first_segment_is_exactly_local_attention(rule):
         hidden, _ = hidden_states(config)
         reset = torch.zeros(B, T, dtype=torch.bool)
         reset[:, 0] = reset[1, 2] = True
-        outputs[name] = unfold(attention(hidden, attention.initial_memory(B, hidden.device), reset).hidden)
+        outputs[name] = unfold(attention(hidden, attention.empty_state(B, hidden.device), reset).hidden)
     starts = reset
     assert torch.equal(outputs["skip"][starts], outputs["plain"][starts])
     assert not torch.isclose(outputs["skip"][~starts], outputs["plain"][~starts]).all(dim=-1).any()

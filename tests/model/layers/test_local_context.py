@@ -26,7 +26,7 @@ def test_sees_the_segment_before_and_no_further():
     config = small_config("none+sliding", num_layers=1)
     attention = small_stage(config).layers["0"].attention
     hidden = hidden_states(config).requires_grad_()
-    output = attention(hidden, attention.initial_memory(1, CPU), no_reset()).hidden
+    output = attention(hidden, attention.empty_state(1, CPU), no_reset()).hidden
     for segment in range(T):
         for position in (0, config.segment_length - 1):
             (reached,) = torch.autograd.grad(output[position, segment].sum(), hidden, retain_graph=True)
@@ -61,7 +61,7 @@ def test_document_starts_afresh_after_a_segment_that_overflowed():
     reset[0, 0] = True
     outputs = []
     for value in (0.0, torch.inf, torch.nan):
-        state = attention.initial_memory(1, CPU)
+        state = attention.empty_state(1, CPU)
         state = LocalContext(*(torch.full_like(x, value) for x in state[:2]), torch.ones_like(state[2]))
         result = attention(hidden, state, reset)
         (gradient,) = torch.autograd.grad(result.hidden.sum(), hidden)
@@ -110,7 +110,7 @@ def test_memory_off_leaves_the_context():
 
 @pytest.mark.parametrize("rule", ["none", "delta", "none+sliding", "delta+sliding", "gated_deltanet+sliding"])
 def test_state_is_the_memorys_and_the_contexts(rule):
-    state = small_stage(small_config(rule)).layers["0"].attention.initial_memory(3, CPU)
+    state = small_stage(small_config(rule)).layers["0"].attention.empty_state(3, CPU)
     memory, context = split_state(state)
     assert (memory is None) == rule.startswith("none") and (context is None) == ("+" not in rule)
     joined = join_state(memory, context)
@@ -124,7 +124,7 @@ def test_bfloat16_context_is_carried_without_loss():
     stays float32."""
     stage = small_stage(small_config("delta+sliding"), precision="bf16")
     tokens, labels = random_tokens(1, T, 6), random_tokens(1, T, 6, seed=1)
-    memory = stage.initial_memory(1, CPU)
+    memory = stage.empty_memory(1, CPU)
     whole = stage(tokens, memory, no_reset(), labels).token_loss
     first = stage(tokens[:, :2], memory, no_reset()[:, :2], labels[:, :2])
     second = stage(tokens[:, 2:], first.memory, no_reset()[:, 2:], labels[:, 2:])

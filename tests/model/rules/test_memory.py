@@ -371,7 +371,7 @@ def test_parameters_and_state_have_the_declared_shapes(rule_name):
     for name, parameter in rule.parameters(layer).items():
         value = parameter.initial(torch.Generator().manual_seed(0))
         assert value.shape == parameter.shape and parameter.shape[0] % layer.groups == 0, name
-    state = rule.init(3, layer, dtype=torch.float64, device=torch.device("cpu"))
+    state = rule.empty(3, layer, dtype=torch.float64, device=torch.device("cpu"))
     assert all(x.shape[:2] == (3, 4) and not x.any() for x in state)
     if plain(rule_name) == "gated_deltanet":
         found = {n: p.initial(torch.Generator()) for n, p in rule.parameters(layer).items() if p.is_gate}

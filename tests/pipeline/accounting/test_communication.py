@@ -74,7 +74,7 @@ def test_tensor_parallel_bytes_of_a_chunk(memory, sequence_parallel, recompute):
         tokens = torch.randint(0, 128, (LANES, SEGMENTS, LENGTH))
         reset = torch.zeros(LANES, SEGMENTS, dtype=torch.bool)
         with Collectives() as forward:
-            output = stage(tokens, stage.initial_memory(LANES, torch.device("cpu")), reset, tokens)
+            output = stage(tokens, stage.empty_memory(LANES, torch.device("cpu")), reset, tokens)
         with Collectives() as backward:
             output.token_loss.sum().backward()
     said = tensor_bytes(config, TENSOR, layers=LAYERS, is_first=True, is_last=True)

@@ -178,7 +178,7 @@ def build(config, *, precision="fp32", recompute="none"):
 def test_sliding_context_of_the_built_model(one_process, rule, precision):
     config = small(rule, "none", local_context="sliding")
     stage = build(config, precision=precision)
-    carried = sum(x.numel() * x.element_size() for state in stage.initial_memory(1, torch.device("cpu")) for x in state)
+    carried = sum(x.numel() * x.element_size() for state in stage.empty_memory(1, torch.device("cpu")) for x in state)
     assert memory_state_bytes(config, precision) == carried
     number = 2 if precision == "bf16" else 4  # the memory itself stays float32
     assert carried - memory_state_bytes(small(rule, "none")) == 3 * 2 * (2 * 256 * 64 + 1) * number
@@ -220,7 +220,7 @@ def test_parameters_of_the_built_model(one_process, rule, gate, family):
 @pytest.mark.parametrize(("rule", "gate"), MEMORY_KINDS)
 def test_carried_state_of_the_built_model(one_process, rule, gate):
     config = small(rule, gate)
-    states = build(config).initial_memory(1, torch.device("cpu"))
+    states = build(config).empty_memory(1, torch.device("cpu"))
     built = sum(x.numel() * x.element_size() for state in states if state is not None for x in state)
     assert memory_state_bytes(config) == built
 
