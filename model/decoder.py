@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
@@ -33,8 +32,6 @@ from model.sharding import (
     padded_vocab_size,
     tie_keys_to_queries,
 )
-
-RECOMPUTE_IN_LAYER = ("none", "selective", "layer")
 
 
 class StageOptions(NamedTuple):
@@ -391,12 +388,4 @@ def megatron_config(config: ModelConfig, options: StageOptions, *, tensor_size: 
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-    )
-
-
-def tensor_coordinates() -> tuple[int, int]:
-    """Rank and size of the tensor-parallel group."""
-    return (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
     )

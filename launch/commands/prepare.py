@@ -130,7 +130,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from data.preparation.prepare import PrepareOptions, prepare
+    from data.preparation.options import PrepareOptions
+    from data.preparation.prepare import prepare
     from data.preparation.sources import TEXT_PATTERNS
 
     options = PrepareOptions(

@@ -1,4 +1,4 @@
-"""PNG plots of a run and its evaluations. Every file is written whole; nothing here needs a display."""
+"""PNG plots of evaluations. Every file is written whole; nothing here needs a display."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ import pytest
 
 import data.preparation.building
 import data.preparation.prepare
-from data.preparation.prepare import Prepared, PrepareOptions, prepare
+from data.preparation.options import PrepareOptions
+from data.preparation.prepare import Prepared, prepare
 from data.prepared.manifest import MANIFEST, load_manifest
 from tests.prepared import write_set
 

@@ -19,9 +19,11 @@ import psutil
 import pytest
 
 import data.prepared.shard_writer
+from data.preparation.options import PrepareOptions
 from data.preparation.pool import EncodedDocument, encode_jobs
-from data.preparation.prepare import PrepareOptions, SplitAssigner, prepare
+from data.preparation.prepare import prepare
 from data.preparation.sources import Encoded, Job, Loaded
+from data.preparation.splits import SplitAssigner
 from data.prepared.manifest import load_manifest
 from data.prepared.shards import PreparedSet
 from data.tokenizer.tokenizer import byte_tokenizer, load_tokenizer
@@ -100,7 +102,8 @@ def test_the_number_of_processes_changes_no_byte(corpus: Path, tmp_path: Path, m
 _STALLING = """
 import signal, sys, time
 from pathlib import Path
-from data.preparation.prepare import PrepareOptions, prepare
+from data.preparation.options import PrepareOptions
+from data.preparation.prepare import prepare
 
 def stall(phase, done, total, tokens):
     if list(Path(sys.argv[2]).glob(".building-*/train-000001.tar")):

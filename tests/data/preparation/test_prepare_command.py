@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data.preparation.prepare
-from data.preparation.prepare import PrepareOptions
+from data.preparation.options import PrepareOptions
 from data.prepared.shards import PreparedSet
 from data.synthetic import TASKS
 from launch import cli

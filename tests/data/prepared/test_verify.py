@@ -12,7 +12,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data.preparation.prepare import PrepareOptions, prepare
+from data.preparation.options import PrepareOptions
+from data.preparation.prepare import prepare
 from data.prepared.shards import PreparedSet
 from data.prepared.verify import KINDS, verify_set
 from launch import cli

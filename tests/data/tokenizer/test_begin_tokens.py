@@ -12,7 +12,8 @@ import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
-from data.preparation.prepare import PrepareOptions, prepare
+from data.preparation.options import PrepareOptions
+from data.preparation.prepare import prepare
 from data.prepared.shards import PreparedSet
 from data.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from launch import cli
