@@ -79,9 +79,10 @@ def empty_cache(
 
 
 def put(cache: SegmentCache, new: SegmentCache, span: Span) -> None:
-    """Write new tokens `[b, n, c, ...]` at their positions, in place."""
+    """Write new tokens `[b, n, c, ...]` at their positions, in place, in the cache's precision: in a bfloat16 run the
+    biases of Qwen 2 give float32, which the attention's products round."""
     width = new.key.shape[2]
     lane, column = span.columns(width)
     position = span.start[lane] + column
     for target, tensor in zip(cache, new, strict=True):
-        target[lane, :, position] = tensor[lane, :, column]
+        target[lane, :, position] = tensor[lane, :, column].to(target.dtype)

@@ -97,8 +97,10 @@ def test_mix_gates_in_pieces(mix):
     torch.testing.assert_close(logits, all_logits(stage, tokens)[0], rtol=1e-10, atol=1e-10)
 
 
-def test_bfloat16_is_the_forward_in_bfloat16():
-    stage = small_stage(small_config("delta", "hard", beta=0.7), precision="bf16")
+@pytest.mark.parametrize("rule", ["delta", "delta+sliding"])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_bfloat16_is_the_forward_in_bfloat16(rule, qkv_bias):
+    stage = small_stage(small_config(rule, "hard", beta=0.7, qkv_bias=qkv_bias), precision="bf16")
     tokens = torch.randint(0, VOCAB, (20,), generator=torch.Generator().manual_seed(5))
     (logits,), _ = extended_logits(stage, [tokens], (4, 1, 6))
     expected, _ = all_logits(stage, tokens)
