@@ -70,8 +70,8 @@ EXPORT = ("export-hf", "run", "--out", "export")
 EVALUATE = ("evaluate", "run", "--no-passkey", "--documents", "1")
 IMPORT_GGUF = ("import-hf", "model.gguf", "--out", "imported", "--segment-length", "16")
 IMPORT = ("import-hf", "hf", "--out", "imported", "--segment-length", "16")
-PREPARE = ("prepare", "text", "--out", "prepared", "--processes", "1", "--valid-fraction", "0")
-TOKENIZE = ("prepare", "text/a.txt", "--out", "prepared", "--processes", "1", "--tokenizer", "hf", "--valid-fraction=0")
+PREPARE = ("prepare", "text", "--out", "prepared", "--processes=1", "--valid-fraction=0", "--max-document-bytes=1M")
+TOKENIZE = ("prepare", "text/a.txt", "--out", "prepared", "--processes=1", "--valid-fraction=0", "--tokenizer", "hf")
 PLAN = ("plan", "config.yaml", "--world-size", "1")
 
 

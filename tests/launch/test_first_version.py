@@ -55,7 +55,7 @@ def test_sets_and_checkpoints_are_intact(old):
         infini(old, "inspect", folder)
 
 
-def test_an_export_loads_and_is_imported(old):
+def test_an_export_loads_and_is_imported(old, remote_modules):
     import torch
     import transformers
 
