@@ -128,7 +128,9 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
-            dist.init_process_group(distributed_backend(device), timeout=timeout)
+            # A process of its own meets nobody: without a port, nothing can take that port before it.
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if os.environ["WORLD_SIZE"] == "1" else {}
+            dist.init_process_group(distributed_backend(device), timeout=timeout, **alone)
         except dist.DistNetworkError as error:
             variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
             known = ", ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
