@@ -10,7 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pipeline.benchmarks.step import random_batch
-from pipeline.checkpoint.writer import CheckpointSaver, RunState, SaveReport, Snapshot, take_snapshot
+from pipeline.checkpoint.run_state import CarriedMemory, Progress, RandomState, SavedOptimizer
+from pipeline.checkpoint.writer import CheckpointSaver, SaveReport, Snapshot, take_snapshot
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.parallel.optimizer import ZeroOptimizer
@@ -81,12 +82,15 @@ class _Bench:
         return time.perf_counter() - start
 
     def snapshot(self) -> Snapshot:
-        state = RunState(self.steps, tokens=0, lanes={}, windows=self.steps, recent_losses=[])
         layout = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1, "world_size": 1}
         lanes = (0, self.config.train.lanes)
-        return take_snapshot(
-            state, self.optimizer, self.memory, self.topology, lane_range=lanes, summary={"layout": layout}
-        )
+        parts = {
+            "progress": Progress(self.steps, 0, self.steps),
+            "optimizer": SavedOptimizer(self.optimizer, self.topology),
+            "memory": CarriedMemory(self.memory, list(self.stage.layers), self.topology, lanes),
+            "random": RandomState(),
+        }
+        return take_snapshot(parts, {"layout": layout}, owns_lanes=True)
 
     def save(self, costs: SaveCosts, *, asynchronous: bool) -> SaveReport:
         """One save; steps go on until an asynchronous one is written."""

@@ -19,13 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.files import sealed, shown, sync_folder, temporary_name, write_whole
-from model.rules.state import Memory, named_tensors
-from model.sharding import partition_of
 from pipeline.checkpoint.folder import (
     LATEST,
     SUMMARY,
@@ -35,31 +32,20 @@ from pipeline.checkpoint.folder import (
     leftovers,
     others_in,
 )
+from pipeline.checkpoint.run_state import FIELDS, HasState, HasTensors, Parts
 from pipeline.checkpoint.schema import FORMAT_VERSION
 from pipeline.checkpoint.tensor_file import write_tensors
-from pipeline.parallel.optimizer import ZeroOptimizer
-from pipeline.parallel.topology import Topology
-
-
-@dataclass
-class RunState:
-    """What a step moves besides the weights, the optimizer and the memory."""
-
-    step: int
-    tokens: int
-    lanes: dict[str, Any]
-    """Lane cursors by global lane id (`LaneLoader.state_dict()['lanes']`)."""
-    windows: int
-    """Windows by which the lanes have moved: the steps, and what roll-backs left out."""
-    recent_losses: list[float]
-    """What loss spikes are measured against."""
 
 
 @dataclass
 class Snapshot:
     """One process's part of a checkpoint, in host memory."""
 
-    state: RunState
+    step: int
+    numbers: dict[str, Any]
+    """What `checkpoint.json` says of the parts' states."""
+    lanes: dict[str, Any]
+    """Cursors of this process's lanes, by global lane number."""
     tensors: dict[str, Tensor]
     entries: list[dict[str, Any]]
     """What the tensors are: see `CheckpointReader`."""
@@ -83,57 +69,29 @@ class SaveReport:
     """What was left alone while older checkpoints were removed; on rank 0."""
 
 
-def take_snapshot(
-    state: RunState,
-    optimizer: ZeroOptimizer,
-    memory: Memory,
-    topology: Topology,
-    *,
-    lane_range: tuple[int, int],
-    summary: dict[str, Any],
-) -> Snapshot:
-    """Copy what this process owns: its ZeRO fragments, and the memory of its lanes and heads; collective."""
-    steps, backbone_steps = optimizer.steps_taken()
-    optimizer.set_steps_taken(steps, backbone_steps)  # a checkpoint of step 0 has empty moments, not none
+def take_snapshot(parts: Parts, summary: dict[str, Any], *, owns_lanes: bool) -> Snapshot:
+    """Copy what this process owns of every part of a run; collective.
+
+    Args:
+        summary: what `checkpoint.json` says besides.
+        owns_lanes: no other process writes where these lanes stand.
+    """
+    states: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
-    for fragment in optimizer.fragments():
-        partition = partition_of(fragment.parameter)
-        replica = fragment.is_second_copy  # the first stage writes it
-        if replica or (partition.dim is None and topology.tensor_rank > 0):
-            continue
-        if fragment.shared and topology.data_rank > 0:
-            continue
-        split = partition.dim is not None
-        for kind, tensor in fragment.tensors.items():
-            key = f"{kind}/{fragment.name}"
-            tensors[key] = tensor.detach().to("cpu", copy=True)
-            entries.append(
-                {
-                    "key": key,
-                    "start": fragment.start,
-                    "count": tensor.numel(),
-                    "local_shape": list(optimizer.local_shape(fragment.parameter)),
-                    "partition_dim": partition.dim,
-                    "partition_stride": partition.stride,
-                    "tensor_rank": topology.tensor_rank if split else 0,
-                    "tensor_size": topology.tensor_size if split else 1,
-                }
-            )
-    for key, tensor in named_tensors(optimizer.stage.layers, memory):
-        tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-        entries.append(
-            {
-                "key": key,
-                "first_lane": lane_range[0],
-                "first_head": topology.tensor_rank * tensor.shape[1],
-                "shape": list(tensor.shape),
-            }
-        )
-    tensors["rng"] = torch.get_rng_state()
-    summary = {"optimizer_steps": steps, "backbone_optimizer_steps": backbone_steps, **summary}
-    owns_lanes = topology.tensor_rank == 0 and topology.pipeline_rank == 0
-    return Snapshot(state, tensors, entries, summary, owns_lanes)
+    for name, part in parts.items():
+        if isinstance(part, HasState):
+            state = part.state_dict()
+            if state.keys() != set(FIELDS[name]):
+                raise TypeError(f"{name} saves {sorted(state)}, a checkpoint has room for {sorted(FIELDS[name])}")
+            states |= state
+        if isinstance(part, HasTensors):
+            for key, tensor, entry in part.own_tensors():
+                tensors[key] = tensor
+                entries += [] if entry is None else [entry]
+    lanes = states.pop("lanes", {})
+    numbers = {field: states[field] for fields in FIELDS.values() for field in fields if field in states}
+    return Snapshot(numbers["step"], numbers, lanes, tensors, entries, summary, owns_lanes)
 
 
 class CheckpointSaver:
@@ -167,8 +125,8 @@ class CheckpointSaver:
         start = time.perf_counter()
         self.wait()
         snapshot: Snapshot = make_snapshot()
-        path = self.folder / checkpoint_name(snapshot.state.step)
-        self._report = SaveReport(snapshot.state.step, path, stall_s=time.perf_counter() - start)
+        path = self.folder / checkpoint_name(snapshot.step)
+        self._report = SaveReport(snapshot.step, path, stall_s=time.perf_counter() - start)
         self._failure = None
         if self.asynchronous:
             self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint-writer", daemon=True)
@@ -255,10 +213,7 @@ class CheckpointSaver:
     def _finish(self, temporary: Path, report: SaveReport, snapshot: Snapshot, files: dict[str, Any]) -> None:
         content = {
             "format_version": FORMAT_VERSION,
-            "step": snapshot.state.step,
-            "tokens": snapshot.state.tokens,
-            "windows": snapshot.state.windows,
-            "recent_losses": snapshot.state.recent_losses,
+            **snapshot.numbers,
             "files": files,
             **snapshot.summary,
         }
@@ -341,7 +296,7 @@ def _make_folder(folder: Path) -> None:
 def _write_part(folder: Path, rank: int, snapshot: Snapshot) -> dict[str, Any]:
     """Write one process's two files; their sizes and hashes by name."""
     tensors, index = f"rank_{rank:05d}.safetensors", f"rank_{rank:05d}.json"
-    lanes = snapshot.state.lanes if snapshot.owns_lanes else {}
+    lanes = snapshot.lanes if snapshot.owns_lanes else {}
     text = json.dumps({"tensors": snapshot.entries, "lanes": lanes}).encode()
     facts = {tensors: write_tensors(folder / tensors, snapshot.tensors)}
     write_whole(folder / index, text)

@@ -7,6 +7,8 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
+import torch.distributed as dist
+
 from data.prepared.shards import PreparedSet
 from model.decoder import DecoderStage, StageOptions, split_layers
 from pipeline.config.load import ConfigError
@@ -97,3 +99,20 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def written_for(config: Config, topology: Topology, vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it."""
+    return {
+        "layout": {
+            "tensor": topology.tensor_size,
+            "pipeline": topology.pipeline_size,
+            "data": topology.data_size,
+            "zero_stage": config.parallel.zero_stage,
+            "world_size": dist.get_world_size(),
+        },
+        "vocab_size": vocab_size,
+        "tokenizer_sha256": tokenizer_sha256,
+        "config": asdict(config),
+        "versions": versions(),
+    }

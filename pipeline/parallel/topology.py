@@ -40,6 +40,11 @@ class Topology:
     backward_group: dist.ProcessGroup
 
     @property
+    def owns_lanes(self) -> bool:
+        """Of the processes with the same lanes, the one that saves where they stand."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
 

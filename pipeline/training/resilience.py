@@ -10,7 +10,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -243,7 +243,11 @@ class SpikeDetector:
         """Remember the loss of a step that was applied."""
         self.losses.append(loss)
 
-    def restore(self, losses: Iterable[float]) -> None:
-        """Compare with these losses, oldest first, from now on."""
+    def state_dict(self) -> dict[str, list[float]]:
+        """The losses that are compared with, oldest first."""
+        return {"recent_losses": list(self.losses)}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Compare with these losses from now on."""
         self.losses.clear()
-        self.losses.extend(losses)
+        self.losses.extend(state["recent_losses"])

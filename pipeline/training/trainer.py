@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,14 +12,14 @@ import torch.distributed as dist
 
 from data.lanes.loader import WindowBatch, build_loader
 from model.rules.state import Memory, clear_lanes
-from pipeline.checkpoint.folder import CheckpointError
-from pipeline.checkpoint.loading import load_training, open_newest
+from pipeline.checkpoint.loading import open_newest
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.writer import CheckpointSaver, RunState, take_snapshot
+from pipeline.checkpoint.run_state import CarriedMemory, Parts, Progress, RandomState, SavedOptimizer, load_parts
+from pipeline.checkpoint.writer import CheckpointSaver, take_snapshot
 from pipeline.config import derived
 from pipeline.config.schema import Config
 from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
-from pipeline.parallel.setup import build_stage, check_same_run, versions, vocabulary
+from pipeline.parallel.setup import build_stage, check_same_run, vocabulary, written_for
 from pipeline.parallel.topology import Topology, initialize, on_main, shutdown
 from pipeline.schedule.executor import Executor, StepResult
 from pipeline.schedule.operations import Operation, build_schedule
@@ -30,13 +28,10 @@ from pipeline.training.batch_sums import global_sums, to_device
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog
+from pipeline.training.skipped_steps import SkippedSteps
 from pipeline.training.starting import begin
 from pipeline.training.step_record import StepRecord
 from pipeline.training.stillness import StillnessWatch, horizon
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
 
 
 class SpikeError(RuntimeError):
@@ -99,12 +94,8 @@ class Trainer:
             chunks=config.bptt.chunks_per_window,
             replay=config.bptt.recompute == "window",
         )
-        self.memory: Memory = self.stage.empty_memory(lanes, topology.device)
         self.run_dir = Path(config.run_dir)
-        self.step = 0
-        self.tokens = 0
-        self.windows = 0
-        self.skipped: deque[tuple[int, list[str]]] = deque(maxlen=config.train.max_nonfinite_steps)
+        self.skipped = SkippedSteps(config.train.max_nonfinite_steps)
         self.monitor: Monitor | None = None
         self.saver = CheckpointSaver(
             self.run_dir / "checkpoints",
@@ -117,6 +108,18 @@ class Trainer:
         self.save_again = False
         self.watchdog = Watchdog(config.resilience.hang_timeout_s, derived.longest_hang_s(config), self.run_dir)
         self.spikes = SpikeDetector(config.resilience.spike_window, config.resilience.spike_threshold)
+        self.progress = Progress()
+        empty = self.stage.empty_memory(lanes, topology.device)
+        self.memory = CarriedMemory(empty, list(self.stage.layers), topology, self.lane_range)
+        self.parts: Parts = {
+            "optimizer": SavedOptimizer(self.optimizer, topology),
+            "memory": self.memory,
+            "random": RandomState(),
+            "lanes": self.loader,
+            "spikes": self.spikes,
+            "progress": self.progress,
+        }
+        """Whatever must be saved to go on exactly."""
 
     # Starting and ending
 
@@ -146,7 +149,7 @@ class Trainer:
             self.topology,
             vocab_size=self.vocab_size,
             stillness=StillnessWatch(self.optimizer, horizon=horizon(self.config)),
-            step=self.step,
+            step=self.progress.step,
             resumed=resumed,
         )
         self.monitor.introduce()
@@ -172,13 +175,13 @@ class Trainer:
         stop = StopRequest(self.config.resilience, self.run_dir)
         stop.install()
         try:
-            while self.step < self.config.train.steps:
+            while self.progress.step < self.config.train.steps:
                 self.train_step()
                 self.watchdog.warm = True
                 if self._at_boundary(stop):
                     break
             self._settle_save()
-            while self.saved_step != self.step:
+            while self.saved_step != self.progress.step:
                 self.save()
                 self._settle_save()
         finally:
@@ -192,14 +195,14 @@ class Trainer:
         if failed or self.saver.has_succeeded:
             self._settle_save()
         interval = self.config.checkpoint.interval
-        due = interval > 0 and self.step % interval == 0
-        if (due or self.save_again) and self.saved_step != self.step:
+        due = interval > 0 and self.progress.step % interval == 0
+        if (due or self.save_again) and self.saved_step != self.progress.step:
             self.save()
         if stopping:
             reasons: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(reasons, reason)
             first = next(r for r in reasons if r)
-            self.monitor.message(f"stopping after step {self.step}: {first} (--resume goes on from there)")
+            self.monitor.message(f"stopping after step {self.progress.step}: {first} (--resume goes on from there)")
             on_main(stop.clear_file)
         return bool(stopping)
 
@@ -208,40 +211,44 @@ class Trainer:
         with self._phase("data"):
             batch = to_device(self.loader.next_batch(), self.topology.device)
         with self._phase("forward_backward"):
-            result, sums = self.forward_backward(batch, statistics=self.monitor.wants_statistics(self.step + 1))
+            result, sums = self.forward_backward(
+                batch, statistics=self.monitor.wants_statistics(self.progress.step + 1)
+            )
         with self._phase("optimizer"):
             outcome, rate = self.update()
         self.record(batch, result, sums, outcome, rate)
 
     def update(self) -> tuple[StepOutcome, float]:
         """Move the parameters, unless a number is wrong; what came of it, and the learning rate."""
-        rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
+        rate = learning_rate(self.config.optimizer, self.progress.step, self.config.train.steps)
         return self.optimizer.step(rate), rate
 
     def record(
         self, batch: WindowBatch, result: StepResult, sums: dict[str, float], outcome: StepOutcome, rate: float
     ) -> None:
         """The step is over: carry the memory on, count, tell the monitor, and see whether the run may go on so."""
-        self.step += 1
-        self.windows += 1
-        self.tokens += int(sums["tokens"])
-        record = StepRecord(self.step, batch, result, sums, outcome, rate, self.tokens, self.loader.skipped_documents)
+        self.progress.step += 1
+        self.progress.windows += 1
+        self.progress.tokens += int(sums["tokens"])
+        record = StepRecord(
+            self.progress.step, batch, result, sums, outcome, rate, self.progress.tokens, self.loader.skipped_documents
+        )
         if outcome.applied:
-            self.memory = result.memory
+            self.memory.value = result.memory
             self.spikes.add(record.loss)
             self.skipped.clear()
         else:
-            self.memory = self._memory_after_skip(batch)
-            self.skipped.append((self.step, record.documents()))
+            self.memory.value = self._memory_after_skip(batch)
+            self.skipped.add(record)
         self.monitor.after_step(record)
         if sums["spike"]:
             self._after_spike(record.loss, sums["spike"])
-        elif len(self.skipped) == self.config.train.max_nonfinite_steps:
-            self._stop_for_nonfinite()
+        elif self.skipped.too_many:
+            self.skipped.stop()
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.watchdog.progress(self.step + 1, name)
+        self.watchdog.progress(self.progress.step + 1, name)
         with self.monitor.phase(name):
             yield
 
@@ -266,17 +273,18 @@ class Trainer:
             DifferentWindowsError: the processes of one model copy have not read the same window.
         """
         config, topology = self.config, self.topology
-        self.optimizer.backbone_frozen = self.step < config.train.freeze_backbone_steps
-        weight = agreed_weight(batch, topology, step=self.step + 1)
+        self.optimizer.backbone_frozen = self.progress.step < config.train.freeze_backbone_steps
+        weight = agreed_weight(batch, topology, step=self.progress.step + 1)
         # DeepSpeed averages over data parallelism; the factor makes the average a sum over all lanes.
         scale = topology.data_size / max(weight, 1e-30)
-        penalty = config.train.write_gate_penalty if self.step >= config.train.write_gate_penalty_from else 0.0
+        penalised = self.progress.step >= config.train.write_gate_penalty_from
+        penalty = config.train.write_gate_penalty if penalised else 0.0
         gate_scale = penalty * topology.data_size / derived.gate_count(config)
         with self.optimizer.accumulate():
             result = self.executor.run(
                 self.schedule,
                 batch,
-                self.memory,
+                self.memory.value,
                 lanes_per_microbatch=self.lanes_per_microbatch,
                 loss_scale=scale,
                 gate_scale=gate_scale,
@@ -301,17 +309,7 @@ class Trainer:
         The lanes have moved on: such a lane is now inside a document whose beginning it has not read, and must not
         read the document before it.
         """
-        return clear_lanes(self.memory, ~batch.reset.any(dim=1))
-
-    def _stop_for_nonfinite(self) -> None:
-        first = self.skipped[0][0]
-        documents: list[list[str]] = [None] * dist.get_world_size()
-        dist.all_gather_object(documents, self.skipped[-1][1])
-        lines = sorted({line for rank in documents for line in rank}, key=lambda line: int(line[5 : line.index(":")]))
-        raise NonFiniteError(
-            f"loss or gradient norm was not finite in {len(self.skipped)} steps in a row, since step {first}; "
-            f"the last checkpoint before that can be resumed. In the last window: " + "; ".join(lines)
-        )
+        return clear_lanes(self.memory.value, ~batch.reset.any(dim=1))
 
     # Saving and loading
 
@@ -319,36 +317,9 @@ class Trainer:
         """Begin a checkpoint (write all of it when saving is synchronous); collective."""
         self._settle_save()
         self.save_again = False
-        topology = self.topology
-        self.saver.save(
-            lambda: take_snapshot(
-                RunState(
-                    self.step,
-                    self.tokens,
-                    self.loader.state_dict()["lanes"],
-                    windows=self.windows,
-                    recent_losses=list(self.spikes.losses),
-                ),
-                self.optimizer,
-                self.memory,
-                topology,
-                lane_range=self.lane_range,
-                summary={
-                    "layout": {
-                        "tensor": topology.tensor_size,
-                        "pipeline": topology.pipeline_size,
-                        "data": topology.data_size,
-                        "zero_stage": self.config.parallel.zero_stage,
-                        "world_size": dist.get_world_size(),
-                    },
-                    "vocab_size": self.vocab_size,
-                    "tokenizer_sha256": self.loader.tokenizer[0],
-                    "config": asdict(self.config),
-                    "versions": versions(),
-                },
-            )
-        )
-        self.saved_step = self.step
+        summary = written_for(self.config, self.topology, self.vocab_size, self.loader.tokenizer[0])
+        self.saver.save(lambda: take_snapshot(self.parts, summary, owns_lanes=self.topology.owns_lanes))
+        self.saved_step = self.progress.step
         if not self.config.checkpoint.asynchronous:
             self._settle_save()
 
@@ -358,7 +329,7 @@ class Trainer:
         Raises:
             OSError: that was one failure in a row too many.
         """
-        self.watchdog.progress(self.step, "save", patient=True)
+        self.watchdog.progress(self.progress.step, "save", patient=True)
         self.saver.wait()
         report = self.saver.finished()
         if report is None:
@@ -377,17 +348,10 @@ class Trainer:
 
     def load(self, reader: CheckpointReader) -> None:
         """Go on from a checkpoint; collective."""
-        self.watchdog.progress(self.step, "load", patient=True)
+        self.watchdog.progress(self.progress.step, "load", patient=True)
         check_same_run(reader.config, self.config)
-        self.memory = load_training(reader, self.optimizer, self.memory, self.topology, lane_range=self.lane_range)
-        try:
-            self.loader.load_state_dict({"lanes": reader.lanes})
-        except ValueError as error:
-            raise CheckpointError(f"{reader.folder}: {error}") from error
-        self.step = self.saved_step = reader.summary.step
-        self.tokens = reader.summary.tokens
-        self.windows = reader.summary.windows
-        self.spikes.restore(reader.summary.recent_losses)
+        load_parts(reader, self.parts)
+        self.saved_step = self.progress.step
         self.skipped.clear()
 
     def _after_spike(self, loss: float, score: float) -> None:
@@ -396,12 +360,12 @@ class Trainer:
         Raises:
             SpikeError: roll-backs, or skipped steps, lead nowhere.
         """
-        action, at = self.config.resilience.spike_action, self.step
+        action, at = self.config.resilience.spike_action, self.progress.step
         self.monitor.message(
             f"loss spike at step {at}: {loss:.4g} is {score:.1f} robust deviations above the recent steps; "
             f"action: {action}"
         )
-        if not (action == "rollback" and self._roll_back(at)) and len(self.skipped) == self.skipped.maxlen:
+        if not (action == "rollback" and self._roll_back(at)) and self.skipped.too_many:
             raise SpikeError(
                 f"{len(self.skipped)} steps in a row were skipped, the last for its loss of {loss:.4g}: the loss has "
                 "risen for good, or resilience.spike_threshold is too low"
@@ -418,18 +382,18 @@ class Trainer:
             return False
         self.rollbacks += 1
         # Not the steps since then: an earlier roll-back to this checkpoint has left windows out already.
-        windows = self.windows - reader.summary.windows
+        windows = self.progress.windows - reader.summary.windows
         self.load(reader)
         self.skip_windows(windows)
-        self.monitor.rolled_back(self.step)
-        self.monitor.message(f"rolled back to step {self.step}; the lanes go on {windows} windows later")
+        self.monitor.rolled_back(self.progress.step)
+        self.monitor.message(f"rolled back to step {self.progress.step}; the lanes go on {windows} windows later")
         return True
 
     def skip_windows(self, windows: int) -> None:
         """Move the lanes on without training. Memory stays where a lane is still in the same document."""
         before = self.loader.state_dict()["lanes"]
         self.loader.skip_windows(windows)
-        self.windows += windows
+        self.progress.windows += windows
         after = self.loader.state_dict()["lanes"]
         keep = [before[str(lane)]["taken"] == after[str(lane)]["taken"] for lane in range(*self.lane_range)]
-        self.memory = clear_lanes(self.memory, torch.tensor(keep))
+        self.memory.value = clear_lanes(self.memory.value, torch.tensor(keep))

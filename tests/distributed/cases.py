@@ -23,7 +23,8 @@ from pipeline.config.load import ConfigError, load_config
 from pipeline.config.validate import validate
 from pipeline.parallel.topology import on_main
 from pipeline.training.agreement import DifferentWindowsError
-from pipeline.training.trainer import NonFiniteError, Trainer
+from pipeline.training.skipped_steps import NonFiniteError
+from pipeline.training.trainer import Trainer
 from tests.distributed.grid import join
 
 TINY = [
@@ -99,7 +100,9 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def full_memory(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The memory carried by all lanes, heads and layers, whole, on every rank."""
     place = (trainer.topology.data_rank, trainer.topology.tensor_rank)
-    mine = [(name, *place, tensor.clone()) for name, tensor in named_tensors(trainer.stage.layers, trainer.memory)]
+    mine = [
+        (name, *place, tensor.clone()) for name, tensor in named_tensors(trainer.stage.layers, trainer.memory.value)
+    ]
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     parts: dict[str, dict[int, dict[int, torch.Tensor]]] = {}
@@ -166,10 +169,10 @@ def train_steps(
     # The slowest disk there is: what later steps do must not reach a checkpoint that is still being written.
     steps_done, write = threading.Event(), trainer.saver._write
     trainer.saver._write = lambda snapshot: steps_done.wait() and write(snapshot)
-    last = trainer.step + steps
-    while trainer.step < last:
+    last = trainer.progress.step + steps
+    while trainer.progress.step < last:
         trainer.train_step()
-        if trainer.step == save_at:
+        if trainer.progress.step == save_at:
             trainer.save()
     steps_done.set()
     if save:
@@ -195,7 +198,7 @@ def try_to_resume(folder: str, data: str, overrides: list[str], resume: str) -> 
         except ValueError as problem:
             error = (type(problem).__name__, str(problem))
     finish(trainer)
-    return {"error": error, "step": trainer.step, "printed": printed.getvalue()}
+    return {"error": error, "step": trainer.progress.step, "printed": printed.getvalue()}
 
 
 def train_on_full_disk(
@@ -237,7 +240,7 @@ def train_on_full_disk(
     dist.barrier()
     left = sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())
     finish(trainer)
-    return {"error": error, "left": left, "saves": met, "step": trainer.step}
+    return {"error": error, "left": left, "saves": met, "step": trainer.progress.step}
 
 
 def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, first: int, count: int) -> dict[str, Any]:
@@ -251,10 +254,10 @@ def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, fi
     """
     trainer = make_trainer(folder, data, overrides)
     trainer.start(None)
-    while trainer.step < first - 1:
+    while trainer.progress.step < first - 1:
         trainer.train_step()
     before, lanes = full_weights(trainer), trainer.loader.state_dict()["lanes"]
-    memory = map_memory(trainer.memory, torch.clone)
+    memory = map_memory(trainer.memory.value, torch.clone)
     seen: list[torch.Tensor] = []
     next_batch = trainer.loader.next_batch
 
@@ -286,7 +289,7 @@ def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, fi
     started = torch.stack(seen).any(dim=0)
     rolled_back = all(
         torch.equal(x[~started], y[~started]) and not x[started].any()
-        for state, old in zip(trainer.memory, memory, strict=True)
+        for state, old in zip(trainer.memory.value, memory, strict=True)
         for x, y in zip(state, old, strict=True)
     )
     result = {
@@ -295,7 +298,7 @@ def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, fi
         "memory_rolled_back": rolled_back,
         "lanes_started": started.tolist(),
         "lanes_moved": all(lanes[lane] != moved[lane] for lane in lanes),
-        "step": trainer.step,
+        "step": trainer.progress.step,
     }
     trainer.train_step()
     later = full_weights(trainer)
@@ -327,7 +330,7 @@ def one_rank_skips(folder: str, data: str, overrides: list[str], rank: int, docu
         PreparedSet.read = read
     skipped = trainer.loader.skipped_documents
     finish(trainer)
-    return {"error": error, "step": trainer.step, "skipped": skipped}
+    return {"error": error, "step": trainer.progress.step, "skipped": skipped}
 
 
 class OddError(RuntimeError):

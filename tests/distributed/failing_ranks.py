@@ -66,7 +66,7 @@ def fail_at(fault: Fault, folder: Path) -> None:
     train_step = Trainer.train_step
 
     def counted(trainer: Trainer) -> None:
-        now.update(step=trainer.step + 1, forwards=0)
+        now.update(step=trainer.progress.step + 1, forwards=0)
         train_step(trainer)
 
     def fail(*_):

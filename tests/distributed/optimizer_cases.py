@@ -117,7 +117,7 @@ def train_and_listen(folder: str, data: str, overrides: list[str], steps: int, u
 
     def next_unweighted():
         batch = next_batch()
-        if trainer.step + 1 == unweighted:
+        if trainer.progress.step + 1 == unweighted:
             batch.loss_weight.zero_()
         return batch
 

@@ -45,22 +45,22 @@ def train(
         run = trainer.saver._run
 
         def step():
-            if stop_at and stop_at[:2] == (dist.get_rank(), trainer.step + 1):
+            if stop_at and stop_at[:2] == (dist.get_rank(), trainer.progress.step + 1):
                 if hasattr(signal, stop_at[2]):
                     os.kill(os.getpid(), getattr(signal, stop_at[2]))
                 else:
                     Path(stop_at[2]).touch()
             train_step()
-            if hold_writing_until is None or trainer.step >= hold_writing_until:
+            if hold_writing_until is None or trainer.progress.step >= hold_writing_until:
                 writing.set()
-            windows, steps = (skip_after or {}).get(trainer.step, (0, 0))
+            windows, steps = (skip_after or {}).get(trainer.progress.step, (0, 0))
             if windows:
                 trainer.skip_windows(windows)
-                trainer.step += steps
+                trainer.progress.step += steps
 
         def sums(batch, result):
             found = sums_of(batch, result)
-            found["loss"] *= (spikes or {}).get(trainer.windows + 1, 1.0)
+            found["loss"] *= (spikes or {}).get(trainer.progress.windows + 1, 1.0)
             return found
 
         def held_run(snapshot):
@@ -73,7 +73,11 @@ def train(
         except (RuntimeError, OSError) as problem:
             error = f"{type(problem).__name__}: {problem}"
     tensors = full_weights(trainer) | full_memory(trainer)
-    state = {"step": trainer.step, "windows": trainer.windows, "lanes": trainer.loader.state_dict()["lanes"]}
+    state = {
+        "step": trainer.progress.step,
+        "windows": trainer.progress.windows,
+        "lanes": trainer.loader.state_dict()["lanes"],
+    }
     finish(trainer)
     folders = (Path(folder) / "checkpoints").glob("step_*")
     return state | {

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint.folder import candidates, checkpoint_name, find_checkpoint
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.writer import CheckpointSaver, RunState, Snapshot
+from pipeline.checkpoint.writer import CheckpointSaver, Snapshot
 from pipeline.reporting.inspect import read_run
 
 
@@ -29,7 +29,8 @@ def snapshot(step: int) -> Snapshot:
     entry = {"key": "master/a", "start": 0, "count": 3, "local_shape": [3], "partition_dim": None}
     entry |= {"partition_stride": 1, "tensor_rank": 0, "tensor_size": 1}
     tensors = {"master/a": torch.full((3,), float(step)), "rng": torch.get_rng_state()}
-    return Snapshot(RunState(step, 0, {}, step, []), tensors, [entry], summary, owns_lanes=True)
+    numbers = {"step": step, "tokens": 0, "windows": step, "recent_losses": []}
+    return Snapshot(step, numbers, {}, tensors, [entry], summary, owns_lanes=True)
 
 
 def save(folder: Path, *steps: int, asynchronous: bool = True, **options) -> list[str]:

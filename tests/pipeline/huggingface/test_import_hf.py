@@ -281,8 +281,8 @@ def test_tensor_file_is_what_safetensors_writes(tmp_path):
 
 
 def test_weights_alone_cannot_be_resumed(llama, tmp_path):
-    from pipeline.checkpoint.loading import load_training
+    from pipeline.checkpoint.run_state import load_parts
 
     imported(llama[0], tmp_path / "out")
     with pytest.raises(CheckpointError, match="train.init_from"):
-        load_training(CheckpointReader(find_checkpoint(tmp_path / "out")), None, [], None, lane_range=(0, 1))
+        load_parts(CheckpointReader(find_checkpoint(tmp_path / "out")), {})
