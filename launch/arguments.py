@@ -1,4 +1,4 @@
-"""Types of command-line arguments that the commands share: numbers in a range, refused by argparse with the range."""
+"""Command-line arguments that the commands share, and types: numbers in a range, refused by argparse with the range."""
 
 from __future__ import annotations
 
@@ -49,3 +49,14 @@ processes = whole(1, 4096)
 port = whole(1, 65535)
 seed = whole(0, (1 << 63) - 1)
 """What every generator of random numbers takes, with room for seeds that are counted up from it."""
+
+
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """A run's configuration file, and settings that win over it."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="settings that win over the file's (`infini config --help-keys` explains them)",
+    )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.arguments import number, whole
+from launch.arguments import add_configuration, number, whole
 from pipeline.accounting.devices import ACCELERATORS, GPUS_PER_NODE
 
 if TYPE_CHECKING:
@@ -34,13 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Check a configuration for a number of processes, build all its stages without memory, and print "
         "parameters, bytes per rank, tokens and FLOPs per step; whether it fits a device, and how long the run takes.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    parser.add_argument(
-        "overrides",
-        metavar="KEY=VALUE",
-        nargs="*",
-        help="settings that win over the file's (`infini config --help-keys` explains them)",
-    )
+    add_configuration(parser)
     parser.add_argument(
         "--world-size", type=whole(1, 1_000_000), required=True, metavar="N", help="processes of the run"
     )

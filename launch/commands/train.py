@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.arguments import count, port, processes
+from launch.arguments import add_configuration, count, port, processes
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -21,13 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Train a model. Under torchrun or srun this process is one rank; --nproc starts the ranks itself; "
         "otherwise the run has one process.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    parser.add_argument(
-        "overrides",
-        metavar="KEY=VALUE",
-        nargs="*",
-        help="settings that win over the file's (`infini config --help-keys` explains them)",
-    )
+    add_configuration(parser)
     parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
     parser.add_argument(
         "--resume",
