@@ -91,7 +91,7 @@ def test_llama3_8b_carries_16_9_megabytes_per_lane():
 
 
 def test_memory_costs_an_eighth_of_local_attention():
-    """FACTS' 12.5 %: linear, one key/value head per query head, d = 128, S = 2048, causal local attention."""
+    """12.5 % by hand: linear, one key/value head per query head, d = 128, S = 2048, causal local attention."""
 
     def share(rule, groups):
         flops = forward_flops_per_token(llama3_8b(rule, num_query_groups=groups))
