@@ -151,6 +151,6 @@ def test_order_agreement_notices_what_ran_early():
 
 def test_measured_bubble_is_what_is_left_of_the_step():
     timeline = Timeline([[event(Kind.FORWARD, 10, 11)], [event(Kind.FORWARD, 11, 14)]])
-    measured = Measured("x", True, timeline, timeline, 0.0, [4.0], [0.5], 0.0, 0, [1, 1], [0, 0])
+    measured = Measured("x", True, timeline, timeline, 0.0, [0.5], 0.0, 0, [1, 1], [0, 0])
     assert measured.timeline.makespan_s == 4
     assert measured.timeline.bubble_share == 0.5
