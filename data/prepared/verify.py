@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +114,10 @@ def _check_shard(path: Path, shard: ShardEntry, dtype: np.dtype, advance: Callab
     digest = hashlib.sha256()
     try:
         with open_regular(inside(path, shard.name, str(path / MANIFEST))) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > 2 * shard.bytes + _READ_BYTES:  # not a little more: reading all of it could take for ever
+                written = f"where {shard.bytes:,} were written"
+                return Problem("shard-changed", f"{file} was changed after indexing: it has {size:,} bytes, {written}")
             while data := stream.read(_READ_BYTES):
                 digest.update(data)
                 advance(len(data))

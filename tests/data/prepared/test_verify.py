@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -73,6 +74,10 @@ def damage_a_header(folder: Path) -> None:
         file.write(b"\xff" * 512)
 
 
+def grow_to_a_terabyte(folder: Path) -> None:
+    os.truncate(folder / "train-000001.tar", 1 << 40)
+
+
 def lose_a_shard(folder: Path) -> None:
     (folder / "train-000001.tar").unlink()
 
@@ -126,6 +131,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
     (write_another_tar, "shard-changed", r"train-000001\.tar .* whole tar of \d+ documents"),
     (write_a_shorter_whole_tar, "shard-changed", r"train-000001\.tar .* whole tar of 1 documents"),
     (damage_a_header, "shard-changed", r"train-000001\.tar .* no longer be read as a tar past document 0"),
+    (grow_to_a_terabyte, "shard-changed", r"train-000001\.tar .* it has [\d,]+ bytes, where [\d,]+ were written"),
     (lose_a_shard, "shard-missing", r"train-000001\.tar is missing"),
     (add_a_shard, "shard-unknown", r"train-009999\.tar is not in the manifest"),
     (replace_the_tokenizer, "tokenizer-foreign", r"tokenizer has the hash .* but the shards were made with"),
