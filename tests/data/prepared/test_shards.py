@@ -24,7 +24,7 @@ def write_set(
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardSetWriter(folder, "train", vocab_size, shard_bytes)
     for i, tokens in enumerate(documents):
-        spans = [(k, k + 1) for k in range(i % 3)] if answers else None
+        spans = [(k, k + 1) for k in range(min(i % 3, len(tokens)))] if answers else None
         writer.add(tokens, id=f"document {i} ü", source="test", answers=spans)
     entry = TokenizerEntry(kind="byte", hash="0" * 64, vocab_size=vocab_size, eos_id=vocab_size - 1)
     write_manifest(folder, tokenizer=entry, splits={"train": writer.close()})
@@ -58,7 +58,7 @@ def test_documents_are_read_back(
         part = prepared.read(i, start, start + (len(tokens) - start) // 2)
         assert part.dtype == np.int64
         assert np.array_equal(part, tokens[start : start + (len(tokens) - start) // 2])
-        assert prepared.answers(i) == [(k, k + 1) for k in range(i % 3)]
+        assert prepared.answers(i) == [(k, k + 1) for k in range(min(i % 3, len(tokens)))]
         assert prepared.metadata(i).id == f"document {i} ü"
         assert prepared.metadata(i).tokens == len(tokens)
 
