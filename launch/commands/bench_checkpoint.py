@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from statistics import median
 from typing import TYPE_CHECKING
 
 from launch.arguments import positive_int
+from launch.processes.world import be_alone
 
 if TYPE_CHECKING:
     from launch.commands.bench import Note
@@ -23,11 +23,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:
-    from launch.processes.world import free_port
     from pipeline.benchmarks.checkpoint import measure
     from pipeline.benchmarks.step import in_fresh_process
 
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    be_alone()
     with tempfile.TemporaryDirectory(prefix="infini-bench-", dir=args.folder) as folder:
         report(in_fresh_process(measure, folder, 64 if args.quick else 512, args.repeats), note)
 

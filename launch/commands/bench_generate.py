@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 from launch.arguments import positive_int
+from launch.processes.world import be_alone
 
 if TYPE_CHECKING:
     from launch.commands.bench import Note
@@ -24,16 +24,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:
-    from launch.processes.world import free_port
     from pipeline.benchmarks.generate import measure
     from pipeline.benchmarks.step import in_fresh_process
 
     sizes = (2, 64, 128) if args.quick else (4, 128, 256)
-    costs = []
-    for length in args.lengths:
-        port = str(free_port())
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        costs.append(in_fresh_process(measure, length, args.new_tokens, *sizes))
+    be_alone()
+    costs = [in_fresh_process(measure, length, args.new_tokens, *sizes) for length in args.lengths]
     report(costs, note)
 
 

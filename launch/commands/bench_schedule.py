@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.processes.world import be_alone
+
 if TYPE_CHECKING:
     from launch.commands.bench import Note
     from pipeline.benchmarks.pipeline import Measured
@@ -38,7 +40,7 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     if args.only:
         note.name += f"-{args.only}"
     # Measuring processes are forked from this one and join groups of one: the window comes before anything else.
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    be_alone()
     if "window" in parts:
         _window(note, QUICK_LENGTHS if args.quick else LENGTHS)
     if "pipeline" in parts:
@@ -51,16 +53,9 @@ def _progress(message: str) -> None:
     print(f"  {message}", file=sys.stderr, flush=True)
 
 
-def _port() -> None:
-    from launch.processes.world import free_port
-
-    os.environ["MASTER_PORT"] = str(free_port())
-
-
 def _window(note: Note, lengths: tuple[int, ...]) -> None:
     from pipeline.benchmarks.window import CHUNK_SEGMENTS, METHODS, WINDOW_MODEL, window_table
 
-    _port()
     costs = {(cost.method, cost.segments): cost for cost in window_table(lengths, _progress)}
     note.text("## Memory and time against window length")
     note.text(
@@ -195,10 +190,7 @@ def _million(note: Note, segments: int, chunk_sizes: tuple[int, ...]) -> None:
         plain_bytes,
     )
 
-    for name in ("RANK", "LOCAL_RANK"):
-        os.environ[name] = "0"
-    os.environ.update(WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    _port()
+    be_alone()
     results = document_gradients(segments, chunk_sizes, _progress)
     note.text(f"## Gradients through one document of {segments * 64:,} tokens")
     plain = plain_bytes(million_config(segments, chunk_sizes[0]))

@@ -85,6 +85,11 @@ def attempt_id() -> str:
     return "".join(c if c.isalnum() else "-" for c in "-".join(parts))
 
 
+def be_alone() -> None:
+    """Make this process, and each that it starts, a world of one: meeting nobody, it needs no address and no port."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on right now."""
     with socket.socket() as probe:
