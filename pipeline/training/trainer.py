@@ -291,7 +291,7 @@ class Trainer:
                 statistics=statistics,
                 observer=self._begin,
             )
-            sums = self._sums(batch, result) | {"weight": weight}
+            sums = global_sums(batch, result, topology) | {"weight": weight}
             finite = math.isfinite(sums["loss"] + sums["gate"])
             action = self.config.resilience.spike_action
             score = self.spikes.score(sums["loss"] / max(weight, 1e-30)) if finite and action != "none" else 0.0
@@ -299,9 +299,6 @@ class Trainer:
             if not finite or (sums["spike"] and action != "warn"):
                 self.optimizer.poison()
         return result, sums
-
-    def _sums(self, batch: WindowBatch, result: StepResult) -> dict[str, float]:
-        return global_sums(batch, result, self.topology)
 
     def _memory_after_skip(self, batch: WindowBatch) -> Memory:
         """The memory from before a skipped window; empty where a document started in the window.

@@ -9,9 +9,11 @@ import signal
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
+from pipeline.training import trainer as trainer_module
 from tests.distributed.cases import finish, full_memory, full_weights, make_trainer
 
 
@@ -40,7 +42,7 @@ def train(
     printed, error = io.StringIO(), None
     with contextlib.redirect_stdout(printed):
         trainer.start(resume)
-        train_step, sums_of = trainer.train_step, trainer._sums
+        train_step, sums_of = trainer.train_step, trainer_module.global_sums
         writing = threading.Event()
         run = trainer.saver._run
 
@@ -58,8 +60,8 @@ def train(
                 trainer.skip_windows(windows)
                 trainer.progress.step += steps
 
-        def sums(batch, result):
-            found = sums_of(batch, result)
+        def sums(batch, result, topology):
+            found = sums_of(batch, result, topology)
             found["loss"] *= (spikes or {}).get(trainer.progress.windows + 1, 1.0)
             return found
 
@@ -67,9 +69,10 @@ def train(
             writing.wait(60)
             return run(snapshot)
 
-        trainer.train_step, trainer._sums, trainer.saver._run = step, sums, held_run
+        trainer.train_step, trainer.saver._run = step, held_run
         try:
-            trainer.train()
+            with mock.patch.object(trainer_module, "global_sums", sums):
+                trainer.train()
         except (RuntimeError, OSError) as problem:
             error = f"{type(problem).__name__}: {problem}"
     tensors = full_weights(trainer) | full_memory(trainer)
