@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from launch.arguments import positive_int
 
 if TYPE_CHECKING:
-    from launch.commands.bench import Note
+    from launch.commands.bench_note import Note
 
 HELP = "pairs that one head of each memory rule holds, random keys, nothing learnt"
 RULES = ("linear", "delta", "deltanet")

@@ -11,7 +11,7 @@ from launch.arguments import positive_int
 from launch.processes.world import be_alone
 
 if TYPE_CHECKING:
-    from launch.commands.bench import Note
+    from launch.commands.bench_note import Note
     from pipeline.benchmarks.checkpoint import SaveCosts
 
 HELP = "stall per save, synchronous and asynchronous, and the write rate against plain file writing"
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, note: Note) -> None:
     from pipeline.benchmarks.checkpoint import measure
-    from pipeline.benchmarks.step import in_fresh_process
+    from pipeline.benchmarks.measuring import in_fresh_process
 
     be_alone()
     with tempfile.TemporaryDirectory(prefix="infini-bench-", dir=args.folder) as folder:

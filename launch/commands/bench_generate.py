@@ -9,7 +9,7 @@ from launch.arguments import positive_int
 from launch.processes.world import be_alone
 
 if TYPE_CHECKING:
-    from launch.commands.bench import Note
+    from launch.commands.bench_note import Note
     from pipeline.benchmarks.generate import GenerationCosts
 
 HELP = "peak memory and time per token of generation after prompts of 1K to 1M tokens"
@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, note: Note) -> None:
     from pipeline.benchmarks.generate import measure
-    from pipeline.benchmarks.step import in_fresh_process
+    from pipeline.benchmarks.measuring import in_fresh_process
 
     sizes = (2, 64, 128) if args.quick else (4, 128, 256)
     be_alone()

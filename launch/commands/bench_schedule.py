@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from launch.processes.world import be_alone
 
 if TYPE_CHECKING:
-    from launch.commands.bench import Note
+    from launch.commands.bench_note import Note
     from pipeline.benchmarks.pipeline import Measured
     from pipeline.benchmarks.window import WindowCost
 

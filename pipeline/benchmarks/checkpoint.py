@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.benchmarks.step import random_batch
+from pipeline.benchmarks.repeated_step import random_batch
 from pipeline.checkpoint.run_state import CarriedMemory, Progress, RandomState, SavedOptimizer
 from pipeline.checkpoint.writer import CheckpointSaver, SaveReport, Snapshot, take_snapshot
 from pipeline.config.load import load_config

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from data.tokenizer.tokenizer import byte_tokenizer
-from pipeline.benchmarks.step import peak_rss_bytes
+from pipeline.benchmarks.measuring import peak_rss_bytes
 from pipeline.config.load import load_config
 from pipeline.inference.generate import BLOCK_CHARACTERS, Generator
 from pipeline.inference.incremental import LaneState

@@ -21,7 +21,8 @@ from typing import Any
 import torch.distributed as dist
 
 from data.files import write_whole
-from pipeline.benchmarks.step import Step, random_batch, tracked_peak
+from pipeline.benchmarks.measuring import tracked_peak
+from pipeline.benchmarks.repeated_step import Step, random_batch
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.parallel.topology import initialize

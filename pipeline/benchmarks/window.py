@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from pipeline.accounting.footprint import per_rank_bytes
-from pipeline.benchmarks.step import Step, in_fresh_process, peak_rss_bytes, random_batch, timed, tracked_peak
+from pipeline.benchmarks.measuring import in_fresh_process, peak_rss_bytes, timed, tracked_peak
+from pipeline.benchmarks.repeated_step import Step, random_batch
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.parallel.topology import initialize

@@ -1,20 +1,12 @@
-"""Forward and backward of one window without data and optimizer: what the benchmarks of the schedule measure."""
+"""Forward and backward of one window without data and optimizer, as often as wanted: what most benchmarks time."""
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
-import resource
-import time
-import traceback
 from collections.abc import Callable
-from typing import Any
 
-import psutil
 import torch
 
 from data.lanes.loader import WindowBatch
-from pipeline.accounting.live_bytes import LiveBytes
 from pipeline.config.schema import Config
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import Topology
@@ -89,70 +81,3 @@ class Step:
             loss_scale=1 / float(batch.loss_weight.sum()),
             observer=observer,
         )
-
-
-def tracked_peak(function: Callable[[], Any]) -> int:
-    """Peak bytes of the tensors that `function` makes, gradients that exist already not counted."""
-    with LiveBytes() as live:
-        function()
-    return live.peak
-
-
-def timed(function: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
-    """Run `function` a few times.
-
-    Returns:
-        `wall_s` and `cpu_s` (of this process) of the quickest run each, and `rss_bytes`, by how much the resident set
-        grew at most; the process must never have been larger than it is at the start.
-    """
-    before = psutil.Process().memory_info().rss
-    runs = []
-    for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        function()
-        runs.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {
-        "wall_s": min(wall for wall, _ in runs),
-        "cpu_s": min(cpu for _, cpu in runs),
-        "rss_bytes": peak_rss_bytes() - before,
-    }
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a forked process, whose memory peaks are its own.
-
-    The caller must not have joined a process group.
-
-    Raises:
-        RuntimeError: it failed, with its traceback.
-    """
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    try:
-        succeeded, result = pickle.loads(ours.recv_bytes())
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the measuring process died with exit code {process.exitcode}") from None
-    process.join()
-    if not succeeded:
-        raise RuntimeError(f"a measurement failed:\n{result}")
-    return result
-
-
-def _call(pipe, function: Callable[..., Any], arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    try:
-        answer = (True, function(*arguments))
-    except Exception:
-        answer = (False, traceback.format_exc())
-    # Plain pickle: the one that pipes use shares tensors' memory, which ends with this process.
-    pipe.send_bytes(pickle.dumps(answer))
-    pipe.close()

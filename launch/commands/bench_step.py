@@ -1,0 +1,210 @@
+"""`infini bench step`: tokens per second of forward and backward, every memory rule against plain and against peers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.arguments import positive_int
+from launch.processes.world import be_alone
+
+if TYPE_CHECKING:
+    import torch
+
+    from launch.commands.bench_note import Note
+    from pipeline.benchmarks.alternating import Clocked, Spread
+    from pipeline.benchmarks.contestants import Contestant, Sizes
+
+HELP = "tokens/s of a training window: every memory rule against no memory, transformers' Llama and installed peers"
+RULES = ("linear", "delta", "deltanet", "gated_deltanet")
+PEERS = ("transformers", "infini-transformer-pytorch", "recurrent-memory-transformer-pytorch")
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+QUICK = {"hidden": 32, "layers": 2, "heads": 2, "ffn": 86, "vocab": 64, "tokens": 64, "segment_lengths": [16]}
+"""Sizes of `--quick`; it also runs two rounds."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    sizes = parser.add_argument_group("sizes, of every model (--quick has its own)")
+    sizes.add_argument("--hidden", type=positive_int, default=512, metavar="H", help="hidden size (%(default)s)")
+    sizes.add_argument("--layers", type=positive_int, default=8, metavar="L", help="layers (%(default)s)")
+    sizes.add_argument("--heads", type=positive_int, default=8, metavar="N", help="heads (%(default)s)")
+    sizes.add_argument("--ffn", type=positive_int, default=1365, metavar="F", help="width of the MLP (%(default)s)")
+    sizes.add_argument("--vocab", type=positive_int, default=4096, metavar="V", help="tokens (%(default)s)")
+    sizes.add_argument("--tokens", type=positive_int, default=2048, metavar="N", help="of a window (%(default)s)")
+    sizes.add_argument("--lanes", type=positive_int, default=1, metavar="B", help="windows at a time (%(default)s)")
+    sizes.add_argument(
+        "--segment-lengths",
+        type=positive_int,
+        nargs="+",
+        default=[256, 64],
+        metavar="S",
+        help="of the models that have segments; a table each (256 64)",
+    )
+    parser.add_argument("--rules", nargs="*", choices=RULES, default=list(RULES), help="memory rules (all)")
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        choices=PEERS,
+        metavar="PACKAGE",
+        default=list(PEERS),
+        help=f"peers, where they are installed: {', '.join(PEERS)} (all)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of this model (`infini config --help-keys`), plain included",
+    )
+    parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="in which all run (%(default)s)")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="of all models (%(default)s)")
+    parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="of the processor (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+
+
+def measure(args: argparse.Namespace, note: Note) -> None:
+    """Raises: ValueError: sizes that do not divide, or a device that is not there."""
+    import torch
+
+    from pipeline.benchmarks import contestants
+    from pipeline.benchmarks.alternating import run_rounds
+    from pipeline.benchmarks.contestants import Sizes
+    from pipeline.benchmarks.measuring import Progress
+    from pipeline.parallel.topology import initialize
+
+    if args.quick:
+        vars(args).update(QUICK, rounds=2)
+    for length in args.segment_lengths:
+        if args.tokens % length:
+            raise ValueError(f"--tokens {args.tokens} must be a multiple of --segment-lengths {length}")
+    if args.hidden % args.heads:
+        raise ValueError(f"--hidden {args.hidden} must be a multiple of --heads {args.heads}")
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks: the topology takes what is there
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+    torch.set_num_threads(args.threads)
+    be_alone()
+    topology = initialize(tensor=1, pipeline=1, timeout_s=600)
+    if topology.device.type != "cpu":
+        note.device = torch.cuda.get_device_name(topology.device)
+    peers = [name for name in args.against if contestants.PEERS[name].installed]
+    dtype = getattr(torch, PRECISIONS[args.precision])
+    _introduce(args, note, topology.device, peers)
+    results = []
+    for length in args.segment_lengths:
+        sizes = Sizes(args.layers, args.hidden, args.heads, args.ffn, args.vocab, args.tokens, args.lanes, length)
+        running = _contestants(args, sizes, topology, dtype, peers)
+        tokens = sizes.tokens * sizes.lanes
+        clocked = run_rounds(
+            {name: contestant.run for name, contestant in running.items()},
+            args.rounds,
+            device=topology.device,
+            report=Progress((args.rounds + 1) * len(running), tokens, "tokens"),
+        )
+        report(note, sizes, running, clocked)
+        results.append((length, tokens, clocked))
+    _draw(note.picture("tokens"), results)
+
+
+def _contestants(
+    args: argparse.Namespace, sizes: Sizes, topology, dtype: torch.dtype, peers: Sequence[str]
+) -> dict[str, Contestant]:
+    from pipeline.benchmarks.contestants import PLAIN, own_config, own_model, peer_model, weight_products
+
+    device = topology.device
+    found = [
+        own_model(rule, own_config(sizes, rule, args.precision, args.set), topology) for rule in (PLAIN, *args.rules)
+    ]
+    found += [peer_model(name, sizes, dtype, device, seed=0) for name in peers]
+    found.append(weight_products(sizes, dtype, device))
+    return {contestant.name: contestant for contestant in found}
+
+
+def _introduce(args: argparse.Namespace, note: Note, device: torch.device, peers: Sequence[str]) -> None:
+    from pipeline.benchmarks.contestants import PEERS
+
+    settings = f" Settings of this model: {' '.join(args.set)}." if args.set else ""
+    where = f"{device.type}, {args.threads} thread{'s' if args.threads > 1 else ''}" if device.type == "cpu" else "cuda"
+    note.text(
+        f"Forward and backward through a window of {args.tokens:,} random tokens in {args.lanes} lane(s), a loss on "
+        f"each token, one graph; no optimizer. Hidden size {args.hidden}, {args.layers} layers, {args.heads} heads, "
+        f"MLP {args.ffn}, {args.vocab:,} tokens in the vocabulary, input and output matrices of their own; "
+        f"{args.precision}, {where}. {args.rounds} rounds after one of warm-up; in each round every model runs once, "
+        "in an order that turns and reverses. Medians, in brackets the quartiles; ratios are taken inside the rounds."
+        + settings
+    )
+    note.text(
+        "`plain` is the same code without a memory (`memory.rule: none`). The share of the peak is the model's rate of "
+        "floating-point operations (`pipeline.accounting.flops`: what the mathematics needs) in that of `matrix "
+        "products`, the products with the weight matrices alone, forward and backward, at these shapes and in the same "
+        "rounds. Processors: processor time in wall time; below the number of threads, something else held them."
+    )
+    if peers:
+        note.text("\n".join(["Peers:", "", *(f"- `{name}`: {PEERS[name].does}" for name in peers)]))
+    if absent := [name for name in args.against if name not in peers]:
+        note.text(f"Not installed, so not measured: {', '.join(absent)}.")
+
+
+def report(note: Note, sizes: Sizes, running: Mapping[str, Contestant], clocked: Mapping[str, Clocked]) -> None:
+    """Write the table of one segment length, and its numbers."""
+    from pipeline.benchmarks.contestants import PLAIN, PRODUCTS
+
+    note.text(f"## Segments of {sizes.segment_length} tokens")
+    tokens = sizes.tokens * sizes.lanes
+    peak = clocked[PRODUCTS].rates(running[PRODUCTS].train_flops).median
+    models = [name for name in running if name != PRODUCTS]
+    references = [name for name in models if name == PLAIN or running[name].package]
+    header = ["model", "parameters", "tokens/s", *(f"x {name}" for name in references), "of the peak", "processors"]
+    rows = []
+    for name in models:
+        one, clock = running[name], clocked[name]
+        of = {"model": name, "segment_length": sizes.segment_length}
+        rate, ratios = clock.rates(tokens), {other: clock.times_as_fast_as(clocked[other]) for other in references}
+        share = one.train_flops / tokens * rate.median / peak
+        note.number("parameters", "1", one.parameters, **of)
+        note.number("tokens_per_second", "tokens/s", rate, **of)
+        for other, ratio in ratios.items():
+            note.number("times_as_fast", "1", ratio, against=other, **of)
+        note.number("share_of_peak", "1", share, **of)
+        note.number("processors", "1", clock.processors, **of)
+        label = one.package or name
+        columns = [_bracketed(ratio, ".2f") if other != name else "1" for other, ratio in ratios.items()]
+        rows.append([label, f"{one.parameters:,}", _bracketed(rate, ",.0f"), *columns])
+        rows[-1] += [f"{100 * share:.0f} %", f"{clock.processors:.2f}"]
+    note.table(header, rows)
+    note.number("peak", "FLOP/s", peak, segment_length=sizes.segment_length)
+    note.text(
+        f"The peak: {peak / 1e9:,.1f} GFLOP/s in {running[PRODUCTS].parameters:,} weights' products. Parameters beyond "
+        "that are norms, gates, biases and what a rule adds."
+    )
+
+
+def _bracketed(value: Spread, form: str) -> str:
+    return f"{value.median:{form}} ({value.low:{form}} - {value.high:{form}})"
+
+
+def _draw(path: Path, results: Sequence[tuple[int, int, Mapping[str, Clocked]]]) -> None:
+    from pipeline.benchmarks.contestants import PRODUCTS
+    from pipeline.figures import break_lines, quiet, save_figure, titled_figure
+
+    names = [name for name in results[0][2] if name != PRODUCTS]
+    figure = titled_figure(5.0 * len(results), 0.8 + 0.42 * len(names), "forward and backward of a window, tokens/s")
+    for axes, (length, tokens, clocked) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results, strict=True
+    ):
+        rates = [clocked[name].rates(tokens) for name in names]
+        middle = [rate.median for rate in rates]
+        off = [[rate.median - rate.low for rate in rates], [rate.high - rate.median for rate in rates]]
+        places = range(len(names))
+        axes.barh(places, middle, xerr=off, color="#7b9acc", ecolor="#333333", capsize=2)
+        for place, rate in zip(places, rates, strict=True):
+            axes.annotate(f"{rate.median:,.0f}", (0.02 * max(middle), place), va="center", fontsize=8)
+        axes.set_yticks(places, [break_lines(name, 1.6, 8, 3) for name in names], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(f"segments of {length}", fontsize=10)
+        quiet(axes)
+    save_figure(figure, path)
