@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 WRITE_GATES = ("none", "hard", "sigmoid")
 MIX_GATES = ("head", "token")
 LOCAL_CONTEXTS = ("segment", "sliding")
+BACKENDS = ("local", "te")
 QK_INITS = ("independent", "tied")
+KERNELS = ("auto", "torch", "fla")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
@@ -39,6 +41,9 @@ class MemoryConfig:
     """Give the local attention all of the output while the memory is empty. `false` is the literal paper."""
     epsilon: float = 1e-6
     """A read whose normaliser phi(q) z is not larger than this gives 0."""
+    kernel: str = "auto"
+    """What writes `deltanet` and `gated_deltanet`: `torch`; `fla`, flash-linear-attention's Triton kernels (CUDA,
+    train.precision=bf16); `auto`, `fla` where it can be had and `torch` elsewhere. The start of a run says which."""
 
 
 @dataclass
@@ -113,6 +118,9 @@ class ModelConfig:
     learnt, in the memory and in the local attention (mimetic initialisation, arXiv 2410.11135). For models from scratch
     that have to recall; nothing ties them in training."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    backend: str = "local"
+    """Whose parallel linear layers carry the attention's and the MLP's matrices: `local`, Megatron's own, or `te`,
+    NVIDIA's Transformer Engine (CUDA; see `model.backend`). Parameters, names and checkpoints are the same."""
 
 
 class LayerShape(NamedTuple):
@@ -139,6 +147,12 @@ def layer_shape(config: ModelConfig, tensor_size: int = 1) -> LayerShape:
     groups = heads if config.num_query_groups is None else config.num_query_groups
     dim = config.hidden_size // heads if config.kv_channels is None else config.kv_channels
     return LayerShape(config.hidden_size, heads // tensor_size, groups // tensor_size, dim)
+
+
+def same_function(config: ModelConfig) -> ModelConfig:
+    """`config` without what says only how it is computed, `backend` and `memory.kernel`: models that differ in nothing
+    else have the same weights and are the same function, so a checkpoint goes on with others of these."""
+    return replace(config, backend="local", memory=replace(config.memory, kernel="auto"))
 
 
 def saved_shape(model: Mapping[str, Any]) -> LayerShape:

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.backend import local_linears, parallel_linears
 from model.config import ModelConfig, layer_shape
 from model.layers import incremental
 from model.layers.attention import InfiniAttention
@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
         self.attention = InfiniAttention(config, megatron, tensor_size=tensor_size, detach_reads=options.detach_reads)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
-        backend = LocalSpecProvider()
+        backend = parallel_linears(config.backend)
         self.mlp = MLP(
             megatron,
             MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()),
@@ -166,7 +166,7 @@ class DecoderStage(nn.Module):
                 dtype=megatron.params_dtype,
                 partial_gradient=options.sequence_parallel,
             )
-            self.output = LocalSpecProvider().column_parallel_linear()(
+            self.output = local_linears().column_parallel_linear()(
                 config.hidden_size,
                 self.vocab_size,
                 config=megatron,

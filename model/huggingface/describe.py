@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from model.config import ModelConfig, RopeScalingConfig, layer_shape
+from model.config import ModelConfig, RopeScalingConfig, layer_shape, same_function
 from model.huggingface.exported.memory_infini import LOCAL_CONTEXTS, MIX_GATES, RULES, WRITE_GATES
 from model.rules import has_convolution
 
@@ -49,6 +49,7 @@ def describe_infini(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     Raises:
         ValueError: the exported code does not know one of the model's settings, or its value.
     """
+    config = same_function(config)  # how it is computed is not exported
     memory = config.memory
     for name, value, known in (
         ("rule", memory.rule, ("none", *RULES)),

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from model.backend import local_linears, parallel_linears
 from model.config import ModelConfig, layer_shape
 from model.layers.local_context import sliding_attention
 from model.layers.norm import RMSNorm
@@ -52,8 +52,8 @@ class InfiniAttention(nn.Module):
         self.memory_config = config.memory
         self.detach_reads = detach_reads
         self.rule = build_rule(config.memory)
-        backend = LocalSpecProvider()
-        common = {"config": megatron, "init_method": megatron.init_method}
+        backend, local = parallel_linears(config.backend), local_linears()
+        common = {"config": megatron, "init_method": megatron.init_method, "skip_bias_add": False, "is_expert": False}
         heads, groups = megatron.num_attention_heads, megatron.num_query_groups
         # One block of rows per key/value head: its query heads, its key, its value. A plain split is a split by head.
         self.qkv = backend.column_parallel_linear()(
@@ -69,12 +69,11 @@ class InfiniAttention(nn.Module):
             config.hidden_size,
             bias=False,
             input_is_parallel=True,
-            skip_bias_add=False,
             **common,
         )
         if self.rule is not None:
             if config.memory.mix_gate == "token":
-                self.mix_gate = backend.column_parallel_linear()(
+                self.mix_gate = local.column_parallel_linear()(
                     config.hidden_size, heads, bias=True, gather_output=False, **common
                 )
             else:
@@ -82,7 +81,7 @@ class InfiniAttention(nn.Module):
                 self.beta = nn.Parameter(values)
             add_rule_parameters(self, self.rule, layer_shape(config), megatron, tensor_size=tensor_size)
         if config.memory.write_gate != "none":
-            self.write_gate = backend.column_parallel_linear()(
+            self.write_gate = local.column_parallel_linear()(
                 config.hidden_size, groups, bias=True, gather_output=False, **common
             )
 

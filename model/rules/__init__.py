@@ -36,8 +36,8 @@ RULES: dict[str, Callable[[MemoryConfig], MemoryRule | None]] = {
     "none": lambda memory: None,
     "linear": lambda memory: NormalizedRule(delta=False, epsilon=memory.epsilon),
     "delta": lambda memory: NormalizedRule(delta=True, epsilon=memory.epsilon),
-    "deltanet": lambda memory: DeltaNetRule(),
-    "gated_deltanet": lambda memory: GatedDeltaNetRule(),
+    "deltanet": lambda memory: DeltaNetRule(memory.kernel),
+    "gated_deltanet": lambda memory: GatedDeltaNetRule(memory.kernel),
 }
 """By the name that `memory.rule` gives them. `none` is the plain transformer."""
 

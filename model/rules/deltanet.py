@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.config import LayerShape
 from model.rules.base import MemoryRule, Tokens, affine_scan
+from model.rules.kernel import choose_kernel, scan_by_fla
 from model.rules.state import MatrixState
 
 SMALLEST_SQUARE = 1e-24
@@ -95,11 +96,25 @@ def scan_delta_rule(
 
 
 class DeltaNetRule(MemoryRule):
-    """The read sees the state before the segment; the write is token by token."""
+    """The read sees the state before the segment; the write is token by token.
+
+    Args:
+        kernel: what writes, one of `model.config.KERNELS`.
+    """
+
+    def __init__(self, kernel: str = "auto") -> None:
+        self.kernel = kernel
 
     def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, keep: Tensor) -> MatrixState:
         key = unit_length(tokens.k)
-        return MatrixState(scan_delta_rule(key, tokens.v, tokens.gate, None, state.M, keep))
+        return MatrixState(self.write(key, tokens, None, state.M, keep))
+
+    def write(self, key: Tensor, tokens: Tokens, log_decay: Tensor | None, initial: Tensor, keep: Tensor) -> Tensor:
+        """`scan_delta_rule`, by the kernel that the run has."""
+        device, dim = key.device.type, key.shape[-1]
+        kernel = choose_kernel(self.kernel, bfloat16=tokens.bfloat16, device=device, dim=dim)
+        scan = scan_by_fla if kernel.name == "fla" else scan_delta_rule
+        return scan(key, tokens.v, tokens.gate, log_decay, initial, keep)
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: MatrixState) -> Tensor:
         return (unit_length(q.flatten(3, 4)) @ state.M).view(q.shape)

@@ -14,9 +14,6 @@ find out what to keep. In log space a step of b changes a half life by the same 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
 import math
 from collections.abc import Mapping
 
@@ -26,17 +23,15 @@ from torch import Tensor
 
 from model.config import LayerShape
 from model.rules.base import RuleParameter, Tokens
-from model.rules.deltanet import DeltaNetRule, block_length, scan_delta_rule, unit_length
+from model.rules.deltanet import DeltaNetRule, block_length, unit_length
 from model.rules.state import MatrixState
 
 SLOWEST_DECAY, FASTEST_DECAY = 1e-5, 1e-3
 """Initial -log a of the first and the last key/value head."""
 
-logger = logging.getLogger(__name__)
-
 
 class GatedDeltaNetRule(DeltaNetRule):
-    """The rule; with flash-linear-attention installed, its kernel writes on a GPU under bfloat16."""
+    """`DeltaNetRule` with a decay."""
 
     token_inputs = ("decay",)
 
@@ -56,8 +51,7 @@ class GatedDeltaNetRule(DeltaNetRule):
     def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, keep: Tensor) -> MatrixState:
         key = unit_length(tokens.k)
         log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(tokens.inputs["decay"])
-        scan = _kernel_scan if _uses_kernel(tokens.bfloat16, key.device.type) else scan_delta_rule
-        return MatrixState(scan(key, tokens.v, tokens.gate, log_decay, state.M, keep))
+        return MatrixState(self.write(key, tokens, log_decay, state.M, keep))
 
     def flops_per_token(self, layer: LayerShape) -> int:
         return super().flops_per_token(layer) + 2 * layer.hidden * layer.groups
@@ -65,41 +59,3 @@ class GatedDeltaNetRule(DeltaNetRule):
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int) -> tuple[int, int]:
         per_token, per_segment = super().saved_bytes(layer, length, m, c)
         return per_token + 2 * block_length(length) * layer.groups * m + layer.hidden * c, per_segment
-
-
-@functools.cache
-def _uses_kernel(bfloat16: bool, device: str) -> bool:
-    """Whether flash-linear-attention's kernel writes; said once per process and setting.
-
-    Its products are bfloat16, so a float32 run keeps to the torch form.
-    """
-    use = bfloat16 and device == "cuda" and importlib.util.find_spec("fla") is not None
-    if use:
-        logger.warning("gated_deltanet writes by flash-linear-attention's kernel, which this project has not tested")
-    else:
-        logger.info("gated_deltanet writes by the torch form")
-    return use
-
-
-def _kernel_scan(
-    key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor, initial: Tensor, keep: Tensor
-) -> Tensor:
-    """`scan_delta_rule` by flash-linear-attention's chunked kernel, a call per segment; the state stays float32.
-
-    Not tested: no GPU was at hand. Written against the interface of `chunk_gated_delta_rule` as of version 0.4.
-    """
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    states, current = [], initial
-    gate = torch.ones_like(log_decay) if gate is None else gate
-    for t in range(key.shape[1]):
-        current = current.where(keep[:, t].view(-1, 1, 1, 1), 0)
-        states.append(current)
-        k, v, g, beta = (x[:, t].transpose(1, 2).contiguous() for x in (key, value, log_decay, gate))
-        k, v = k.bfloat16(), v.bfloat16()
-        # Only the final state is wanted: the queries are zero.
-        _, current = chunk_gated_delta_rule(
-            torch.zeros_like(k), k, v, g, beta, initial_state=current, output_final_state=True
-        )
-    states.append(current)
-    return torch.stack(states, dim=1)

@@ -7,10 +7,10 @@ around its forward, so a module of their own would have them for as long as it c
 from __future__ import annotations
 
 import torch
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from model.backend import local_linears
 from model.config import LayerShape
 from model.rules import MemoryRule
 
@@ -23,7 +23,7 @@ def add_rule_parameters(
     """Give `module` one rank's part of what `rule` asks for in the whole `layer`: nothing for most rules."""
     parameters = rule.parameters(layer)
     for name in rule.token_inputs:
-        linear = LocalSpecProvider().column_parallel_linear()(
+        linear = local_linears().column_parallel_linear()(
             layer.hidden, layer.groups, bias=True, gather_output=False, config=megatron, init_method=None
         )
         module.add_module(PREFIX + name, linear)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from model.config import same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.device import prepare_megatron
 from model.sharding import full_shape, partition_of
@@ -70,7 +71,7 @@ def build_stages(config: Config, vocab: int) -> list[BuiltStage]:
         layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
         with pretended_rank(stage * parallel.tensor, model_parallel_size(config), **layout), torch.device("meta"):
             module = DecoderStage(
-                config.model,
+                same_function(config.model),  # with what every machine has
                 options,
                 vocab_size=vocab,
                 first_layer=first,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.config import same_function
 from pipeline.config.derived import model_parallel_size
 from pipeline.config.load import ConfigError, load_config, stored_config
 from pipeline.config.schema import Config
@@ -19,8 +20,11 @@ OWN_LAYOUT = [
     "parallel.sequence_parallel=false",
     "parallel.zero_stage=1",
     "resilience.hang_timeout_s=0",
+    "model.backend=local",
+    "model.memory.kernel=auto",
 ]
-"""What an evaluation does not take from the run: a checkpoint can be read on any layout, and nothing watches."""
+"""What an evaluation does not take from the run: a checkpoint can be read on any layout and any machine, and nothing
+watches."""
 
 
 def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) -> Config:
@@ -52,7 +56,7 @@ def generation_config(
     """
     config = stored_config(saved, [*OWN_LAYOUT, *overrides], where)
     problems = []
-    if config.model != stored_config(saved, [], where).model:
+    if same_function(config.model) != same_function(stored_config(saved, [], where).model):
         problems.append("settings under model belong to the checkpoint: generation cannot change them")
     if config.parallel.sequence_parallel:
         problems.append(

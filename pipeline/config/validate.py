@@ -8,8 +8,18 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from model.config import LOCAL_CONTEXTS, MIX_GATES, QK_INITS, ROPE_SCALINGS, WRITE_GATES, layer_shape
+from model.config import (
+    BACKENDS,
+    KERNELS,
+    LOCAL_CONTEXTS,
+    MIX_GATES,
+    QK_INITS,
+    ROPE_SCALINGS,
+    WRITE_GATES,
+    layer_shape,
+)
 from model.rules import RULES
+from model.rules.kernel import RULES_WITH_KERNELS
 from pipeline.config import derived
 from pipeline.config.bounds import PARAMETERS, TOKENS_PER_STEP, out_of_bounds
 from pipeline.config.load import ConfigError
@@ -29,6 +39,8 @@ CHOICES: dict[str, Collection[str]] = {
     "model.memory.rule": RULES,
     "model.memory.write_gate": WRITE_GATES,
     "model.memory.mix_gate": MIX_GATES,
+    "model.memory.kernel": KERNELS,
+    "model.backend": BACKENDS,
     "model.qk_init": QK_INITS,
     "model.local_context": LOCAL_CONTEXTS,
     "model.rope_scaling.type": ROPE_SCALINGS,
@@ -283,6 +295,16 @@ def _memory(config: Config) -> Iterator[str]:
         yield (
             "model.memory.short_convolution = true: must be null or false with model.memory.rule = none, there is "
             "nothing to convolve for"
+        )
+    if memory.kernel == "fla" and memory.rule not in RULES_WITH_KERNELS:
+        yield (
+            f"model.memory.kernel = fla: must be auto or torch with model.memory.rule = {memory.rule}; "
+            f"flash-linear-attention writes {' and '.join(RULES_WITH_KERNELS)}"
+        )
+    elif memory.kernel == "fla" and config.train.precision != "bf16":
+        yield (
+            f"model.memory.kernel = fla: must be auto or torch with train.precision = {config.train.precision}, its "
+            "products are bfloat16"
         )
     if memory.write_gate == "none" and config.train.write_gate_penalty:
         gates = " or ".join(gate for gate in WRITE_GATES if gate != "none")

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from data.prepared.shards import PreparedSet
+from model.config import same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
+from model.rules.kernel import memory_kernel
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 from pipeline.parallel.topology import Topology
 
 
 def build_stage(config: Config, topology: Topology, vocab_size: int) -> DecoderStage:
-    """This process's part of the model, with its initial values, on its device."""
+    """This process's part of the model, with its initial values, on its device.
+
+    Raises:
+        ValueError: a backend or a kernel is asked for that this machine does not have.
+    """
+    memory_kernel(config.model, config.train.precision, topology.device.type)
     layers = split_layers(config.model.num_layers, topology.pipeline_size, config.parallel.layers_per_stage)
     first, last = layers[topology.pipeline_rank]
     options = StageOptions(
@@ -63,7 +70,7 @@ FIXED_FOR_A_RUN: dict[str, Any] = {
     "data": ("sets", "stagger"),
 }
 """Sections (or keys of them) that a resumed run must share with its checkpoint: they decide what the saved numbers
-mean. Everything else (layout, learning rate, intervals, number of steps) may change."""
+mean. Everything else (layout, learning rate, intervals, number of steps, kernels) may change."""
 
 
 def check_same_run(saved: Config, config: Config) -> None:
@@ -72,7 +79,7 @@ def check_same_run(saved: Config, config: Config) -> None:
     Raises:
         ConfigError: names every key that differs.
     """
-    current, before = asdict(config), asdict(saved)
+    current, before = (asdict(replace(run, model=same_function(run.model))) for run in (config, saved))
     problems = []
 
     def compare(key: str, old: Any, new: Any) -> None:

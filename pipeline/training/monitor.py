@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from model.layers.statistics import MemoryStatistics
+from model.rules.kernel import memory_kernel
 from pipeline.accounting.flops import measured_matmul_peak, parameter_count, train_flops_per_token
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.checkpoint.writer import SaveReport
@@ -116,6 +117,8 @@ class Monitor:
             derived.lanes_per_rank(config, world),
             derived.lanes_per_microbatch(config, world),
         )
+        kernel = memory_kernel(model, train.precision, self.topology.device.type)
+        kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}
         rows = {
             "layout": f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {self.topology.data_size}, "
             f"ZeRO {parallel.zero_stage}, {world} processes on {self.topology.device.type}",
@@ -123,6 +126,7 @@ class Monitor:
             "memory": f"{model.memory.rule}, write gate {model.memory.write_gate}, mix gate {model.memory.mix_gate}, "
             f"local context {model.local_context}, "
             f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
+            **kernels,
             "parameters": f"{count['total']:,}",
             "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "
             f"{model.segment_length} tokens"

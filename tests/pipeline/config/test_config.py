@@ -216,6 +216,18 @@ def refused(overrides, world_size=None) -> list[str]:
         (["model.qk_init=equal"], None, ["model.qk_init = equal", "independent, tied"]),
         (["model.memory.mix_gate=layer"], None, ["model.memory.mix_gate = layer", "head, token"]),
         (["model.memory.rule=none", "model.memory.mix_gate=token"], None, ["model.memory.mix_gate = token"]),
+        (["model.backend=apex"], None, ["model.backend = apex", "local, te"]),
+        (["model.memory.kernel=cuda"], None, ["model.memory.kernel = cuda", "auto, torch, fla"]),
+        (
+            ["model.memory.kernel=fla", "train.precision=bf16"],
+            None,
+            ["model.memory.kernel = fla", "model.memory.rule = delta"],
+        ),
+        (
+            ["model.memory.kernel=fla", "model.memory.rule=deltanet"],
+            None,
+            ["model.memory.kernel = fla", "train.precision = fp32"],
+        ),
         (["model.memory.gate_floor=1"], None, ["model.memory.gate_floor = 1.0", "below 1"]),
         (["train.write_gate_penalty=0.1"], None, ["train.write_gate_penalty = 0.1", "hard or sigmoid"]),
         (["parallel.tensor=2", "parallel.pipeline=2"], 2, ["2 process(es)", "multiple of 4"]),

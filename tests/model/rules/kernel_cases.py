@@ -1,0 +1,48 @@
+"""Windows for the kernels of the delta rules, and what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.rules.deltanet import unit_length
+
+NAMES = ("key", "value", "gate", "log_decay", "initial")
+"""Arguments of `scan_delta_rule` with a gradient, in order."""
+
+
+def scan_inputs(
+    shape: Sequence[int], *, decay: bool = True, gate: bool = True, resets: bool = True, seed: int = 0
+) -> tuple[list[Tensor | None], Tensor]:
+    """Arguments of `scan_delta_rule` in float32 for (b, t, n, s, d), and keep. Some tokens' gates are closed; with
+    `resets` a document starts in the last lane's middle segment."""
+    b, t, n, s, d = shape
+    generator = torch.Generator().manual_seed(seed)
+    key = unit_length(torch.randn(b, t, n, s, d, generator=generator))
+    value = torch.randn(b, t, n, s, d, generator=generator)
+    gates = torch.rand(b, t, n, s, generator=generator)
+    gates[..., :3] = 0
+    log_decay = -0.02 * torch.rand(b, t, n, s, generator=generator)
+    initial = torch.randn(b, n, d, d, generator=generator)
+    keep = torch.ones(b, t, dtype=torch.bool)
+    keep[-1, t // 2] = not resets
+    return [key, value, gates if gate else None, log_decay if decay else None, initial], keep
+
+
+def gradients_of(
+    scan: Callable[..., Tensor], inputs: Sequence[Tensor | None], keep: Tensor, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """The states at the borders, and the gradients of a random projection of all of them."""
+    leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
+    states = scan(*leaves, keep)
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
+    (states * weights).sum().backward()
+    return [states.detach(), *(None if x is None else x.grad for x in leaves)]
+
+
+def relative_errors(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> list[float]:
+    """Norm of the difference over norm of what is expected, per tensor; 0 where there is none."""
+    pairs = zip(found, expected, strict=True)
+    return [0.0 if y is None else ((x.double() - y.double()).norm() / y.norm()).item() for x, y in pairs]

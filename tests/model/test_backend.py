@@ -1,0 +1,101 @@
+"""Whose parallel linear layers the model is made of. Transformer Engine itself cannot be imported without CUDA."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from model import decoder
+from model.backend import parallel_linears
+from model.layers import attention
+from tests.model.build import random_tokens, small_config, small_stage
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+MODEL = Path(decoder.__file__).parent
+LARGE = {"attention.qkv", "attention.projection", "mlp.linear_fc1", "mlp.linear_fc2"}
+"""What a backend makes, in every layer."""
+
+
+def test_transformer_engine_that_is_not_there_is_refused(monkeypatch):
+    if importlib.util.find_spec("transformer_engine") is None:
+        with pytest.raises(
+            ValueError, match=r"model\.backend = te: .*not installed.*pip install.*model\.backend=local"
+        ):
+            small_stage(small_config(backend="te"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "a spec")
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", False)
+    with pytest.raises(ValueError, match=r"model\.backend = te: .*cannot be imported.*model\.backend=local"):
+        parallel_linears("te")
+
+
+def required_arguments(name: str) -> tuple[set[str], set[str]]:
+    """The keyword arguments that a class of Megatron's wrappers for Transformer Engine must have, and may have. Read in
+    its source: without Transformer Engine there are no such classes."""
+    tree = ast.parse(Path(inspect.getfile(transformer_engine)).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            init = next(x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__")
+            names, defaults = [x.arg for x in init.args.kwonlyargs], init.args.kw_defaults
+            needed = {x for x, default in zip(names, defaults, strict=True) if default is None}
+            return needed, set(names)
+    raise AssertionError(f"Megatron has no {name}")
+
+
+class Recorded:
+    """A provider whose layers are Megatron's own, and that remembers what they were made with."""
+
+    def __init__(self):
+        self.made: list[tuple[str, torch.nn.Module, set[str]]] = []
+        self.column_parallel_linear = lambda: self._recorder(ColumnParallelLinear, "TEColumnParallelLinear")
+        self.row_parallel_linear = lambda: self._recorder(RowParallelLinear, "TERowParallelLinear")
+
+    def _recorder(self, kind, name):
+        recorded = self
+
+        class Layer(kind):
+            def __init__(self, input_size, output_size, **arguments):
+                super().__init__(input_size, output_size, **arguments)
+                recorded.made.append((name, self, set(arguments)))
+
+        return Layer
+
+
+@pytest.mark.parametrize("rule", ["delta", "gated_deltanet+sliding"])
+def test_a_backend_makes_the_large_matrices_and_nothing_else(monkeypatch, rule):
+    """With the arguments that Transformer Engine's layers want, and the parameters' names of every backend."""
+    config = small_config(rule, "sigmoid", mix="token")
+    usual = small_stage(config)
+    provider = Recorded()
+    for module in (decoder, attention):
+        monkeypatch.setattr(module, "parallel_linears", lambda backend: provider)
+    stage = small_stage(config)
+    made = {id(layer): name for name, layer, _ in provider.made}
+    names = {name.partition(".")[2].partition(".")[2] for name, x in stage.named_modules() if id(x) in made}
+    assert names == LARGE and len(made) == config.num_layers * len(LARGE)
+    for name, _, arguments in provider.made:
+        needed, known = required_arguments(name)
+        assert needed <= arguments <= known, (name, needed - arguments, arguments - known)
+    assert [name for name, _ in stage.global_parameters()] == [name for name, _ in usual.global_parameters()]
+    tokens, reset = random_tokens(1, 2, config.segment_length), torch.zeros(1, 2, dtype=torch.bool)
+    memory = stage.empty_memory(1, torch.device("cpu"))
+    with torch.no_grad():
+        losses = [x(tokens, memory, reset, tokens).token_loss for x in (stage, usual)]
+    assert torch.equal(*losses)
+
+
+def test_one_place_knows_the_backends():
+    assert isinstance(parallel_linears("local"), LocalSpecProvider)
+    for path in MODEL.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert path.name == "backend.py" or not any(
+            name in text for name in ("SpecProvider", "ColumnParallelLinear", "RowParallelLinear")
+        ), path
