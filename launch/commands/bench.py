@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = {
     "step": "launch.commands.bench_step",
+    "length": "launch.commands.bench_length",
     "schedule": "launch.commands.bench_schedule",
     "checkpoint": "launch.commands.bench_checkpoint",
     "generate": "launch.commands.bench_generate",

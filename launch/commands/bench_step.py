@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import positive_int
+from launch.commands.bench_options import add_machine, add_sizes, check_sizes, choose_device, machine_in_words
 from launch.processes.world import be_alone
 
 if TYPE_CHECKING:
@@ -27,12 +27,7 @@ QUICK = {"hidden": 32, "layers": 2, "heads": 2, "ffn": 86, "vocab": 64, "tokens"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    sizes = parser.add_argument_group("sizes, of every model (--quick has its own)")
-    sizes.add_argument("--hidden", type=positive_int, default=512, metavar="H", help="hidden size (%(default)s)")
-    sizes.add_argument("--layers", type=positive_int, default=8, metavar="L", help="layers (%(default)s)")
-    sizes.add_argument("--heads", type=positive_int, default=8, metavar="N", help="heads (%(default)s)")
-    sizes.add_argument("--ffn", type=positive_int, default=1365, metavar="F", help="width of the MLP (%(default)s)")
-    sizes.add_argument("--vocab", type=positive_int, default=4096, metavar="V", help="tokens (%(default)s)")
+    sizes = add_sizes(parser, hidden=512, layers=8, heads=8, ffn=1365, vocab=4096)
     sizes.add_argument("--tokens", type=positive_int, default=2048, metavar="N", help="of a window (%(default)s)")
     sizes.add_argument("--lanes", type=positive_int, default=1, metavar="B", help="windows at a time (%(default)s)")
     sizes.add_argument(
@@ -61,8 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="in which all run (%(default)s)")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="of all models (%(default)s)")
-    parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="of the processor (%(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    add_machine(parser)
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:
@@ -80,13 +74,8 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     for length in args.segment_lengths:
         if args.tokens % length:
             raise ValueError(f"--tokens {args.tokens} must be a multiple of --segment-lengths {length}")
-    if args.hidden % args.heads:
-        raise ValueError(f"--hidden {args.hidden} must be a multiple of --heads {args.heads}")
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks: the topology takes what is there
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here")
-    torch.set_num_threads(args.threads)
+    check_sizes(args)
+    choose_device(args)
     be_alone()
     topology = initialize(tensor=1, pipeline=1, timeout_s=600)
     if topology.device.type != "cpu":
@@ -128,14 +117,13 @@ def _introduce(args: argparse.Namespace, note: Note, device: torch.device, peers
     from pipeline.benchmarks.contestants import PEERS
 
     settings = f" Settings of this model: {' '.join(args.set)}." if args.set else ""
-    where = f"{device.type}, {args.threads} thread{'s' if args.threads > 1 else ''}" if device.type == "cpu" else "cuda"
     note.text(
         f"Forward and backward through a window of {args.tokens:,} random tokens in {args.lanes} lane(s), a loss on "
         f"each token, one graph; no optimizer. Hidden size {args.hidden}, {args.layers} layers, {args.heads} heads, "
         f"MLP {args.ffn}, {args.vocab:,} tokens in the vocabulary, input and output matrices of their own; "
-        f"{args.precision}, {where}. {args.rounds} rounds after one of warm-up; in each round every model runs once, "
-        "in an order that turns and reverses. Medians, in brackets the quartiles; ratios are taken inside the rounds."
-        + settings
+        f"{args.precision}, {machine_in_words(device, args.threads)}. {args.rounds} rounds after one of warm-up; in "
+        "each round every model runs once, in an order that turns and reverses. Medians, in brackets the quartiles; "
+        "ratios are taken inside the rounds." + settings
     )
     note.text(
         "`plain` is the same code without a memory (`memory.rule: none`). The share of the peak is the model's rate of "

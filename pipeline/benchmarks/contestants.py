@@ -133,7 +133,7 @@ def weight_products(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> C
     return Contestant(PRODUCTS, None, sum(weight.numel() for weight in weights), flops, run)
 
 
-def _llama(sizes: Sizes, dtype: torch.dtype) -> Built:
+def llama(sizes: Sizes, dtype: torch.dtype) -> Built:
     """The plain transformer that most people train: every token sees all before it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -224,7 +224,7 @@ PEERS = {
     "transformers": Peer(
         "transformers",
         "Llama of transformers (SDPA), full attention over the window",
-        _llama,
+        llama,
         PLAIN,
         segmented=False,
     ),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from data.tokenizer.tokenizer import byte_tokenizer
+from model.rules.state import memory_tensors
 from pipeline.benchmarks.measuring import peak_rss_bytes
 from pipeline.config.load import load_config
 from pipeline.inference.generate import BLOCK_CHARACTERS, Generator
@@ -35,15 +36,16 @@ class GenerationCosts:
     segment_length: int
     read_s: float
     read_cpu_s: float
-    new_tokens: int
-    new_token_s: float
-    new_token_cpu_s: float
-    """Medians over the new tokens."""
+    token_s: list[float]
+    token_cpu_s: list[float]
+    """Of every new token."""
     rss_before_bytes: int
     """Peak of the process with the model loaded, before the prompt."""
     rss_peak_bytes: int
     """Peak at the end."""
     memory_file_bytes: int
+    state_bytes: int
+    """Tensors of the memory and of the current segment."""
 
 
 def write_prompt(path: Path, characters: int) -> None:
@@ -59,10 +61,21 @@ def _blocks(total: int) -> Iterator[int]:
         yield min(BLOCK_CHARACTERS, total - start)
 
 
-def measure(prompt_tokens: int, new_tokens: int, layers: int, hidden_size: int, segment_length: int) -> GenerationCosts:
-    """Read a prompt from a file and go on, with a model of random weights; for a process of its own."""
+def measure(
+    prompt_tokens: int,
+    new_tokens: int,
+    layers: int,
+    hidden_size: int,
+    segment_length: int,
+    settings: Sequence[str] = (),
+) -> GenerationCosts:
+    """Read a prompt from a file and go on, with a model of random weights; for a process of its own.
+
+    Args:
+        settings: `key=value`, which win over `MODEL`.
+    """
     sizes = [f"model.num_layers={layers}", f"model.hidden_size={hidden_size}", f"model.segment_length={segment_length}"]
-    config = load_config(None, [*MODEL, *sizes, f"model.ffn_hidden_size={3 * hidden_size}"])
+    config = load_config(None, [*MODEL, *sizes, f"model.ffn_hidden_size={3 * hidden_size}", *settings])
     topology = initialize(tensor=1, pipeline=1, timeout_s=600)
     tokenizer = byte_tokenizer()
     streamer = Streamer(config, topology, tokenizer.vocab_size)
@@ -86,12 +99,12 @@ def measure(prompt_tokens: int, new_tokens: int, layers: int, hidden_size: int, 
         segment_length=segment_length,
         read_s=read_s,
         read_cpu_s=read_cpu_s,
-        new_tokens=new_tokens,
-        new_token_s=median(walls),
-        new_token_cpu_s=median(cpus),
+        token_s=walls,
+        token_cpu_s=cpus,
         rss_before_bytes=before,
         rss_peak_bytes=peak,
         memory_file_bytes=memory_file_bytes,
+        state_bytes=sum(x.numel() * x.element_size() for x in [*memory_tensors(state.memory), *chain(*state.cache)]),
     )
 
 

@@ -92,16 +92,22 @@ class Progress:
         total: pieces of work in all.
         amount: what a piece counts, for the rate; 0 shows none.
         unit: of `amount`.
+        interval_s: between two lines at least; the last piece always has one.
     """
 
-    def __init__(self, total: int, amount: float = 0.0, unit: str = "") -> None:
-        self.total, self.amount, self.unit = total, amount, unit
+    def __init__(self, total: int, amount: float = 0.0, unit: str = "", interval_s: float = 0.0) -> None:
+        self.total, self.amount, self.unit, self.interval_s = total, amount, unit, interval_s
         self.done, self.start = 0, time.monotonic()
+        self.told = self.start
 
     def __call__(self, name: object, seconds: float) -> None:
         """A piece is done, and took so long."""
         self.done += 1
+        now = time.monotonic()
+        if now - self.told < self.interval_s and self.done < self.total:
+            return
+        self.told = now
         rate = f", {self.amount / seconds:,.0f} {self.unit}/s" if self.amount else ""
-        left_s = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+        left_s = (now - self.start) / self.done * (self.total - self.done)
         left = f", {datetime.timedelta(seconds=round(left_s))} left" if self.done < self.total else ""
         print(f"  {self.done}/{self.total} {name}: {seconds:.2f} s{rate}{left}", file=sys.stderr, flush=True)

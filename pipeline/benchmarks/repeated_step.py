@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from data.lanes.loader import WindowBatch
+from model.rules.state import Memory
 from pipeline.config.schema import Config
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import Topology
@@ -65,14 +66,18 @@ class Step:
     def lanes_per_microbatch(self) -> int:
         return 1 if self.topology.pipeline_size > 1 else self.config.train.lanes
 
-    def run(self, batch: WindowBatch, config: Config, observer: Callable | None = None) -> StepResult:
+    def run(
+        self, batch: WindowBatch, config: Config, observer: Callable | None = None, memory: Memory | None = None
+    ) -> StepResult:
         """Forward and backward of `batch`.
 
         Args:
             config: the step's own configuration, in which window length, chunks and window recomputation may differ.
+            memory: carried in; None for an empty one.
         """
         executor = Executor(self.stage, self.topology, chunks=config.bptt.chunks_per_window, carry_gradient=True)
-        memory = self.stage.empty_memory(config.train.lanes, self.topology.device)
+        if memory is None:
+            memory = self.stage.empty_memory(config.train.lanes, self.topology.device)
         return executor.run(
             self.schedule(config),
             batch,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,26 @@ def test_a_record_of_another_form_is_refused(tmp_path):
     path.write_text('{"schema": "infini-bench/7", "benchmark": "step"}', encoding="utf-8")
     with pytest.raises(FileError, match="infini-bench/7"):
         read_record(path)
+
+
+def test_length(tmp_path):
+    """Its own processes are forked, so it runs from the command line as a user would."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "bench", "length", "--quick", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    record = the_record(tmp_path)
+    for model in ("delta", "sliding window", "full attention"):
+        assert len(numbers(record, "token_time", part="train", model=model)) == 2
+    assert 0.95 < numbers(record, "peak_ratio", model="delta", tokens=1024)[0] < 1.05
+    assert len(numbers(record, "times_reference", model="delta")) == 2
+    # What is kept of a document: the same whatever its length with a memory, in step with it with full attention.
+    states = {model: numbers(record, "state", model=model) for model in ("delta", "sliding window", "full attention")}
+    assert states["delta"][0] == states["delta"][1]
+    assert states["sliding window"][0] == states["sliding window"][1]
+    assert states["full attention"] == [2 * 32 * 4 * 256, 2 * 32 * 4 * 1024]
+    # M, z and what one segment's tokens have left in the cache.
+    assert states["delta"][0] == 4 * (2 * (16 * 16 + 16) + 16 * 2 * (4 * 16 + 1))

@@ -164,8 +164,13 @@ def test_the_note_has_a_row_per_prompt():
             self.rows = rows
 
     note = Note()
-    measured = {"parameters": 100, "segment_length": 64, "read_cpu_s": 0.5, "new_tokens": 8, "new_token_s": 0.008}
-    measured |= {"new_token_cpu_s": 0.004, "rss_before_bytes": 300 << 20, "rss_peak_bytes": 310 << 20}
+    measured = {"parameters": 100, "segment_length": 64, "read_cpu_s": 0.5, "token_s": [0.008, 0.1, 0.007]}
+    measured |= {
+        "token_cpu_s": [0.004, 0.004, 0.5],
+        "rss_before_bytes": 300 << 20,
+        "rss_peak_bytes": 310 << 20,
+        "state_bytes": 4096,
+    }
     costs = [GenerationCosts(tokens, read_s=1.0, memory_file_bytes=2048, **measured) for tokens in (1024, 2048)]
     report(costs, note)
     assert note.rows[0] == ["1,024", "1.0", "0.5", "2,048", "8.0", "4.0", "250", "300", "310", "2"]
