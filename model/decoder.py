@@ -13,11 +13,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.backend import local_linears, parallel_linears
+from model.backend import parallel_linears
 from model.config import ModelConfig, layer_shape
 from model.layers import incremental
 from model.layers.attention import InfiniAttention
-from model.layers.loss import token_correct, token_losses
+from model.layers.loss import OutputMatrix
 from model.layers.norm import RMSNorm
 from model.layers.segment_cache import SegmentCache, Span
 from model.layers.statistics import MemoryStatistics
@@ -44,6 +44,8 @@ class StageOptions(NamedTuple):
     detach_reads: bool = False
     """Read the memory without gradient."""
     sequence_parallel: bool = False
+    recompute_logits: bool = False
+    """Make the logits again in the backward pass, a block at a time, instead of keeping them."""
 
 
 class StageOutput(NamedTuple):
@@ -166,7 +168,7 @@ class DecoderStage(nn.Module):
                 dtype=megatron.params_dtype,
                 partial_gradient=options.sequence_parallel,
             )
-            self.output = local_linears().column_parallel_linear()(
+            self.output = OutputMatrix(
                 config.hidden_size,
                 self.vocab_size,
                 config=megatron,
@@ -280,10 +282,8 @@ class DecoderStage(nn.Module):
                 return StageOutput(hidden, None, None, carried, gate_sum, measured)
             loss = hits = None
             if labels is not None:
-                logits = self._logits(hidden)
-                folded = labels.flatten(0, 1).t().contiguous()  # [s, b*t], as the logits
-                hits = token_correct(logits, folded).t().view(labels.shape) if correct else None
-                loss = token_losses(logits, folded).t().reshape(labels.shape)
+                loss, hits = self._losses(hidden, labels)
+                hits = hits if correct else None
             return StageOutput(None, loss, hits, carried, gate_sum, measured)
 
     def empty_cache(self, lanes: int, device: torch.device) -> list[SegmentCache]:
@@ -330,15 +330,34 @@ class DecoderStage(nn.Module):
             hidden = hidden.transpose(0, 1).contiguous()
         return hidden.to(self.compute_dtype)
 
+    @property
+    def _output_weight(self) -> Tensor | None:
+        return self.embedding.weight if self.ties_own_embedding else None
+
+    @property
+    def _known_columns(self) -> int:
+        """Of this rank's logits; at most 0 where all of them are padding."""
+        return self.unpadded_vocab_size - self.tensor_rank * (self.vocab_size // self.tensor_size)
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and whether greedy decoding would give the label, both as `labels`, `[b, t+p, s]`."""
+        found = self.output(
+            self.final_norm(hidden),
+            self._output_weight,
+            labels=labels.flatten(0, 1).t().contiguous(),
+            known=self._known_columns,
+            dtype=self.compute_dtype,
+            keep_logits=not self.options.recompute_logits,
+        )
+        loss, hits = (x.t().reshape(labels.shape) for x in found)
+        return loss, hits
+
     def _logits(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.ties_own_embedding else None
-        logits, _ = self.output(self.final_norm(hidden), weight=weight)
-        # Rows that only pad the matrix are no tokens: without them a model with another padding is the same model.
-        known = self.unpadded_vocab_size - self.tensor_rank * logits.shape[-1]
+        logits, _ = self.output(self.final_norm(hidden), self._output_weight)
+        known = self._known_columns
         if known < logits.shape[-1]:
-            # Not recorded: the softmax gives these columns a gradient of 0, and autograd would copy all of it for that.
-            with torch.no_grad():
-                logits[..., max(known, 0) :] = -torch.inf
+            # Rows that only pad the matrix are no tokens.
+            logits[..., max(known, 0) :] = -torch.inf
         return logits
 
 

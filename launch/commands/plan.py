@@ -120,12 +120,14 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
     from pipeline.accounting.flops import memory_state_bytes, parameter_count, train_flops_per_token
     from pipeline.config import derived
     from pipeline.reporting.console import format_bytes, format_count
+    from pipeline.reporting.logits import told_logits
 
     model, train, parallel = config.model, config.train, config.parallel
     count = parameter_count(model, vocab)
     tokens = train.lanes * train.segments_per_window * model.segment_length
     flops = train_flops_per_token(model, vocab)
-    executed = train_flops_per_token(model, vocab, recompute=config.bptt.recompute)
+    again = derived.recomputes_logits(config, world, vocab)
+    executed = train_flops_per_token(model, vocab, recompute=config.bptt.recompute, recompute_logits=again)
     own = count["beta"] + count["write_gate"] + count["rule"]
     return [
         (
@@ -149,6 +151,7 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
             "FLOPs per token",
             f"{format_count(flops)}, with recompute {config.bptt.recompute} {format_count(executed)} executed",
         ),
+        ("logits", told_logits(config, world, vocab)),
         ("FLOPs per step and process", format_count(executed * tokens / world)),
     ]
 

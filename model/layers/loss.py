@@ -1,95 +1,182 @@
-"""Cross entropy over a vocabulary that is split over tensor-parallel ranks.
+"""Cross entropy from hidden states, block by block: the output matrix, the softmax and the loss in one.
 
-The logits are the largest tensor of a step. They live once: a forward pass keeps them as they came from the output
-matrix (2 bytes each in bfloat16), and the backward pass turns them into their own gradient. What the softmax needs in
-float32 is made for some rows at a time. Megatron's version, which gives the same numbers to the last bit, keeps the
-softmax in float32 and holds it beside the logits on the way there and back: 4 bytes each from forward to backward and 6
-to 8 at the peak, against 2 to 4 here.
+The logits are the largest tensor of a step. Here they exist for `BLOCK_ROWS` tokens at a time: product, maximum, sum
+and the label's logit of a block, and then the next one. The backward pass makes a block's logits again (one more
+product of the output matrix, beside its three), turns them into their own gradient in place, and adds the block's part
+to the gradients of the hidden states and of the matrix. With `keep_logits` they stay instead, once and in the
+precision of the product (2 bytes each in bfloat16), and the backward pass writes over them.
+
+The vocabulary is split over the tensor-parallel ranks. Each finds its own maximum, sum and label; two reductions of a
+few numbers per token put them together, whatever the number of blocks. What the softmax needs in float32 is made for
+some rows at a time. Megatron's version, which gives the same numbers to the last bit, keeps the softmax in float32 and
+holds it beside the logits on the way there and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce, _reduce_scatter_along_first_dim
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**22
+BLOCK_ROWS = 2048
+"""Tokens whose logits exist at once. A block's part is added to the matrix's whole gradient, which is read and written
+for it: 4 FLOPs per row for each of its bytes, so that fewer rows would wait for the memory of an H100 (some 300 FLOPs
+a byte)."""
+WIDE_ELEMENTS = 2**22
 """Of the logits that are wide at once: 16 MiB in float32, at 128,256 tokens 32 rows."""
 
 
-def _vocabulary_start(logits: Tensor) -> int:
-    return parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+class OutputLosses(NamedTuple):
+    token_loss: Tensor
+    """Cross entropy `[s, b]`, in float32 at least."""
+    token_correct: Tensor
+    """Bool `[s, b]`: the label has the largest logit, i.e. greedy decoding would give it."""
 
 
-def _owned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of each label among this rank's columns (0 where it is another rank's), and whether it is this rank's."""
-    local = labels - _vocabulary_start(logits)
-    owned = (local >= 0) & (local < logits.shape[-1])
-    return local.where(owned, 0), owned
+class OutputMatrix(ColumnParallelLinear):
+    """Megatron's output layer, which with labels goes on to the losses.
 
-
-def _reduce(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """`x`, in place, over the ranks that share the vocabulary."""
-    dist.all_reduce(x, op=op, group=parallel_state.get_tensor_model_parallel_group())
-    return x
-
-
-def _global_max(logits: Tensor) -> Tensor:
-    return _reduce(logits.detach().amax(dim=-1), dist.ReduceOp.MAX)
-
-
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows that are small enough to be wide."""
-    step = max(1, BLOCK_ELEMENTS // columns)
-    return (slice(first, first + step) for first in range(0, rows, step))
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy `[...]` of every token, in float32 at least, from this rank's columns `[..., vocabulary / tp]`.
-
-    The backward pass overwrites `logits`, which nothing may read after it.
+    Without labels it is what Megatron makes of it: logits `[s, b, vocabulary / tp]` and a bias that is None.
     """
-    return _TokenLosses.apply(logits, labels)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        known: int | None = None,
+        dtype: torch.dtype | None = None,
+        keep_logits: bool = True,
+    ) -> OutputLosses | tuple[Tensor, None]:
+        """Losses of `labels`.
+
+        Args:
+            hidden: `[s, b, h]`, with sequence parallelism `[s/tp, b, h]`.
+            weight: `[vocabulary / tp, h]` of a tied embedding, else the layer's own.
+            labels: int64 `[s, b]`.
+            known: columns of this rank that are tokens; the others only pad the matrix. Default: all.
+            dtype: of the product (default: the matrix's).
+            keep_logits: hold them for the backward pass, which then can run only once.
+        """
+        if labels is None:
+            return super().forward(hidden, weight)
+        weight = self.weight if weight is None else weight
+        return OutputLosses(
+            *_Losses.apply(
+                hidden,
+                weight,
+                labels,
+                weight.shape[0] if known is None else known,
+                weight.dtype if dtype is None else dtype,
+                self.sequence_parallel,
+                keep_logits and torch.is_grad_enabled(),
+            )
+        )
 
 
-class _TokenLosses(torch.autograd.Function):
+def _group() -> dist.ProcessGroup:
+    """The ranks that share the vocabulary."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _blocks(rows: int, length: int) -> Iterator[slice]:
+    return (slice(first, min(first + length, rows)) for first in range(0, rows, length))
+
+
+def _narrow(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows that are small enough to be wide."""
+    return _blocks(len(logits), max(1, WIDE_ELEMENTS // logits.shape[-1]))
+
+
+def _product(rows: Tensor, matrix: Tensor, known: int, out: Tensor | None = None) -> Tensor:
+    """Logits of some rows. Rows of the matrix that only pad it are no tokens: without them a model with another padding
+    is the same model."""
+    logits = torch.mm(rows, matrix.t(), out=out)
+    if known < logits.shape[-1]:
+        logits[:, max(known, 0) :] = -torch.inf
+    return logits
+
+
+class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        index, owned = (x.flatten() for x in _owned(logits, labels))
-        rows = logits.view(-1, logits.shape[-1])
-        maximum = _global_max(rows).to(wide)
-        total = torch.empty_like(maximum)
-        for block in _blocks(*rows.shape):
-            total[block] = (rows[block] - maximum[block].unsqueeze(-1)).exp_().sum(dim=-1)
-        target = rows.gather(-1, index.unsqueeze(-1)).squeeze(-1).to(wide) - maximum
-        target = _reduce(target.where(owned, 0))
-        total = _reduce(total)
-        ctx.save_for_backward(logits, maximum, total, index, owned)
-        return (total.log() - target).view(labels.shape)
+    def forward(ctx, hidden, weight, labels, known, dtype, sequence_parallel, keep):
+        group = _group()
+        wide = torch.promote_types(dtype, torch.float32)
+        # Cast here and again in the backward pass: a copy of the matrix must not live in between.
+        matrix = weight.to(dtype)
+        rows = _rows(hidden, dtype, sequence_parallel)
+        index = labels.flatten() - group.rank() * len(matrix)
+        owned = (index >= 0) & (index < len(matrix))
+        index = index.where(owned, 0)
+        maximum, total, target = (rows.new_empty(len(rows), dtype=wide) for _ in range(3))
+        kept = rows.new_empty(len(rows), len(matrix)) if keep else None
+        for block in _blocks(len(rows), BLOCK_ROWS):
+            logits = _product(rows[block], matrix, known, kept if kept is None else kept[block])
+            # A rank may hold nothing but padding: a maximum of -inf would make its empty sum NaN.
+            maximum[block] = logits.amax(dim=-1).to(wide).clamp_(min=torch.finfo(wide).min)
+            target[block] = logits.gather(-1, index[block].unsqueeze(-1)).squeeze(-1).to(wide)
+            own, sums = maximum[block], total[block]
+            for part in _narrow(logits):
+                sums[part] = (logits[part] - own[part].unsqueeze(-1)).exp_().sum(dim=-1)
+            del logits  # else it would live while the next one is made
+        highest = maximum.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        both = torch.stack([total * (maximum - highest).exp_(), target.where(owned, 0)])
+        total, target = _reduce(both, group)
+        losses, correct = total.log() - (target - highest), target >= highest
+        ctx.save_for_backward(hidden, weight, index, owned, highest, total, kept)
+        ctx.known, ctx.dtype, ctx.sequence_parallel = known, dtype, sequence_parallel
+        ctx.mark_non_differentiable(correct)
+        return losses.view(labels.shape), correct.view(labels.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, maximum, total, index, owned = ctx.saved_tensors
-        rows, gradient = logits.view(-1, logits.shape[-1]), gradient.flatten()
+    def backward(ctx, gradient, _):
+        hidden, weight, index, owned, highest, total, kept = ctx.saved_tensors
+        gradient, matrix = gradient.flatten(), weight.to(ctx.dtype)
+        rows = _rows(hidden, ctx.dtype, ctx.sequence_parallel)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        of_rows, of_matrix = torch.empty_like(rows) if needs_hidden else None, None
         at = torch.arange(len(index), device=index.device)
-        for block in _blocks(*rows.shape):
-            softmax = (rows[block] - maximum[block].unsqueeze(-1)).exp_()
-            softmax /= total[block].unsqueeze(-1)
-            softmax[at[: len(softmax)], index[block]] -= owned[block].to(softmax.dtype)
-            rows[block] = softmax.mul_(gradient[block].unsqueeze(-1))
-            del softmax  # else it would live while the next one is made
-        return logits, None
+        for block in _blocks(len(rows), BLOCK_ROWS):
+            logits = _product(rows[block], matrix, ctx.known) if kept is None else kept[block]
+            own_index, own_owned, own_highest = index[block], owned[block], highest[block]
+            own_total, own_gradient = total[block], gradient[block]
+            for part in _narrow(logits):
+                softmax = (logits[part] - own_highest[part].unsqueeze(-1)).exp_()
+                softmax /= own_total[part].unsqueeze(-1)
+                softmax[at[: len(softmax)], own_index[part]] -= own_owned[part].to(softmax.dtype)
+                logits[part] = softmax.mul_(own_gradient[part].unsqueeze(-1))
+                del softmax
+            if needs_hidden:
+                torch.mm(logits, matrix, out=of_rows[block])
+            if needs_weight:
+                of_matrix = _add_product(of_matrix, logits, rows[block])
+            del logits
+        if needs_hidden:
+            of_rows = of_rows.view(-1, *hidden.shape[1:])
+            of_rows = (_reduce_scatter_along_first_dim if ctx.sequence_parallel else _reduce)(of_rows, _group())
+        return of_rows, of_matrix, None, None, None, None, None
 
 
-@torch.no_grad()
-def token_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Bool `[...]`: whether the label has the largest logit, i.e. greedy decoding would give it."""
-    maximum = _global_max(logits)
-    index, owned = _owned(logits, labels)
-    hit = (logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) >= maximum) & owned
-    return _reduce(hit.to(torch.int32), dist.ReduceOp.MAX).bool()
+def _rows(hidden: Tensor, dtype: torch.dtype, sequence_parallel: bool) -> Tensor:
+    """All tokens' hidden states, `[s * b, h]`."""
+    hidden = hidden.to(dtype)
+    return (_gather_along_first_dim(hidden, _group()) if sequence_parallel else hidden).flatten(0, 1)
+
+
+def _add_product(total: Tensor | None, gradient: Tensor, rows: Tensor) -> Tensor:
+    """`total` and a block's part of the matrix's gradient; more than one part is summed in float32 at least."""
+    if total is None:
+        return torch.mm(gradient.t(), rows)
+    total = total.to(torch.promote_types(total.dtype, torch.float32))
+    if gradient.dtype == total.dtype:
+        return total.addmm_(gradient.t(), rows)
+    return total.add_(torch.mm(gradient.t(), rows))

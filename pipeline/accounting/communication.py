@@ -27,7 +27,13 @@ from dataclasses import dataclass
 
 from model.rules import build_rule
 from pipeline.accounting.footprint import RankBytes
-from pipeline.config.derived import data_parallel_size, lanes_per_microbatch, lanes_per_rank, segments_per_chunk
+from pipeline.config.derived import (
+    data_parallel_size,
+    lanes_per_microbatch,
+    lanes_per_rank,
+    number_bytes,
+    segments_per_chunk,
+)
 from pipeline.config.schema import Config
 
 
@@ -38,11 +44,6 @@ class TensorBytes:
     forward: int
     backward: int
     """What recomputation inside the backward pass sends included."""
-
-
-def number_bytes(config: Config) -> int:
-    """Bytes of a number of the residual stream."""
-    return {"bf16": 2, "fp32": 4, "fp64": 8}[config.train.precision]
 
 
 def chunk_tokens(config: Config, world_size: int) -> int:

@@ -123,8 +123,11 @@ def forward_flops_per_token(config: ModelConfig, vocab: int | None = None) -> di
     return flops | {"total": sum(flops.values())}
 
 
-def train_flops_per_token(config: ModelConfig, vocab: int | None = None, *, recompute: str = "none") -> float:
-    """FLOPs of forward and backward per token: three forward passes, plus what `bptt.recompute` runs once more.
+def train_flops_per_token(
+    config: ModelConfig, vocab: int | None = None, *, recompute: str = "none", recompute_logits: bool = False
+) -> float:
+    """FLOPs of forward and backward per token: three forward passes, plus what `bptt.recompute` runs once more, and the
+    output matrix where logits are made again.
 
     Model FLOPs utilisation takes `recompute="none"` whatever the run does, since work done twice is not progress; the
     run's own setting gives the FLOPs that the hardware executes.
@@ -141,7 +144,7 @@ def train_flops_per_token(config: ModelConfig, vocab: int | None = None, *, reco
     }
     if recompute not in again:
         raise ValueError(f"recompute is {recompute!r}, must be one of {', '.join(again)}")
-    return 3 * flops["total"] + again[recompute]
+    return 3 * flops["total"] + again[recompute] + (flops["output"] if recompute_logits else 0.0)
 
 
 def memory_state_bytes(config: ModelConfig, precision: str = "fp32") -> int:

@@ -29,7 +29,8 @@ and of one rank n query and g key/value heads of dimension d and an MLP width f,
                 + h c + 3 n m                              mix gate per token
     states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (the others)
 
-and the last stage h (2 m + e) for the final norm and e bytes per logit (see `model.layers.loss`). A **chunk** is one
+and the last stage h (2 m + e) for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
+(`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one
 microbatch's lanes x segments_per_window / chunks_per_window segments. Stage i of P holds chunks_per_window + P - 1 - i
 chunks (never more than a step has). Recomputation leaves less per chunk, and one part at a time in full:
 
@@ -37,7 +38,8 @@ chunks (never more than a step has). Recomputation leaves less per chunk, and on
     layer       h e per layer                                                           one layer in full
     window      the input of the chunk and the memory that each layer carries in        one chunk in full
 
-Working space: the gradient of the largest matrix, which is whole before it is added to what other chunks gave.
+Working space: the gradient of the largest matrix, which is whole before it is added to what other chunks gave; on the
+last stage also a block of logits that are made again.
 
 Not counted: what a kernel uses only inside itself, communication buckets, the allocator's waste, the loader. Held
 against a trace of a step of fake tensors (every live byte of gradients and activations; Llama 3 8B, tensor 8 x
@@ -51,12 +53,15 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig, layer_shape
 from model.decoder import split_layers
+from model.layers.loss import BLOCK_ROWS
 from model.rules import build_rule
 from pipeline.accounting.flops import embedding_rows, layer_parameters, memory_state_bytes
 from pipeline.config.derived import (
     data_parallel_size,
     lanes_per_microbatch,
     lanes_per_rank,
+    number_bytes,
+    recomputes_logits,
     segments_per_chunk,
 )
 from pipeline.config.schema import Config
@@ -132,7 +137,10 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
     lanes = lanes_per_microbatch(config, world_size)
     segments = segments_per_chunk(config)
     microbatches = lanes_per_rank(config, world_size) // lanes
-    chunk, once = _chunk_activations(config, layers, lanes * segments, lanes, is_last, vocab)
+    logits_again = is_last and recomputes_logits(config, world_size, embedding_rows(model, vocab))
+    chunk, once = _chunk_activations(config, layers, lanes * segments, lanes, is_last, vocab, logits_again)
+    block_rows = min(BLOCK_ROWS, lanes * segments * model.segment_length) if logits_again else 0
+    block = block_rows * embedding // model.hidden_size * number_bytes(config)
     lane_state = _lane_state_bytes(config, layers)
     return RankBytes(
         stage=stage,
@@ -152,7 +160,7 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         ),
         chunk_activations=chunk,
         recompute_activations=once,
-        working=max(embedding if matrices else 0, gate_and_up) * number,
+        working=max(embedding if matrices else 0, gate_and_up) * number + block,
     )
 
 
@@ -163,18 +171,25 @@ def _lane_state_bytes(config: Config, layers: int) -> int:
 
 
 def _chunk_activations(
-    config: Config, layers: int, segments: int, lanes: int, is_last: bool, vocab: int | None
+    config: Config,
+    layers: int,
+    segments: int,
+    lanes: int,
+    is_last: bool,
+    vocab: int | None,
+    logits_again: bool,
 ) -> tuple[int, int]:
     """Bytes that a chunk of `segments` segments, those of all its lanes, keeps; and what recomputation holds once."""
     model, tensor = config.model, config.parallel.tensor
-    e = {"bf16": 2, "fp32": 4, "fp64": 8}[config.train.precision]
+    e = number_bytes(config)
     m = max(e, 4)
     hidden, tokens = _hidden_between_matrices(config), segments * model.segment_length
     norm_and_mlp = tokens * (hidden * (2 * m + e) + 5 * model.ffn_hidden_size // tensor * e)
     attention = tokens * hidden * (2 * m + e) + _attention_bytes(model, tensor, hidden, e, m, segments)
     output = 0
     if is_last:
-        output = tokens * (hidden * (2 * m + e) + e * embedding_rows(model, vocab) // tensor)
+        logits = 0 if logits_again else e * embedding_rows(model, vocab) // tensor
+        output = tokens * (hidden * (2 * m + e) + 2 * m + 9 + logits)
     residual = tokens * hidden * e
     everything = layers * (attention + norm_and_mlp) + output
     kinds = {

@@ -18,10 +18,16 @@ from model.config import same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.device import prepare_megatron
 from model.sharding import full_shape, partition_of
-from pipeline.accounting.communication import chunk_tokens, data_bytes, number_bytes, tensor_bytes
+from pipeline.accounting.communication import chunk_tokens, data_bytes, tensor_bytes
 from pipeline.accounting.flops import forward_flops_per_token, parameter_count
 from pipeline.accounting.footprint import per_rank_bytes
-from pipeline.config.derived import lanes_per_microbatch, lanes_per_rank, model_parallel_size
+from pipeline.config.derived import (
+    lanes_per_microbatch,
+    lanes_per_rank,
+    model_parallel_size,
+    number_bytes,
+    recomputes_logits,
+)
 from pipeline.config.schema import Config
 from pipeline.schedule.operations import Kind, build_schedule
 from pipeline.schedule.simulate import Costs, Timeline, simulate
@@ -126,8 +132,9 @@ class Rates:
 def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -> Costs:
     """Costs of one chunk by the FLOP formulas and the bytes of tensor parallelism, which nothing hides here.
 
-    A backward costs two forwards and what recomputation runs again. With window recomputation the output matrix is left
-    to the replay (of all chunks: that the last chunk of a window may go without replay is not told apart).
+    A backward costs two forwards and what recomputation (of logits, too) runs again. With window recomputation the
+    output matrix is left to the replay (of all chunks: that the last chunk of a window may go without replay is not
+    told apart).
     """
     model, parallel = config.model, config.parallel
     flops = forward_flops_per_token(model, vocab)
@@ -143,6 +150,7 @@ def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -
     for stage, (first, last) in enumerate(split_layers(model.num_layers, parallel.pipeline, parallel.layers_per_stage)):
         share = (last - first) / model.num_layers
         output = flops["output"] if stage == parallel.pipeline - 1 else 0.0
+        logits_again = output if recomputes_logits(config, world_size, vocab) else 0.0
         layers = share * layers_flops
         seconds = tokens / parallel.tensor / rates.flops_per_s
         ends = {"is_first": stage == 0, "is_last": stage == parallel.pipeline - 1}
@@ -153,7 +161,7 @@ def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -
             {
                 Kind.FORWARD: (layers + (0.0 if without_output else output)) * seconds + forward_s,
                 Kind.REPLAY: (layers + output) * seconds + forward_s,
-                Kind.BACKWARD: (2 * (layers + output) + share * again) * seconds + backward_s,
+                Kind.BACKWARD: (2 * (layers + output) + share * again + logits_again) * seconds + backward_s,
             }
         )
     return Costs(per_stage, message_bytes(config, tokens), rates.link_bytes_per_s, LATENCY_S)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from model.config import layer_shape
+from model.sharding import padded_vocab_size
 from pipeline.config.schema import Config
+
+KEPT_LOGITS_BYTES = 2**30
+"""Of a rank, from which on logits are made again unless the configuration decides: a hundredth of what a device has,
+against a third more work in the output matrix (2 % of a step of Llama 3 8B, 8 % of its last stage's of four)."""
 
 
 def model_parallel_size(config: Config) -> int:
@@ -41,6 +46,29 @@ def gate_count(config: Config) -> int:
     """Write gates in one step of the whole job: layers x key/value heads x tokens."""
     model, train = config.model, config.train
     return model.num_layers * layer_shape(model).groups * train.lanes * train.segments_per_window * model.segment_length
+
+
+def number_bytes(config: Config) -> int:
+    """Bytes of a number of the residual stream, and of a logit."""
+    return {"bf16": 2, "fp32": 4, "fp64": 8}[config.train.precision]
+
+
+def logits_bytes(config: Config, world_size: int, vocab: int) -> int:
+    """Logits of the chunks that a rank of the last stage has in flight at once, if they were kept.
+
+    Args:
+        vocab: tokens, without padding.
+    """
+    chunks = 1 if config.bptt.recompute == "window" else config.bptt.chunks_per_window
+    tokens = lanes_per_microbatch(config, world_size) * segments_per_chunk(config) * config.model.segment_length
+    columns = padded_vocab_size(vocab, config.model.vocab_size_multiple) // config.parallel.tensor
+    return chunks * tokens * columns * number_bytes(config)
+
+
+def recomputes_logits(config: Config, world_size: int, vocab: int) -> bool:
+    """What `bptt.recompute_logits` comes to: null decides by size."""
+    chosen = config.bptt.recompute_logits
+    return logits_bytes(config, world_size, vocab) > KEPT_LOGITS_BYTES if chosen is None else chosen
 
 
 def longest_hang_s(config: Config) -> float:

@@ -47,6 +47,9 @@ class BpttConfig:
     """Units of the pipeline schedule in a window; must divide train.segments_per_window."""
     recompute: str = "none"
     """`none`; `selective` recomputes attention, `layer` whole layers, `window` whole chunks from their memory."""
+    recompute_logits: bool | None = None
+    """Make the logits again in the backward pass, 2,048 tokens at a time, instead of keeping those of every chunk in
+    flight: a third more work in the output matrix. null does so where they would take more than 1 GiB of a rank."""
 
 
 @dataclass

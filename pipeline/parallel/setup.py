@@ -13,6 +13,7 @@ from data.prepared.shards import PreparedSet
 from model.config import same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.rules.kernel import memory_kernel
+from pipeline.config.derived import recomputes_logits
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 from pipeline.parallel.topology import Topology
@@ -32,6 +33,7 @@ def build_stage(config: Config, topology: Topology, vocab_size: int) -> DecoderS
         recompute="none" if config.bptt.recompute == "window" else config.bptt.recompute,
         detach_reads=config.bptt.gradient == "detached",
         sequence_parallel=config.parallel.sequence_parallel,
+        recompute_logits=recomputes_logits(config, dist.get_world_size(), vocab_size),
     )
     stage = DecoderStage(
         config.model,

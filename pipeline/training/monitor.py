@@ -24,6 +24,7 @@ from pipeline.parallel.memory_statistics import gather_statistics
 from pipeline.parallel.topology import Topology, on_main
 from pipeline.reporting.console import RunConsole, print_table
 from pipeline.reporting.diagnosis import diagnose_run
+from pipeline.reporting.logits import told_logits
 from pipeline.reporting.metrics import MetricsWriter, ThroughputMeter, layer_name
 from pipeline.training.step_record import StepRecord
 from pipeline.training.stillness import StillnessWatch
@@ -127,6 +128,7 @@ class Monitor:
             f"local context {model.local_context}, "
             f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
             **kernels,
+            "logits": told_logits(config, world, self.vocab_size),
             "parameters": f"{count['total']:,}",
             "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "
             f"{model.segment_length} tokens"

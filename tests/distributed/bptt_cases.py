@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from data.lanes.window import ProbeBatch, WindowBatch
 from model.config import layer_shape
+from model.layers import loss
 from model.sharding import partition_of
 from pipeline.config.load import load_config
 from pipeline.parallel.setup import build_stage
@@ -143,6 +145,12 @@ def one_graph(overrides: list[str]) -> dict[str, Any]:
     objective.backward()
     memory = [None if s is None else type(s)(*(x.detach() for x in s)) for s in output.memory]
     return collect(stage, topology, output.token_loss[:, :segments].detach(), memory)
+
+
+def by_small_blocks(**arguments: Any) -> list[dict[str, Any]]:
+    """`by_schedule` with logits of so few rows at once that a chunk has many blocks, and a last one that is shorter."""
+    with mock.patch.object(loss, "BLOCK_ROWS", 7), mock.patch.object(loss, "WIDE_ELEMENTS", 50):
+        return by_schedule(**arguments)
 
 
 def by_schedule(overrides: list[str], chunk_counts: list[int]) -> list[dict[str, Any]]:

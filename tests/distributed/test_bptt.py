@@ -113,6 +113,26 @@ def test_other_layouts_give_the_gradients_of_one_graph(pools, reference, world, 
         assert_same(whole(list(ranks)), expected)
 
 
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, []),
+        (1, ["bptt.recompute=layer", "model.tie_embeddings=false"]),
+        (2, ["parallel.tensor=2"]),
+        # The second rank's part of the vocabulary is nothing but padding.
+        (2, ["parallel.tensor=2", "parallel.sequence_parallel=true", "model.vocab_size_multiple=256"]),
+        (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true", "bptt.recompute=window"]),
+    ],
+)
+@pytest.mark.parametrize("recompute_logits", ["true", "false"])
+def test_blocks_of_logits_give_the_gradients_of_one_graph(pools, reference, world, overrides, recompute_logits):
+    expected = reference((*RULES["delta"], *(s for s in overrides if s.startswith("model."))))
+    settings = [*RULES["delta"], *overrides, f"bptt.recompute_logits={recompute_logits}"]
+    per_rank = pools.run(world, bptt_cases.by_small_blocks, overrides=settings, chunk_counts=[4])
+    for ranks in zip(*per_rank, strict=True):
+        assert_same(whole(list(ranks)), expected)
+
+
 def test_plain_transformer_too(pools, reference):
     settings = ["model.memory.rule=none"]
     ranks = pools.run(2, bptt_cases.by_schedule, overrides=[*settings, "parallel.pipeline=2"], chunk_counts=[4])

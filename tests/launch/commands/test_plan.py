@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,21 +151,23 @@ def test_what_cannot_run_is_refused(capsys):
     assert "bptt.chunks_per_window = 3" in err
 
 
+@pytest.mark.parametrize("logits", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "layer", "window"])
-def test_costs_add_up_to_the_flops_of_a_step(recompute):
+def test_costs_add_up_to_the_flops_of_a_step(recompute, logits):
     """All computation of all stages, at 1 FLOP/s, is what `pipeline.accounting.flops` says for the step's tokens."""
     config = load_config(
         None,
         [
             *("model.num_layers=6", "model.vocab_size=128", "parallel.pipeline=3", "train.lanes=4"),
             *("train.segments_per_window=8", "bptt.chunks_per_window=4", f"bptt.recompute={recompute}"),
+            f"bptt.recompute_logits={str(logits).lower()}",
         ],
     )
     costs = planner.estimated_costs(config, 3, 128, planner.Rates(flops_per_s=1.0, link_bytes_per_s=1e9))
     timeline = planner.simulate_step(config, costs, planner.microbatches_per_step(config, 3))
     seconds = sum(timeline.compute_s(stage) for stage in range(3))
     tokens = 4 * 8 * config.model.segment_length
-    expected = tokens * train_flops_per_token(config.model, 128, recompute=recompute)
+    expected = tokens * train_flops_per_token(config.model, 128, recompute=recompute, recompute_logits=logits)
     if recompute != "window":
         assert seconds == pytest.approx(expected)
     else:  # the output matrix runs once; the last chunk of a window may go without replay
@@ -174,6 +177,24 @@ def test_costs_add_up_to_the_flops_of_a_step(recompute):
     )
     assert costs.message_bytes == 2 * config.model.segment_length * config.model.hidden_size * 4
     assert costs.compute_s[2][Kind.BACKWARD] > costs.compute_s[1][Kind.BACKWARD]
+
+
+def test_logits_are_made_again_where_they_are_large(capsys):
+    """1 GiB of a rank decides, unless the configuration does; who has decided is said."""
+    arguments = (CONFIGS / "llama3_8b.yaml", "--world-size", 64)
+    # 4 chunks of 2,048 tokens, an eighth of 128,256 columns, 2 bytes each.
+    assert 4 * 2048 * 128256 // 8 * 2 == 250.5 * 2**20
+    assert (
+        "logits kept for the backward pass, 250 MiB on a rank of the last stage (by their size)"
+        in plan(capsys, *arguments)[1]
+    )
+    out = plan(capsys, *arguments, "bptt.recompute_logits=true")[1]
+    assert "logits made again in the backward pass" in out and "250 MiB (bptt.recompute_logits)" in out
+    config = load_config(CONFIGS / "llama3_8b.yaml", ["parallel.tensor=1", "parallel.sequence_parallel=false"])
+    kept = replace(config, bptt=replace(config.bptt, recompute_logits=False))
+    (*_, again), (*_, held) = (per_rank_bytes(c, 64, 128256) for c in (config, kept))
+    block = 2048 * 128256 * 2
+    assert held.activations - again.activations == 4 * block and again.working - held.working == block
 
 
 def test_planning_in_a_rank_of_a_run_is_a_mistake(monkeypatch):

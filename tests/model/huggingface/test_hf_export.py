@@ -74,13 +74,14 @@ def exported(config, stage) -> InfiniForCausalLM:
 def stage_logits(stage, tokens):
     """Logits `[b, t s, VOCAB]` of the decoder stage for whole segments `[b, t, s]` of one document each."""
     found = []
-    hook = stage.output.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    hook = stage.final_norm.register_forward_hook(lambda module, inputs, output: found.append(output))
     reset = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     reset[:, 0] = True
     stage(tokens, stage.empty_memory(len(tokens), tokens.device), reset, tokens)
     hook.remove()
     b, t, s = tokens.shape
-    return found[0].detach()[..., :VOCAB].view(s, b, t, VOCAB).permute(1, 2, 0, 3).flatten(1, 2)
+    logits, _ = stage.output(found[0].detach(), stage.embedding.weight if stage.ties_own_embedding else None)
+    return logits.detach()[..., :VOCAB].view(s, b, t, VOCAB).permute(1, 2, 0, 3).flatten(1, 2)
 
 
 def build(name):

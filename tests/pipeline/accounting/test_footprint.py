@@ -35,6 +35,7 @@ def run_config(memory, sequence_parallel, recompute, precision):
     )
 
 
+@pytest.mark.parametrize("recompute_logits", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -43,10 +44,16 @@ def run_config(memory, sequence_parallel, recompute, precision):
     [MemoryConfig("delta", "hard", mix_gate="token"), MemoryConfig("gated_deltanet", "none")],
     ids=["delta", "gated_deltanet"],
 )
-def test_estimate_against_what_autograd_keeps(memory, sequence_parallel, recompute, precision):
+def test_estimate_against_what_autograd_keeps(memory, sequence_parallel, recompute, precision, recompute_logits):
     """The collectives of a pretended rank do nothing, so numbers mean nothing; bytes do."""
     config = run_config(memory, sequence_parallel, recompute, precision)
-    options = StageOptions(precision=precision, recompute=recompute, sequence_parallel=sequence_parallel)
+    config.bptt.recompute_logits = recompute_logits
+    options = StageOptions(
+        precision=precision,
+        recompute=recompute,
+        sequence_parallel=sequence_parallel,
+        recompute_logits=recompute_logits,
+    )
     with pretended_rank(0, TENSOR, tensor=TENSOR, pipeline=1):
         stage = DecoderStage(
             config.model, options, vocab_size=512, first_layer=0, last_layer=2, tensor_rank=0, tensor_size=TENSOR
