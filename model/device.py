@@ -15,10 +15,20 @@ from megatron.core.tensor_parallel.layers import (
 
 
 def default_device(local_rank: int = 0) -> torch.device:
-    """The device of this process: its CUDA device when there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+    """The device of this process: its CUDA device when there is one, else the CPU.
+
+    Raises:
+        ValueError: the process does not see as many CUDA devices as its node has processes.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"LOCAL_RANK={local_rank}, but this process sees {count} CUDA device(s): there may be one process per "
+            "device, and each must see all devices of its node (CUDA_VISIBLE_DEVICES; under srun leave out "
+            "--gpus-per-task and --gpu-bind)"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def distributed_backend(device: torch.device) -> str:

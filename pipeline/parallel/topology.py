@@ -77,6 +77,11 @@ class Topology:
         dist.all_reduce(tensor, op=op, group=group)
         return tensor.tolist()
 
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        # Left to guess, NCCL would take another process's device where ranks are not numbered node by node.
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
 
 def on_main(action: Callable[[], Result]) -> Result:
     """Do `action` on the main process alone; every process gets what it returns. Collective.
@@ -159,7 +164,7 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
     stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     forward_group, backward_group = (_pipeline_groups(stages, timeout) for _ in range(2))
     position = stages.index(dist.get_rank())
-    return Topology(
+    topology = Topology(
         device=device,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=tensor,
@@ -172,6 +177,31 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
         forward_group=forward_group,
         backward_group=backward_group,
     )
+    _open_connections(topology)
+    return topology
+
+
+def _open_connections(topology: Topology) -> None:
+    """Use every group, and every connection between neighbouring stages, once.
+
+    NCCL makes a connection when it is first used, and both sides wait there for the other one, the host too: even for a
+    receive that is only posted. A stage that posts the receive of a gradient before it sends the hidden states for it
+    would wait for ever. Here stage after stage uses each connection, in an order that nobody waits in.
+    """
+    token = torch.zeros(1, device=topology.device)
+    for group, source, target in (
+        (topology.forward_group, topology.previous_rank, topology.next_rank),
+        (topology.backward_group, topology.next_rank, topology.previous_rank),
+    ):
+        if source is not None:
+            dist.recv(token, source, group=group)
+        if target is not None:
+            dist.send(token, target, group=group)
+    groups = [None, topology.tensor_group, topology.data_group, parallel_state.get_model_parallel_group()]
+    if topology.pipeline_size > 1 and (topology.pipeline_rank == 0 or topology.is_last_stage):
+        groups.append(topology.embedding_group)
+    for group in groups:
+        dist.all_reduce(token, group=group)
 
 
 def _pipeline_groups(own: list[int], timeout: datetime.timedelta) -> dist.ProcessGroup:

@@ -104,7 +104,7 @@ class Monitor:
         """Print every derived number before training starts; collective."""
         config, world = self.config, dist.get_world_size()
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        dist.barrier()  # all processes measure at once: they share the machine when they train, too
+        self.topology.barrier()  # all processes measure at once: they share the machine when they train, too
         own_peak = measured_matmul_peak(dtype, self.topology.device)
         self.peak_flops = self.topology.all_reduce([own_peak])[0]
         if not self.is_main:

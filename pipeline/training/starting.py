@@ -73,7 +73,7 @@ def begin(
         notes += start_from(source, optimizer, topology, config, vocab_size)
     if reader is not None and reader.summary.step >= config.train.steps:
         notes.append(f"train.steps = {config.train.steps} are done already: nothing is left to train")
-    dist.barrier()
+    topology.barrier()
     on_main(lambda: _write_config(config, run_dir))
     return notes, resume is not None
 

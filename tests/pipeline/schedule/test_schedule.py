@@ -42,19 +42,20 @@ def programs_of(stages, microbatches, chunks, replay):
     return [build_schedule(stage=stage, **shape) for stage in range(stages)]
 
 
-def run_with_rendezvous(programs, *, queues):
+def run_with_rendezvous(programs, *, queues, connects=False):
     """Run all stages with sends that block until their receive has been posted.
 
     Args:
         queues: `none`: a transfer takes place as soon as both sides have asked for it (gloo, which matches by tag).
             `two`: a stage's sends and receives in one direction wait in one queue, and a transfer takes place at the
             head of both sides' queues (NCCL with a group for each direction). `one`: both directions share a queue.
+        connects: connections are made by their first use (NCCL), not before.
 
     Raises:
         Deadlock: some stages can never go on.
     """
     position = [0] * len(programs)
-    waiting = defaultdict(list)
+    waiting, at_connection = defaultdict(list), defaultdict(set)
     arrived, entered = set(), set()
 
     def queue(stage, way):
@@ -87,11 +88,22 @@ def run_with_rendezvous(programs, *, queues):
             return transfer(stage, way, item)
         return True
 
+    def connected(stage):
+        """Whether the connection that the operation uses is there; with `connects`, it is made by its first use, and
+        both sides wait for each other there."""
+        kind = programs[stage][position[stage]].kind
+        if not connects or kind in WAITS or not (way := (POSTS | SENDS).get(kind)):
+            return True
+        onwards = (kind in SENDS) == (way == FORWARD)
+        link = (way, stage if onwards else stage - 1)
+        at_connection[link].add(stage)
+        return len(at_connection[link]) == 2
+
     moved = True
     while moved:
         moved = False
         for stage, program in enumerate(programs):
-            while position[stage] < len(program) and go_on(stage):
+            while position[stage] < len(program) and connected(stage) and go_on(stage):
                 position[stage] += 1
                 moved = True
     stuck = {s: programs[s][position[s]] for s in range(len(programs)) if position[s] < len(programs[s])}
@@ -260,3 +272,9 @@ def test_one_queue_for_both_directions_deadlocks():
     """Why forward and backward traffic have groups of their own."""
     with pytest.raises(Deadlock):
         run_with_rendezvous(programs_of(2, 2, 2, False), queues="one")
+
+
+def test_connections_made_by_their_first_use_deadlock():
+    """Stage 0 posts the receive of the gradient before it computes what the gradient is of."""
+    with pytest.raises(Deadlock, match="stage 0 at post receive of their gradient"):
+        run_with_rendezvous(programs_of(2, 1, 1, False), queues="two", connects=True)
