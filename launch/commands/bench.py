@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "step": "launch.commands.bench_step",
     "length": "launch.commands.bench_length",
+    "data": "launch.commands.bench_data",
+    "overhead": "launch.commands.bench_overhead",
     "schedule": "launch.commands.bench_schedule",
     "checkpoint": "launch.commands.bench_checkpoint",
     "generate": "launch.commands.bench_generate",

@@ -21,9 +21,11 @@ SIZES = {
 
 
 def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> argparse._ArgumentGroup:
-    """Sizes of every model of a benchmark; returns their group, for more."""
+    """Those sizes of every model of a benchmark that have a default; returns their group, for more."""
     group = parser.add_argument_group("sizes, of every model (--quick has its own)")
     for name, what in SIZES.items():
+        if name not in defaults:
+            continue
         group.add_argument(
             f"--{name}", type=positive_int, default=defaults[name], metavar="N", help=f"{what} (%(default)s)"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import positive_int
@@ -63,9 +62,10 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     """Raises: ValueError: sizes that do not divide, or a device that is not there."""
     import torch
 
+    from launch.commands.bench_bars import draw_bars
     from pipeline.benchmarks import contestants
     from pipeline.benchmarks.alternating import run_rounds
-    from pipeline.benchmarks.contestants import Sizes
+    from pipeline.benchmarks.contestants import PRODUCTS, Sizes
     from pipeline.benchmarks.measuring import Progress
     from pipeline.parallel.topology import initialize
 
@@ -96,7 +96,11 @@ def measure(args: argparse.Namespace, note: Note) -> None:
         )
         report(note, sizes, running, clocked)
         results.append((length, tokens, clocked))
-    _draw(note.picture("tokens"), results)
+    panels = {
+        f"segments of {length}": {name: clock.rates(tokens) for name, clock in clocked.items() if name != PRODUCTS}
+        for length, tokens, clocked in results
+    }
+    draw_bars(note.picture("tokens"), "forward and backward of a window, tokens/s", panels)
 
 
 def _contestants(
@@ -173,26 +177,3 @@ def report(note: Note, sizes: Sizes, running: Mapping[str, Contestant], clocked:
 
 def _bracketed(value: Spread, form: str) -> str:
     return f"{value.median:{form}} ({value.low:{form}} - {value.high:{form}})"
-
-
-def _draw(path: Path, results: Sequence[tuple[int, int, Mapping[str, Clocked]]]) -> None:
-    from pipeline.benchmarks.contestants import PRODUCTS
-    from pipeline.figures import break_lines, quiet, save_figure, titled_figure
-
-    names = [name for name in results[0][2] if name != PRODUCTS]
-    figure = titled_figure(5.0 * len(results), 0.8 + 0.42 * len(names), "forward and backward of a window, tokens/s")
-    for axes, (length, tokens, clocked) in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results, strict=True
-    ):
-        rates = [clocked[name].rates(tokens) for name in names]
-        middle = [rate.median for rate in rates]
-        off = [[rate.median - rate.low for rate in rates], [rate.high - rate.median for rate in rates]]
-        places = range(len(names))
-        axes.barh(places, middle, xerr=off, color="#7b9acc", ecolor="#333333", capsize=2)
-        for place, rate in zip(places, rates, strict=True):
-            axes.annotate(f"{rate.median:,.0f}", (0.02 * max(middle), place), va="center", fontsize=8)
-        axes.set_yticks(places, [break_lines(name, 1.6, 8, 3) for name in names], fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(f"segments of {length}", fontsize=10)
-        quiet(axes)
-    save_figure(figure, path)

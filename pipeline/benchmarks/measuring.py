@@ -89,7 +89,7 @@ class Progress:
     """A line on standard error per piece of work: how much is done, how fast, and when all of it will be.
 
     Args:
-        total: pieces of work in all.
+        total: pieces of work in all; 0 where nobody knows.
         amount: what a piece counts, for the rate; 0 shows none.
         unit: of `amount`.
         interval_s: between two lines at least; the last piece always has one.
@@ -104,10 +104,11 @@ class Progress:
         """A piece is done, and took so long."""
         self.done += 1
         now = time.monotonic()
-        if now - self.told < self.interval_s and self.done < self.total:
+        if now - self.told < self.interval_s and self.done != self.total:
             return
         self.told = now
+        count = f"{self.done}/{self.total}" if self.total else str(self.done)
         rate = f", {self.amount / seconds:,.0f} {self.unit}/s" if self.amount else ""
         left_s = (now - self.start) / self.done * (self.total - self.done)
         left = f", {datetime.timedelta(seconds=round(left_s))} left" if self.done < self.total else ""
-        print(f"  {self.done}/{self.total} {name}: {seconds:.2f} s{rate}{left}", file=sys.stderr, flush=True)
+        print(f"  {count} {name}: {seconds:.2f} s{rate}{left}", file=sys.stderr, flush=True)

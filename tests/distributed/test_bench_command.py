@@ -10,13 +10,17 @@ import pytest
 
 from data.files import FileError
 from launch import cli
+from pipeline.benchmarks import data_rates, measuring
+from pipeline.benchmarks.overhead import Overhead
 from pipeline.benchmarks.record import Record, read_record
 
 pytestmark = pytest.mark.distributed
 
 
 def bench(name: str, folder: Path, *options: str) -> str:
-    """Run a benchmark at its smallest size; returns the note. Called in a process of a pool."""
+    """Run a benchmark at its smallest size; returns the note. Called in a process of a pool, which has loaded all
+    libraries and joined its group: what would be measured in a process of its own is measured here."""
+    measuring.in_fresh_process = lambda function, *arguments: function(*arguments)
     assert cli.main(["bench", name, "--quick", "--out", str(folder), *options]) == 0
     (note,) = folder.glob("*.md")
     return note.read_text(encoding="utf-8")
@@ -91,3 +95,48 @@ def test_length(tmp_path):
     assert states["full attention"] == [2 * 32 * 4 * 256, 2 * 32 * 4 * 1024]
     # M, z and what one segment's tokens have left in the cache.
     assert states["delta"][0] == 4 * (2 * (16 * 16 + 16) + 16 * 2 * (4 * 16 + 1))
+
+
+def test_data(pools, tmp_path):
+    note = pools.run(1, bench, name="data", folder=tmp_path)[0]
+    record = the_record(tmp_path)
+    ours, theirs = (
+        numbers(record, "tokens_per_second", part="prepare", kind=kind) for kind in ("infini prepare", "tokenizers")
+    )
+    assert numbers(record, "times_tokenizers", kind="infini prepare") == [ours[0] / theirs[0]]
+    assert numbers(record, "times_tokenizers", kind="tokenizers") == [1]
+    assert len(numbers(record, "times_webdataset")) == 3
+    assert "1.0 MB of text" in note
+
+
+def test_both_sides_of_data_handle_the_same_tokens(pools, tmp_path):
+    """A rate is of tokens: prepare writes, plain tokenizers encode and webdataset reads the same ones."""
+    made, encoded, read, documents = pools.run(1, tokens_of_data, folder=tmp_path)[0]
+    assert made == encoded + documents == read  # each document ends with the end token
+
+
+def tokens_of_data(folder: Path) -> tuple[int, int, int, int]:
+    text = data_rates.write_text(folder / "text.jsonl", 200_000)
+    data_rates.prepare([str(text.path)], folder / "set", data_rates.options("train:300"))
+    made = data_rates.run_prepare(text, folder / "out", str(folder / "set"), 1)
+    encoded = data_rates.run_tokenizers(text, str(folder / "set"), 1)
+    return made.tokens, encoded.tokens, data_rates.run_webdataset(folder / "out").tokens, text.documents
+
+
+def test_overhead(pools, tmp_path):
+    note = pools.run(1, bench, name="overhead", folder=tmp_path)[0]
+    record = the_record(tmp_path)
+    shares = {m.of["cost"]: m.value for m in record.measurements if m.name == "share"}
+    assert shares.keys() == {"data", "metrics", "saves"}
+    for cost, share in shares.items():
+        held = share <= numbers(record, "bound", cost=cost)[0]
+        (row,) = (line for line in note.splitlines() if line.startswith(f"| {cost} ") and "%" in line)
+        assert ("yes" in row) == held and ("NO" in row) != held
+
+
+def test_shares_by_hand():
+    found = Overhead(tokens=8, metrics_interval=2, memory_interval=10, step_s=[1.0, 3.0], data_s=[0.1, 0.1])
+    found.metrics_s, found.statistics_s, found.save_s = [0.0, 0.2], [1.0, 5.0, 2.0], [0.6, 6.0, 0.3]
+    assert found.data_share == pytest.approx(0.05)
+    assert found.metrics_share == pytest.approx(0.05 + 2.0 / 10 / 2.0)  # per step of two seconds
+    assert found.save_share == pytest.approx(0.01)

@@ -1,0 +1,151 @@
+"""`infini bench data`: preparing text and reading it back, against plain `tokenizers` and webdataset."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.arguments import positive_int, processes
+from launch.processes.world import be_alone
+
+if TYPE_CHECKING:
+    from launch.commands.bench_note import Note
+    from pipeline.benchmarks.alternating import Spread
+    from pipeline.benchmarks.data_rates import Text, Timed, Window
+
+HELP = "infini prepare against plain tokenizers, the lane loader against webdataset"
+QUICK = {"megabytes": 1, "vocab": 512, "processes": [1], "rounds": 1, "windows": 8}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--megabytes",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="of text, Python source of installed packages (%(default)s)",
+    )
+    parser.add_argument(
+        "--vocab", type=positive_int, default=8192, metavar="N", help="of the byte-level BPE (%(default)s)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=processes,
+        nargs="+",
+        default=[1, 2],
+        metavar="N",
+        help="encoding processes of prepare, and threads of tokenizers (1 2)",
+    )
+    parser.add_argument("--lanes", type=positive_int, default=8, metavar="G", help="of the loader (%(default)s)")
+    parser.add_argument(
+        "--segments", type=positive_int, default=8, metavar="T", help="of a window in each lane (%(default)s)"
+    )
+    parser.add_argument(
+        "--segment-length", type=positive_int, default=256, metavar="S", help="tokens of a segment (%(default)s)"
+    )
+    parser.add_argument("--windows", type=positive_int, default=256, metavar="N", help="read in a round (%(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="in which all run (%(default)s)")
+    parser.add_argument("--folder", metavar="DIR", help="on the disk to measure (default: a temporary one)")
+
+
+def measure(args: argparse.Namespace, note: Note) -> None:
+    from pipeline.benchmarks.data_rates import Window, options, prepare, write_text
+
+    if args.quick:
+        vars(args).update(QUICK)
+    be_alone()
+    with tempfile.TemporaryDirectory(prefix="infini-bench-", dir=args.folder) as name:
+        folder = Path(name)
+        text = write_text(folder / "text.jsonl", args.megabytes * 10**6)
+        prepare([str(text.path)], folder / "set", options(f"train:{args.vocab}"))
+        note.text(
+            f"{text.bytes / 1e6:.1f} MB of text in {text.documents:,} documents (Python source of installed packages, "
+            f"JSON lines), byte-level BPE of {args.vocab:,} tokens. Files are in the page cache. {args.rounds} rounds, "
+            "in each of which all run, in an order that turns and reverses; medians, in brackets the quartiles."
+        )
+        prepared = _prepare(args, note, text, folder)
+        window = Window(args.lanes, args.segments, args.segment_length)
+        read = _read(args, note, window, folder / "set")
+    _draw(note.picture("rates"), prepared, read)
+
+
+def _turns(args: argparse.Namespace, contestants: Mapping[str, Callable[[], Timed]]) -> dict[str, list[Timed]]:
+    from pipeline.benchmarks.data_rates import take_turns
+    from pipeline.benchmarks.measuring import Progress
+
+    return take_turns(contestants, args.rounds, Progress(args.rounds * len(contestants)))
+
+
+def _prepare(args: argparse.Namespace, note: Note, text: Text, folder: Path) -> dict[str, Spread]:
+    from pipeline.benchmarks.data_rates import rates, ratios, run_prepare, run_tokenizers
+    from pipeline.benchmarks.measuring import in_fresh_process
+
+    tokenizer, out, contestants = str(folder / "set"), folder / "out", {}
+    for count in args.processes:
+        contestants[f"infini prepare, {count}"] = partial(in_fresh_process, run_prepare, text, out, tokenizer, count)
+        contestants[f"tokenizers, {count}"] = partial(in_fresh_process, run_tokenizers, text, tokenizer, count)
+    runs = _turns(args, contestants)
+    note.text("## Preparing")
+    note.text(
+        "`infini prepare` reads, encodes, and writes shards and index, hashed and synced, with so many processes. "
+        "`tokenizers` reads the same lines and encodes them as one batch on so many threads; it writes nothing. The "
+        "tokenizer is the same and there already."
+    )
+    rows = []
+    for name in contestants:
+        kind, count = name.split(", ")
+        of = {"kind": kind, "processes": int(count)}
+        rate = rates(runs[name])
+        share = ratios(runs[name], runs[f"tokenizers, {count}"])
+        megabytes = rate.median * text.bytes / 1e6 / runs[name][0].tokens
+        note.number("tokens_per_second", "tokens/s", rate, part="prepare", **of)
+        note.number("bytes_per_second", "bytes/s", megabytes * 1e6, part="prepare", **of)
+        note.number("times_tokenizers", "1", share, part="prepare", **of)
+        rows.append([name, _rate(rate), f"{megabytes:,.2f}", _ratio(share)])
+    note.table(["what, processes or threads", "tokens/s", "MB/s of text", "x tokenizers"], rows)
+    return {name: rates(runs[name]) for name in contestants}
+
+
+def _read(args: argparse.Namespace, note: Note, window: Window, folder: Path) -> dict[str, Spread]:
+    from pipeline.benchmarks.data_rates import rates, ratios, run_loader, run_webdataset
+
+    contestants = {
+        "webdataset": lambda: run_webdataset(folder),
+        "lane loader": lambda: run_loader(folder, window, args.windows, 0),
+        "lane loader, prefetching": lambda: run_loader(folder, window, args.windows, 2),
+    }
+    runs = _turns(args, contestants)
+    note.text("## Reading")
+    note.text(
+        "webdataset reads the shards from beginning to end and decodes whole documents. The lane loader lays out "
+        f"windows of {window.lanes} lanes x {window.segments} segments x {window.segment_length} tokens (tokens, "
+        "labels, weights, resets), from documents in its own order; only tokens of documents count, not padding. One "
+        "process."
+    )
+    rows = []
+    for name in contestants:
+        rate, share = rates(runs[name]), ratios(runs[name], runs["webdataset"])
+        note.number("tokens_per_second", "tokens/s", rate, part="read", kind=name)
+        note.number("times_webdataset", "1", share, part="read", kind=name)
+        rows.append([name, _rate(rate), _ratio(share)])
+    note.table(["what", "tokens/s", "x webdataset"], rows)
+    note.text("What a training step waits for its data: `infini bench overhead`.")
+    return {name: rates(runs[name]) for name in contestants}
+
+
+def _rate(rate: Spread) -> str:
+    return f"{rate.median:,.0f} ({rate.low:,.0f} - {rate.high:,.0f})"
+
+
+def _ratio(ratio: Spread) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
+
+
+def _draw(path: Path, *panels: Mapping[str, Spread]) -> None:
+    from launch.commands.bench_bars import draw_bars
+
+    draw_bars(path, "tokens/s", dict(zip(("preparing", "reading"), panels, strict=True)))
