@@ -16,6 +16,7 @@ BENCHMARKS = {
     "length": "launch.commands.bench_length",
     "data": "launch.commands.bench_data",
     "overhead": "launch.commands.bench_overhead",
+    "scaling": "launch.commands.bench_scaling",
     "schedule": "launch.commands.bench_schedule",
     "checkpoint": "launch.commands.bench_checkpoint",
     "generate": "launch.commands.bench_generate",

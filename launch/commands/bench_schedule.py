@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,18 +144,10 @@ def _pipeline(note: Note, quick: bool) -> None:
 
 
 def _run_pipeline(stages: int, chunk_s: float, repeats: int) -> list[Measured]:
-    from launch.processes.agent import launch_workers
-    from pipeline.benchmarks.pipeline import read_results
+    from launch.commands.bench_ranks import run_ranks
 
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # torchrun gives each rank its own
     settings = {"pipeline": stages, "lanes": 4, "repeats": repeats, "chunk_s": chunk_s, "model": []}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "results.json"
-        code = launch_workers("launch.processes.bench_worker", [str(path), json.dumps(settings)], stages)
-        if code:
-            raise ValueError(f"the {stages} processes of the benchmark ended with exit code {code}")
-        return read_results(path)
+    return run_ranks("pipeline", stages, settings)
 
 
 def _pipeline_row(result: Measured) -> list[str]:

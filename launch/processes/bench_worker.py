@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,22 +12,23 @@ from launch.processes.world import join_world
 
 
 def main() -> int:
-    """Arguments: a file for the results, and the settings of `pipeline.benchmarks.pipeline.measure` as JSON."""
-    path, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    """Arguments: a module of `pipeline.benchmarks` with `measure` and `write_results`, a file for the results, and the
+    settings of `measure` as JSON."""
+    module, path, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     join_world()
-    return run_rank(lambda: _measure(path, settings), path.parent)
+    return run_rank(lambda: _measure(module, path, settings), path.parent)
 
 
-def _measure(path: Path, settings: dict) -> int:
+def _measure(module: str, path: Path, settings: dict) -> int:
     import torch
 
-    from pipeline.benchmarks.pipeline import measure, write_results
     from pipeline.parallel.topology import shutdown
 
+    benchmark = importlib.import_module(f"pipeline.benchmarks.{module}")
     torch.set_num_threads(1)
-    results = measure(**settings)
+    results = benchmark.measure(**settings)
     if torch.distributed.get_rank() == 0:
-        write_results(path, results)
+        benchmark.write_results(path, results)
     shutdown()
     return 0
 

@@ -22,6 +22,7 @@ from pipeline.accounting.flops import train_flops_per_token
 from pipeline.benchmarks.repeated_step import Step, random_batch
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
+from pipeline.config.validate import validate
 from pipeline.parallel.topology import Topology
 from pipeline.training.batch_sums import to_device
 
@@ -75,7 +76,7 @@ def own_config(sizes: Sizes, rule: str, precision: str, settings: list[str]) -> 
     Raises:
         ConfigError: they do not fit together.
     """
-    return load_config(
+    config = load_config(
         None,
         [
             f"model.num_layers={sizes.layers}",
@@ -92,6 +93,8 @@ def own_config(sizes: Sizes, rule: str, precision: str, settings: list[str]) -> 
             *settings,
         ],
     )
+    validate(config, data_exists=False, overrides=settings)
+    return config
 
 
 def own_model(name: str, config: Config, topology: Topology) -> Contestant:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from data.files import FileError
 from launch import cli
-from pipeline.benchmarks import data_rates, measuring
+from launch.commands import bench_scaling
+from launch.commands.bench_note import Note
+from pipeline.benchmarks import data_rates, measuring, scaling
+from pipeline.benchmarks.contestants import Sizes
 from pipeline.benchmarks.overhead import Overhead
 from pipeline.benchmarks.record import Record, read_record
+from pipeline.config.validate import validate
 
 pytestmark = pytest.mark.distributed
 
@@ -140,3 +146,42 @@ def test_shares_by_hand():
     assert found.data_share == pytest.approx(0.05)
     assert found.metrics_share == pytest.approx(0.05 + 2.0 / 10 / 2.0)  # per step of two seconds
     assert found.save_share == pytest.approx(0.01)
+
+
+def test_scaling(pools, tmp_path):
+    """The layouts on real processes, and what the note makes of them."""
+    sizes = Sizes(2, 16, 2, 24, 64, tokens=64, lanes=2, segment_length=16)
+    shared = {"sizes": list(sizes), "rule": "delta", "settings": [], "steps": 2}
+    alone = pools.run(1, scaling.measure, layouts=["single"], **shared)[0]
+    several = pools.run(2, scaling.measure, layouts=["data", "tensor", "pipeline"], **shared)[0]
+    path = tmp_path / "results.json"
+    scaling.write_results(path, [*alone, *several])
+    times = {(one.layout, one.processes): [one] for one in scaling.read_results(path)}
+    assert times == {(one.layout, one.processes): [one] for one in [*alone, *several]}
+    path.unlink()
+    assert [one.layout for one in several if one.communication_s] == ["data", "tensor"]
+    pipeline = times["pipeline", 2][0]
+    assert 0 < pipeline.bubble_share < 1 and pipeline.simulated_s > 0 and pipeline.ran_s > 0
+
+    args = argparse.Namespace(layers=2, hidden=16, heads=2, rule="delta", lanes=2, tokens=64, rounds=1, steps=2)
+    note = Note("scaling", tmp_path)
+    bench_scaling.report(args, note, sizes.tokens * sizes.lanes, times)
+    note.write({})
+    record = the_record(tmp_path)
+    for layout in ("data", "tensor", "pipeline"):
+        speedup = median(times["single", 1][0].step_s) / median(times[layout, 2][0].step_s)
+        assert numbers(record, "speedup", layout=layout) == [pytest.approx(speedup)]
+        assert len(numbers(record, "bound_layout", layout=layout)) == 1
+    alone_s, data = median(times["single", 1][0].step_s), times["data", 2][0]
+    assert numbers(record, "bound_layout", layout="data") == [
+        pytest.approx(alone_s / (alone_s / 2 + data.communication_s))
+    ]
+
+
+def test_all_layouts_of_scaling_do_the_same_work():
+    sizes = Sizes(4, 32, 4, 88, 64, tokens=64, lanes=4, segment_length=16)
+    configs = [scaling.config_of(layout, 2, sizes, "delta", []) for layout in ("single", "data", "tensor", "pipeline")]
+    for config in configs:
+        validate(config, 1 if config is configs[0] else 2, data_exists=False)
+        assert config.model == configs[0].model
+        assert (config.train.lanes, config.train.segments_per_window) == (4, 4)
