@@ -20,6 +20,7 @@ COMMANDS = (
     "launch.commands.inspect",
     "launch.commands.config",
     "launch.commands.plan",
+    "launch.commands.trace",
     "launch.commands.train",
     "launch.commands.evaluate",
     "launch.commands.generate",

@@ -29,7 +29,7 @@ FLOORS = (
     ("pipeline.reporting", "pipeline.huggingface"),
     ("pipeline.inference",),
     ("pipeline.training", "pipeline.evaluation"),
-    ("pipeline.benchmarks",),
+    ("pipeline.benchmarks", "pipeline.tracing"),
     ("launch.arguments", "launch.processes"),
     ("launch.commands",),
     ("launch.cli",),

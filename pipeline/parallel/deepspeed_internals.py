@@ -1,20 +1,25 @@
 """Every name of DeepSpeed's that its interface does not promise, in one place.
 
 Read in DeepSpeed 0.19.8 (`READ_IN`): with another version read these again, in `runtime/engine.py`,
-`runtime/base_optimizer.py`, `runtime/zero/stage_1_and_2.py`, `runtime/zero/stage3.py` and `utils/tensor_fragment.py`.
+`runtime/base_optimizer.py`, `runtime/zero/stage_1_and_2.py`, `runtime/zero/stage3.py`,
+`runtime/zero/partitioned_param_coordinator.py`, `utils/tensor_fragment.py` and `accelerator/`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import deepspeed
 import torch
+from deepspeed.accelerator import real_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor, nn
 
 READ_IN = "0.19.8"
@@ -143,3 +148,35 @@ class Partitions:
             self.zero._get_norm_groups = lambda: [measure()]
         else:
             self.zero.scaled_global_norm = measure
+
+
+class _PretendedAccelerator(CPU_Accelerator):
+    """DeepSpeed's view of a device that PyTorch does not name."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._name, self._communication_backend_name = device.type, "fake"
+
+    def device_name(self, device_index: int | None = None) -> str:
+        return self._name if device_index is None else f"{self._name}:{device_index}"
+
+    def current_device(self) -> int:
+        return 0
+
+    def current_device_name(self) -> str:
+        return self.device_name(0)
+
+    def on_accelerator(self, tensor: Tensor) -> bool:
+        return tensor.device.type == self._name
+
+
+@contextlib.contextmanager
+def pretending(device: torch.device) -> Iterator[None]:
+    """Engines inside are on `device`, whatever the machine has, and nobody compares what the processes do: there is
+    one."""
+    with (
+        mock.patch.object(real_accelerator, "ds_accelerator", _PretendedAccelerator(device)),
+        mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None),
+        mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}),
+    ):
+        yield

@@ -31,12 +31,12 @@ def global_sums(batch: WindowBatch, result: StepResult, topology: Topology) -> d
         losses = result.token_loss.double()
         local["loss"] = float((losses * batch.loss_weight).sum())
         answers = batch.answer_mask & (batch.loss_weight > 0)  # not those of documents entered past their beginning
-        local["answer_loss"] = float(losses[answers].sum())
+        local["answer_loss"] = float(losses.where(answers, 0).sum())
         local["answers"] = float(answers.sum())
         if batch.probes is not None:
             probe_losses, asked = result.probe_loss.double(), batch.probes.loss_weight > 0
             local["loss"] += float((probe_losses * batch.probes.loss_weight).sum())
-            local["probe_loss"] = float(probe_losses[asked].sum())
+            local["probe_loss"] = float(probe_losses.where(asked, 0).sum())
             local["probe_answers"] = float(asked.sum())
         local["padded"] = float(batch.padded_tokens)
         local["tokens"] = float(batch.tokens.numel() - batch.padded_tokens)

@@ -1,0 +1,75 @@
+"""A pretended rank of a pretended world, with a pretended accelerator: what the parts of a run are built in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from pipeline.accounting.planner import pretended_rank
+from pipeline.config.schema import Config
+from pipeline.parallel.deepspeed_internals import pretending
+from pipeline.parallel.topology import Topology
+from pipeline.tracing.accelerator import pretended_accelerator
+
+
+@contextmanager
+def pretended_world(config: Config, rank: int, world_size: int) -> Iterator[Topology]:
+    """Be `rank` of `world_size` processes of a run with `config`; collectives do nothing, and all others are like this.
+
+    Parameters and batches must be made on the topology's device.
+    """
+
+    def everyone_alike(objects: list[Any], own: Any, group: dist.ProcessGroup | None = None) -> None:
+        objects[:] = [own] * len(objects)
+
+    layout = {"tensor": config.parallel.tensor, "pipeline": config.parallel.pipeline}
+    with pretended_rank(rank, world_size, **layout), pretended_accelerator() as device:
+        with (
+            warnings.catch_warnings(),
+            mock.patch.object(dist, "all_gather_object", everyone_alike),
+            pretending(device),
+        ):
+            # DeepSpeed looks at the alignment of its buffers, which have no address.
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield _topology(device, rank)
+
+
+def _topology(device: torch.device, rank: int) -> Topology:
+    """What `pipeline.parallel.topology.initialize` gives in a world that exists."""
+    stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    position = stages.index(rank)
+    forward, backward = (dist.new_group(stages) for _ in range(2))
+    return Topology(
+        device=device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=position,
+        pipeline_size=len(stages),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        previous_rank=stages[position - 1] if position > 0 else None,
+        next_rank=stages[position + 1] if position + 1 < len(stages) else None,
+        forward_group=forward,
+        backward_group=backward,
+    )
+
+
+def group_labels(topology: Topology) -> dict[str, str]:
+    """What the process groups are for, by their names. A group of several uses has the last one's label."""
+    groups = {
+        "all": dist.group.WORLD,
+        "model": parallel_state.get_model_parallel_group(),
+        "embedding": parallel_state.get_embedding_group(check_initialized=False),
+        "data": topology.data_group,
+        "tensor": topology.tensor_group,
+        "pipeline, forward": topology.forward_group,
+        "pipeline, backward": topology.backward_group,
+    }
+    return {group.group_name: label for label, group in groups.items() if isinstance(group, dist.ProcessGroup)}
