@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from launch import __version__
 from launch.commands.terminal import visible
+from pipeline.training import stopping
 
 COMMANDS = (
     "launch.commands.prepare",
@@ -71,6 +72,8 @@ def build_parser() -> _Parser:
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error (INFINI_DEBUG=1 does the same)"
     )
+    # True where a command stops by itself when a signal asks it to (`pipeline.training.stopping`).
+    parser.set_defaults(heeds_signals=False)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for module in COMMANDS:
         importlib.import_module(module).add_parser(subparsers)
@@ -92,7 +95,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (docs/command_line.md): 0 done, 2 an error the user can put right."""
+    stopping.record()
+    try:
+        return _run(argv)
+    finally:
+        stopping.forget()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = parse(argv)
+    if not args.heeds_signals:
+        stopping.release(set())
     if args.debug:
         os.environ["INFINI_DEBUG"] = "1"  # the processes that a command starts see it too
     try:

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Starts the processes of one node. Run it once on every node (Slurm: launch/slurm/train.sbatch does).
+
+# First of all: an ignored signal stays ignored across exec, until launch.processes.agent holds it for the ranks.
+trap '' "${STOP_SIGNAL:-USR1}" TERM
 set -euo pipefail
 
 usage() {
@@ -10,7 +13,7 @@ One node:             NPROC=8 launch/torchrun.sh train configs/mine.yaml
 Many, any order:      NNODES=4 RDZV_ENDPOINT=node1:29400 NPROC=8 launch/torchrun.sh train configs/mine.yaml
 Many, numbered:       NNODES=4 NODE_RANK=0 MASTER_ADDR=node1 MASTER_PORT=29400 NPROC=8 launch/torchrun.sh train ...
 
-  NPROC          processes on this node (default: its GPUs, or 1)
+  NPROC          processes on this node (default: its GPUs as Slurm or nvidia-smi counts them, or 1)
   NNODES         number of nodes (default: 1)
   RDZV_ENDPOINT  host:port that all nodes reach, on one of them; the nodes number themselves (c10d rendezvous)
   RDZV_ID        name of this launch, the same on all nodes and another one for every launch (default: infini)
@@ -40,7 +43,8 @@ fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 NNODES=${NNODES:-1}
-if [[ -z ${NPROC:-} ]]; then
+NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}}
+if [[ -z $NPROC ]]; then
     NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || NPROC=0
     ((NPROC > 0)) || NPROC=1
 fi
@@ -61,7 +65,5 @@ else
     options+=(--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1 --rdzv-id "$$-$RANDOM-$RANDOM")
 fi
 
-# An ignored signal stays ignored across exec, until each process has installed its own handler.
-trap '' "${STOP_SIGNAL:-USR1}"
 # launch.processes.agent is torchrun, quieter and gentler with signals (see there).
 exec "$PYTHON" -m launch.processes.agent "${options[@]}" -m "${MODULE:-launch.cli}" "$@"

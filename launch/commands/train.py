@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import add_configuration, count, port, processes
+from pipeline.training import stopping
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -37,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="with --nproc: start all processes again when one fails, from the newest checkpoint, N times at the most",
     )
     parser.add_argument("--master-port", type=port, metavar="PORT", help="port for the processes to meet on")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, heeds_signals=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,16 +46,17 @@ def run(args: argparse.Namespace) -> int:
         # `--resume key=value`: argparse took the override for the path.
         args.overrides, args.resume = [args.resume, *args.overrides], LATEST
     if args.nproc is not None:
+        stopping.release(set())  # the launcher has its own way with signals
         return _start(args)
     if args.max_restarts is not None:
         raise ValueError("--max-restarts needs --nproc: else torchrun or the scheduler restarts (MAX_RESTARTS=N there)")
 
-    from launch.processes.worker import run_rank
+    from launch.processes.worker import run_rank, told
     from launch.processes.world import join_world
 
     world_size = join_world(args.master_port)
     config = run_rank(lambda: checked_config(args, world_size), None)
-    return run_rank(lambda: _train(config, args.resume), Path(config.run_dir))
+    return told(run_rank(lambda: _train(config, args.resume), Path(config.run_dir)))
 
 
 def checked_config(args: argparse.Namespace, world_size: int) -> Config:

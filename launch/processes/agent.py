@@ -15,19 +15,17 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from types import FrameType
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
-from launch.processes.worker import CLAIM_FOLDER, FOLLOWED, INTERRUPTED
+from launch.processes.passing import SignalPasser
+from launch.processes.worker import CLAIM_FOLDER, FOLLOWED, INTERRUPTED, STOPPED_MARK
 from launch.processes.world import LOOPBACK, check_port
+from pipeline.training.stopping import JOB_FOLDER, PASSED_ON, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
 SAME_FAILURE_S = 10
 """A rank that died by itself did so within this time of the first failure; the agent kills blocked ones after 30 s."""
 
@@ -56,11 +54,12 @@ def launch_workers(
 def run_agent(torchrun_arguments: Sequence[str]) -> int:
     """Run this node's ranks, as many nodes as the options say, and wait for them.
 
-    Signals are passed on to the ranks, which may finish their step and leave; a second one that ends kills them. When a
-    rank fails, the others are ended.
+    Signals are passed on to the ranks, which may finish their step and leave (`launch.processes.passing`). When a rank
+    fails, the others are ended.
 
     Returns:
-        0 when every rank returned 0, else the exit code of the rank that failed first, or 128 + the signal's number.
+        0 when every rank returned 0; `STOPPED` when they were told to stop and have saved; else the exit code of the
+        rank that failed first, or 128 + the signal's number.
 
     Raises:
         ValueError: the nodes cannot meet.
@@ -85,8 +84,10 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
             if name.startswith("torch.distributed.elastic"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
 
-    passer = _SignalPasser()
-    with tempfile.TemporaryDirectory(prefix="infini-") as logs, passer:
+    with (
+        tempfile.TemporaryDirectory(prefix="infini-") as logs,
+        SignalPasser(Path(logs)) as passer,
+    ):
         # The agent would kill the ranks 30 s after any other signal; those are passed on instead.
         options = ["--log-dir", logs, "--signals-to-handle", "SIGQUIT"]
         args = parse_args([*options, *torchrun_arguments])
@@ -105,34 +106,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
                 f"the nodes cannot meet at {args.rdzv_endpoint or f'{args.master_addr}:{args.master_port}'}: is the "
                 f"address right, is the port in use or closed, were all {args.nnodes} node(s) started? ({error})"
             ) from error
-    return 0
-
-
-class _SignalPasser:
-    """Passes signals on to the child processes while it is entered."""
-
-    def __init__(self):
-        self.ending: int | None = None
-
-    def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._pass_on) for number in FORWARDED}
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        children = psutil.Process().children()
-        if not children and number in ENDING:
-            raise SystemExit(128 + number)
-        kill = number in ENDING and self.ending is not None
-        for child in children:
-            try:
-                child.send_signal(signal.SIGKILL if kill else number)
-            except psutil.NoSuchProcess:
-                pass
-        if number in ENDING:
-            self.ending = number
+        return STOPPED if Path(logs, STOPPED_MARK).exists() else 0
 
 
 def _explain(error: ChildFailedError, ending: int | None) -> int:
@@ -158,9 +132,26 @@ def _explain(error: ChildFailedError, ending: int | None) -> int:
     return code
 
 
+def _told_to_job(code: int) -> int:
+    """Leave this node's exit code for the batch job, which may wait for an srun that never returns.
+
+    srun takes every code but 0 for a failure, and ends the other nodes: a stop is told to the job alone.
+    """
+    if folder := os.environ.get(JOB_FOLDER):
+        try:
+            Path(folder, f"ended-{os.environ.get('SLURM_NODEID', '0')}").write_text(f"{code}\n")
+        except OSError:
+            return code
+        return 0 if code == STOPPED else code
+    return code
+
+
 if __name__ == "__main__":
+    # For good: until the ranks are there, and while the last lines run, nothing may end this process half-way.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     try:
-        sys.exit(run_agent(sys.argv[1:]))
+        code = run_agent(sys.argv[1:])
     except ValueError as problem:
         print(f"infini: error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    sys.exit(_told_to_job(code))

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from launch.processes.worker import run_rank
 from launch.processes.world import join_world
+from pipeline.training import stopping
 
 
 def main() -> int:
     """Arguments: a module of `pipeline.benchmarks` with `measure` and `write_results`, a file for the results, and the
     settings of `measure` as JSON."""
+    stopping.unblock()
     module, path, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     join_world()
     return run_rank(lambda: _measure(module, path, settings), path.parent)

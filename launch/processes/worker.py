@@ -25,6 +25,7 @@ import psutil
 from data.files import write_whole
 from launch.processes.quiet import quiet_libraries
 from launch.processes.world import attempt_id
+from pipeline.training.stopping import STOPPED
 
 Result = TypeVar("Result")
 
@@ -34,6 +35,9 @@ INTERRUPTED = 130
 """Exit code of a rank that an interrupt ends; it says nothing, since one from the terminal reaches all of them."""
 CLAIM_FOLDER = "INFINI_CLAIM_FOLDER"
 """Environment variable with a folder of the launcher's that nobody else can write, and that goes with the launcher."""
+
+STOPPED_MARK = "stopped"
+"""File in that folder: the ranks were told to stop."""
 
 WATCH_INTERVAL_S = 1.0
 GRACE_S = 3.0
@@ -68,6 +72,16 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
         rank.fail(error)
     finally:
         done.set()
+
+
+def told(code: int) -> int:
+    """The exit code for a rank that returns `code`. torchrun takes every one but 0 for a failure: of a run that was
+    told to stop, our launcher is told besides."""
+    if code != STOPPED or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return code
+    if folder := os.environ.get(CLAIM_FOLDER):
+        Path(folder, STOPPED_MARK).touch()
+    return 0
 
 
 class _Rank:

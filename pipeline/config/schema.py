@@ -142,7 +142,7 @@ class ResilienceConfig:
     """Leaving well, dying well, and numbers that go wrong."""
 
     stop_signal: str = "USR1"
-    """Besides TERM and INT: all ranks finish the step, save and exit with 0. Configurable: libraries use signals."""
+    """Besides TERM and INT: all ranks finish the step, save and exit with 85. Configurable: libraries use signals."""
     stop_file: str = "stop"
     """The same when a file of this name appears in the run folder (it is removed)."""
     max_minutes: float | None = None

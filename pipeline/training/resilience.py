@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -17,29 +18,36 @@ from typing import NamedTuple, TypeVar
 import psutil
 import torch.distributed as dist
 
+from data.files import write_whole
 from pipeline.config.schema import ResilienceConfig
+from pipeline.training import stopping
 
 Result = TypeVar("Result")
 
 HANG = "infini/hang"
 """Key of the job's store that says that a rank has noticed a hang."""
-LAUNCHER_STOP_FILE = "INFINI_STOP_FILE"
-"""Environment variable with the path of a second stop file, which belongs to the launcher: a batch script makes it
-beside sending a signal, for ranks that are still starting up and would miss that."""
 LAUNCH_TIME = "INFINI_LAUNCH_TIME"
 """Environment variable with the Unix time at which the launcher started, restarts included in what it counts."""
+
+
+def tell_job(name: str, text: str) -> None:
+    """Leave a word for the batch job, where there is one; on the main process."""
+    folder = os.environ.get(stopping.JOB_FOLDER)
+    if folder and dist.get_rank() == 0:
+        with contextlib.suppress(OSError):  # it decides without
+            write_whole(Path(folder) / name, text + "\n")
 
 
 class StopRequest:
     """Collects reasons to leave at the next step boundary. `reason` is this process's own; all ranks must agree.
 
-    Signals count from `install` on. A second SIGINT leaves at once. `max_minutes` counts from the start of the
-    launcher, or of this process where none says.
+    Signals count from the process's first line on (`pipeline.training.stopping`). A second SIGINT leaves at once.
+    `max_minutes` counts from the start of the launcher, or of this process where none says.
     """
 
     def __init__(self, config: ResilienceConfig, run_dir: Path) -> None:
         self.own_file = run_dir / config.stop_file
-        launcher_file = os.environ.get(LAUNCHER_STOP_FILE)
+        launcher_file = os.environ.get(stopping.STOP_FILE)
         self.files = [self.own_file, *([Path(launcher_file)] if launcher_file else [])]
         try:
             start = float(os.environ.get(LAUNCH_TIME) or psutil.Process().create_time())
@@ -50,12 +58,15 @@ class StopRequest:
         self.deadline = None if config.max_minutes is None else start + 60 * config.max_minutes
         self.signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, f"SIG{config.stop_signal}")}
         self._received: signal.Signals | None = None
+        self._received_at = 0.0
         self._before: dict[int, object] = {}
 
     def install(self) -> None:
-        """Take over the signals."""
+        """Take over the signals, those that have come already too."""
         for number in self.signals:
             self._before[number] = signal.signal(number, self._on_signal)
+        self._received = self._received or next((n for n in stopping.recorded() if n in self.signals), None)
+        stopping.release(self.signals)
 
     def uninstall(self) -> None:
         """Give the signals back."""
@@ -64,21 +75,29 @@ class StopRequest:
         self._before.clear()
 
     def _on_signal(self, number: int, frame: object) -> None:
+        now = time.monotonic()
         if number == signal.SIGINT and self._received == signal.SIGINT:
+            if now - self._received_at < stopping.ECHO_S:
+                return
             os.write(2, b"second interrupt: leaving without saving\n")
             os._exit(130)
-        self._received = signal.Signals(number)
+        self._received, self._received_at = signal.Signals(number), now
+
+    @property
+    def asked(self) -> str | None:
+        """Who has asked this process to stop; None when nobody has."""
+        if self._received is not None:
+            return f"signal {self._received.name}"
+        if dist.get_rank() == 0:
+            return next((f"stop file {file}" for file in self.files if file.exists()), None)
+        return None
 
     @property
     def reason(self) -> str | None:
         """Why this process wants to stop; None when it does not."""
-        if self._received is not None:
-            return f"signal {self._received.name}"
         if self.deadline is not None and time.time() >= self.deadline:
-            return "resilience.max_minutes is over"
-        if dist.get_rank() == 0:
-            return next((f"stop file {file}" for file in self.files if file.exists()), None)
-        return None
+            return self.asked or "resilience.max_minutes is over"
+        return self.asked
 
     def clear_file(self) -> None:
         """Remove the run folder's stop file, so that the next start does not stop at once."""

@@ -23,11 +23,12 @@ from pipeline.parallel.setup import build_stage, check_same_run, vocabulary, wri
 from pipeline.parallel.topology import Topology, initialize, on_main, shutdown
 from pipeline.schedule.executor import Executor, StepResult
 from pipeline.schedule.operations import Operation, build_schedule
+from pipeline.training import stopping
 from pipeline.training.agreement import agreed_weight
 from pipeline.training.batch_sums import global_sums, to_device
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
-from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog
+from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, tell_job
 from pipeline.training.skipped_steps import SkippedSteps
 from pipeline.training.starting import begin
 from pipeline.training.step_record import StepRecord
@@ -39,7 +40,7 @@ class SpikeError(RuntimeError):
 
 
 def train(config: Config, resume: str | None) -> int:
-    """Train as one of the processes of a run; returns the exit code.
+    """Train as one of the processes of a run; returns the exit code: 0, or `stopping.STOPPED` before the last step.
 
     Args:
         config: validated configuration.
@@ -53,9 +54,10 @@ def train(config: Config, resume: str | None) -> int:
     trainer.start(resume)
     trainer.train()
     trainer.close()
+    stopping.ignore()
     trainer.watchdog.stop()
     shutdown()
-    return 0
+    return 0 if trainer.progress.step >= config.train.steps else stopping.STOPPED
 
 
 class Trainer:
@@ -175,11 +177,12 @@ class Trainer:
         stop = StopRequest(self.config.resilience, self.run_dir)
         stop.install()
         try:
-            while self.progress.step < self.config.train.steps:
+            # Asked while the run was starting; a time limit leaves it one step at least, or it would never come on.
+            leaving = self._at_boundary(stop, stop.asked)
+            while not leaving and self.progress.step < self.config.train.steps:
                 self.train_step()
                 self.watchdog.warm = True
-                if self._at_boundary(stop):
-                    break
+                leaving = self._at_boundary(stop, stop.reason)
             self._settle_save()
             while self.saved_step != self.progress.step:
                 self.save()
@@ -187,24 +190,28 @@ class Trainer:
         finally:
             stop.uninstall()
 
-    def _at_boundary(self, stop: StopRequest) -> bool:
-        """Between two steps: agree on failed saves and on stopping; save when it is time. True to leave."""
-        reason = stop.reason
+    def _at_boundary(self, stop: StopRequest, reason: str | None) -> bool:
+        """Between two steps: agree on failed saves and on stopping; save when it is time. True to leave.
+
+        Args:
+            reason: why this process wants to stop.
+        """
         flags = [float(reason is not None), float(self.saver.has_failed)]
-        stopping, failed = self.topology.all_reduce(flags, op=dist.ReduceOp.MAX)
+        leaving, failed = self.topology.all_reduce(flags, op=dist.ReduceOp.MAX)
         if failed or self.saver.has_succeeded:
             self._settle_save()
         interval = self.config.checkpoint.interval
         due = interval > 0 and self.progress.step % interval == 0
         if (due or self.save_again) and self.saved_step != self.progress.step:
             self.save()
-        if stopping:
+        if leaving:
             reasons: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(reasons, reason)
             first = next(r for r in reasons if r)
             self.monitor.message(f"stopping after step {self.progress.step}: {first} (--resume goes on from there)")
+            tell_job(stopping.JOB_STOPPED, first)
             on_main(stop.clear_file)
-        return bool(stopping)
+        return bool(leaving)
 
     def train_step(self) -> None:
         """One window of every lane: forward, backward, update; or none of it when a number is wrong."""
@@ -337,6 +344,7 @@ class Trainer:
         if report.error is None:
             self.failed_saves = 0
             self.rollbacks = 0
+            tell_job(stopping.JOB_SAVED, str(report.step))
             return
         self.save_again, self.saved_step = True, None
         self.failed_saves += 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.training.stopping import ECHO_S, STOPPED
 from tests.distributed.runs import PATIENCE_S, ROOT, Run, wait_for
 from tests.prepared import write_set
 
@@ -37,11 +38,11 @@ def stop_with(run: Run, number: signal.Signals) -> None:
     before = run.newest()
     wait_for(lambda: run.newest() > before, "a checkpoint")
     run.process.send_signal(number)
-    assert run.wait() == 0, run.text()[-2000:]
+    assert run.wait() == STOPPED, run.text()[-2000:]
 
 
 def test_stopped_again_and_again_it_is_the_same_run(data, calm, tmp_path):
-    """A signal, a time limit, the launcher's stop file: exit code 0, and in the end nothing shows."""
+    """A signal, a time limit, the launcher's stop file: an exit code of their own, and in the end nothing shows."""
     run = Run(tmp_path / "run", data, *LONG)
     run.start()
     stop_with(run, signal.SIGTERM)
@@ -50,14 +51,14 @@ def test_stopped_again_and_again_it_is_the_same_run(data, calm, tmp_path):
     assert 2 <= first < 60
     run.overrides.append("resilience.max_minutes=0.0001")
     run.start("--resume")
-    assert run.wait() == 0
+    assert run.wait() == STOPPED
     assert f"stopping after step {first + 1}: resilience.max_minutes is over" in run.text()
     run.overrides.pop()
     asked = tmp_path / "asked-by-the-launcher"
     asked.touch()
     run.start("--resume", INFINI_STOP_FILE=str(asked))
-    assert run.wait() == 0
-    assert f"stopping after step {first + 2}: stop file {asked}" in run.text()
+    assert run.wait() == STOPPED
+    assert f"stopping after step {first + 1}: stop file {asked}" in run.text()  # asked before the first step
     assert asked.exists()  # it is the launcher's
     run.start("--resume")
     assert run.wait() == 0, run.text()[-2000:]
@@ -102,6 +103,9 @@ def test_second_interrupt_leaves_at_once():
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "signal SIGINT\n"
+    process.send_signal(signal.SIGINT)  # an echo: Slurm and terminals send it to launcher and ranks
+    time.sleep(1.2 * ECHO_S)
+    assert process.poll() is None
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)

@@ -11,6 +11,7 @@ import pytest
 from launch import cli
 from launch.commands import inspect
 from launch.processes import worker
+from pipeline.training import stopping
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "command_line.md"
 
@@ -22,6 +23,7 @@ def documented() -> dict[str, str]:
 
 def test_every_code_of_the_program_is_in_the_table():
     known = {0, 1, cli.USER_ERROR, inspect.DAMAGED, worker.FOLLOWED, worker.INTERRUPTED, cli.READER_GONE}
+    known |= {stopping.STOPPED}
     assert {int(code) for code in documented() if code.isdigit()} == known
     assert "128 + n" in documented()
 

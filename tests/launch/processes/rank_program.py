@@ -4,10 +4,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
-from launch.processes.worker import run_rank
+from launch.processes.worker import run_rank, told
 from launch.processes.world import join_world
+from pipeline.training import stopping
+from pipeline.training.stopping import STOPPED
 
 
 def fail(reason: str) -> None:
@@ -19,9 +22,15 @@ def main() -> int:
     world_size = join_world()
     rank = int(os.environ["RANK"])
     stop = threading.Event()
-    if mode == "signals":
+    if mode == "starting":
+        (run_dir / f"up-{rank}").touch()
+        while not (run_dir / "go").exists():
+            time.sleep(0.02)
+    if mode in ("signals", "starting"):
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
         signal.signal(signal.SIGUSR1, lambda *_: (run_dir / f"usr1-{rank}").touch())
+
+    stopping.unblock()
 
     def work() -> int:
         import torch
@@ -48,7 +57,7 @@ def main() -> int:
         if mode == "blocked":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in a collective that never returns
             threading.Event().wait()
-        if mode in ("signals", "wait"):
+        if mode in ("signals", "starting", "wait"):
             (run_dir / f"ready-{rank}").touch()
             stop.wait()
         elif mode != "fine":
@@ -57,9 +66,9 @@ def main() -> int:
             (run_dir / f"fine-{rank}-of-{world_size}-threads-{os.environ.get('OMP_NUM_THREADS')}").touch()
         # Left to the interpreter's exit, gloo's threads now and then abort the process.
         dist.destroy_process_group()
-        return 0
+        return STOPPED if mode == "starting" else 0
 
-    return run_rank(work, None if mode == "interrupted-early" else run_dir)
+    return told(run_rank(work, None if mode == "interrupted-early" else run_dir))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.training.stopping import ECHO_S, STOPPED
+
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
 LAUNCH = (
@@ -102,6 +104,47 @@ def test_signals_reach_the_ranks_which_leave_in_their_own_time(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert finish(process) == (0, "")
+
+
+def test_signals_before_the_handlers_stand_wait_for_them_and_two_are_one(tmp_path):
+    """TERM twice within milliseconds, as Slurm sends it, kills no rank. Told to stop is neither a failure nor done."""
+    process = start("starting", tmp_path)
+    wait_for(tmp_path / "up-0", tmp_path / "up-1")
+    process.send_signal(signal.SIGUSR1)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert process.poll() is None
+    (tmp_path / "go").touch()
+    assert finish(process) == (STOPPED, "")
+    assert {"usr1-0", "usr1-1", "ready-0", "ready-1"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_second_interrupt_kills_the_ranks_unless_it_is_an_echo(tmp_path):
+    process = start("starting", tmp_path)
+    wait_for(tmp_path / "up-0", tmp_path / "up-1")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2 * ECHO_S)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (128 + signal.SIGINT, "")
+
+
+def test_a_launcher_that_waits_for_other_nodes_leaves_when_told(tmp_path, free_port):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    nodes = {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": f"127.0.0.1:{free_port}"}
+    agent = torchrun("fine", tmp_path, TMPDIR=str(temporary), **nodes)
+    deadline = time.monotonic() + PATIENCE_S
+    while not list(temporary.glob("infini-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    agent.send_signal(signal.SIGTERM)
+    code, output = finish(agent)
+    assert (code, output) == (128 + signal.SIGTERM, "infini: SIGTERM, and no ranks are there: left\n")
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.slow

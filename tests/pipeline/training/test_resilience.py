@@ -19,7 +19,7 @@ from launch import cli
 from pipeline.checkpoint.folder import LATEST, SUMMARY, candidates, file_hash
 from pipeline.checkpoint.schema import FORMAT_VERSION
 from pipeline.config.schema import ResilienceConfig
-from pipeline.training import resilience
+from pipeline.training import resilience, stopping
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, _Progress, late_ranks
 from tests.prepared import write_set
 
@@ -97,13 +97,13 @@ def test_the_watchdog_is_patient_until_the_first_step_and_with_the_disk(tmp_path
 @pytest.fixture
 def alone(monkeypatch):
     monkeypatch.setattr(resilience.dist, "get_rank", lambda: 0)
-    monkeypatch.delenv(resilience.LAUNCHER_STOP_FILE, raising=False)
+    monkeypatch.delenv(stopping.STOP_FILE, raising=False)
     monkeypatch.delenv(resilience.LAUNCH_TIME, raising=False)
 
 
 def test_stop_files(alone, tmp_path, monkeypatch):
     launchers = tmp_path / "elsewhere"
-    monkeypatch.setenv(resilience.LAUNCHER_STOP_FILE, str(launchers))
+    monkeypatch.setenv(stopping.STOP_FILE, str(launchers))
     stop = StopRequest(ResilienceConfig(stop_file="halt"), tmp_path)
     assert stop.reason is None
     launchers.touch()
