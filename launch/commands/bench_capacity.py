@@ -54,6 +54,9 @@ def measure(args: argparse.Namespace, note: Note) -> None:
                     repetitions=repetitions,
                 )
                 name = rule + (f" x {sharpness:g}" if sharpness != 1 else "")
+                for count, (right, asked) in zip(counts, found, strict=True):
+                    of = {"rule": rule, "sharpness": sharpness, "keys": kind, "pairs": count}
+                    note.number("right_answers", "1", right / asked, **of)
                 shares = [f"{right / asked:.3f}" for right, asked in found]
                 rows.append([f"{name}, {kind} keys", *shares, *[""] * (len(pairs) - len(counts))])
                 if kind == "random":

@@ -23,12 +23,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:
+    from launch.commands.bench_bars import draw_bars
+    from pipeline.benchmarks.alternating import spread
     from pipeline.benchmarks.checkpoint import measure
     from pipeline.benchmarks.measuring import in_fresh_process
 
     be_alone()
     with tempfile.TemporaryDirectory(prefix="infini-bench-", dir=args.folder) as folder:
-        report(in_fresh_process(measure, folder, 64 if args.quick else 512, args.repeats), note)
+        costs = in_fresh_process(measure, folder, 64 if args.quick else 512, args.repeats)
+    report(costs, note)
+    rates = {"plain file": costs.plain_s, "synchronous": costs.write_s[False], "asynchronous": costs.write_s[True]}
+    draw_bars(
+        note.picture("writing"),
+        f"writing {costs.bytes / 2**20:,.0f} MiB",
+        {
+            "MiB/s": {name: spread([costs.bytes / 2**20 / s for s in seconds]) for name, seconds in rates.items()},
+            "training waits, s": {name: spread(costs.stall_s[name == "asynchronous"]) for name in list(rates)[1:]},
+        },
+        form=",.2f",
+    )
 
 
 def report(costs: SaveCosts, note: Note) -> None:
@@ -41,6 +54,15 @@ def report(costs: SaveCosts, note: Note) -> None:
         "kinds take turns. Writing includes fsync, reading the files again for their SHA-256, and the rename. The "
         "plain file is written in blocks of 8 MiB and synced."
     )
+    note.number("parameters", "1", costs.parameters)
+    note.number("checkpoint", "bytes", costs.bytes)
+    note.number("step_time", "s", costs.step_s, writing=False)
+    note.number("plain_write_time", "s", costs.plain_s)
+    for mode in (False, True):
+        note.number("stall_time", "s", costs.stall_s[mode], asynchronous=mode)
+        note.number("write_time", "s", costs.write_s[mode], asynchronous=mode)
+    if costs.step_during_write_s:
+        note.number("step_time", "s", costs.step_during_write_s, writing=True)
     plain = median(costs.plain_s)
     rows = [["plain file", "-", _spread(costs.plain_s), f"{size / plain:,.0f}", "1.00"]]
     for mode, name in ((False, "synchronous"), (True, "asynchronous")):

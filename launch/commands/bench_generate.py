@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     be_alone()
     costs = [in_fresh_process(measure, length, args.new_tokens, *sizes) for length in args.lengths]
     report(costs, note)
+    _draw(note.picture("cost"), costs)
 
 
 def report(costs: list[GenerationCosts], note: Note) -> None:
@@ -48,6 +50,16 @@ def report(costs: list[GenerationCosts], note: Note) -> None:
         "the model loaded, before the prompt is read, and at the end. A prompt shorter than a window "
         f"({WINDOW_TOKENS['cpu']:,} tokens) is read in a smaller one, which takes less."
     )
+    for cost in costs:
+        of = {"prompt_tokens": cost.prompt_tokens}
+        note.number("read_time", "s", cost.read_s, **of)
+        note.number("read_cpu_time", "s", cost.read_cpu_s, **of)
+        note.number("new_token_time", "s", cost.token_s, **of)
+        note.number("new_token_cpu_time", "s", cost.token_cpu_s, **of)
+        note.number("peak_before", "bytes", cost.rss_before_bytes, **of)
+        note.number("peak", "bytes", cost.rss_peak_bytes, **of)
+        note.number("memory_file", "bytes", cost.memory_file_bytes, **of)
+        note.number("state", "bytes", cost.state_bytes, **of)
     rows = [
         [
             f"{cost.prompt_tokens:,}",
@@ -67,3 +79,23 @@ def report(costs: list[GenerationCosts], note: Note) -> None:
     header += ["new token, ms", "processor, ms", "new tokens per processor s"]
     header += ["peak before, MiB", "peak, MiB", "memory file, KiB"]
     note.table(header, rows)
+
+
+def _draw(path: Path, costs: list[GenerationCosts]) -> None:
+    from pipeline.figures import quiet, save_figure, show_some_ticks, titled_figure
+
+    figure = titled_figure(9.0, 3.0, "generation after prompts of different lengths")
+    lengths = [cost.prompt_tokens for cost in costs]
+    panels = (
+        ("processor ms per new token", [1e3 * median(cost.token_cpu_s) for cost in costs]),
+        ("peak of the process, MiB", [cost.rss_peak_bytes / 2**20 for cost in costs]),
+    )
+    for axes, (label, values) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.plot(lengths, values, marker="o")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0, 1.2 * max(values))
+        show_some_ticks(axes, lengths, [f"{length:,}" for length in lengths])
+        axes.set_xlabel("tokens of the prompt")
+        axes.set_ylabel(label)
+        quiet(axes)
+    save_figure(figure, path)

@@ -127,20 +127,33 @@ def _device(args: argparse.Namespace):
 
 
 def _train(args: argparse.Namespace, note: Note, sizes: Sizes, models: Sequence[str], full: bool) -> list[TrainingCost]:
-    from pipeline.benchmarks.length import lengths_within, train_carried, train_full
+    from pipeline.benchmarks.length import (
+        FULL,
+        TrainingCost,
+        lengths_within,
+        memory_carried,
+        memory_full,
+        train_carried,
+        train_full,
+    )
     from pipeline.benchmarks.measuring import in_fresh_process
+
+    def full_cost(length: int) -> TrainingCost:
+        times = in_fresh_process(train_full, sizes, length, args.full_rounds, args.threads)
+        return TrainingCost(FULL, length, times, None, in_fresh_process(memory_full, sizes, length, args.threads))
 
     costs, stopped = [], None
     # The models take turns at each length: a machine's other work meets all of them.
     for length in args.lengths:
         for model in models:
-            costs.append(
-                in_fresh_process(train_carried, model, sizes, length, args.reference, args.rounds, args.threads)
-            )
+            shape = (model, sizes, length)
+            times, ratios = in_fresh_process(train_carried, *shape, args.reference, args.rounds, args.threads)
+            memory = in_fresh_process(memory_carried, *shape, args.threads)
+            costs.append(TrainingCost(model, length, times, ratios, memory))
     if full:
         costs_full, stopped = lengths_within(
             args.lengths,
-            lambda length: in_fresh_process(train_full, sizes, length, args.full_rounds, args.threads),
+            full_cost,
             limit_s=args.limit_s,
             limit_bytes=args.limit_gib * 2**30,
         )
@@ -151,9 +164,11 @@ def _train(args: argparse.Namespace, note: Note, sizes: Sizes, models: Sequence[
         f"through which the state is carried. A document is read in {args.rounds} blocks, and beside each of them a "
         f"document of {args.reference:,} tokens is read anew in the same process: `x {args.reference:,}` is the ratio "
         "of the two medians of a window, and at that length itself it says how far such a ratio can be believed. "
-        "Medians of the rounds, in brackets the quartiles. Full attention has its whole document in one graph. Live: "
-        "tensors at most during the last window. Peak: of the process or device, libraries and weights included; "
-        "grown: what of that came after the first windows."
+        "Medians of the rounds, in brackets the quartiles. Full attention has its whole document in one graph. Memory "
+        "is measured in another process, which reads the document once and gives freed blocks back to the system (the "
+        "heap would keep them in pieces, and its peak would tell of luck). Live: tensors at most during the last "
+        "window. Peak: of the process or device, libraries and weights included; grown: what of that came after the "
+        "first windows."
     )
     rows = [_training_row(note, cost) for cost in costs]
     header = ["model", "tokens", "us per token", f"x {args.reference:,}", "live MiB", "peak MiB", "grown MiB"]
@@ -162,7 +177,7 @@ def _train(args: argparse.Namespace, note: Note, sizes: Sizes, models: Sequence[
     longest = args.lengths[-1]
     for model in models:
         if (model, args.reference) in by and longest > args.reference:
-            peak = by[model, longest].peak_bytes / by[model, args.reference].peak_bytes
+            peak = by[model, longest].memory.peak_bytes / by[model, args.reference].memory.peak_bytes
             ratio = by[model, longest].against_reference
             note.number("peak_ratio", "1", peak, part="train", model=model, tokens=longest, reference=args.reference)
             note.text(
@@ -177,14 +192,14 @@ def _train(args: argparse.Namespace, note: Note, sizes: Sizes, models: Sequence[
 def _training_row(note: Note, cost: TrainingCost) -> list[str]:
     of = {"part": "train", "model": cost.model, "tokens": cost.tokens}
     note.number("token_time", "s", cost.token_s, **of)
-    note.number("peak", "bytes", cost.peak_bytes, **of)
-    note.number("start", "bytes", cost.start_bytes, **of)
+    note.number("peak", "bytes", cost.memory.peak_bytes, **of)
+    note.number("start", "bytes", cost.memory.start_bytes, **of)
     ratio, live = cost.against_reference, "-"
     if ratio:
         note.number("times_reference", "1", ratio, **of)
-    if cost.live_bytes is not None:
-        note.number("live", "bytes", cost.live_bytes, **of)
-        live = f"{cost.live_bytes / 2**20:,.1f}"
+    if cost.memory.live_bytes is not None:
+        note.number("live", "bytes", cost.memory.live_bytes, **of)
+        live = f"{cost.memory.live_bytes / 2**20:,.1f}"
     time = cost.token_s
     return [
         cost.model,
@@ -192,8 +207,8 @@ def _training_row(note: Note, cost: TrainingCost) -> list[str]:
         f"{1e6 * time.median:,.1f} ({1e6 * time.low:,.1f} - {1e6 * time.high:,.1f})",
         f"{ratio.median:.3f} ({ratio.low:.3f} - {ratio.high:.3f})" if ratio else "-",
         live,
-        f"{cost.peak_bytes / 2**20:,.0f}",
-        f"{(cost.peak_bytes - cost.start_bytes) / 2**20:,.0f}",
+        f"{cost.memory.peak_bytes / 2**20:,.0f}",
+        f"{(cost.memory.peak_bytes - cost.memory.start_bytes) / 2**20:,.0f}",
     ]
 
 
@@ -245,7 +260,7 @@ def _draw(path: Path, trained: Sequence[TrainingCost], generated: Sequence[NewTo
     if trained:
         panels += [
             ("training", "us per token", trained, lambda cost: [1e6 * x for x in cost.token_s[:3]]),
-            ("training", "peak memory, MiB", trained, lambda cost: [cost.peak_bytes / 2**20] * 3),
+            ("training", "peak memory, MiB", trained, lambda cost: [cost.memory.peak_bytes / 2**20] * 3),
         ]
     if generated:
         panels += [

@@ -70,6 +70,11 @@ def _window(note: Note, lengths: tuple[int, ...]) -> None:
     rows = []
     for segments in lengths:
         row = [costs[method, segments] for method in METHODS]
+        for cost in row:
+            of = {"part": "window", "method": cost.method, "segments": segments}
+            note.number("live", "bytes", cost.peak_bytes, **of)
+            note.number("rss_growth", "bytes", cost.rss_bytes, **of)
+            note.number("token_cpu_time", "s", cost.cpu_s_per_token, **of)
         rows.append(
             [
                 str(segments),
@@ -136,6 +141,17 @@ def _pipeline(note: Note, quick: bool) -> None:
     for stages in (2,) if quick else (2, 4):
         for result in _run_pipeline(stages, chunk_s, repeats):
             rows.append([str(stages), *_pipeline_row(result)])
+            of = {"part": "pipeline", "stages": stages, "schedule": result.variant, "paced": result.paced}
+            note.number("step_time", "s", result.timeline.makespan_s, **of)
+            note.number("simulated_time", "s", result.simulated.makespan_s, **of)
+            note.number("bubble_share", "1", result.bubble_shares, **of)
+            note.number("simulated_bubble_share", "1", result.simulated.bubble_share, **of)
+            note.number("same_order", "1", result.same_order, **of)
+            note.number("latency", "s", result.latency_s, **of)
+            note.number("cpu_time", "s", result.cpu_s, **of)
+            for stage, (chunks, live) in enumerate(zip(result.live_chunks, result.live_bytes, strict=True)):
+                note.number("live_chunks", "1", chunks, stage=stage, **of)
+                note.number("live", "bytes", live, stage=stage, **of)
             if result.paced and (stages == 4 or quick):
                 drawings.append((f"{result.variant}, measured", result.timeline))
                 drawings.append((f"{result.variant}, simulated", result.simulated))
@@ -196,6 +212,15 @@ def _million(note: Note, segments: int, chunk_sizes: tuple[int, ...]) -> None:
     for last_only, runs in results.items():
         for run in runs:
             whole = sum(float(gradient.pow(2).sum()) for gradient in run.gradients.values()) ** 0.5
+            objective = "last segment" if last_only else "document"
+            of = {"part": "million", "objective": objective, "chunk_segments": run.chunk_segments}
+            note.number("wall_time", "s", run.wall_s, **of)
+            note.number("cpu_time", "s", run.cpu_s, **of)
+            note.number("peak", "bytes", run.peak_rss_bytes, **of)
+            note.number("start", "bytes", run.start_rss_bytes, **of)
+            note.number("loss", "nats", run.loss, **of)
+            note.number("first_segment_gradient", "nats", float(run.first_segment.norm()), **of)
+            note.number("gradient", "nats", whole, **of)
             rows.append(
                 [
                     "loss of the last segment" if last_only else "loss of the document",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +21,7 @@ from model.rules.state import Memory
 from pipeline.benchmarks import generate
 from pipeline.benchmarks.alternating import Spread, spread, wait_for
 from pipeline.benchmarks.contestants import PLAIN, Sizes, llama, own_config
-from pipeline.benchmarks.measuring import Progress, peak_rss_bytes, tracked_peak
+from pipeline.benchmarks.measuring import Progress, give_memory_back, peak_rss_bytes, tracked_peak
 from pipeline.benchmarks.repeated_step import Step, random_batch
 from pipeline.parallel.topology import initialize
 from pipeline.training.batch_sums import to_device
@@ -30,6 +31,17 @@ SLIDING = "sliding window"
 FULL = "full attention"
 """Llama of transformers."""
 PROGRESS_S = 5.0
+
+
+class TrainingMemory(NamedTuple):
+    """Measured by itself: see `give_memory_back`."""
+
+    start_bytes: int
+    """Of the process (of the device, if it has its own) before the document."""
+    peak_bytes: int
+    """At most."""
+    live_bytes: int | None
+    """Tensors at most while the last window was computed; None where it was not counted."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +55,7 @@ class TrainingCost:
     """Seconds per token, of the rounds; see `Clock`."""
     against_reference: Spread | None
     """How many times the time per token of the short document in the same rounds."""
-    live_bytes: int | None
-    """Tensors at most while the last window was computed; None where it was not counted."""
-    start_bytes: int
-    """Memory of the process (of the device, if it has its own) before the first window."""
-    peak_bytes: int
-    """At most."""
+    memory: TrainingMemory
 
 
 class Clock:
@@ -107,7 +114,7 @@ class _Reader:
 
 def train_carried(
     model: str, sizes: Sizes, tokens: int, reference_tokens: int, rounds: int, threads: int
-) -> TrainingCost:
+) -> tuple[Spread, Spread]:
     """Train on a document of `tokens` with the memory carried; to be called in a fresh process.
 
     Args:
@@ -115,6 +122,9 @@ def train_carried(
         sizes: `sizes.tokens` is the window.
         reference_tokens: of the short document that is read once per round.
         rounds: blocks that the document is read in; one of fewer windows is read whole in every round.
+
+    Returns:
+        `TrainingCost.token_s` and `TrainingCost.against_reference`.
     """
     reader = _Reader(model, sizes, threads)
     windows, reference = tokens // sizes.tokens, reference_tokens // sizes.tokens
@@ -125,7 +135,6 @@ def train_carried(
     progress = Progress(sum(blocks) + rounds * reference, sizes.tokens, "tokens", PROGRESS_S)
     name = f"{model}, {tokens:,} tokens"
     reader.read(2, None, lambda seconds: None)
-    start = peak_bytes(reader.device)
     memory, times, ratios = None, [], []
     for number, block in enumerate(blocks):
         took: dict[bool, list[float]] = {}
@@ -136,28 +145,62 @@ def train_carried(
                 memory = after
         times.append(median(took[False]) / sizes.tokens)
         ratios.append(median(took[False]) / median(took[True]))
+    return spread(times), spread(ratios)
+
+
+def memory_carried(model: str, sizes: Sizes, tokens: int, threads: int) -> TrainingMemory:
+    """Read the same document once more, for the memory that it takes; to be called in a fresh process."""
+    give_memory_back()
+    reader = _Reader(model, sizes, threads)
+    reader.read(2, None, lambda seconds: None)
+    start, windows = peak_bytes(reader.device), tokens // sizes.tokens
+    progress = Progress(windows, sizes.tokens, "tokens", PROGRESS_S)
+    name = f"{model}, {tokens:,} tokens, memory"
+    _, memory = reader.read(windows, None, lambda seconds: progress(name, seconds))
     peak = peak_bytes(reader.device)
     # The sliding window's mask is a subclass of Tensor that cannot be made while tensors are counted.
     live = None if model == SLIDING else tracked_peak(lambda: reader.window(memory))
-    return TrainingCost(model, tokens, spread(times), spread(ratios), live, start, peak)
+    return TrainingMemory(start, peak, live)
 
 
-def train_full(sizes: Sizes, tokens: int, rounds: int, threads: int) -> TrainingCost:
-    """Train full attention on a document of `tokens`, all of it in one graph; to be called in a fresh process."""
-    torch.set_num_threads(threads)
-    device = initialize(tensor=1, pipeline=1, timeout_s=600).device
-    torch.manual_seed(0)
-    built = llama(sizes._replace(tokens=tokens), torch.float32)
-    built.model.to(device).train()
-    text = torch.randint(0, sizes.vocab, (1, tokens + 1), device=device)
-    clock = Clock(device, threads)
-    built.loss(text[:, : sizes.tokens + 1]).backward()
-    start = peak_bytes(device)
+class _Whole:
+    """Trains full attention on documents, each of them one graph."""
+
+    def __init__(self, sizes: Sizes, tokens: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.device = initialize(tensor=1, pipeline=1, timeout_s=600).device
+        torch.manual_seed(0)
+        self.built = llama(sizes._replace(tokens=tokens), torch.float32)
+        self.built.model.to(self.device).train()
+        self.text = torch.randint(0, sizes.vocab, (1, tokens + 1), device=self.device)
+        self.clock = Clock(self.device, threads)
+        self.read(sizes.tokens)
+
+    def read(self, tokens: int) -> None:
+        self.built.loss(self.text[:, : tokens + 1]).backward()
+
+
+def train_full(sizes: Sizes, tokens: int, rounds: int, threads: int) -> Spread:
+    """Train full attention on a document of `tokens`; to be called in a fresh process.
+
+    Returns:
+        `TrainingCost.token_s`.
+    """
+    whole = _Whole(sizes, tokens, threads)
     progress, times = Progress(rounds, tokens, "tokens"), []
     for _ in range(rounds):
-        times.append(clock(lambda: built.loss(text).backward()) / tokens)
+        times.append(whole.clock(lambda: whole.read(tokens)) / tokens)
         progress(f"{FULL}, {tokens:,} tokens", times[-1] * tokens)
-    return TrainingCost(FULL, tokens, spread(times), None, None, start, peak_bytes(device))
+    return spread(times)
+
+
+def memory_full(sizes: Sizes, tokens: int, threads: int) -> TrainingMemory:
+    """The same once more, for the memory that it takes; to be called in a fresh process."""
+    give_memory_back()
+    whole = _Whole(sizes, tokens, threads)
+    start = peak_bytes(whole.device)
+    whole.read(tokens)
+    return TrainingMemory(start, peak_bytes(whole.device), None)
 
 
 @dataclass(frozen=True)
@@ -236,7 +279,7 @@ def lengths_within(
             last = costs[-1]
             factor = length / last.tokens
             seconds = last.token_s.median * last.tokens * factor**2
-            taken = (last.peak_bytes - last.start_bytes) * factor
+            taken = (last.memory.peak_bytes - last.memory.start_bytes) * factor
             if seconds > limit_s:
                 return costs, f"{length:,} tokens would take about {seconds:,.0f} s a time (limit {limit_s:,.0f} s)"
             if taken > limit_bytes:

@@ -163,6 +163,9 @@ def test_the_note_has_a_row_per_prompt():
         def table(self, header, rows):
             self.rows = rows
 
+        def number(self, *number, **of):
+            pass
+
     note = Note()
     measured = {"parameters": 100, "segment_length": 64, "read_cpu_s": 0.5, "token_s": [0.008, 0.1, 0.007]}
     measured |= {

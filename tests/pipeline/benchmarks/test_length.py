@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.benchmarks.alternating import spread
-from pipeline.benchmarks.length import FULL, TrainingCost, lengths_within
+from pipeline.benchmarks.length import FULL, TrainingCost, TrainingMemory, lengths_within
 
 GIB = 2**30
 
@@ -11,7 +11,8 @@ GIB = 2**30
 def cost(tokens: int) -> TrainingCost:
     """A second and a GiB per thousand tokens, and the square of it in time."""
     thousands = tokens / 1000
-    return TrainingCost(FULL, tokens, spread([thousands**2 / tokens]), None, None, GIB, int(GIB * (1 + thousands)))
+    memory = TrainingMemory(GIB, int(GIB * (1 + thousands)), None)
+    return TrainingCost(FULL, tokens, spread([thousands**2 / tokens]), None, memory)
 
 
 def test_it_stops_before_a_length_that_takes_too_long():
