@@ -166,9 +166,8 @@ class InfiniAttention(nn.Module):
         return AttentionResult(mixed, join_state(memory, context), gate_sum, measured)
 
     def tokens(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, inputs: dict[str, Tensor]) -> Tokens:
-        """What the memory gets, in its own precision, of q `[b, t, n*r, s, d]`, k and v `[b, t, n, s, d]`."""
-        wide = (x.to(self.memory_dtype) for x in (q.unflatten(2, (self.groups, -1)), k, v))
-        return Tokens(*wide, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
+        """What the memory gets of q `[b, t, n*r, s, d]`, k and v `[b, t, n, s, d]`."""
+        return Tokens(q.unflatten(2, (self.groups, -1)), k, v, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
 
     def project_in(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[b, n*r, s, d]`, keys and values `[b, n, s, d]` of hidden states `[s, b, h]`, without positions."""

@@ -104,6 +104,6 @@ def commit(attention: InfiniAttention, memory: State | None, cache: SegmentCache
         tokens = attention.tokens(q, k, v, gate, dict(zip(attention.rule.token_inputs, inputs.unbind(-1), strict=True)))
         carried = map_state(memory, lambda x: x[lanes])
         keep = torch.ones(len(lanes), 1, dtype=torch.bool, device=lanes.device)
-        states = attention.rule.scan(tokens, rule_weights(attention), carried, keep)
-    memory = map_state(memory, lambda x, after: x.index_copy(0, lanes, after[:, -1]), states)
+        _, after = attention.rule.scan(tokens, rule_weights(attention), carried, keep)
+    memory = map_state(memory, lambda x, new: x.index_copy(0, lanes, new), after)
     return join_state(memory, context)

@@ -3,11 +3,10 @@
 A rule works on a whole window at once. The segments of a window are projected together; only the small state is
 scanned over time. Every rule has the form
 
-    M_t = (I + A_t) keep_t M_{t-1} + C_t
+    M_t = T_t keep_t M_{t-1} + C_t
 
-where A_t and C_t come from segment t alone (and, for `delta`, from the normaliser z, which is a prefix sum), and keep_t
-is 0 where a document starts. Contributions of neighbouring segments compose, so a later context-parallel scan can use
-the same pieces.
+where T_t and C_t come from segment t alone (and, for `delta`, from the normaliser z, which is a prefix sum), and keep_t
+is 0 where a document starts. Pairs (C, T) of neighbouring segments compose (`model.rules.scan`).
 
 A rule is a pure function of its arguments, in float32 (or float64 when the caller's tensors are), without any
 `torch.distributed`: a tensor-parallel rank passes the heads it owns. `model.rules.reference` holds the same rules
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from model.config import LayerShape
-from model.rules.state import MatrixState, State
+from model.rules.state import MatrixState, State, map_state
 
 
 class RuleParameter(NamedTuple):
@@ -44,7 +43,8 @@ class RuleParameter(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the tokens of a window bring to the memory. Queries and keys are without position encoding."""
+    """What the tokens of a window bring to the memory. Queries and keys are without position encoding; all three may be
+    of a lower precision than the memory's."""
 
     q: Tensor
     """`[b, t + p, n, r, s, d]`: behind the t segments that are written, p that only read."""
@@ -60,6 +60,26 @@ class Tokens(NamedTuple):
     """The run computes matrix products in bfloat16: a kernel may, too."""
 
 
+class Reads(NamedTuple):
+    """What the queries of a window read."""
+
+    probes: Tensor | None
+    """int64 `[b, p]` or None: the last p segments of queries read what segment `probes[b, j]` reads."""
+    detach: bool
+    """Without gradient (truncates backpropagation at every segment)."""
+
+    def chosen(self, before: Tensor) -> Tensor:
+        """A tensor of what segments read `[b, t, ...]` with that of the probes behind, `[b, t + p, ...]`."""
+        if self.probes is None:
+            return before
+        lane = torch.arange(self.probes.shape[0], device=before.device).unsqueeze(1)
+        return torch.cat([before, before[lane, self.probes]], dim=1)
+
+    def states(self, before: State) -> State:
+        """The states that are read, of those before every segment."""
+        return map_state(before, lambda x: self.chosen(x.detach() if self.detach else x))
+
+
 class MemoryRule:
     """Base of the rules. A rule has no tensors of its own: its parameters are made by the layer and handed in."""
 
@@ -70,6 +90,11 @@ class MemoryRule:
     has_feature_map: ClassVar[bool] = False
     """Queries and keys pass a nonlinear map of the rule's own."""
 
+    @property
+    def keeps_value(self) -> bool:
+        """The backward pass needs the values as they came, in the memory's precision."""
+        return False
+
     def parameters(self, layer: LayerShape) -> dict[str, RuleParameter]:
         """What the rule adds to a layer, by name."""
         return {}
@@ -78,7 +103,23 @@ class MemoryRule:
         """An empty memory for the heads of `layer`."""
         return MatrixState(torch.zeros(lanes, layer.groups, layer.dim, layer.dim, dtype=dtype, device=device))
 
-    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> State:
+    def features(self, q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Queries and keys as the rule reads and writes with them, in the memory's `dtype`.
+
+        Args:
+            q, k: as in `Tokens`; k may be None.
+        """
+        raise NotImplementedError
+
+    def write(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> tuple[State, State]:
+        """`scan` for a key that is a feature already."""
+        raise NotImplementedError
+
+    def look(self, query: Tensor, state: State) -> Tensor:
+        """`read` for queries that are features already."""
+        raise NotImplementedError
+
+    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> tuple[State, State]:
         """Write a window.
 
         Args:
@@ -88,14 +129,28 @@ class MemoryRule:
             keep: bool `[b, t]`, False where a document starts.
 
         Returns:
-            The states at all segment borders, each tensor with a time dim of t + 1 behind the lane dim; entry t is
-            what segment t reads, the last one the memory carried out.
+            What every segment reads, each tensor with a time dim of t behind the lane dim, and the memory carried out.
         """
-        raise NotImplementedError
+        k, _ = self.features(tokens.k.unsqueeze(3), None, state.M.dtype)
+        return self.write(tokens._replace(k=k.squeeze(3)), weights, state, keep)
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
         """Read `[b, t, n, r, s, d]` for queries of the same shape from states `[b, t, n, ...]`."""
-        raise NotImplementedError
+        query, _ = self.features(q, None, state.M.dtype)
+        return self.look(query, state)
+
+    def scan_and_read(
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor, reads: Reads
+    ) -> tuple[Tensor, Tensor, State]:
+        """`scan` and `read` of a window, with queries and keys mapped together.
+
+        Returns:
+            The read `[b, t + p, n, r, s, d]`, `present` of what it was read from, and the memory carried out.
+        """
+        query, key = self.features(tokens.q, tokens.k, state.M.dtype)
+        before, after = self.write(tokens._replace(k=key), weights, state, keep)
+        before = reads.states(before)
+        return self.look(query, before), self.present(before), after
 
     def inside(self, state: State, q: Tensor, start: Tensor) -> State:
         """The state as tokens in the middle of a segment read it: M is that of the segment's start, but what is carried
@@ -116,44 +171,17 @@ class MemoryRule:
         """FLOPs of a forward pass in one layer, by the conventions of `pipeline.accounting.flops`."""
         raise NotImplementedError
 
-    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int) -> tuple[int, int]:
+    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
         """What autograd keeps in one layer of a rank, see `pipeline.accounting.footprint`.
 
         Args:
             layer: the rank's part of the layer.
             length: tokens of a segment.
             m: bytes of a number of the memory.
-            c: m where q, k and v are copied to the memory's precision, else 0.
+            c: m where q, k and v are of another precision than the memory, else 0.
+            gated: there is a write gate.
 
         Returns:
             Bytes per token, and bytes per segment.
         """
         raise NotImplementedError
-
-
-def affine_scan(initial: Tensor, transition: Tensor | None, write: Tensor, keep: Tensor) -> Tensor:
-    """Run `X_t = (I + transition_t) keep_t X_{t-1} + write_t` over the second dim.
-
-    Args:
-        initial: `[b, n, d, ...]`, the state carried in.
-        transition: `[b, t, n, d, d]`, or None for a plain sum.
-        write: `[b, t, n, d, ...]`.
-        keep: bool `[b, t]`, False where the state is cleared before segment t.
-
-    Returns:
-        `[b, t + 1, n, d, ...]`: entry t is the state that segment t reads (after its reset), the last one the state
-        carried out.
-    """
-    states = []
-    current = initial
-    trailing = (1,) * (initial.dim() - 1)
-    for t in range(write.shape[1]):
-        # Not a product with 0: what is cleared may have overflowed.
-        current = current.where(keep[:, t].view(-1, *trailing), 0)
-        states.append(current)
-        update = write[:, t]
-        if transition is not None:
-            update = update + transition[:, t] @ current
-        current = current + update
-    states.append(current)
-    return torch.stack(states, dim=1)

@@ -20,10 +20,12 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from model.config import LayerShape
-from model.rules.base import MemoryRule, RuleParameter, Tokens
+from model.rules.base import MemoryRule, Reads, RuleParameter, Tokens
 from model.rules.state import State, extended_state
 
 WIDTH = 4
@@ -39,7 +41,7 @@ class ConvolvedRule(MemoryRule):
 
     def __init__(self, rule: MemoryRule) -> None:
         self.rule = rule
-        self.activation = nn.Identity() if rule.has_feature_map else F.silu
+        self.silu = not rule.has_feature_map
         self.token_inputs = rule.token_inputs
 
     def parameters(self, layer: LayerShape) -> dict[str, RuleParameter]:
@@ -62,20 +64,26 @@ class ConvolvedRule(MemoryRule):
         empty = self.rule.empty(lanes, layer, dtype=dtype, device=device)
         return _join(empty, torch.zeros(shape, dtype=dtype, device=device))
 
-    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> State:
+    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> tuple[State, State]:
         inner, tail = _split(state)
-        tails = _tails(tokens, tail, keep)
-        taps = _taps(weights, tails)
-        convolved = tokens._replace(  # queries are read with, not written
-            k=self._convolve(tails[:, :-1, :, -2], tokens.k, taps[:, -2]),
-            v=self._convolve(tails[:, :-1, :, -1], tokens.v, taps[:, -1]),
-        )
-        return _join(self.rule.scan(convolved, weights, inner, keep), tails)
+        reads = Reads(None, detach=False)
+        convolved, tails, tail = self._convolve(tokens, weights, tail, keep, reads)
+        before, after = self.rule.scan(convolved, weights, inner, keep)
+        return _join(before, tails), _join(after, tail)
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
         inner, tail = _split(state)
-        query = self._convolve(tail[:, :, :, :-2], q, _taps(weights, tail)[:, :-2])
-        return self.rule.read(query, weights, inner)
+        padded = torch.cat([tail[:, :, :, :-2], q], dim=-2)
+        convolved = convolution(padded, _taps(weights, tail)[:, :-2])
+        return self.rule.read(F.silu(convolved) if self.silu else convolved, weights, inner)
+
+    def scan_and_read(
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor, reads: Reads
+    ) -> tuple[Tensor, Tensor, State]:
+        inner, tail = _split(state)
+        convolved, _, tail = self._convolve(tokens, weights, tail, keep, reads)
+        read, present, after = self.rule.scan_and_read(convolved, weights, inner, keep, reads)
+        return read, present, _join(after, tail)
 
     def inside(self, state: State, q: Tensor, start: Tensor) -> State:
         inner, tail = _split(state)
@@ -90,17 +98,23 @@ class ConvolvedRule(MemoryRule):
     def flops_per_token(self, layer: LayerShape) -> int:
         return self.rule.flops_per_token(layer) + 2 * WIDTH * (layer.heads + 2 * layer.groups) * layer.dim
 
-    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int) -> tuple[int, int]:
-        per_token, per_segment = self.rule.saved_bytes(layer, length, m, c)
-        n, g, d = layer.heads, layer.groups, layer.dim
-        # The padded q, k, v instead of k's and v's copies; with SiLU also what it is applied to.
-        kept = n * d * m + g * d * (4 * m - 2 * c) if self.rule.has_feature_map else n * d * 2 * m + g * d * (6 * m - c)
-        return per_token + kept, per_segment
+    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
+        per_token, per_segment = self.rule.saved_bytes(layer, length, m, c, gated=gated)
+        # q, k, v with their tails in front, and what is convolved where SiLU or the rule asks for it again.
+        kept = (layer.heads + 2 * layer.groups) * layer.dim * m
+        if self.silu or self.rule.keeps_value:
+            per_token += kept
+        if self.rule.keeps_value:
+            per_token -= layer.groups * layer.dim * c
+        return per_token + kept, per_segment + (WIDTH - 1) * kept
 
-    def _convolve(self, tail: Tensor, x: Tensor, taps: Tensor) -> Tensor:
-        """The causal convolution of `[..., s, d]` behind its tail `[..., 3, d]`, taps `[..., d, WIDTH]`, activated."""
-        padded, length = torch.cat([tail, x], dim=-2), x.shape[-2]
-        return self.activation(sum(padded[..., i : i + length, :] * taps[..., None, :, i] for i in range(WIDTH)))
+    def _convolve(
+        self, tokens: Tokens, weights: Mapping[str, Tensor], tail: Tensor, keep: Tensor, reads: Reads
+    ) -> tuple[Tokens, Tensor, Tensor]:
+        """The tokens behind the convolutions, and the tails before every segment and behind the last one."""
+        taps = _taps(weights, tail)
+        q, k, v, before, after = _Convolution.apply(*tokens[:3], tail, taps, keep, reads, self.silu)
+        return tokens._replace(q=q, k=k, v=v), before, after
 
 
 def _join(inner: State, tail: Tensor) -> State:
@@ -117,16 +131,100 @@ def _taps(weights: Mapping[str, Tensor], tail: Tensor) -> Tensor:
     return weights["convolution"].view(-1, parts, dim, WIDTH)
 
 
-def _tails(tokens: Tokens, initial: Tensor, keep: Tensor) -> Tensor:
-    """The last tokens before every segment and after the last one, `[b, t + 1, n, r + 2, 3, d]`; 0 where a document
-    starts."""
-    parts = (tokens.q[:, : tokens.k.shape[1]], tokens.k.unsqueeze(3), tokens.v.unsqueeze(3))
-    last = torch.cat([x[..., -(WIDTH - 1) :, :] for x in parts], dim=3)
-    tails, current = [], initial
-    for t in range(last.shape[1]):
-        current = current.where(keep[:, t].view(-1, 1, 1, 1, 1), 0)
-        tails.append(current)
-        # A segment shorter than the tail leaves some of the tail before it.
-        current = torch.cat([current, last[:, t]], dim=-2)[..., -(WIDTH - 1) :, :]
-    tails.append(current)
-    return torch.stack(tails, dim=1)
+def convolution(padded: Tensor, taps: Tensor) -> Tensor:
+    """The causal convolution of `[..., n, parts, 3 + s, d]`, a tail and the tokens behind it, with taps
+    `[n, parts, d, WIDTH]`: `[..., n, parts, s, d]`."""
+    length = padded.shape[-2] - (WIDTH - 1)
+    weights = taps.movedim(-1, 0).unsqueeze(-2)
+    convolved = padded[..., :length, :] * weights[0]
+    for i in range(1, WIDTH):
+        convolved.addcmul_(padded[..., i : i + length, :], weights[i])
+    return convolved
+
+
+class _Convolution(Function):
+    """All convolutions of a window at once: y_i = sum_j w_j x_{i - 3 + j}, through segment borders inside a document.
+
+    The tokens of a segment stand in a buffer behind the 3 before them. Backward: dx_i = sum_j w_j dy_{i + 3 - j},
+    dw_j = sum_i dy_i x_{i - 3 + j}; what a tail gets goes to the tokens that it was copied from.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, initial, taps, keep, reads, silu):
+        """Convolved q `[b, t + p, n, r, s, d]`, k and v `[b, t, n, s, d]`; the tails before every segment
+        `[b, t, n, r + 2, 3, d]`, without gradient, and behind the last one."""
+        b, segments, n, r, s, d = q.shape
+        t = k.shape[1]
+        padded = initial.new_empty(b, segments, n, r + 2, WIDTH - 1 + s, d)
+        own, tails = padded[..., WIDTH - 1 :, :], padded[..., : WIDTH - 1, :]
+        own[:, :, :, :r], own[:, :t, :, r], own[:, :t, :, r + 1] = q, k, v
+        clear = _per_tail(~keep, initial)
+        tails[:, 0] = initial
+        tails[:, 0].masked_fill_(clear[:, 0], 0)
+        for before, after in _neighbours(t, s):
+            tails[:, after] = padded[:, before, ..., -(WIDTH - 1) :, :]
+            # Not a product with 0: what is cleared may have overflowed.
+            tails[:, after].masked_fill_(clear[:, after], 0)
+        if segments > t:
+            own[:, t:, :, r:] = 0
+            tails[:, t:] = reads.chosen(tails[:, :t])[:, t:]
+        convolved = convolution(padded, taps)
+        activated = F.silu(convolved) if silu else convolved
+        ctx.reads, ctx.silu, ctx.shapes, ctx.dtype = reads, silu, (q.shape, t), q.dtype
+        ctx.save_for_backward(padded, taps, clear, convolved if silu else None, reads.probes)
+        last, before = padded[:, t - 1, ..., -(WIDTH - 1) :, :].clone(), tails[:, :t]
+        ctx.mark_non_differentiable(before)
+        return activated[:, :, :, :r], activated[:, :t, :, r], activated[:, :t, :, r + 1], before, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_q, of_k, of_v, _, of_last):
+        padded, taps, clear, convolved, probes = ctx.saved_tensors
+        (b, segments, n, r, s, d), t = ctx.shapes
+        gradient = padded.new_empty(b, segments, n, r + 2, s, d)
+        if segments > t:
+            gradient[:, t:, :, r:] = 0
+        parts = ((slice(None), slice(r)), (slice(t), r), (slice(t), r + 1))
+        for (which, part), of_part in zip(parts, (of_q, of_k, of_v), strict=True):
+            into = gradient[:, which, :, part]
+            if ctx.silu:
+                torch.ops.aten.silu_backward(of_part, convolved[:, which, :, part], grad_input=into)
+            else:
+                into.copy_(of_part)
+        weights = taps.movedim(-1, 0).unsqueeze(-2)
+        found = torch.empty_like(padded)
+        found[..., s:, :] = 0
+        torch.mul(gradient, weights[0], out=found[..., :s, :])
+        for i in range(1, WIDTH):
+            found[..., i : i + s, :].addcmul_(gradient, weights[i])
+        of_taps = torch.empty_like(taps)
+        product = torch.empty_like(gradient)
+        for i in range(WIDTH):
+            torch.mul(gradient, padded[..., i : i + s, :], out=product)
+            of_taps[..., i] = product.sum(dim=(0, 1, 4))
+        of_tails = found[..., : WIDTH - 1, :]
+        if ctx.reads.detach:
+            of_tails[:, :, :, :r] = 0
+        if segments > t:
+            lane = torch.arange(b, device=probes.device).unsqueeze(1)
+            of_tails.index_put_((lane, probes), of_tails[:, t:], accumulate=True)
+        found[:, t - 1, ..., -(WIDTH - 1) :, :] += of_last
+        for before, after in reversed(_neighbours(t, s)):
+            passed = of_tails[:, after].masked_fill_(clear[:, after], 0)
+            found[:, before, ..., -(WIDTH - 1) :, :] += passed
+        of_initial = of_tails[:, 0].masked_fill(clear[:, 0], 0)
+        own = found[..., WIDTH - 1 :, :].to(ctx.dtype)
+        return own[:, :, :, :r], own[:, :t, :, r], own[:, :t, :, r + 1], of_initial, of_taps, None, None, None
+
+
+def _neighbours(t: int, s: int) -> list[tuple[slice, slice]]:
+    """Segments and those behind them, in the order in which tails are passed on: all at once where a tail lies in one
+    segment."""
+    if s >= WIDTH - 1:
+        return [(slice(t - 1), slice(1, t))] if t > 1 else []
+    return [(slice(i, i + 1), slice(i + 1, i + 2)) for i in range(t - 1)]
+
+
+def _per_tail(of_segments: Tensor, tail: Tensor) -> Tensor:
+    """`[b, t]` so that it broadcasts over the tails before every segment."""
+    return of_segments.reshape(*of_segments.shape, *(1,) * (tail.dim() - 1))

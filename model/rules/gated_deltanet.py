@@ -23,7 +23,8 @@ from torch import Tensor
 
 from model.config import LayerShape
 from model.rules.base import RuleParameter, Tokens
-from model.rules.deltanet import DeltaNetRule, block_length, unit_length
+from model.rules.delta_blocks import block_length
+from model.rules.deltanet import DeltaNetRule
 from model.rules.state import MatrixState
 
 SLOWEST_DECAY, FASTEST_DECAY = 1e-5, 1e-3
@@ -48,14 +49,18 @@ class GatedDeltaNetRule(DeltaNetRule):
             "decay_rate": RuleParameter((layer.groups,), lambda _: torch.zeros(layer.groups), is_gate=True),
         }
 
-    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, keep: Tensor) -> MatrixState:
-        key = unit_length(tokens.k)
+    def write(
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, keep: Tensor
+    ) -> tuple[MatrixState, MatrixState]:
         log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(tokens.inputs["decay"])
-        return MatrixState(self.write(key, tokens, log_decay, state.M, keep))
+        return self.write_tokens(tokens, log_decay, state, keep)
 
     def flops_per_token(self, layer: LayerShape) -> int:
         return super().flops_per_token(layer) + 2 * layer.hidden * layer.groups
 
-    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int) -> tuple[int, int]:
-        per_token, per_segment = super().saved_bytes(layer, length, m, c)
-        return per_token + 2 * block_length(length) * layer.groups * m + layer.hidden * c, per_segment
+    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
+        per_token, per_segment = super().saved_bytes(
+            layer, length, m, c, gated=True
+        )  # products are multiplied by decays
+        of_decay = layer.groups * (layer.dim + block_length(length) + 4) * m  # -K, ratios, and what becomes log a
+        return per_token + of_decay + layer.hidden * c, per_segment

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.config import KERNELS, ModelConfig, layer_shape
-from model.rules.base import affine_scan
+from model.rules.scan import scan_pairs
 
 RULES_WITH_KERNELS = ("deltanet", "gated_deltanet")
 WIDEST_HEAD = 256
@@ -94,7 +94,7 @@ def scan_by_fla(
     keep: Tensor,
     *,
     products: torch.dtype = torch.bfloat16,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """`scan_delta_rule` of `model.rules.deltanet` by flash-linear-attention; the states are float32.
 
     Args:
@@ -108,13 +108,12 @@ def scan_by_fla(
     if t == 1:
         start = initial.where(keep.view(b, 1, 1, 1), 0)
         end = _final_states(key[:, 0], value[:, 0], gate[:, 0], log_decay[:, 0], start)
-        return torch.stack([start, end], dim=1)
+        return start.unsqueeze(1), end
     unit = torch.eye(d, dtype=initial.dtype, device=initial.device)
     empty_and_unit = torch.cat([torch.zeros_like(unit), unit], dim=-1).expand(b * t, n, d, 2 * d)
     value = torch.cat([value, torch.zeros_like(value)], dim=-1)
     ends = _final_states(*(x.flatten(0, 1) for x in (key, value, gate, log_decay)), empty_and_unit)
-    write, transition = ends.unflatten(0, (b, t)).split(d, dim=-1)
-    return affine_scan(initial, transition - unit, write, keep)
+    return scan_pairs(initial, ends.unflatten(0, (b, t)), keep)
 
 
 def _final_states(key: Tensor, value: Tensor, gate: Tensor, log_decay: Tensor, initial: Tensor) -> Tensor:

@@ -13,10 +13,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from model.config import LayerShape
-from model.rules.base import MemoryRule, Tokens, affine_scan
+from model.rules.base import MemoryRule, Tokens
+from model.rules.feature_maps import phi_of
+from model.rules.scan import scan_pairs, scan_sums
 
 
 class NormalizedState(NamedTuple):
@@ -24,17 +29,6 @@ class NormalizedState(NamedTuple):
 
     M: Tensor
     z: Tensor
-
-
-def phi(x: Tensor) -> Tensor:
-    """ELU + 1, written so that it stays positive: `elu(x) + 1` rounds to 0 in low precision for x < -6."""
-    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
-
-
-def _divide(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
-    """`numerator / denominator`, and 0 where the denominator says that nothing is stored."""
-    stored = denominator > epsilon
-    return numerator * (stored.to(denominator.dtype) / denominator.clamp_min(epsilon))
 
 
 class NormalizedRule(MemoryRule):
@@ -46,29 +40,35 @@ class NormalizedRule(MemoryRule):
         self.delta = delta
         self.epsilon = epsilon
 
+    @property
+    def keeps_value(self) -> bool:
+        return not self.delta
+
     def empty(self, lanes: int, layer: LayerShape, *, dtype: torch.dtype, device: torch.device) -> NormalizedState:
         return NormalizedState(
             torch.zeros(lanes, layer.groups, layer.dim, layer.dim, dtype=dtype, device=device),
             torch.zeros(lanes, layer.groups, layer.dim, dtype=dtype, device=device),
         )
 
-    def scan(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: NormalizedState, keep: Tensor
-    ) -> NormalizedState:
-        key = phi(tokens.k)
-        written = key if tokens.gate is None else key * tokens.gate.unsqueeze(-1)
-        z = affine_scan(state.z, None, written.sum(dim=-2), keep)
-        write = written.transpose(-1, -2) @ tokens.v
-        transition = None
-        if self.delta:
-            # The value that the memory already returns for each key is taken off before writing.
-            stored = key @ z[:, :-1].unsqueeze(-1)
-            transition = -(written.transpose(-1, -2) @ _divide(key, stored, self.epsilon))
-        return NormalizedState(affine_scan(state.M, transition, write, keep), z)
+    def features(self, q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return phi_of(q, k, dtype)
 
-    def read(self, q: Tensor, weights: Mapping[str, Tensor], state: NormalizedState) -> Tensor:
-        query = phi(q.flatten(3, 4))
-        return _divide(query @ state.M, query @ state.z.unsqueeze(-1), self.epsilon).view(q.shape)
+    def write(
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: NormalizedState, keep: Tensor
+    ) -> tuple[NormalizedState, NormalizedState]:
+        key, gate = tokens.k, tokens.gate
+        sums = key.sum(dim=-2) if gate is None else (gate.unsqueeze(-2) @ key).squeeze(-2)
+        z, z_after = scan_sums(state.z, sums, keep)
+        if self.delta:
+            pairs = _DeltaPairs.apply(key, tokens.v, gate, z, self.epsilon)
+            M, M_after = scan_pairs(state.M, pairs, keep)
+        else:
+            written = key if gate is None else key * gate.unsqueeze(-1)
+            M, M_after = scan_sums(state.M, written.mT @ tokens.v.to(key.dtype), keep)
+        return NormalizedState(M, z), NormalizedState(M_after, z_after)
+
+    def look(self, query: Tensor, state: NormalizedState) -> Tensor:
+        return _Read.apply(query, state.M, state.z, self.epsilon)
 
     def present(self, state: NormalizedState) -> Tensor:
         # z is a sum of positive numbers.
@@ -78,11 +78,97 @@ class NormalizedRule(MemoryRule):
         writes = 2 if self.delta else 1  # delta also multiplies by what is stored
         return 2 * layer.heads * layer.dim**2 + writes * 2 * layer.groups * layer.dim**2
 
-    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int) -> tuple[int, int]:
-        n, g, d = layer.heads, layer.groups, layer.dim
-        per_token = n * d * (5 * m + 1 + c) + g * d * (2 * m + 1 + 2 * c)
-        states = 1
-        if self.delta:
-            per_token += g * d * m
-            states = 3
-        return per_token, states * g * d * d * m
+    def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
+        _, n, g, d = layer
+        # phi of queries and keys, the reads, their divisors, and the local attention as it is mixed.
+        per_token = n * (d * (2 * m + c) + m) + g * d * m
+        if self.delta:  # values and keys over their normaliser; states, and transitions and writes
+            return per_token + g * (2 * d + 1) * m, g * d * (4 * d + 1) * m
+        return per_token + g * d * (c + gated * m), g * d * (d + 1) * m
+
+
+def _divisor(normaliser: Tensor, epsilon: float) -> Tensor:
+    """The normaliser, and infinity where it says that nothing is stored: what is divided by it is 0 there."""
+    return F.threshold(normaliser, epsilon, torch.inf)
+
+
+class _Read(Function):
+    """A = N / D with [N | D] = Q [M | z], and 0 where D <= epsilon.
+
+    Backward: dN = dA / D, dD = -(dN A) summed over d, dQ = [dN | dD] [M | z]^T, d[M | z] = Q^T [dN | dD].
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, M: Tensor, z: Tensor, epsilon: float) -> Tensor:
+        """Read `[b, t, n, r, s, d]` for phi of queries of that shape, M `[b, t, n, d, d]` and z `[b, t, n, d]`."""
+        d = query.shape[-1]
+        rows = query.reshape(-1, query.shape[3] * query.shape[4], d)
+        joined = torch.cat([M, z.unsqueeze(-1)], dim=-1).view(-1, d, d + 1)
+        product = torch.bmm(rows, joined)
+        divisor = _divisor(product[..., d:], epsilon)
+        read = product[..., :d] / divisor
+        ctx.save_for_backward(rows, joined, read, divisor)
+        return read.view(query.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        rows, joined, read, divisor = ctx.saved_tensors
+        b, t, n, r, s, d = gradient.shape
+        found = torch.empty(*read.shape[:-1], d + 1, dtype=read.dtype, device=read.device)
+        of_sum, of_divisor = found[..., :d], found[..., d:]
+        torch.div(gradient.reshape(read.shape), divisor, out=of_sum)
+        torch.sum(of_sum * read, dim=-1, keepdim=True, out=of_divisor).neg_()
+        of_query = torch.bmm(found, joined.mT).view(gradient.shape)
+        of_state = torch.bmm(rows.mT, found).view(b, t, n, d, d + 1)
+        return of_query, of_state[..., :d], of_state[..., d], None
+
+
+class _DeltaPairs(Function):
+    """A segment's write and transition under `delta`, [C | T] = [0 | I] + W^T [V | E], with keys K behind phi,
+    W = g K what is written, and E = K / -(K z) (0 where K z <= epsilon) for what the memory returns already.
+
+    Backward, with R = [V | E]: dW = R dP^T, dR = W dP, and for D = K z: dK += -dE / D, dD = -(dE E) summed over d / D,
+    dK += dD z^T, dz = dD K.
+    """
+
+    @staticmethod
+    def forward(ctx, key: Tensor, value: Tensor, gate: Tensor | None, z: Tensor, epsilon: float) -> Tensor:
+        """`[b, t, n, d, 2 d]` of phi of keys and values `[b, t, n, s, d]`, a gate `[b, t, n, s]` and the z before
+        every segment `[b, t, n, d]`."""
+        b, t, n, s, d = key.shape
+        keys, z = key.flatten(0, 2), z.flatten(0, 2).unsqueeze(1)
+        right = key.new_empty(b, t, n, s, 2 * d)
+        right[..., :d] = value
+        right = right.flatten(0, 2)
+        divisor = _divisor(torch.bmm(z, keys.mT), epsilon).neg_().mT
+        torch.div(keys, divisor, out=right[..., d:])
+        written = keys if gate is None else keys * gate.reshape(-1, s, 1)
+        pairs = torch.bmm(written.mT, right)
+        pairs[..., d:].diagonal(dim1=-2, dim2=-1).add_(1)
+        ctx.dtype = value.dtype
+        ctx.save_for_backward(keys, right, divisor, z, gate)
+        return pairs.view(b, t, n, d, 2 * d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        keys, right, divisor, z, gate = ctx.saved_tensors
+        b, t, n, d, _ = gradient.shape
+        s = keys.shape[1]
+        flat = gradient.flatten(0, 2)
+        of_key = torch.bmm(right, flat.mT)
+        of_gate = None
+        written = keys
+        if gate is not None:
+            of_gate = (of_key * keys).sum(dim=-1).view(gate.shape)
+            wide = gate.reshape(-1, s, 1)
+            written = keys * wide
+            of_key *= wide
+        of_right = torch.bmm(written, flat)
+        of_stored = of_right[..., d:]
+        of_normaliser = (of_stored * right[..., d:]).sum(dim=-1, keepdim=True).div_(divisor)
+        of_key.addcdiv_(of_stored, divisor).addcmul_(of_normaliser, z)
+        of_z = torch.bmm(of_normaliser.mT, keys).view(b, t, n, d)
+        of_value = of_right[..., :d].to(ctx.dtype)
+        return of_key.view(b, t, n, s, d), of_value.view(b, t, n, s, d), of_gate, of_z, None

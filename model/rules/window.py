@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.rules import MemoryRule, Tokens
-from model.rules.state import State, map_state
+from model.rules.base import Reads
+from model.rules.state import State
 
 
 def remember(
@@ -36,14 +37,9 @@ def remember(
         The read `[b, t + p, n*r, s, d]`, the r heads of a group neighbours, whether the memory it came from held
         anything (1 or 0) `[b, t + p, n]`, and the memory carried out.
     """
-    b = tokens.q.shape[0]
-    states = rule.scan(tokens, weights, state, ~reset)
-    before = map_state(states, lambda x: x[:, :-1].detach() if detach_reads else x[:, :-1])
-    if probes is not None:
-        lane = torch.arange(b, device=probes.device).unsqueeze(1)
-        before = map_state(before, lambda x: torch.cat([x, x[lane, probes]], dim=1))
-    after = map_state(states, lambda x: x[:, -1])
-    return rule.read(tokens.q, weights, before).flatten(2, 3), rule.present(before), after
+    reads = Reads(probes, detach_reads)
+    read, present, after = rule.scan_and_read(tokens, weights, state, ~reset, reads)
+    return read.flatten(2, 3), present, after
 
 
 class _HardGate(torch.autograd.Function):

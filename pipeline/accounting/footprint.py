@@ -18,16 +18,17 @@ and of one rank n query and g key/value heads of dimension d and an MLP width f,
     norms       h (4 m + 2 e)
     mlp         5 f e
     attention   d e (4 n + 3 g) + 4 n                      flash-like: no S x S matrix
-                + d (n + g) (2 m + e)                      query and key norms
+                + d (n + g) 2 m, 2 m + e in bf16           query and key norms
     + sliding   d e (n + 4 g) + 4 n, + n d m with a memory of the same precision
-    memory      n d (5 m + 1 + c) + g d (2 m + 1 + 2 c)    linear
-                + g d m                                    delta
-                n d (3 m + c) + g d (4 m + c) + 64 g m     deltanet, gated_deltanet
-                + 128 g m + h c                            gated_deltanet
-                + 2 n d m + g d (6 m - c)                  short convolutions; linear, delta: n d m + g d (4 m - 2 c)
-                + h c + g d m                              write gate
+    memory      n (d (2 m + c) + m) + g d m                every rule: q and k behind its map, reads
+                g d (c + m with a write gate)              linear
+                g (2 d + 1) m                              delta
+                g (4 d + 1 + 64) m, and 64 g m with gates  deltanet, gated_deltanet
+                g (d + 64 + 4) m + h c                     gated_deltanet
+                (n + 2 g) d m, twice behind SiLU           short convolutions
+                + h c                                      write gate
                 + h c + 3 n m                              mix gate per token
-    states      g d^2 m per segment (linear), 3 times that (delta), or 2 per 64 tokens and 1 per segment (the others)
+    states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
 
 and the last stage h (2 m + e) for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
 (`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one
@@ -213,17 +214,18 @@ def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: in
     c = m if e < m else 0
     per_token, per_segment = d * e * (4 * n + 3 * g) + 4 * n, 0
     if model.qk_norm:
-        per_token += d * (n + g) * (2 * m + e)
+        per_token += d * (n + g) * (2 * m + (e if c else 0))
     rule = build_rule(model.memory)
     if model.local_context == "sliding":
         per_token += d * e * (n + 4 * g) + 4 * n
         if rule is not None and not c:
             per_token += n * d * m
     if rule is not None:
-        of_rule, per_segment = rule.saved_bytes(layer, length, m, c)
+        gated = model.memory.write_gate != "none"
+        of_rule, per_segment = rule.saved_bytes(layer, length, m, c, gated=gated)
         per_token += of_rule
     if model.memory.write_gate != "none":
-        per_token += hidden * c + g * d * m
+        per_token += hidden * c
     if model.memory.mix_gate == "token":
         per_token += hidden * c + 3 * n * m
     return segments * (length * per_token + per_segment)

@@ -60,8 +60,8 @@ def recalled(
     tokens = Tokens(query, split(k), split(codes[chosen]), gate, inputs)
     weights = {name: parameter.initial(generator) for name, parameter in rule.parameters(layer).items()}
     state = rule.empty(LANES, layer, dtype=torch.float32, device=k.device)
-    states = rule.scan(tokens, weights, state, torch.ones(LANES, segments, dtype=torch.bool))
-    last = map_state(states, lambda x: x[:, -1:].expand(-1, segments, *x.shape[2:]))
+    _, after = rule.scan(tokens, weights, state, torch.ones(LANES, segments, dtype=torch.bool))
+    last = map_state(after, lambda x: x.unsqueeze(1).expand(-1, segments, *x.shape[1:]))
     read = rule.read(query, weights, last).flatten(1, 4)[:, :pairs]
     angles = F.normalize(read, dim=-1) @ F.normalize(codes, dim=-1).T
     right = (angles.argmax(dim=-1) == chosen) & (read.norm(dim=-1) > 0)

@@ -12,7 +12,6 @@ from data.lanes.schedule import WeightedSet
 from model.config import QK_INITS
 from model.decoder import split_layers
 from model.rules import RULES
-from model.rules.deltanet import unit_length
 from model.sharding import padded_vocab_size
 from tests.model import naive
 from tests.model.build import VOCAB, random_memory, random_tokens, small_config, small_stage
@@ -311,7 +310,7 @@ def test_tied_keys_and_queries_recall_before_training(rule):
         if rule != "deltanet":
             taps = attention.memory_convolution.view(groups, ratio + 2, dim, 4)
             query, key = convolved(query, taps[:, :ratio]), convolved(key, taps[:, ratio])
-        scores = torch.einsum("grd,gsd->grs", unit_length(query[:, :, 43]), unit_length(key[:, :40]))
+        scores = torch.einsum("grd,gsd->grs", F.normalize(query[:, :, 43], dim=-1), F.normalize(key[:, :40], dim=-1))
         matched[qk_init] = float((scores.argmax(dim=-1) == 12).double().mean())
     assert matched == {"independent": pytest.approx(0, abs=0.3), "tied": 1.0}
 

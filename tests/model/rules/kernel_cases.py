@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from model.rules.deltanet import unit_length
 
 NAMES = ("key", "value", "gate", "log_decay", "initial")
 """Arguments of `scan_delta_rule` with a gradient, in order."""
@@ -20,7 +19,7 @@ def scan_inputs(
     `resets` a document starts in the last lane's middle segment."""
     b, t, n, s, d = shape
     generator = torch.Generator().manual_seed(seed)
-    key = unit_length(torch.randn(b, t, n, s, d, generator=generator))
+    key = F.normalize(torch.randn(b, t, n, s, d, generator=generator), dim=-1)
     value = torch.randn(b, t, n, s, d, generator=generator)
     gates = torch.rand(b, t, n, s, generator=generator)
     gates[..., :3] = 0
@@ -32,11 +31,12 @@ def scan_inputs(
 
 
 def gradients_of(
-    scan: Callable[..., Tensor], inputs: Sequence[Tensor | None], keep: Tensor, dtype: torch.dtype
+    scan: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None], keep: Tensor, dtype: torch.dtype
 ) -> list[Tensor | None]:
     """The states at the borders, and the gradients of a random projection of all of them."""
     leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
-    states = scan(*leaves, keep)
+    before, after = scan(*leaves, keep)
+    states = torch.cat([before, after.unsqueeze(1)], dim=1)
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
     (states * weights).sum().backward()
     return [states.detach(), *(None if x is None else x.grad for x in leaves)]

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from model.config import LayerShape, MemoryConfig
 from model.rules import RULES as TABLE
-from model.rules import NormalizedState, Tokens, deltanet
+from model.rules import NormalizedState, Tokens, delta_blocks
 from model.rules import build_rule as rule_of
-from model.rules.normalized import phi
+from model.rules.feature_maps import phi
 from model.rules.reference import window_convolution, window_deltanet, window_normalized
 from model.rules.state import MatrixState, extended_state
 from model.rules.window import remember, write_gate
@@ -192,7 +192,7 @@ def test_everything_at_once(rule_name, gate_kind):
 @pytest.mark.parametrize("rule_name", ["deltanet", "gated_deltanet", "gated_deltanet+convolution"])
 def test_delta_rule_is_solved_in_blocks(rule_name, gate_kind, length, monkeypatch):
     """Segments shorter than a block, one block, several, and a length that blocks do not divide."""
-    monkeypatch.setattr(deltanet, "WRITE_BLOCK", 4)
+    monkeypatch.setattr(delta_blocks, "WRITE_BLOCK", 4)
     window, reset = random_window(7, s=length)
     reset[0] = torch.tensor([False, True, False])
     assert_same_as_reference(rule_name, gate_kind, window, reset)

@@ -1,0 +1,129 @@
+"""The delta rule token by token, in blocks: what a segment does to M, `M <- a (M - g k (k^T M)) + g k v^T` over its
+tokens, as one pair of a transition and a write (`model.rules.scan`).
+
+With t_i the sum of log a up to token i of a block of c tokens, e_i = exp(t_i), l_i = exp(t_c - t_i), rows of K and V
+the keys and values, and `[.]` the part below the diagonal, a block's updates are u in (WY form, arXiv 2406.06484,
+section 3)
+
+    (I + L) u = g V - g e K M,    L_ij = [g_i exp(t_i - t_j) k_i k_j]
+
+and M becomes e_c M + (l K)^T u. So with X = (I + L)^-1, Y = X^T (l K) and U = g Y the pair is
+
+    [C | T] = [0 | e_c I] + U^T [V | -e K].
+
+All blocks of all segments are solved at once; then neighbours are composed, to one pair per segment.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from model.rules.scan import compose_neighbours
+
+WRITE_BLOCK = 64
+"""Tokens that are solved for at once, at most: the triangular systems stay small however long a segment is."""
+
+
+def block_length(segment_length: int) -> int:
+    """Tokens of a block: a segment has as many blocks as a power of two says, so that neighbours compose by halves; one
+    that cannot be divided so is solved as one."""
+    blocks = 1
+    while blocks * WRITE_BLOCK < segment_length:
+        blocks *= 2
+    return segment_length // blocks if segment_length % blocks == 0 else segment_length
+
+
+def segment_pairs(key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None) -> Tensor:
+    """What every segment does to M, as `[b, t, n, d, 2 d]`: its write in front of its transition.
+
+    Args:
+        key: `[b, t, n, s, d]`, of length one.
+        value: `[b, t, n, s, d]`, of any precision.
+        gate: g, `[b, t, n, s]`; None for 1.
+        log_decay: log a, `[b, t, n, s]`; None for 0.
+    """
+    return compose_neighbours(_BlockPairs.apply(key, value, gate, log_decay))
+
+
+class _BlockPairs(Function):
+    """Backward, with dP of the pair, R = [V | -e K] and D the gradient of l K:
+
+    dU = R dP^T, dR = U dP, dY = g dU, D = X dY, dL = -[Y D^T], dS = g ratio dL for S = K K^T,
+    dK = l D - e d(-e K) + (dS + dS^T) K; what is multiplied by g, e or l gives them their row sums.
+    """
+
+    @staticmethod
+    def forward(ctx, key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None) -> Tensor:
+        """`[b, t, n, blocks, d, 2 d]`."""
+        b, t, n, s, d = key.shape
+        c = block_length(s)
+        right = key.new_empty(b, t, n, s, 2 * d).view(-1, c, 2 * d)
+        right.view(b, t, n, s, 2 * d)[..., :d] = value
+        minus_e_key = right[..., d:]
+        column = None if gate is None else gate.reshape(-1, c, 1)
+        if log_decay is None:
+            torch.neg(key.reshape(-1, c, d), out=minus_e_key)
+            minus_key = minus_l_key = minus_e_key
+            total = ratio = None
+        else:
+            minus_key = key.reshape(-1, c, d).neg()
+            total = log_decay.reshape(-1, c, 1).cumsum(dim=1)
+            # Below the diagonal exponents are not positive; above it nothing is read, but it must not overflow.
+            ratio = (total - total.mT).clamp_max_(0).exp_()
+            torch.mul(minus_key, total.exp(), out=minus_e_key)
+            minus_l_key = minus_key * (total[:, -1:] - total).exp_()
+        products = torch.bmm(minus_key, minus_key.mT)
+        lower = products if ratio is None else products * ratio
+        lower = lower if column is None else lower * column
+        identity = torch.eye(c, dtype=key.dtype, device=key.device).expand_as(lower)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+        y = torch.baddbmm(minus_key, inverse.mT, minus_l_key, beta=0, alpha=-1)
+        u = y if column is None else y * column
+        pairs = torch.bmm(u.mT, right)
+        pairs[..., d:].diagonal(dim1=-2, dim2=-1).add_(1 if total is None else total[:, -1].exp())
+        ctx.dtype, ctx.shape = value.dtype, key.shape
+        products = None if column is None and ratio is None else products
+        minus_key = None if ratio is None else minus_key
+        ctx.save_for_backward(right, inverse, y, column, products, minus_key, total, ratio)
+        return pairs.view(b, t, n, s // c, d, 2 * d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        right, inverse, y, column, products, minus_key, total, ratio = ctx.saved_tensors
+        d = y.shape[-1]
+        minus_e_key = right[..., d:]
+        flat = gradient.reshape(-1, d, 2 * d)
+        of_u = torch.bmm(right, flat.mT)
+        of_right = torch.bmm(y if column is None else y * column, flat)
+        of_value, of_minus_e_key = of_right[..., :d], of_right[..., d:]
+        of_gate = None if column is None else (of_u * y).sum(dim=-1)
+        of_l_key = torch.bmm(inverse, of_u if column is None else of_u.mul_(column))
+        of_products = torch.bmm(y, of_l_key.mT).tril_(-1)  # times -1
+        if ratio is not None:
+            of_products *= ratio
+        if column is not None:
+            of_gate -= (of_products * products).sum(dim=-1)
+            of_products *= column
+        of_log_decay = None
+        if ratio is None:
+            of_key = of_l_key - of_minus_e_key
+            minus_key = minus_e_key
+        else:
+            of_exponents = of_products * products  # times -1
+            of_total = (of_minus_e_key * minus_e_key).sum(dim=-1)
+            of_total += of_exponents.sum(dim=-2) - of_exponents.sum(dim=-1)
+            of_l_key *= (total[:, -1:] - total).exp_()
+            of_l = (of_l_key * minus_key).sum(dim=-1)  # times -l
+            of_total += of_l
+            trace = flat[..., d:].diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+            of_total[:, -1] += trace * total[:, -1, 0].exp() - of_l.sum(dim=-1)
+            of_log_decay = of_total.flip(-1).cumsum(dim=-1).flip(-1).reshape(ctx.shape[:-1])
+            of_key = of_l_key.addcmul_(of_minus_e_key, total.exp(), value=-1)
+        # (dS + dS^T) K: twice the sign that is in `of_products`, and in `minus_key`.
+        of_key.baddbmm_(of_products + of_products.mT, minus_key)
+        of_gate = None if of_gate is None else of_gate.reshape(ctx.shape[:-1])
+        return of_key.view(ctx.shape), of_value.to(ctx.dtype).reshape(ctx.shape), of_gate, of_log_decay
