@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit-s",
         type=number(0, 1e6, above=True),
-        default=60.0,
+        default=120.0,
         metavar="SECONDS",
         help="full attention stops before a length that takes longer a time (%(default)s)",
     )
