@@ -103,7 +103,7 @@ def commit(attention: InfiniAttention, memory: State | None, cache: SegmentCache
         gate = None if attention.memory_config.write_gate == "none" else gate
         tokens = attention.tokens(q, k, v, gate, dict(zip(attention.rule.token_inputs, inputs.unbind(-1), strict=True)))
         carried = map_state(memory, lambda x: x[lanes])
-        keep = torch.ones(len(lanes), 1, dtype=torch.bool, device=lanes.device)
-        _, after = attention.rule.scan(tokens, rule_weights(attention), carried, keep)
+        reset = torch.zeros(len(lanes), 1, dtype=torch.bool, device=lanes.device)
+        _, after = attention.rule.scan(tokens, rule_weights(attention), carried, reset)
     memory = map_state(memory, lambda x, new: x.index_copy(0, lanes, new), after)
     return join_state(memory, context)

@@ -3,10 +3,10 @@
 A rule works on a whole window at once. The segments of a window are projected together; only the small state is
 scanned over time. Every rule has the form
 
-    M_t = T_t keep_t M_{t-1} + C_t
+    M_t = T_t (0 where a document starts, else M_{t-1}) + C_t
 
-where T_t and C_t come from segment t alone (and, for `delta`, from the normaliser z, which is a prefix sum), and keep_t
-is 0 where a document starts. Pairs (C, T) of neighbouring segments compose (`model.rules.scan`).
+where T_t and C_t come from segment t alone (and, for `delta`, from the normaliser z, which is a prefix sum).
+Pairs (C, T) of neighbouring segments compose (`model.rules.scan`).
 
 A rule is a pure function of its arguments, in float32 (or float64 when the caller's tensors are), without any
 `torch.distributed`: a tensor-parallel rank passes the heads it owns. `model.rules.reference` holds the same rules
@@ -111,7 +111,7 @@ class MemoryRule:
         """
         raise NotImplementedError
 
-    def write(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> tuple[State, State]:
+    def write(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor) -> tuple[State, State]:
         """`scan` for a key that is a feature already."""
         raise NotImplementedError
 
@@ -119,20 +119,20 @@ class MemoryRule:
         """`read` for queries that are features already."""
         raise NotImplementedError
 
-    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> tuple[State, State]:
+    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor) -> tuple[State, State]:
         """Write a window.
 
         Args:
             tokens: of the window.
             weights: the rule's parameters except those of `token_inputs`, this rank's part.
             state: the memory carried in.
-            keep: bool `[b, t]`, False where a document starts.
+            reset: bool `[b, t]`, True where a document starts.
 
         Returns:
             What every segment reads, each tensor with a time dim of t behind the lane dim, and the memory carried out.
         """
         k, _ = self.features(tokens.k.unsqueeze(3), None, state.M.dtype)
-        return self.write(tokens._replace(k=k.squeeze(3)), weights, state, keep)
+        return self.write(tokens._replace(k=k.squeeze(3)), weights, state, reset)
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
         """Read `[b, t, n, r, s, d]` for queries of the same shape from states `[b, t, n, ...]`."""
@@ -140,7 +140,7 @@ class MemoryRule:
         return self.look(query, state)
 
     def scan_and_read(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor, reads: Reads
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor, reads: Reads
     ) -> tuple[Tensor, Tensor, State]:
         """`scan` and `read` of a window, with queries and keys mapped together.
 
@@ -148,7 +148,7 @@ class MemoryRule:
             The read `[b, t + p, n, r, s, d]`, `present` of what it was read from, and the memory carried out.
         """
         query, key = self.features(tokens.q, tokens.k, state.M.dtype)
-        before, after = self.write(tokens._replace(k=key), weights, state, keep)
+        before, after = self.write(tokens._replace(k=key), weights, state, reset)
         before = reads.states(before)
         return self.look(query, before), self.present(before), after
 
@@ -165,7 +165,7 @@ class MemoryRule:
 
     def present(self, state: State) -> Tensor:
         """`[b, t, n]`: 1 where anything has been written, else 0."""
-        return (state.M.detach().abs().amax(dim=(-1, -2)) > 0).to(state.M.dtype)
+        return torch.linalg.vector_norm(state.M.detach(), ord=torch.inf, dim=(-1, -2)).sign_()
 
     def flops_per_token(self, layer: LayerShape) -> int:
         """FLOPs of a forward pass in one layer, by the conventions of `pipeline.accounting.flops`."""

@@ -64,11 +64,11 @@ class ConvolvedRule(MemoryRule):
         empty = self.rule.empty(lanes, layer, dtype=dtype, device=device)
         return _join(empty, torch.zeros(shape, dtype=dtype, device=device))
 
-    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor) -> tuple[State, State]:
+    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor) -> tuple[State, State]:
         inner, tail = _split(state)
         reads = Reads(None, detach=False)
-        convolved, tails, tail = self._convolve(tokens, weights, tail, keep, reads)
-        before, after = self.rule.scan(convolved, weights, inner, keep)
+        convolved, tails, tail = self._convolve(tokens, weights, tail, reset, reads)
+        before, after = self.rule.scan(convolved, weights, inner, reset)
         return _join(before, tails), _join(after, tail)
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
@@ -78,11 +78,11 @@ class ConvolvedRule(MemoryRule):
         return self.rule.read(F.silu(convolved) if self.silu else convolved, weights, inner)
 
     def scan_and_read(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, keep: Tensor, reads: Reads
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor, reads: Reads
     ) -> tuple[Tensor, Tensor, State]:
         inner, tail = _split(state)
-        convolved, _, tail = self._convolve(tokens, weights, tail, keep, reads)
-        read, present, after = self.rule.scan_and_read(convolved, weights, inner, keep, reads)
+        convolved, _, tail = self._convolve(tokens, weights, tail, reset, reads)
+        read, present, after = self.rule.scan_and_read(convolved, weights, inner, reset, reads)
         return read, present, _join(after, tail)
 
     def inside(self, state: State, q: Tensor, start: Tensor) -> State:
@@ -109,11 +109,11 @@ class ConvolvedRule(MemoryRule):
         return per_token + kept, per_segment + (WIDTH - 1) * kept
 
     def _convolve(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], tail: Tensor, keep: Tensor, reads: Reads
+        self, tokens: Tokens, weights: Mapping[str, Tensor], tail: Tensor, reset: Tensor, reads: Reads
     ) -> tuple[Tokens, Tensor, Tensor]:
         """The tokens behind the convolutions, and the tails before every segment and behind the last one."""
         taps = _taps(weights, tail)
-        q, k, v, before, after = _Convolution.apply(*tokens[:3], tail, taps, keep, reads, self.silu)
+        q, k, v, before, after = _Convolution.apply(*tokens[:3], tail, taps, reset, reads, self.silu)
         return tokens._replace(q=q, k=k, v=v), before, after
 
 
@@ -150,7 +150,7 @@ class _Convolution(Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, initial, taps, keep, reads, silu):
+    def forward(ctx, q, k, v, initial, taps, reset, reads, silu):
         """Convolved q `[b, t + p, n, r, s, d]`, k and v `[b, t, n, s, d]`; the tails before every segment
         `[b, t, n, r + 2, 3, d]`, without gradient, and behind the last one."""
         b, segments, n, r, s, d = q.shape
@@ -158,9 +158,8 @@ class _Convolution(Function):
         padded = initial.new_empty(b, segments, n, r + 2, WIDTH - 1 + s, d)
         own, tails = padded[..., WIDTH - 1 :, :], padded[..., : WIDTH - 1, :]
         own[:, :, :, :r], own[:, :t, :, r], own[:, :t, :, r + 1] = q, k, v
-        clear = _per_tail(~keep, initial)
-        tails[:, 0] = initial
-        tails[:, 0].masked_fill_(clear[:, 0], 0)
+        clear = _per_tail(reset, initial)
+        tails[:, 0] = initial.masked_fill(clear[:, 0], 0)
         for before, after in _neighbours(t, s):
             tails[:, after] = padded[:, before, ..., -(WIDTH - 1) :, :]
             # Not a product with 0: what is cleared may have overflowed.
@@ -197,24 +196,33 @@ class _Convolution(Function):
         torch.mul(gradient, weights[0], out=found[..., :s, :])
         for i in range(1, WIDTH):
             found[..., i : i + s, :].addcmul_(gradient, weights[i])
-        of_taps = torch.empty_like(taps)
+        of_taps = taps.new_empty(WIDTH, *taps.shape[:-1])
         product = torch.empty_like(gradient)
         for i in range(WIDTH):
             torch.mul(gradient, padded[..., i : i + s, :], out=product)
-            of_taps[..., i] = product.sum(dim=(0, 1, 4))
+            torch.sum(product, dim=(0, 1, 4), out=of_taps[i])
         of_tails = found[..., : WIDTH - 1, :]
         if ctx.reads.detach:
             of_tails[:, :, :, :r] = 0
         if segments > t:
             lane = torch.arange(b, device=probes.device).unsqueeze(1)
             of_tails.index_put_((lane, probes), of_tails[:, t:], accumulate=True)
-        found[:, t - 1, ..., -(WIDTH - 1) :, :] += of_last
+        found[:, t - 1, ..., -(WIDTH - 1) :, :].add_(of_last)
         for before, after in reversed(_neighbours(t, s)):
             passed = of_tails[:, after].masked_fill_(clear[:, after], 0)
-            found[:, before, ..., -(WIDTH - 1) :, :] += passed
+            found[:, before, ..., -(WIDTH - 1) :, :].add_(passed)
         of_initial = of_tails[:, 0].masked_fill(clear[:, 0], 0)
         own = found[..., WIDTH - 1 :, :].to(ctx.dtype)
-        return own[:, :, :, :r], own[:, :t, :, r], own[:, :t, :, r + 1], of_initial, of_taps, None, None, None
+        return (
+            own[:, :, :, :r],
+            own[:, :t, :, r],
+            own[:, :t, :, r + 1],
+            of_initial,
+            of_taps.movedim(0, -1),
+            None,
+            None,
+            None,
+        )
 
 
 def _neighbours(t: int, s: int) -> list[tuple[slice, slice]]:

@@ -67,14 +67,15 @@ class _BlockPairs(Function):
         if log_decay is None:
             torch.neg(key.reshape(-1, c, d), out=minus_e_key)
             minus_key = minus_l_key = minus_e_key
-            total = ratio = None
+            e = ratio = None
         else:
             minus_key = key.reshape(-1, c, d).neg()
             total = log_decay.reshape(-1, c, 1).cumsum(dim=1)
             # Below the diagonal exponents are not positive; above it nothing is read, but it must not overflow.
             ratio = (total - total.mT).clamp_max_(0).exp_()
-            torch.mul(minus_key, total.exp(), out=minus_e_key)
-            minus_l_key = minus_key * (total[:, -1:] - total).exp_()
+            e = total.exp_()
+            torch.mul(minus_key, e, out=minus_e_key)
+            minus_l_key = minus_key * ratio[:, -1:].mT
         products = torch.bmm(minus_key, minus_key.mT)
         lower = products if ratio is None else products * ratio
         lower = lower if column is None else lower * column
@@ -83,17 +84,17 @@ class _BlockPairs(Function):
         y = torch.baddbmm(minus_key, inverse.mT, minus_l_key, beta=0, alpha=-1)
         u = y if column is None else y * column
         pairs = torch.bmm(u.mT, right)
-        pairs[..., d:].diagonal(dim1=-2, dim2=-1).add_(1 if total is None else total[:, -1].exp())
+        pairs[..., d:].diagonal(dim1=-2, dim2=-1).add_(1 if e is None else e[:, -1])
         ctx.dtype, ctx.shape = value.dtype, key.shape
         products = None if column is None and ratio is None else products
         minus_key = None if ratio is None else minus_key
-        ctx.save_for_backward(right, inverse, y, column, products, minus_key, total, ratio)
+        ctx.save_for_backward(right, inverse, y, column, products, minus_key, e, ratio)
         return pairs.view(b, t, n, s // c, d, 2 * d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        right, inverse, y, column, products, minus_key, total, ratio = ctx.saved_tensors
+        right, inverse, y, column, products, minus_key, e, ratio = ctx.saved_tensors
         d = y.shape[-1]
         minus_e_key = right[..., d:]
         flat = gradient.reshape(-1, d, 2 * d)
@@ -104,25 +105,25 @@ class _BlockPairs(Function):
         of_l_key = torch.bmm(inverse, of_u if column is None else of_u.mul_(column))
         of_products = torch.bmm(y, of_l_key.mT).tril_(-1)  # times -1
         if ratio is not None:
-            of_products *= ratio
+            of_products.mul_(ratio)
         if column is not None:
-            of_gate -= (of_products * products).sum(dim=-1)
-            of_products *= column
+            of_gate.sub_((of_products * products).sum(dim=-1))
+            of_products.mul_(column)
         of_log_decay = None
         if ratio is None:
             of_key = of_l_key - of_minus_e_key
             minus_key = minus_e_key
         else:
+            of_l_key.mul_(ratio[:, -1:].mT)
             of_exponents = of_products * products  # times -1
+            # l is the ratios' last row.
+            of_exponents[:, -1].add_((of_l_key * minus_key).sum(dim=-1))
             of_total = (of_minus_e_key * minus_e_key).sum(dim=-1)
-            of_total += of_exponents.sum(dim=-2) - of_exponents.sum(dim=-1)
-            of_l_key *= (total[:, -1:] - total).exp_()
-            of_l = (of_l_key * minus_key).sum(dim=-1)  # times -l
-            of_total += of_l
+            of_total.add_(of_exponents.sum(dim=-2)).sub_(of_exponents.sum(dim=-1))
             trace = flat[..., d:].diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-            of_total[:, -1] += trace * total[:, -1, 0].exp() - of_l.sum(dim=-1)
+            of_total[:, -1].addcmul_(trace, e[:, -1, 0])
             of_log_decay = of_total.flip(-1).cumsum(dim=-1).flip(-1).reshape(ctx.shape[:-1])
-            of_key = of_l_key.addcmul_(of_minus_e_key, total.exp(), value=-1)
+            of_key = of_l_key.addcmul_(of_minus_e_key, e, value=-1)
         # (dS + dS^T) K: twice the sign that is in `of_products`, and in `minus_key`.
         of_key.baddbmm_(of_products + of_products.mT, minus_key)
         of_gate = None if of_gate is None else of_gate.reshape(ctx.shape[:-1])

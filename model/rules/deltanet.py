@@ -23,19 +23,19 @@ from model.rules.state import MatrixState
 
 
 def scan_delta_rule(
-    key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None, initial: Tensor, keep: Tensor
+    key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None, initial: Tensor, reset: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run `M <- a (M - g k (k^T M)) + g k v^T` over all tokens of a window.
 
     Args:
         key, value, gate, log_decay: see `segment_pairs`.
         initial: M carried in, `[b, n, d, d]`.
-        keep: bool `[b, t]`, False where a document starts.
+        reset: bool `[b, t]`, True where a document starts.
 
     Returns:
         M before every segment `[b, t, n, d, d]`, after its reset, and M carried out `[b, n, d, d]`.
     """
-    return scan_pairs(initial, segment_pairs(key, value, gate, log_decay), keep)
+    return scan_pairs(initial, segment_pairs(key, value, gate, log_decay), reset)
 
 
 class DeltaNetRule(MemoryRule):
@@ -52,18 +52,18 @@ class DeltaNetRule(MemoryRule):
         return unit_length_of(q, k, dtype)
 
     def write(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, keep: Tensor
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, reset: Tensor
     ) -> tuple[MatrixState, MatrixState]:
-        return self.write_tokens(tokens, None, state, keep)
+        return self.write_tokens(tokens, None, state, reset)
 
     def write_tokens(
-        self, tokens: Tokens, log_decay: Tensor | None, state: MatrixState, keep: Tensor
+        self, tokens: Tokens, log_decay: Tensor | None, state: MatrixState, reset: Tensor
     ) -> tuple[MatrixState, MatrixState]:
         """`scan_delta_rule`, by the kernel that the run has."""
         device, dim = tokens.k.device.type, tokens.k.shape[-1]
         kernel = choose_kernel(self.kernel, bfloat16=tokens.bfloat16, device=device, dim=dim)
         scan = scan_by_fla if kernel.name == "fla" else scan_delta_rule
-        before, after = scan(tokens.k, tokens.v, tokens.gate, log_decay, state.M, keep)
+        before, after = scan(tokens.k, tokens.v, tokens.gate, log_decay, state.M, reset)
         return MatrixState(before), MatrixState(after)
 
     def look(self, query: Tensor, state: MatrixState) -> Tensor:

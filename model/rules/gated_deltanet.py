@@ -20,6 +20,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from model.config import LayerShape
 from model.rules.base import RuleParameter, Tokens
@@ -50,10 +52,10 @@ class GatedDeltaNetRule(DeltaNetRule):
         }
 
     def write(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, keep: Tensor
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, reset: Tensor
     ) -> tuple[MatrixState, MatrixState]:
-        log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(tokens.inputs["decay"])
-        return self.write_tokens(tokens, log_decay, state, keep)
+        log_decay = _LogDecay.apply(weights["decay_rate"], tokens.inputs["decay"])
+        return self.write_tokens(tokens, log_decay, state, reset)
 
     def flops_per_token(self, layer: LayerShape) -> int:
         return super().flops_per_token(layer) + 2 * layer.hidden * layer.groups
@@ -64,3 +66,22 @@ class GatedDeltaNetRule(DeltaNetRule):
         )  # products are multiplied by decays
         of_decay = layer.groups * (layer.dim + block_length(length) + 4) * m  # -K, ratios, and what becomes log a
         return per_token + of_decay + layer.hidden * c, per_segment
+
+
+class _LogDecay(Function):
+    """log a = -exp(R) softplus(x) of R `[n]` and x `[b, t, n, s]`. Backward: dx = -exp(R) sigmoid(x) da, and dR is the
+    sum of da log a."""
+
+    @staticmethod
+    def forward(ctx, rate: Tensor, x: Tensor) -> Tensor:
+        factor = rate.exp().neg_().unsqueeze(-1)
+        log_decay = factor * F.softplus(x)
+        ctx.save_for_backward(factor, x, log_decay)
+        return log_decay
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        factor, x, log_decay = ctx.saved_tensors
+        of_rate = (gradient * log_decay).sum(dim=(0, 1, 3))
+        return of_rate, torch.ops.aten.softplus_backward(gradient * factor, x, 1, 20)

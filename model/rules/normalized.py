@@ -54,17 +54,17 @@ class NormalizedRule(MemoryRule):
         return phi_of(q, k, dtype)
 
     def write(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: NormalizedState, keep: Tensor
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: NormalizedState, reset: Tensor
     ) -> tuple[NormalizedState, NormalizedState]:
         key, gate = tokens.k, tokens.gate
         sums = key.sum(dim=-2) if gate is None else (gate.unsqueeze(-2) @ key).squeeze(-2)
-        z, z_after = scan_sums(state.z, sums, keep)
+        z, z_after = scan_sums(state.z, sums, reset)
         if self.delta:
             pairs = _DeltaPairs.apply(key, tokens.v, gate, z, self.epsilon)
-            M, M_after = scan_pairs(state.M, pairs, keep)
+            M, M_after = scan_pairs(state.M, pairs, reset)
         else:
             written = key if gate is None else key * gate.unsqueeze(-1)
-            M, M_after = scan_sums(state.M, written.mT @ tokens.v.to(key.dtype), keep)
+            M, M_after = scan_sums(state.M, written.mT @ tokens.v.to(key.dtype), reset)
         return NormalizedState(M, z), NormalizedState(M_after, z_after)
 
     def look(self, query: Tensor, state: NormalizedState) -> Tensor:
@@ -72,7 +72,7 @@ class NormalizedRule(MemoryRule):
 
     def present(self, state: NormalizedState) -> Tensor:
         # z is a sum of positive numbers.
-        return (state.z.detach().sum(dim=-1) > 0).to(state.z.dtype)
+        return state.z.detach().sum(dim=-1).sign_()
 
     def flops_per_token(self, layer: LayerShape) -> int:
         writes = 2 if self.delta else 1  # delta also multiplies by what is stored
@@ -164,7 +164,7 @@ class _DeltaPairs(Function):
             of_gate = (of_key * keys).sum(dim=-1).view(gate.shape)
             wide = gate.reshape(-1, s, 1)
             written = keys * wide
-            of_key *= wide
+            of_key.mul_(wide)
         of_right = torch.bmm(written, flat)
         of_stored = of_right[..., d:]
         of_normaliser = (of_stored * right[..., d:]).sum(dim=-1, keepdim=True).div_(divisor)

@@ -17,28 +17,28 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-def scan_pairs(initial: Tensor, pairs: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Run `X <- T_t (X where keep_t, else 0) + C_t` over the segments of a window.
+def scan_pairs(initial: Tensor, pairs: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `X <- T_t (0 where reset_t, else X) + C_t` over the segments of a window.
 
     Args:
         initial: `[b, n, d, e]`, the state carried in.
         pairs: `[b, t, n, d, e + d]`, C_t in front of T_t.
-        keep: bool `[b, t]`, False where the state is cleared before segment t.
+        reset: bool `[b, t]`, True where the state is cleared before segment t.
 
     Returns:
         What every segment reads `[b, t, n, d, e]`, after its reset, and the state carried out `[b, n, d, e]`.
     """
-    return _Scan.apply(initial, pairs, keep, True)
+    return _Scan.apply(initial, pairs, reset, True)
 
 
-def scan_sums(initial: Tensor, writes: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """`scan_pairs` where nothing is taken off: `X <- (X where keep_t, else 0) + C_t`.
+def scan_sums(initial: Tensor, writes: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+    """`scan_pairs` where nothing is taken off: `X <- (0 where reset_t, else X) + C_t`.
 
     Args:
         initial: `[b, n, ...]`.
         writes: C_t, `[b, t, n, ...]`.
     """
-    return _Scan.apply(initial, writes, keep, False)
+    return _Scan.apply(initial, writes, reset, False)
 
 
 def compose_neighbours(pairs: Tensor) -> Tensor:
@@ -52,26 +52,26 @@ def compose_neighbours(pairs: Tensor) -> Tensor:
 class _Scan(Function):
     """Gradients, from the last segment to the first, with G the gradient of the state that a segment leaves behind:
 
-    dC_t = G,   dT_t = G X_t^T,   G <- (T_t^T G + dX_t where keep_t, else 0)
+    dC_t = G,   dT_t = G X_t^T,   G <- (0 where reset_t, else T_t^T G + dX_t)
     """
 
     @staticmethod
-    def forward(ctx, initial: Tensor, pairs: Tensor, keep: Tensor, has_transition: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx, initial: Tensor, pairs: Tensor, reset: Tensor, has_transition: bool) -> tuple[Tensor, Tensor]:
         columns, segments = initial.shape[-1], pairs.shape[1]
-        clear = _per_state(~keep, initial)
-        states = initial.new_empty(segments + 1, *initial.shape)  # of one segment contiguous
-        states[0] = initial
+        clear = _per_state(reset, initial)
+        states, state = [], initial
         for t in range(segments):
             # Not a product with 0: what is cleared may have overflowed.
-            states[t].masked_fill_(clear[t], 0)
+            states.append(state.masked_fill(clear[t], 0))
             if has_transition:
                 write, transition = _flat(pairs[:, t, ..., :columns]), _flat(pairs[:, t, ..., columns:])
-                torch.baddbmm(write, transition, _flat(states[t]), out=_flat(states[t + 1]))
+                state = torch.baddbmm(write, transition, _flat(states[t])).view(initial.shape)
             else:
-                torch.add(states[t], pairs[:, t], out=states[t + 1])
+                state = states[t] + pairs[:, t]
+        before = torch.stack(states) if segments > 1 else states[0].unsqueeze(0)
         ctx.has_transition = has_transition
-        ctx.save_for_backward(clear, *((states, pairs) if has_transition else ()))
-        return states[:-1].transpose(0, 1), states[-1]
+        ctx.save_for_backward(clear, *((before, pairs) if has_transition else ()))
+        return before.transpose(0, 1), state
 
     @staticmethod
     @once_differentiable
@@ -91,8 +91,7 @@ class _Scan(Function):
                 torch.add(before[:, t], writes[t], out=into)
             into.masked_fill_(clear[t], 0)
         if ctx.has_transition:
-            states = saved[0][:-1].flatten(0, 2)
-            torch.bmm(writes.flatten(0, 2), states.mT, out=found[..., columns:].flatten(0, 2))
+            torch.bmm(writes.flatten(0, 2), saved[0].flatten(0, 2).mT, out=found[..., columns:].flatten(0, 2))
         return into, found.transpose(0, 1), None, None
 
 
@@ -105,7 +104,7 @@ class _Compose(Function):
         columns = pairs.shape[-1] - pairs.shape[-2]
         first, second = _halves(pairs)
         composed = torch.bmm(second[..., columns:], first)
-        composed[..., :columns] += second[..., :columns]
+        composed[..., :columns].add_(second[..., :columns])
         ctx.save_for_backward(pairs)
         return composed.view(*pairs.shape[:-3], pairs.shape[-3] // 2, *pairs.shape[-2:])
 

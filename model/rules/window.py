@@ -38,7 +38,7 @@ def remember(
         anything (1 or 0) `[b, t + p, n]`, and the memory carried out.
     """
     reads = Reads(probes, detach_reads)
-    read, present, after = rule.scan_and_read(tokens, weights, state, ~reset, reads)
+    read, present, after = rule.scan_and_read(tokens, weights, state, reset, reads)
     return read.flatten(2, 3), present, after
 
 

@@ -112,15 +112,15 @@ def main() -> None:
     prepare()
     for line in sys.stdin:
         case = json.loads(line)
-        inputs, keep = scan_inputs(case["shape"], decay=case["decay"], gate=case["gate"], resets=case["resets"])
-        expected = gradients_of(scan_delta_rule, inputs, keep, torch.float64)
+        inputs, reset = scan_inputs(case["shape"], decay=case["decay"], gate=case["gate"], resets=case["resets"])
+        expected = gradients_of(scan_delta_rule, inputs, reset, torch.float64)
         LAUNCHED.clear()
         products = getattr(torch, case["products"])
 
         def scan(*arguments, products=products):
             return scan_by_fla(*arguments, products=products)
 
-        found = gradients_of(scan, inputs, keep, torch.float32)
+        found = gradients_of(scan, inputs, reset, torch.float32)
         assert all(x is None or x.dtype == torch.float32 for x in found), "states and gradients are float32"
         errors = dict(zip(("states", *NAMES), relative_errors(found, expected), strict=True))
         print(json.dumps({"errors": errors, "launches": len(LAUNCHED)}), flush=True)

@@ -15,7 +15,7 @@ NAMES = ("key", "value", "gate", "log_decay", "initial")
 def scan_inputs(
     shape: Sequence[int], *, decay: bool = True, gate: bool = True, resets: bool = True, seed: int = 0
 ) -> tuple[list[Tensor | None], Tensor]:
-    """Arguments of `scan_delta_rule` in float32 for (b, t, n, s, d), and keep. Some tokens' gates are closed; with
+    """Arguments of `scan_delta_rule` in float32 for (b, t, n, s, d), and reset. Some tokens' gates are closed; with
     `resets` a document starts in the last lane's middle segment."""
     b, t, n, s, d = shape
     generator = torch.Generator().manual_seed(seed)
@@ -25,17 +25,17 @@ def scan_inputs(
     gates[..., :3] = 0
     log_decay = -0.02 * torch.rand(b, t, n, s, generator=generator)
     initial = torch.randn(b, n, d, d, generator=generator)
-    keep = torch.ones(b, t, dtype=torch.bool)
-    keep[-1, t // 2] = not resets
-    return [key, value, gates if gate else None, log_decay if decay else None, initial], keep
+    reset = torch.zeros(b, t, dtype=torch.bool)
+    reset[-1, t // 2] = resets
+    return [key, value, gates if gate else None, log_decay if decay else None, initial], reset
 
 
 def gradients_of(
-    scan: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None], keep: Tensor, dtype: torch.dtype
+    scan: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None], reset: Tensor, dtype: torch.dtype
 ) -> list[Tensor | None]:
     """The states at the borders, and the gradients of a random projection of all of them."""
     leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
-    before, after = scan(*leaves, keep)
+    before, after = scan(*leaves, reset)
     states = torch.cat([before, after.unsqueeze(1)], dim=1)
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
     (states * weights).sum().backward()

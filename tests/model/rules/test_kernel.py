@@ -97,13 +97,13 @@ def test_segments_and_resets_around_the_kernel(monkeypatch, t, gate, decay):
     monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
     monkeypatch.setitem(sys.modules, "fla.ops", types.ModuleType("fla.ops"))
     monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
-    inputs, keep = scan_inputs((2, t, 2, 5, 4), gate=gate, decay=decay)
+    inputs, reset = scan_inputs((2, t, 2, 5, 4), gate=gate, decay=decay)
 
     def scan(*arguments):
         return scan_by_fla(*arguments, products=torch.float64)
 
-    found = gradients_of(scan, inputs, keep, torch.float64)
-    expected = gradients_of(scan_delta_rule, inputs, keep, torch.float64)
+    found = gradients_of(scan, inputs, reset, torch.float64)
+    expected = gradients_of(scan_delta_rule, inputs, reset, torch.float64)
     assert max(relative_errors(found, expected)) < 1e-12
 
 
