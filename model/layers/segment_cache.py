@@ -43,21 +43,26 @@ class Span(NamedTuple):
     """int64 `[b]`."""
     stop: int
     """The largest `start + count`: cached positions from here on are empty in every lane."""
+    lane: Tensor
+    """Of every new token, lane by lane: int64 `[sum(count)]`. From the host's numbers, and once for all layers: asking
+    the device which columns are used would wait for it in every layer."""
+    column: Tensor
+    """Of every new token, its column."""
 
     @classmethod
     def build(cls, start: list[int], count: list[int], device: torch.device) -> Span:
+        def on_device(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
         stop = max(a + n for a, n in zip(start, count, strict=True))
-        return cls(torch.tensor(start, device=device), torch.tensor(count, device=device), stop)
+        lane = [i for i, n in enumerate(count) for _ in range(n)]
+        column = [j for n in count for j in range(n)]
+        return cls(on_device(start), on_device(count), stop, on_device(lane), on_device(column))
 
     def positions(self, columns: int) -> Tensor:
         """Positions in the segment, `[b, c]`; columns that a lane does not use stay inside it."""
         offsets = torch.arange(columns, device=self.start.device)
         return (self.start[:, None] + offsets).clamp(max=self.stop - 1)
-
-    def columns(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Lane and column of every new token."""
-        used = torch.arange(columns, device=self.count.device) < self.count[:, None]
-        return used.nonzero(as_tuple=True)
 
 
 def empty_cache(
@@ -81,8 +86,7 @@ def empty_cache(
 def put(cache: SegmentCache, new: SegmentCache, span: Span) -> None:
     """Write new tokens `[b, n, c, ...]` at their positions, in place, in the cache's precision: in a bfloat16 run the
     biases of Qwen 2 give float32, which the attention's products round."""
-    width = new.key.shape[2]
-    lane, column = span.columns(width)
+    lane, column = span.lane, span.column
     position = span.start[lane] + column
     for target, tensor in zip(cache, new, strict=True):
         target[lane, :, position] = tensor[lane, :, column].to(target.dtype)

@@ -147,7 +147,7 @@ class Streamer:
         self.stage: DecoderStage = build_stage(config, topology, vocab_size)
         self.stage.eval()
         self.executor = Executor(self.stage, topology, chunks=1, carry_gradient=False)
-        tokens = WINDOW_TOKENS[topology.device.type]
+        tokens = WINDOW_TOKENS["cpu" if topology.device.type == "cpu" else "cuda"]
         self.tokens_per_window = max(self.segment_length, min(tokens, LOGITS // self.stage.vocab_size))
 
     def load(self, reader: CheckpointReader) -> None:

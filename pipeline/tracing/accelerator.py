@@ -23,9 +23,10 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
-import torch.nn.attention.bias
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import bias
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "pretended"
@@ -56,8 +57,9 @@ def pretended_accelerator() -> Iterator[torch.device]:
         # Megatron allocates on the current device; a module's own parameters cannot be swapped on this device.
         patches.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: device))
         patches.enter_context(mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self))
-        # What `causal_lower_right` asks before it takes the flash kernel, which CUDA has.
-        patches.enter_context(mock.patch.object(torch.nn.attention.bias, "can_use_flash_attention", lambda _: True))
+        # `causal_lower_right` gives a tensor in name alone, and takes the flash kernel where there is one.
+        patches.enter_context(mock.patch.object(bias.CausalBias, "__new__", _real_tensor))
+        patches.enter_context(mock.patch.object(bias, "can_use_flash_attention", lambda _: True))
         patches.enter_context(mode)
         yield device
 
@@ -76,6 +78,11 @@ def _register() -> tuple[torch.device, FakeTensorMode]:
 _attention = torch.library.Library("aten", "IMPL", "AutogradPrivateUse1")
 _everything = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
 _autocast = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+
+
+def _real_tensor(kind: type[Tensor], *_: object) -> Tensor:
+    with _disable_current_modes():
+        return torch.empty(0).as_subclass(kind)
 
 
 def _in_low_precision(name: str):
@@ -114,6 +121,6 @@ def _fused_attention(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-    bias = attn_mask.expand(*query.shape[:3], key.shape[2])
+    attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+    return efficient(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]

@@ -58,6 +58,12 @@ LISTED = (
         "step",
         "once a step, in DeepSpeed: whether the gradients are finite, and by how much they are clipped",
     ),
+    ListedRead(
+        "pipeline/checkpoint/run_state.py", "own_tensors", "a checkpoint's copy to host memory, between two steps"
+    ),
+    ListedRead("pipeline/evaluation/heldout.py", "segment_losses", "evaluation: what a window's documents lose"),
+    ListedRead("pipeline/inference/sampling.py", "choose", "generation: the token itself"),
+    ListedRead("pipeline/inference/incremental.py", "append", "generation: the token, as all processes have it"),
 )
 """Each of them between two steps or at the end of one: nothing inside a chunk."""
 

@@ -110,10 +110,14 @@ class Ledger(TorchDispatchMode):
         started: list[int] = []
 
         def enter(*_: Any) -> None:
+            if torch._C._current_autograd_node() is not None:
+                return  # a recomputation, in a thread that counts for itself
             self._depth += 1
             started.append(torch.autograd._get_sequence_nr())
 
         def leave(*_: Any) -> None:
+            if torch._C._current_autograd_node() is not None:
+                return
             self._depth -= 1
             self._spans.append((started.pop(), torch.autograd._get_sequence_nr()))
 

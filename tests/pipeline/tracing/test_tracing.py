@@ -1,0 +1,137 @@
+"""Nothing in a step meets a tensor of another device, and the host waits only where there is a reason given.
+
+Everything runs in one process of its own, since a pretended device stays for good.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.pool import CaseFailed, Pool
+from tests.pipeline.tracing import cases
+
+
+@pytest.fixture(scope="module")
+def process():
+    """A process that traces; a new one when a case has failed in it."""
+    pools = []
+
+    def run(function, **arguments):
+        if not pools or pools[-1].broken:
+            pools.append(Pool(1))
+        return pools[-1].run(function, **arguments)[0]
+
+    yield run
+    for pool in pools:
+        if not pool.broken:
+            pool.close()
+
+
+STEPS = {
+    "plain": (1, 0, "model.memory.rule=none train.precision=bf16"),
+    "linear": (1, 0, "model.memory.rule=linear model.memory.write_gate=sigmoid bptt.recompute=selective"),
+    "delta": (2, 1, "model.memory.write_gate=hard bptt.recompute=layer parallel.zero_stage=2 +statistics"),
+    "delta, tensor": (2, 1, "parallel.tensor=2 parallel.sequence_parallel=true train.precision=bf16 +statistics"),
+    "delta, first stage": (2, 0, "parallel.pipeline=2 train.probes_per_window=2 bptt.recompute=window"),
+    "delta, last stage": (2, 1, "parallel.pipeline=2 train.probes_per_window=2 train.precision=bf16 +statistics"),
+    "deltanet": (1, 0, "model.memory.rule=deltanet model.memory.mix_gate=token model.qk_norm=true +statistics"),
+    "deltanet, both": (
+        4,
+        2,
+        "model.memory.rule=deltanet model.memory.short_convolution=true parallel.tensor=2 parallel.pipeline=2 "
+        "parallel.sequence_parallel=true bptt.recompute=selective train.precision=bf16",
+    ),
+    "gated_deltanet": (1, 0, "model.memory.rule=gated_deltanet train.precision=bf16 bptt.recompute=selective"),
+    "gated_deltanet, window": (
+        1,
+        0,
+        "model.memory.rule=gated_deltanet model.memory.write_gate=sigmoid bptt.recompute=window +statistics",
+    ),
+    "sliding": (1, 0, "model.local_context=sliding train.probes_per_window=2 train.precision=bf16 +statistics"),
+    "sliding, plain": (2, 1, "model.memory.rule=none model.local_context=sliding parallel.tensor=2"),
+    "biases, zero 3": (2, 0, "model.qkv_bias=true model.memory.mix_gate=token parallel.zero_stage=3"),
+    "detached": (1, 0, "bptt.gradient=detached bptt.recompute_logits=true train.write_gate_penalty=0.1"),
+}
+
+
+@pytest.fixture(scope="module")
+def steps(process):
+    return {
+        name: process(cases.step, world=world, rank=rank, settings=row) for name, (world, rank, row) in STEPS.items()
+    }
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_host_waits_only_where_a_reason_is_given(steps, name):
+    assert steps[name]["unlisted"] == []
+    # Nothing of a layer, the decoder or the schedule's operations: what is read is read once a step.
+    inside = [read for read in steps[name]["reads"] if read.startswith(("model/", "data/"))]
+    assert inside == []
+
+
+def test_launches_are_told_apart(steps):
+    assert steps["linear"]["in_layers"]["recomputation"] > 0
+    assert steps["plain"]["in_layers"]["recomputation"] == 0
+    for name, trace in steps.items():
+        least = 0.9 if name == "detached" else 1.1  # nothing goes back through the memory's reads
+        assert trace["in_layers"]["backward"] > least * trace["in_layers"]["forward"]
+    # A layer runs again as a whole, or its attention alone.
+    assert steps["delta"]["in_layers"]["recomputation"] == pytest.approx(
+        steps["delta"]["in_layers"]["forward"], rel=0.25
+    )
+
+
+def test_collectives_are_told_by_their_group(steps):
+    both = steps["deltanet, both"]["collectives"]
+    assert {group for group, _ in both} >= {"tensor", "pipeline, forward", "pipeline, backward", "all"}
+    # Microbatches x chunks: [16 / 2 tokens, 2 segments, 32 numbers of 2 bytes] to this stage, as much gradient back.
+    size = 2 * 2 * (8 * 2 * 32 * 2)
+    assert both["pipeline, forward", "recv"].bytes == size == both["pipeline, backward", "send"].bytes
+    assert ("data", "reduce_scatter_base") in steps["biases, zero 3"]["collectives"]
+
+
+def test_peaks_are_made_of_named_parts(steps):
+    for trace in steps.values():
+        assert sum(trace["at_peak"].values()) == trace["peak"]
+        assert {"parameters", "optimizer"} <= trace["at_peak"].keys()
+    assert "memory state" not in steps["plain"]["at_peak"]
+
+
+@pytest.mark.parametrize("sabotage", ["item", "cpu"])
+def test_a_value_that_a_layer_reads_is_seen(process, sabotage):
+    found = process(cases.step, world=1, rank=0, settings="", sabotage=sabotage)
+    assert len(found["unlisted"]) == 1 and found["unlisted"][0].startswith("tests/pipeline/tracing/cases.py:")
+
+
+def test_a_shape_that_depends_on_values_is_an_error(process):
+    with pytest.raises(CaseFailed, match=r"HostReadError: .*depends on values.*cases\.py:\d+ \(_asks_for_places\)"):
+        process(cases.step, world=1, rank=0, settings="", sabotage="mask")
+
+
+def test_tensors_of_two_devices_are_an_error(process):
+    with pytest.raises(
+        CaseFailed, match=r"MixedDevicesError: aten.mul.Tensor gets tensors of cpu and pretended:0.*cases"
+    ):
+        process(cases.step, world=1, rank=0, settings="", sabotage="device")
+
+
+@pytest.mark.parametrize("settings", ["", "parallel.zero_stage=3 model.local_context=sliding train.precision=bf16"])
+def test_a_checkpoint_is_copied_to_the_host(process, settings):
+    places, unlisted = process(cases.snapshot, settings=settings)
+    assert unlisted == []
+    assert "pipeline/checkpoint/run_state.py own_tensors" in places
+
+
+RULES = ["rule=none", "rule=delta", "rule=deltanet", "rule=gated_deltanet", "rule=linear"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_evaluation(process, rule):
+    places, unlisted = process(cases.evaluation, settings=f"model.memory.{rule} train.precision=bf16")
+    assert unlisted == [] and places
+
+
+@pytest.mark.parametrize("rule", [*RULES, "rule=delta model.local_context=sliding model.memory.mix_gate=token"])
+def test_generation(process, rule):
+    places, unlisted = process(cases.generation, settings=f"model.memory.{rule} train.precision=bf16")
+    assert unlisted == [] and places
