@@ -165,7 +165,7 @@ class MemoryRule:
 
     def present(self, state: State) -> Tensor:
         """`[b, t, n]`: 1 where anything has been written, else 0."""
-        return torch.linalg.vector_norm(state.M.detach(), ord=torch.inf, dim=(-1, -2)).sign_()
+        return state.M.detach().flatten(-2).any(dim=-1).to(state.M.dtype)
 
     def flops_per_token(self, layer: LayerShape) -> int:
         """FLOPs of a forward pass in one layer, by the conventions of `pipeline.accounting.flops`."""

@@ -135,7 +135,7 @@ def convolution(padded: Tensor, taps: Tensor) -> Tensor:
     """The causal convolution of `[..., n, parts, 3 + s, d]`, a tail and the tokens behind it, with taps
     `[n, parts, d, WIDTH]`: `[..., n, parts, s, d]`."""
     length = padded.shape[-2] - (WIDTH - 1)
-    weights = taps.movedim(-1, 0).unsqueeze(-2)
+    weights = _rows(taps)
     convolved = padded[..., :length, :] * weights[0]
     for i in range(1, WIDTH):
         convolved.addcmul_(padded[..., i : i + length, :], weights[i])
@@ -155,7 +155,7 @@ class _Convolution(Function):
         `[b, t, n, r + 2, 3, d]`, without gradient, and behind the last one."""
         b, segments, n, r, s, d = q.shape
         t = k.shape[1]
-        padded = initial.new_empty(b, segments, n, r + 2, WIDTH - 1 + s, d)
+        padded = _time_first(initial, b, segments, n, r + 2, WIDTH - 1 + s, d)
         own, tails = padded[..., WIDTH - 1 :, :], padded[..., : WIDTH - 1, :]
         own[:, :, :, :r], own[:, :t, :, r], own[:, :t, :, r + 1] = q, k, v
         clear = _per_tail(reset, initial)
@@ -180,17 +180,15 @@ class _Convolution(Function):
     def backward(ctx, of_q, of_k, of_v, _, of_last):
         padded, taps, clear, convolved, probes = ctx.saved_tensors
         (b, segments, n, r, s, d), t = ctx.shapes
-        gradient = padded.new_empty(b, segments, n, r + 2, s, d)
+        gradient = _time_first(padded, b, segments, n, r + 2, s, d)
         if segments > t:
             gradient[:, t:, :, r:] = 0
         parts = ((slice(None), slice(r)), (slice(t), r), (slice(t), r + 1))
         for (which, part), of_part in zip(parts, (of_q, of_k, of_v), strict=True):
-            into = gradient[:, which, :, part]
-            if ctx.silu:
-                torch.ops.aten.silu_backward(of_part, convolved[:, which, :, part], grad_input=into)
-            else:
-                into.copy_(of_part)
-        weights = taps.movedim(-1, 0).unsqueeze(-2)
+            gradient[:, which, :, part] = of_part
+        if ctx.silu:
+            torch.ops.aten.silu_backward(gradient, convolved, grad_input=gradient)
+        weights = _rows(taps)
         found = torch.empty_like(padded)
         found[..., s:, :] = 0
         torch.mul(gradient, weights[0], out=found[..., :s, :])
@@ -223,6 +221,17 @@ class _Convolution(Function):
             None,
             None,
         )
+
+
+def _rows(taps: Tensor) -> Tensor:
+    """Taps `[n, parts, d, WIDTH]` as rows of all channels, `[WIDTH, n, parts, 1, d]`."""
+    return taps.movedim(-1, 0).contiguous().unsqueeze(-2)
+
+
+def _time_first(like: Tensor, b: int, t: int, n: int, parts: int, s: int, d: int) -> Tensor:
+    """An empty `[b, t, n, parts, s, d]` that lies as the projection's output does, so that all channels of a token are
+    one row to a product with the taps: 2 ms for 6 of 3 million numbers on a CPU."""
+    return like.new_empty(s, b, t, n, parts, d).permute(1, 2, 3, 4, 0, 5)
 
 
 def _neighbours(t: int, s: int) -> list[tuple[slice, slice]]:
