@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo passkey passkey-harder compare-rules capacity test test-slow lint format clean
+.PHONY: demo passkey passkey-harder compare-rules capacity test test-slow test-gpu lint format clean
 
 demo: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/demo.sh
@@ -27,6 +27,11 @@ test: $(VENV)/.installed-all
 
 test-slow: $(VENV)/.installed-all
 	$(BIN)/pytest -m slow
+
+# On a machine with CUDA devices. `make test-gpu DEVICE=cpu` is a rehearsal: the same tests on a CPU, over gloo.
+DEVICE ?= cuda
+test-gpu: $(VENV)/.installed-all
+	INFINI_TEST_DEVICE=$(DEVICE) INFINI_TEST_REPORT=$(or $(REPORT),gpu-report.json) $(BIN)/pytest -m 'not slow' -rs tests/gpu
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .

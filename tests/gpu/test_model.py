@@ -1,0 +1,61 @@
+"""A small model of every rule on the device against float64 on the CPU: loss, memory carried out, every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.device import prepare_megatron
+from tests.gpu.target import eps, relative_error
+from tests.model.build import random_tokens, small_config, small_stage
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+RULES = ("none", "linear", "delta", "deltanet", "gated_deltanet", "delta+sliding", "gated_deltanet+sliding")
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
+TOLERANCE = {"fp32": eps(torch.float32, 128), "bf16": eps(torch.bfloat16, 16)}
+"""Two layers forward and backward: in bfloat16 some hundred rounded tensors in a row, with weights that amplify; in
+float32 sums of hundreds of products besides."""
+
+
+def by_module(tensors):
+    """Parameters of a module in one vector: the gradient of a gate's bias alone is a sum over all tokens of which most
+    cancels, and its relative error says little."""
+    parts = {}
+    for name, x in tensors.items():
+        is_parameter = name.endswith((".weight", ".bias"))
+        parts.setdefault(name.rpartition(".")[0] if is_parameter else name, []).append(x.detach().double().flatten())
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def measured(config, precision, weights, device):
+    """Loss, memory and gradients by name."""
+    prepare_megatron()
+    with device:
+        stage = small_stage(config, scramble=False, precision=precision)
+    stage.to(device)
+    with torch.no_grad():
+        for name, parameter in stage.global_parameters():
+            parameter.copy_(weights[name])
+    lanes, segments, length = 2, 4, config.segment_length
+    tokens = random_tokens(lanes, segments, length).to(device)
+    reset = torch.tensor([[False, False, True, False], [False] * 4], device=device)
+    output = stage(tokens, stage.empty_memory(lanes, device), reset, tokens.roll(-1, dims=2))
+    loss = output.token_loss.double().mean()
+    loss.backward()
+    memory = {f"memory/{i}/{n}": x for i, m in enumerate(output.memory) if m for n, x in m._asdict().items()}
+    return {"loss": loss} | memory | {n: x.grad for n, x in stage.global_parameters()}
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("rule", RULES)
+def test_model(device, within, rule, precision):
+    gates = {} if rule == "none" else {"gate": "sigmoid", "mix": "token"}
+    config = small_config(rule, segment_length=32, **gates, **SIZES)
+    weights = {name: x.detach() for name, x in small_stage(config).global_parameters()}
+    expected = measured(config, "fp64", weights, torch.device("cpu"))
+    found = measured(config, precision, weights, device)
+    assert {x.device.type for x in found.values()} == {device.type}
+    found, expected = by_module(found), by_module(expected)
+    errors = {name: relative_error(found[name], x) for name, x in expected.items() if x.any()}
+    within(errors, TOLERANCE[precision])
