@@ -51,7 +51,14 @@ def computed(rule, window, reset, weights, *, kernel="torch", bfloat16=False):
 
 
 def errors_of(found, expected):
+    """Relative errors. The gradient of `rate` is one number a head, a sum over all tokens of which most cancels: it is
+    compared together with that of `x`, which it scales."""
     assert found.keys() == expected.keys()
+    found, expected = dict(found), dict(expected)
+    for tensors in (found, expected):
+        if "gradient/rate" in tensors:
+            rate, x = (tensors.pop(f"gradient/{name}").detach().double().cpu() for name in ("rate", "x"))
+            tensors["gradient/x, rate"] = torch.cat([rate.flatten(), x.flatten()])
     return {key: relative_error(found[key], x) for key, x in expected.items() if x.any()}
 
 
