@@ -6,8 +6,8 @@
 | `te` | NVIDIA Transformer Engine's, through Megatron's wrappers | CUDA |
 
 `te` carries the four large matrices of a layer: q, k, v, the attention's output, and the two of the MLP. What stays
-Megatron's own, whatever the backend (`local_linears`): the output matrix, which may be the embedding, and gates and a
-rule's token inputs, a few float32 rows that Transformer Engine has nothing to offer for.
+Megatron's own, whatever the backend: the output matrix, which may be the embedding (`model.layers.loss`), and gates and
+a rule's token inputs, a few float32 rows that Transformer Engine has nothing to offer for (`local_linears`).
 
 The parameters are `weight` and `bias` with both, so checkpoints do not know the backend. Transformer Engine's modules
 also have an `_extra_state` (scales of fp8, which is not used here): it is in their `state_dict`, which nothing here

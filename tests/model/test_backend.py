@@ -94,7 +94,8 @@ def test_a_backend_makes_the_large_matrices_and_nothing_else(monkeypatch, rule):
 
 def test_one_place_knows_the_backends():
     assert isinstance(parallel_linears("local"), LocalSpecProvider)
-    for path in set(MODEL.rglob("*.py")) - {MODEL / "backend.py"}:
+    # The output matrix is Megatron's own whatever the backend, and one operation with softmax and loss.
+    for path in set(MODEL.rglob("*.py")) - {MODEL / "backend.py", MODEL / "layers" / "loss.py"}:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
             taken = {name for name in names if name.endswith(("SpecProvider", "ParallelLinear"))}
