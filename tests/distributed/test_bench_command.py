@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +24,7 @@ from pipeline.config.validate import validate
 pytestmark = pytest.mark.distributed
 
 
-def bench(name: str, folder: Path, *options: str) -> str:
+def bench(name: str, folder: Path, options: Sequence[str] = ()) -> str:
     """Run a benchmark at its smallest size; returns the note. Called in a process of a pool, which has loaded all
     libraries and joined its group: what would be measured in a process of its own is measured here."""
     measuring.in_fresh_process = lambda function, *arguments: function(*arguments)
@@ -101,6 +102,21 @@ def test_length(tmp_path):
     assert states["full attention"] == [2 * 32 * 4 * 256, 2 * 32 * 4 * 1024]
     # M, z and what one segment's tokens have left in the cache.
     assert states["delta"][0] == 4 * (2 * (16 * 16 + 16) + 16 * 2 * (4 * 16 + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("capacity", ["--dim", "8"], {"right_answers"}),
+        ("checkpoint", ["--repeats", "1"], {"stall_time", "write_time", "plain_write_time", "checkpoint"}),
+        ("generate", ["--lengths", "256", "--new-tokens", "2"], {"new_token_time", "peak", "memory_file"}),
+    ],
+)
+def test_older_ones_leave_numbers_and_a_picture(pools, tmp_path, name, options, expected):
+    pools.run(1, bench, name=name, folder=tmp_path, options=options)
+    record = the_record(tmp_path)
+    assert expected <= {m.name for m in record.measurements}
+    assert record.pictures and all(m.unit for m in record.measurements)
 
 
 def test_data(pools, tmp_path):
