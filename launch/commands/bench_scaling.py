@@ -23,7 +23,7 @@ QUICK |= {"lanes": 2, "steps": 2, "rounds": 1, "processes": [2]}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     sizes = add_sizes(parser, hidden=512, layers=8, heads=8, ffn=1368, vocab=4096)
-    sizes.add_argument("--tokens", type=positive_int, default=1024, metavar="N", help="of a window (%(default)s)")
+    sizes.add_argument("--tokens", type=positive_int, default=512, metavar="N", help="of a window (%(default)s)")
     sizes.add_argument(
         "--lanes", type=positive_int, default=4, metavar="G", help="windows of a step, of all processes (%(default)s)"
     )
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", default="delta", metavar="RULE", help="memory rule (%(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all layouts")
     parser.add_argument(
-        "--steps", type=positive_int, default=5, metavar="N", help="of each kind in a round (%(default)s)"
+        "--steps", type=positive_int, default=3, metavar="N", help="of each kind in a round (%(default)s)"
     )
     parser.add_argument(
         "--rounds",
