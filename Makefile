@@ -31,7 +31,7 @@ test-slow: $(VENV)/.installed-all
 # On a machine with CUDA devices. `make test-gpu DEVICE=cpu` is a rehearsal: the same tests on a CPU, over gloo.
 DEVICE ?= cuda
 test-gpu: $(VENV)/.installed-all
-	INFINI_TEST_DEVICE=$(DEVICE) INFINI_TEST_REPORT=$(or $(REPORT),gpu-report.json) $(BIN)/pytest -m 'not slow' -rs tests/gpu
+	$(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=) INFINI_TEST_DEVICE=$(DEVICE) INFINI_TEST_REPORT=$(or $(REPORT),gpu-report.json) $(BIN)/pytest -m 'not slow' -rs tests/gpu
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .

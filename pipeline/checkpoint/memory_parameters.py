@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from model.config import same_function
 from model.decoder import DecoderStage, StageOptions
 from model.huggingface.weights import backbone_names
 from pipeline.config.schema import Config
@@ -16,7 +17,7 @@ def memory_parameters(config: Config, vocab_size: int) -> dict[str, Tensor]:
 
     Layers are built one after another, without MLP and embedding to speak of. A process group of one must be there.
     """
-    model = replace(config.model, ffn_hidden_size=1)
+    model = replace(same_function(config.model), ffn_hidden_size=1)
     backbone = backbone_names(model)
     found: dict[str, Tensor] = {}
     if model.memory.rule == "none":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ def test_scaled_dot_product_attention(device, within, backend, dtype):
     shapes = [(b, heads, s, d), (b, groups, s, d), (b, groups, s, d)]
     given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     expected = attend(*(x.double() for x in given))
-    with sdpa_kernel([backend] if backend else list(SDPBackend.__members__.values())):
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
         found = attend(*(x.to(device) for x in given))
     errors = {name: relative_error(found[name], x) for name, x in expected.items()}
     # Outputs and probabilities are rounded, and each gradient passes a handful of such tensors.
