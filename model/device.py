@@ -32,8 +32,8 @@ def default_device(local_rank: int = 0) -> torch.device:
 
 
 def distributed_backend(device: torch.device) -> str:
-    """The torch.distributed backend for `device`."""
-    return "nccl" if device.type == "cuda" else "gloo"
+    """The torch.distributed backends of a run on `device`: numbers that the host alone needs stay on the host."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def prepare_megatron() -> None:

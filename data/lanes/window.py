@@ -53,6 +53,8 @@ class WindowBatch:
     documents: list[list[str]]
     """Per lane the names of the documents in the window, in order."""
     probes: ProbeBatch | None = None
+    weight: float = 0.0
+    """Sum of all loss weights, those of the probes included: the host knows it without asking a device."""
     digests: list[int] = field(default_factory=list)
     """Per lane 48 bits of a hash over all of the above: equal windows have equal ones. Empty where nobody compares."""
 
@@ -127,6 +129,7 @@ class WindowBuilder:
             padded_tokens=self._tokens.size - self._filled,
             documents=self._documents,
             probes=self._probes.batch() if self._probes else None,
+            weight=float(self._loss_weight.sum(dtype=np.float64)) + (self._probes.weight if self._probes else 0.0),
             digests=[self._lane_digest(row, lane) for row, lane in enumerate(lane_ids)],
         )
 
@@ -181,6 +184,10 @@ class ProbeBuilder:
         self._labels[row, probe, : len(tokens) - 1] = tokens[1:]
         self._loss_weight[row, probe, answer_start - 1 : answer_stop - 1] = source.answer_weight
         self._segment[row, probe] = segment
+
+    @property
+    def weight(self) -> float:
+        return float(self._loss_weight.sum(dtype=np.float64))
 
     def arrays(self) -> list[np.ndarray]:
         """All that is put to a lane, each `[B, P, ...]`."""

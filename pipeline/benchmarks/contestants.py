@@ -24,7 +24,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.config.validate import validate
 from pipeline.parallel.topology import Topology
-from pipeline.training.batch_sums import to_device
+from pipeline.training.batches import to_device
 
 PLAIN = "plain"
 """This model without a memory: the same code with `memory.rule=none`."""

@@ -24,7 +24,7 @@ from pipeline.benchmarks.contestants import PLAIN, Sizes, llama, own_config
 from pipeline.benchmarks.measuring import Progress, give_memory_back, peak_rss_bytes, tracked_peak
 from pipeline.benchmarks.repeated_step import Step, random_batch
 from pipeline.parallel.topology import initialize
-from pipeline.training.batch_sums import to_device
+from pipeline.training.batches import to_device
 
 SLIDING = "sliding window"
 """This model without a memory, whose local attention sees the segment before as well (Transformer-XL)."""

@@ -37,7 +37,7 @@ from pipeline.parallel.topology import Topology, initialize
 from pipeline.schedule.executor import Executor
 from pipeline.schedule.operations import Operation, build_schedule
 from pipeline.schedule.simulate import Costs, Event, Timeline, simulate
-from pipeline.training.batch_sums import to_device
+from pipeline.training.batches import to_device
 
 SINGLE, DATA, TENSOR, PIPELINE = "single", "data", "tensor", "pipeline"
 PIPELINE_CHUNKS = 4

@@ -10,8 +10,7 @@ Parameters are float32 and are the masters themselves; bfloat16 exists in the ma
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import deepspeed
@@ -40,7 +39,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 class StepOutcome(NamedTuple):
     applied: bool
-    """False when DeepSpeed discarded the step because the gradient norm was not finite."""
+    """False when DeepSpeed discarded the step because the gradient norm was not finite, or it was not accepted."""
     gradient_norm: float
     """Global norm before clipping; infinite or NaN when the step was discarded."""
     norms: dict[str, float]
@@ -157,15 +156,21 @@ class ZeroOptimizer:
             if tied_over_stages and name in ("embedding.weight", "output.weight"):
                 dist.all_reduce(parameter.grad, group=self.topology.embedding_group)
 
-    def poison(self) -> None:
-        """Make DeepSpeed discard this step on all processes: its own path for gradients that are not finite."""
-        for _, parameter in self.named:
-            if parameter.grad is not None:
-                parameter.grad.fill_(math.nan)
-                return
+    def step(
+        self,
+        learning_rate: float,
+        sums: Tensor | None = None,
+        accept: Callable[[list[float]], bool] = lambda sums: True,
+    ) -> StepOutcome:
+        """Clip, update and gather the parameters; gradients are cleared either way.
 
-    def step(self, learning_rate: float) -> StepOutcome:
-        """Clip, update and gather the parameters; gradients are cleared either way."""
+        Args:
+            sums: float64, numbers of this process that travel with the norms and are summed over all processes.
+            accept: gets these sums, the same on all processes, before anything moves; False discards the step, by
+                DeepSpeed's own path for gradients that are not finite.
+        """
+        self.norm.alongside = torch.zeros(0) if sums is None else sums
+        self.norm.accept = accept
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate * self.lr_scale(group["kind"])
         self.engine.step()

@@ -72,8 +72,9 @@ class Topology:
         return self.data_rank * size, (self.data_rank + 1) * size
 
     def all_reduce(self, values: list[float], op: dist.ReduceOp = dist.ReduceOp.SUM, group=None) -> list[float]:
-        """Reduce a few numbers in float64 over `group` (default: all processes)."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        """Reduce a few numbers in float64 over `group` (default: all processes), from host to host: a device that
+        works off what it was given before is not waited for."""
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=op, group=group)
         return tensor.tolist()
 

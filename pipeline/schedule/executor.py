@@ -36,8 +36,8 @@ class StepResult:
     token_correct: Tensor | None
     memory: Memory
     """Memory carried out, per layer of the stage, all of this rank's lanes."""
-    gate_sum: float
-    """Sum of the write gates over this rank's layers, heads and tokens."""
+    gate_sum: Tensor
+    """float64: sum of the write gates over this rank's layers, heads and tokens."""
     statistics: dict[int, MemoryStatistics] = field(default_factory=dict)
     peak_live_chunks: int = 0
 
@@ -334,7 +334,7 @@ class _Run:
             probe_loss=self._assemble(self.probe_losses),
             token_correct=self._assemble(self.hits),
             memory=join_lanes([self.carried[m] for m in range(microbatches)]),
-            gate_sum=float(self.gate_sum),
+            gate_sum=self.gate_sum,
             statistics=_average_statistics(self.measured),
             peak_live_chunks=self.peak_graphs,
         )

@@ -36,27 +36,11 @@ class ListedRead(NamedTuple):
     reason: str
 
 
-_SUMS = "once a step, behind all backward passes: the losses that go into the step's sums"
 LISTED = (
     ListedRead(
-        "pipeline/schedule/executor.py", "result", "once a step, behind all backward passes: the sum of the write gates"
-    ),
-    ListedRead("pipeline/training/batch_sums.py", "global_sums", _SUMS),
-    ListedRead(
-        "pipeline/training/agreement.py", "agreed_weight", "once a step, before it: the weight that scales its loss"
-    ),
-    ListedRead(
-        "pipeline/parallel/topology.py",
-        "all_reduce",
-        "what all processes decide by: the weight and the windows before a step, its sums behind it",
-    ),
-    ListedRead(
-        "pipeline/parallel/gradient_norm.py", "_measure", "once a step: the norms of the gradients, which are reported"
-    ),
-    ListedRead(
-        "pipeline/parallel/optimizer.py",
-        "step",
-        "once a step, in DeepSpeed: whether the gradients are finite, and by how much they are clipped",
+        "pipeline/parallel/gradient_norm.py",
+        "_measure",
+        "once a step, behind all passes: norms and losses, by which the host decides whether the parameters move",
     ),
     ListedRead(
         "pipeline/checkpoint/run_state.py", "own_tensors", "a checkpoint's copy to host memory, between two steps"
@@ -65,7 +49,7 @@ LISTED = (
     ListedRead("pipeline/inference/sampling.py", "choose", "generation: the token itself"),
     ListedRead("pipeline/inference/incremental.py", "append", "generation: the token, as all processes have it"),
 )
-"""Each of them between two steps or at the end of one: nothing inside a chunk."""
+"""At the end of a step: nothing inside a chunk."""
 
 
 def listed(place: Place) -> str | None:

@@ -31,7 +31,7 @@ from pipeline.tracing.host_reads import listed
 from pipeline.tracing.ledger import Collective, HostRead, Launch, Ledger, Traffic
 from pipeline.tracing.world import group_labels, pretended_world
 from pipeline.training.agreement import agreed_weight
-from pipeline.training.batch_sums import global_sums
+from pipeline.training.batch_sums import own_sums
 
 PARAMETERS, GRADIENTS, OPTIMIZER, STATE, BATCH = "parameters", "gradients", "optimizer", "memory state", "batch"
 ACTIVATIONS, UPDATE = "activations", "update"
@@ -219,12 +219,12 @@ class TracedRun:
                 observer=observer,
             )
             ledger.phase = "sums"
-            global_sums(batch, result, topology)
+            sums = own_sums(batch, result, topology)
             self.live.label = UPDATE
             ledger.phase = "gradients"
         if self.optimizer:
             ledger.phase = "optimizer"
-            self.optimizer.step(config.optimizer.lr)
+            self.optimizer.step(config.optimizer.lr, sums)
 
     @contextmanager
     def _accumulate(self, ledger: Ledger):

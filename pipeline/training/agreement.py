@@ -35,18 +35,16 @@ class RankWindow(NamedTuple):
 
 
 def agreed_weight(batch: WindowBatch, topology: Topology, *, step: int) -> float:
-    """The sum of the loss weights of all lanes; collective. One all-reduce finds it and compares the windows.
+    """The sum of the loss weights of all lanes; collective, from host to host. One all-reduce finds it and compares the
+    windows.
 
     Raises:
         DifferentWindowsError: the same on all processes.
     """
-    weight = float(batch.loss_weight.double().sum())
-    if batch.probes is not None:
-        weight += float(batch.probes.loss_weight.double().sum())
     # Three numbers for each data-parallel rank, which all its processes put in: the largest is everybody's, and so is
     # the least, if the windows are equal.
     values = [-math.inf] * (3 * topology.data_size)
-    values[3 * topology.data_rank : 3 * topology.data_rank + 3] = [weight, batch.digest, -batch.digest]
+    values[3 * topology.data_rank : 3 * topology.data_rank + 3] = [batch.weight, batch.digest, -batch.digest]
     reduced = topology.all_reduce(values, op=dist.ReduceOp.MAX)
     if any(most != -least for most, least in zip(reduced[1::3], reduced[2::3], strict=True)):
         own = RankWindow(dist.get_rank(), batch.lane_ids.tolist(), batch.digests, batch.documents)

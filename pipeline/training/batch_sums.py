@@ -1,44 +1,46 @@
-"""A step's batch on its device, and what its losses come to over all processes."""
+"""What the losses of a step's batch come to over all processes."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from data.lanes.loader import WindowBatch
 from pipeline.parallel.topology import Topology
 from pipeline.schedule.executor import StepResult
 
-
-def to_device(batch: WindowBatch, device: torch.device) -> WindowBatch:
-    """The batch with its tensors on `device`."""
-    if device.type == "cpu":
-        return batch
-    for part in (batch, batch.probes):
-        for name, value in vars(part).items() if part is not None else ():
-            if isinstance(value, torch.Tensor):
-                setattr(part, name, value.to(device, non_blocking=True))
-    return batch
+NAMES = ("loss", "answer_loss", "answers", "probe_loss", "probe_answers", "tokens", "padded", "weight", "gate")
+"""`loss` is weighted, and `weight` the sum of the weights; answers and probes are means over what they count."""
 
 
-def global_sums(batch: WindowBatch, result: StepResult, topology: Topology) -> dict[str, float]:
-    """Sums over the global batch, reduced over all processes; each part is contributed by one copy of it.
+def own_sums(batch: WindowBatch, result: StepResult, topology: Topology) -> Tensor:
+    """This process's part of the sums over the global batch, float64 in the order of `NAMES`, on its device.
 
-    Returns:
-        `loss` (weighted), `answer_loss`, `answers`, `probe_loss`, `probe_answers`, `tokens`, `padded`, `gate`.
+    Each part is contributed by one copy of it. Nothing is read here: the sums travel with the gradient norms.
     """
-    local = dict.fromkeys(("loss", "answer_loss", "answers", "probe_loss", "probe_answers", "tokens", "padded"), 0.0)
+    device = topology.device
+    own: dict[str, Tensor | float] = dict.fromkeys(NAMES, 0.0)
     if topology.is_last_stage and topology.tensor_rank == 0:
         losses = result.token_loss.double()
-        local["loss"] = float((losses * batch.loss_weight).sum())
+        own["loss"] = (losses * batch.loss_weight).sum()
         answers = batch.answer_mask & (batch.loss_weight > 0)  # not those of documents entered past their beginning
-        local["answer_loss"] = float(losses.where(answers, 0).sum())
-        local["answers"] = float(answers.sum())
+        own["answer_loss"], own["answers"] = losses.where(answers, 0).sum(), answers.sum()
         if batch.probes is not None:
             probe_losses, asked = result.probe_loss.double(), batch.probes.loss_weight > 0
-            local["loss"] += float((probe_losses * batch.probes.loss_weight).sum())
-            local["probe_loss"] = float(probe_losses.where(asked, 0).sum())
-            local["probe_answers"] = float(asked.sum())
-        local["padded"] = float(batch.padded_tokens)
-        local["tokens"] = float(batch.tokens.numel() - batch.padded_tokens)
-    local["gate"] = result.gate_sum
-    return dict(zip(local, topology.all_reduce(list(local.values())), strict=True))
+            own["loss"] = own["loss"] + (probe_losses * batch.probes.loss_weight).sum()
+            own["probe_loss"], own["probe_answers"] = probe_losses.where(asked, 0).sum(), asked.sum()
+        own["padded"] = batch.padded_tokens
+        own["tokens"] = batch.tokens.numel() - batch.padded_tokens
+        own["weight"] = batch.weight
+    own["gate"] = result.gate_sum
+    on_host = torch.tensor([0.0 if isinstance(x, Tensor) else float(x) for x in own.values()], dtype=torch.float64)
+    sums = on_host.to(device, non_blocking=True)
+    for i, value in enumerate(own.values()):
+        if isinstance(value, Tensor):
+            sums[i] = value
+    return sums
+
+
+def named(sums: list[float]) -> dict[str, float]:
+    """Sums over all processes by their names."""
+    return dict(zip(NAMES, sums, strict=True))

@@ -88,7 +88,7 @@ class Monitor:
 
     def _clear_interval(self) -> None:
         self.interval: dict[str, float] = {}
-        self.by_segment = torch.zeros(2, SEGMENT_BUCKETS, dtype=torch.float64)
+        self.by_segment = torch.zeros(2, SEGMENT_BUCKETS, dtype=torch.float64, device=self.topology.device)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -189,12 +189,12 @@ class Monitor:
         bucket = segment_bucket(batch.position_in_document // self.config.model.segment_length).flatten()
         losses = (result.token_loss.double() * batch.loss_weight).sum(dim=-1).flatten()
         weights = batch.loss_weight.double().sum(dim=-1).flatten()
-        self.by_segment[0].index_add_(0, bucket.cpu(), losses.cpu())
-        self.by_segment[1].index_add_(0, bucket.cpu(), weights.cpu())
+        self.by_segment[0].index_add_(0, bucket, losses)
+        self.by_segment[1].index_add_(0, bucket, weights)
 
     def _write_interval(self, record: StepRecord) -> None:
         topology, step, outcome, rate = self.topology, record.step, record.outcome, record.rate
-        by_segment = self.by_segment.to(topology.device)
+        by_segment = self.by_segment
         dist.all_reduce(by_segment)
         rss = topology.all_reduce([float(psutil.Process().memory_info().rss)], op=dist.ReduceOp.MAX)[0]
         skipped = None

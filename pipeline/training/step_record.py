@@ -19,7 +19,7 @@ class StepRecord:
     result: StepResult
     """Of this rank."""
     sums: dict[str, float]
-    """Of the whole global batch, the same on all ranks: see `Trainer.forward_backward`."""
+    """Of the whole global batch, the same on all ranks: see `Trainer.update`."""
     outcome: StepOutcome
     rate: float
     """`optimizer.lr` as scheduled for this step."""

@@ -25,7 +25,8 @@ from pipeline.schedule.executor import Executor, StepResult
 from pipeline.schedule.operations import Operation, build_schedule
 from pipeline.training import stopping
 from pipeline.training.agreement import agreed_weight
-from pipeline.training.batch_sums import global_sums, to_device
+from pipeline.training.batch_sums import named, own_sums
+from pipeline.training.batches import to_device
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, tell_job
@@ -218,17 +219,32 @@ class Trainer:
         with self._phase("data"):
             batch = to_device(self.loader.next_batch(), self.topology.device)
         with self._phase("forward_backward"):
-            result, sums = self.forward_backward(
-                batch, statistics=self.monitor.wants_statistics(self.progress.step + 1)
-            )
+            result = self.forward_backward(batch, statistics=self.monitor.wants_statistics(self.progress.step + 1))
         with self._phase("optimizer"):
-            outcome, rate = self.update()
+            sums, outcome, rate = self.update(batch, result)
         self.record(batch, result, sums, outcome, rate)
 
-    def update(self) -> tuple[StepOutcome, float]:
-        """Move the parameters, unless a number is wrong; what came of it, and the learning rate."""
+    def update(self, batch: WindowBatch, result: StepResult) -> tuple[dict[str, float], StepOutcome, float]:
+        """Move the parameters, unless a number is wrong.
+
+        Returns:
+            Sums over the whole global batch, the same on all ranks: those of `batch_sums.NAMES`; and `spike`, the
+            loss's robust z-score where that counts as a spike, else 0. What came of the step. The learning rate.
+        """
+        sums: dict[str, float] = {}
+
+        def is_sound(numbers: list[float]) -> bool:
+            sums.update(named(numbers))
+            action = self.config.resilience.spike_action
+            finite = math.isfinite(sums["loss"] + sums["gate"])
+            loss = sums["loss"] / max(sums["weight"], 1e-30)
+            score = self.spikes.score(loss) if finite and action != "none" else 0.0
+            sums["spike"] = score if score > self.spikes.threshold else 0.0
+            return finite and not (sums["spike"] and action != "warn")
+
         rate = learning_rate(self.config.optimizer, self.progress.step, self.config.train.steps)
-        return self.optimizer.step(rate), rate
+        outcome = self.optimizer.step(rate, own_sums(batch, result, self.topology), is_sound)
+        return sums, outcome, rate
 
     def record(
         self, batch: WindowBatch, result: StepResult, sums: dict[str, float], outcome: StepOutcome, rate: float
@@ -267,14 +283,10 @@ class Trainer:
             else "sums"
         )
 
-    def forward_backward(self, batch: WindowBatch, *, statistics: bool = False) -> tuple[StepResult, dict[str, float]]:
-        """Forward and backward passes of a step; gradients are synchronised afterwards.
+    def forward_backward(self, batch: WindowBatch, *, statistics: bool = False) -> StepResult:
+        """Forward and backward passes of a step: this rank's result. Gradients are synchronised afterwards.
 
-        Returns:
-            This rank's result, and the sums over the whole global batch (the same on all ranks): `loss` (the training
-            objective's token part), `weight`, `answer_loss`, `answers`, `probe_loss` and `probe_answers` (of the
-            probes' answers), `gate`, `tokens`, `padded`; and `spike`, the loss's robust z-score where that counts as a
-            spike, else 0.
+        A device may still be at work then: nothing of it has been read.
 
         Raises:
             DifferentWindowsError: the processes of one model copy have not read the same window.
@@ -288,7 +300,7 @@ class Trainer:
         penalty = config.train.write_gate_penalty if penalised else 0.0
         gate_scale = penalty * topology.data_size / derived.gate_count(config)
         with self.optimizer.accumulate():
-            result = self.executor.run(
+            return self.executor.run(
                 self.schedule,
                 batch,
                 self.memory.value,
@@ -298,14 +310,6 @@ class Trainer:
                 statistics=statistics,
                 observer=self._begin,
             )
-            sums = global_sums(batch, result, topology) | {"weight": weight}
-            finite = math.isfinite(sums["loss"] + sums["gate"])
-            action = self.config.resilience.spike_action
-            score = self.spikes.score(sums["loss"] / max(weight, 1e-30)) if finite and action != "none" else 0.0
-            sums["spike"] = score if score > self.spikes.threshold else 0.0
-            if not finite or (sums["spike"] and action != "warn"):
-                self.optimizer.poison()
-        return result, sums
 
     def _memory_after_skip(self, batch: WindowBatch) -> Memory:
         """The memory from before a skipped window; empty where a document started in the window.

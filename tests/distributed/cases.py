@@ -145,23 +145,22 @@ def train_steps(
     trainer.start(resume)
     losses, norms = [], []
     batches: dict[int, list[str]] = {}
-    forward_backward, step = trainer.forward_backward, trainer.optimizer.step
+    forward_backward, update = trainer.forward_backward, trainer.update
 
     def watched_forward_backward(batch, **kwargs):
         for row, lane in enumerate(batch.lane_ids.tolist()):
             parts = (batch.tokens, batch.labels, batch.loss_weight, batch.reset, batch.position_in_document)
             content = b"".join(part[row].numpy().tobytes() for part in parts)
             batches.setdefault(lane, []).append(hashlib.sha256(content).hexdigest())
-        result, sums = forward_backward(batch, **kwargs)
+        return forward_backward(batch, **kwargs)
+
+    def watched_update(*arguments):
+        sums, outcome, rate = update(*arguments)
         losses.append(sums["loss"] / sums["weight"])
-        return result, sums
-
-    def watched_step(rate):
-        outcome = step(rate)
         norms.append(outcome.gradient_norm)
-        return outcome
+        return sums, outcome, rate
 
-    trainer.forward_backward, trainer.optimizer.step = watched_forward_backward, watched_step
+    trainer.forward_backward, trainer.update = watched_forward_backward, watched_update
     if damage == "gradient":
         parameter = dict(trainer.stage.named_parameters()).get("layers.1.attention.qkv.weight")
         if parameter is not None:

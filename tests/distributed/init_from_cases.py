@@ -24,7 +24,7 @@ def first_loss(folder: str, data: str, overrides: list[str], hf_folder: str | No
     trainer = cases.make_trainer(folder, data, overrides)
     trainer.start(None)
     batch = trainer.loader.next_batch()
-    _, sums = trainer.forward_backward(batch)
+    sums, _, _ = trainer.update(batch, trainer.forward_backward(batch))
     result = {"loss": sums["loss"] / sums["weight"], "all_start": bool(batch.reset.all())}
     if hf_folder is not None:
         from transformers import AutoModelForCausalLM

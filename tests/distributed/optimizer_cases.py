@@ -119,6 +119,7 @@ def train_and_listen(folder: str, data: str, overrides: list[str], steps: int, u
         batch = next_batch()
         if trainer.progress.step + 1 == unweighted:
             batch.loss_weight.zero_()
+            batch.weight = 0.0
         return batch
 
     trainer.loader.next_batch = next_unweighted

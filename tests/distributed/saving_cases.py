@@ -42,7 +42,7 @@ def train(
     printed, error = io.StringIO(), None
     with contextlib.redirect_stdout(printed):
         trainer.start(resume)
-        train_step, sums_of = trainer.train_step, trainer_module.global_sums
+        train_step, sums_of = trainer.train_step, trainer_module.named
         writing = threading.Event()
         run = trainer.saver._run
 
@@ -60,8 +60,8 @@ def train(
                 trainer.skip_windows(windows)
                 trainer.progress.step += steps
 
-        def sums(batch, result, topology):
-            found = sums_of(batch, result, topology)
+        def sums(numbers):
+            found = sums_of(numbers)
             found["loss"] *= (spikes or {}).get(trainer.progress.windows + 1, 1.0)
             return found
 
@@ -71,7 +71,7 @@ def train(
 
         trainer.train_step, trainer.saver._run = step, held_run
         try:
-            with mock.patch.object(trainer_module, "global_sums", sums):
+            with mock.patch.object(trainer_module, "named", sums):
                 trainer.train()
         except (RuntimeError, OSError) as problem:
             error = f"{type(problem).__name__}: {problem}"
