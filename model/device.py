@@ -36,6 +36,35 @@ def distributed_backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def device_name(device: torch.device) -> str | None:
+    """What the driver calls it; None for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def rounds_to_tf32() -> bool:
+    """Whether float32 matrix products may be made in TF32."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def device_memory_peaks(device: torch.device) -> dict[str, int]:
+    """Bytes that tensors took at the most since the last call (`allocated`), and that the allocator had taken for them
+    (`reserved`); empty for the CPU, where the process's size says it."""
+    if device.type != "cuda":
+        return {}
+    peaks = {
+        "allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return peaks
+
+
+def page_locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor where `device` can copy it from by itself, while the host goes on; for any thread."""
+    with torch.cuda.device(device):  # a thread begins with device 0, where it would leave a context
+        return tensor.pin_memory()
+
+
 def prepare_megatron() -> None:
     """Let Megatron-core's layers run without CUDA; does nothing where CUDA exists.
 

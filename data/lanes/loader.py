@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from data.config import DataConfig
@@ -42,6 +42,7 @@ class LaneLoader:
         segment_length: S, in tokens.
         probes_per_window: P, of which T is a multiple; 0 for none.
         prefetch: windows prepared ahead in a background thread; 0 reads in `next_batch`.
+        finish: what is done with a window where it was read, in that thread; None for nothing.
 
     Raises:
         ValueError: a setting that cannot be; sets that do not fit together or hold nothing to train on.
@@ -61,6 +62,7 @@ class LaneLoader:
         stagger: bool = True,
         prefetch: int = 2,
         skip_bad_documents: bool = False,
+        finish: Callable[[WindowBatch], WindowBatch] | None = None,
     ) -> None:
         for name, value in (("segments_per_window", segments_per_window), ("segment_length", segment_length)):
             if value < 1:
@@ -94,6 +96,7 @@ class LaneLoader:
         self._probes = probes_per_window
         self._depth = prefetch
         self._skip_bad_documents = skip_bad_documents
+        self._finish = finish
         # Two sets of cursors: behind the last window returned, which is what is saved, and behind the last one read.
         self._returned: list[LaneCursor] = [self._schedule.start() for _ in self._lane_ids]
         self._ahead = self._returned
@@ -220,7 +223,8 @@ class LaneLoader:
             for row, (lane, cursor) in enumerate(zip(self._lane_ids, self._ahead, strict=True))
         ]
         self._ahead = cursors
-        return window.batch(self._lane_ids), cursors
+        batch = window.batch(self._lane_ids)
+        return (self._finish(batch) if self._finish else batch), cursors
 
     def _read_lane(self, window: WindowBuilder, row: int, lane: int, cursor: LaneCursor) -> LaneCursor:
         at = failures = 0
@@ -262,6 +266,7 @@ def build_loader(
     seed: int,
     probes_per_window: int = 0,
     split: str = "train",
+    finish: Callable[[WindowBatch], WindowBatch] | None = None,
 ) -> LaneLoader:
     """The loader over the prepared sets that `config` names.
 
@@ -281,4 +286,5 @@ def build_loader(
         stagger=config.stagger,
         prefetch=config.prefetch,
         skip_bad_documents=config.skip_bad_documents,
+        finish=finish,
     )

@@ -11,7 +11,7 @@ from launch.arguments import add_configuration, number, whole
 from pipeline.accounting.devices import ACCELERATORS, GPUS_PER_NODE
 
 if TYPE_CHECKING:
-    from pipeline.accounting.planner import Rates
+    from pipeline.accounting.planner import Prediction, Rates
     from pipeline.config.schema import Config
 
 ASSUMED_VOCAB = 32768
@@ -216,6 +216,7 @@ def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rate
             f"{step.step_s:.3g}: pipeline {step.pipeline_s:.3g} ({100 * step.bubble_share:.1f} % bubbles), then "
             f"data-parallel communication {step.data_s:.3g}",
         ),
+        ("waiting for data-parallel ranks", told_exposure(step)),
         ("tokens per second", f"{per_s:,.0f}, {per_s / world:,.0f} per device"),
         ("MFU", f"{100 * mfu:.1f} % predicted"),
         (
@@ -233,6 +234,22 @@ def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rate
         f"{rates.tensor_bytes_per_s / 1e9:g} GB/s between tensor-parallel ranks; only transfers between stages hide "
         "behind computation; the optimizer's own work, starting kernels, reading data and saving take no time, "
         "so a small model is slower by far"
+    )
+
+
+def told_exposure(step: Prediction) -> str:
+    """What of a step goes to data-parallel traffic that nothing hides, and what overlapping would leave of it."""
+
+    def share(exposed_s: float) -> str:
+        whole = step.pipeline_s + exposed_s
+        return f"{exposed_s:.3g} s, {100 * exposed_s / whole:.1f} %"
+
+    if not step.data_s:
+        return "none"
+    return (
+        f"{share(step.data_s)} of a step, gradients {step.reduction_s:.3g} s and parameters {step.gathering_s:.3g} s; "
+        "with gradients reduced behind the last chunk's backward "
+        f"{share(step.overlapped_reduction_s + step.gathering_s)} (not built: docs/devices.md)"
     )
 
 

@@ -82,11 +82,21 @@ def tensor_bytes(config: Config, world_size: int, *, layers: int, is_first: bool
     return TensorBytes(*sent)
 
 
-def data_bytes(config: Config, world_size: int, needs: RankBytes) -> int:
-    """What one rank of a stage sends to its data-parallel neighbours in a step."""
+def reduction_bytes(config: Config, world_size: int, gradients: int) -> int:
+    """What one rank sends to its data-parallel neighbours to sum `gradients` bytes of gradients."""
     ranks = data_parallel_size(config, world_size)
-    tensors = 3
+    return (1 if config.parallel.zero_stage == 3 else 2) * gradients * (ranks - 1) // ranks
+
+
+def gathering_bytes(config: Config, world_size: int, needs: RankBytes) -> int:
+    """What one rank of a stage sends to its data-parallel neighbours in a step for them to have its parameters."""
+    ranks, times = data_parallel_size(config, world_size), 1
     if config.parallel.zero_stage == 3:
         passes = 3 if config.bptt.recompute == "window" else 2
-        tensors = 1 + passes * chunks_per_step(config, world_size)
-    return tensors * needs.gradients * (ranks - 1) // ranks
+        times = passes * chunks_per_step(config, world_size)
+    return times * needs.gradients * (ranks - 1) // ranks
+
+
+def data_bytes(config: Config, world_size: int, needs: RankBytes) -> int:
+    """What one rank of a stage sends to its data-parallel neighbours in a step."""
+    return reduction_bytes(config, world_size, needs.gradients) + gathering_bytes(config, world_size, needs)

@@ -18,9 +18,16 @@ from model.config import same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.device import prepare_megatron
 from model.sharding import full_shape, partition_of
-from pipeline.accounting.communication import chunk_tokens, data_bytes, tensor_bytes
-from pipeline.accounting.flops import forward_flops_per_token, parameter_count
-from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.accounting.communication import (
+    chunk_tokens,
+    data_bytes,
+    gathering_bytes,
+    reduction_bytes,
+    tensor_bytes,
+)
+from pipeline.accounting.exposure import LastBackward, exposed_s
+from pipeline.accounting.flops import embedding_rows, forward_flops_per_token, layer_parameters, parameter_count
+from pipeline.accounting.footprint import RankBytes, per_rank_bytes
 from pipeline.config.derived import (
     lanes_per_microbatch,
     lanes_per_rank,
@@ -190,8 +197,12 @@ class Prediction:
 
     pipeline_s: float
     """Forward and backward passes of all microbatches, bubbles and tensor-parallel communication included."""
-    data_s: float
-    """Gradients and parameters between data-parallel ranks, after that."""
+    reduction_s: float
+    """For which the step then waits for gradients to be summed over data-parallel ranks."""
+    overlapped_reduction_s: float
+    """The same, if every layer's were on their way while the last chunk goes back through the layers below it."""
+    gathering_s: float
+    """For which it waits for parameters, after the update (ZeRO 3: in every pass)."""
     bubble_share: float
     tensor_sent: list[int]
     """Per stage, bytes that one rank sends in a step."""
@@ -202,12 +213,17 @@ class Prediction:
     def step_s(self) -> float:
         return self.pipeline_s + self.data_s
 
+    @property
+    def data_s(self) -> float:
+        """Waiting for data-parallel ranks, as it is: nothing is hidden."""
+        return self.reduction_s + self.gathering_s
+
 
 def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> Prediction:
     """How long a step takes, and what it sends.
 
-    Not counted: the optimizer's own work, reading data, writing checkpoints, and that communication may hide behind
-    computation (which would be faster).
+    Not counted: the optimizer's own work, reading data, writing checkpoints, and that communication inside a model copy
+    may hide behind computation (which would be faster).
     """
     costs = estimated_costs(config, world_size, vocab, rates)
     timeline = simulate_step(config, costs, microbatches_per_step(config, world_size))
@@ -219,11 +235,41 @@ def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> P
         own = tensor_bytes(config, world_size, layers=stage.layers, **ends)
         bytes_of = {Kind.FORWARD: own.forward, Kind.REPLAY: own.forward, Kind.BACKWARD: own.backward}
         tensor.append(sum(bytes_of.get(event.operation.kind, 0) for event in events))
+    last = [_last_backward(config, world_size, vocab, rates, costs, timeline, stage) for stage in needs]
     return Prediction(
         pipeline_s=timeline.makespan_s,
-        data_s=max(sent) / rates.link_bytes_per_s,
+        reduction_s=exposed_s(last, timeline.makespan_s, overlapped=False),
+        overlapped_reduction_s=exposed_s(last, timeline.makespan_s, overlapped=True),
+        gathering_s=max(gathering_bytes(config, world_size, stage) for stage in needs) / rates.link_bytes_per_s,
         bubble_share=timeline.bubble_share,
         tensor_sent=tensor,
         pipeline_sent=[timeline.messages_sent(stage.stage) * costs.message_bytes for stage in needs],
         data_sent=sent,
     )
+
+
+def _last_backward(
+    config: Config, world_size: int, vocab: int, rates: Rates, costs: Costs, timeline: Timeline, needs: RankBytes
+) -> LastBackward:
+    """The last backward of a stage: the output matrix, the layers from the last to the first, the embedding."""
+    stage, model, tensor = needs.stage, config.model, config.parallel.tensor
+    end = max(event.end_s for event in timeline.events[stage] if event.operation.kind is Kind.BACKWARD)
+    number = needs.gradients // needs.parameter_count
+
+    def reduce_s(parameters: int) -> float:
+        return reduction_bytes(config, world_size, parameters * number) / rates.link_bytes_per_s
+
+    layer = sum(layer_parameters(model, tensor).values())
+    matrix = embedding_rows(model, vocab) * model.hidden_size // tensor
+    is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
+    tied_here = model.tie_embeddings and is_first and is_last
+    backward_s = costs.compute_s[stage][Kind.BACKWARD]
+    output_s = 0.0
+    if is_last:
+        flops = forward_flops_per_token(model, vocab)["output"]
+        passes = 3 if recomputes_logits(config, world_size, vocab) else 2
+        output_s = passes * flops * chunk_tokens(config, world_size) / tensor / rates.flops_per_s
+    parts = [(output_s, reduce_s(matrix * (is_last and not tied_here) + model.hidden_size * is_last))]
+    parts += needs.layers * [((backward_s - output_s) / needs.layers, reduce_s(layer))]
+    parts.append((0.0, reduce_s(matrix * is_first)))
+    return LastBackward(end, parts)

@@ -68,6 +68,7 @@ FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("speed/tokens_per_s", lambda value: f"{value:,.0f} tok/s"),
     ("speed/mfu", lambda value: f"mfu {100 * value:.3g} %"),
     ("system/process_bytes", lambda value: f"mem {format_bytes(value)}"),
+    ("system/device_allocated_bytes", lambda value: f"device {format_bytes(value)}"),
 )
 """The metrics that a line shows, in this order, those of them that are given."""
 

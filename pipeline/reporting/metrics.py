@@ -8,13 +8,18 @@ Names are paths, one spelling from the trainer to the plots:
     optimizer/zero_gradient_steps               steps so far whose gradient was exactly 0
     optimizer/unmoved_parameters                parameters (tensors) that learn, but have not moved since the start
     gradient_norm/<kind>                        of the kinds of parameters: `pipeline.parallel.parameter_groups`
-    speed/tokens_per_s  speed/mfu               of the whole run; utilisation is a share, 0..1
+    speed/tokens_per_s  speed/mfu               of the whole run; utilisation is a share, 0..1, of the matrix products
+                                                that the processes were measured to reach before the first step
+    speed/mfu_data_sheet                        the same of what the devices' data sheets say (docs/devices.md); only
+                                                where all devices are in the table
     speed/step_s                                mean seconds per step, everything included
     speed/data_s  speed/forward_backward_s  speed/optimizer_s    of these, by phase
     progress/tokens  progress/skipped_steps     since the run began
     data/padded_share                           positions that are padding, a share
     data/skipped_documents                      unreadable ones left out so far, with data.skip_bad_documents
     system/process_bytes                        resident in the largest process
+    system/device_allocated_bytes               most that tensors took on a device since the line before; largest rank
+    system/device_reserved_bytes                most that its allocator had taken for them; neither exists on a CPU
     memory/write_gate                           mean over layers, heads and tokens
     <quantity>/layer_<ii>                       of one layer's memory, means over heads, lanes and tokens: mix_gate,
                                                 share_of_output, write_gate, norm_M, norm_z, effective_rank,

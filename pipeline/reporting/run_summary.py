@@ -48,6 +48,9 @@ def summary_rows(config: Config | None, metrics: Metrics, began: float | None) -
     resident = next((metrics[name] for name in PROCESS_BYTES if name in metrics), None)
     if resident is not None:
         rows.append(("largest process", format_bytes(resident)))
+    if reserved := metrics.get("system/device_reserved_bytes"):
+        allocated = format_bytes(metrics.get("system/device_allocated_bytes", math.nan))
+        rows.append(("fullest device", f"{allocated} in tensors, {format_bytes(reserved)} reserved"))
     if began and metrics.get("time"):
         rows.append(("written", f"{_clock(began)} to {_clock(metrics['time'])}"))
     return rows
@@ -72,7 +75,9 @@ def _speed(config: Config | None, metrics: Metrics) -> list[tuple[str, str]]:
     if not per_s:
         return []
     mfu = metrics.get("speed/mfu")
-    rows = [("tokens per second", f"{per_s:,.0f}" + (f", MFU {100 * mfu:.3g} %" if mfu is not None else ""))]
+    shares = [("MFU", mfu), ("of the data sheet's peak", metrics.get("speed/mfu_data_sheet"))]
+    told = [f"{name} {100 * share:.3g} %" for name, share in shares if share is not None]
+    rows = [("tokens per second", ", ".join([f"{per_s:,.0f}", *told]))]
     if config is not None:
         train = config.train
         # Not speed/step_s, which in the first version was the optimizer's part.

@@ -12,8 +12,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from model.device import device_memory_peaks, device_name, rounds_to_tf32
 from model.layers.statistics import MemoryStatistics
 from model.rules.kernel import memory_kernel
+from pipeline.accounting.devices import known_as, sheet_flops_per_s
 from pipeline.accounting.flops import measured_matmul_peak, parameter_count, train_flops_per_token
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.checkpoint.writer import SaveReport
@@ -50,6 +52,21 @@ def bucket_name(bucket: int) -> str:
     return f"{first}-{2 * first - 1}" if bucket < SEGMENT_BUCKETS - 1 else f"{first}+"
 
 
+def told_sheet(name: str | None, flops_per_s: float, precision: str) -> str:
+    """What utilisation is also measured against, in words.
+
+    Args:
+        name: of the main process's device; None for the CPU.
+        flops_per_s: of all devices, NaN where one of them is not known.
+    """
+    if name is None:
+        return "none for a CPU, nor device memory beside that of the process"
+    if math.isfinite(flops_per_s):
+        tf32 = " in TF32" if precision == "fp32" and rounds_to_tf32() else ""
+        return f"{flops_per_s / 1e12:,.0f} TFLOP/s, all devices, dense {precision}{tf32} ({known_as(name)}: {name})"
+    return f"unknown: not every device (here: {name}) is in docs/devices.md"
+
+
 class Monitor:
     """The run's numbers. Every process has one and calls the same methods; only the main one writes.
 
@@ -81,7 +98,7 @@ class Monitor:
         if self.is_main:
             self.console = RunConsole(total_steps=config.train.steps, start_step=step)
         self.stillness = stillness
-        self.peak_flops = 0.0
+        self.peak_flops, self.sheet_flops = 0.0, math.nan
         self.took_a_step = False
         self.skipped_steps = 0
         self._clear_interval()
@@ -106,7 +123,9 @@ class Monitor:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.topology.barrier()  # all processes measure at once: they share the machine when they train, too
         own_peak = measured_matmul_peak(dtype, self.topology.device)
-        self.peak_flops = self.topology.all_reduce([own_peak])[0]
+        name = device_name(self.topology.device)
+        own_sheet = sheet_flops_per_s(name, config.train.precision, tf32=rounds_to_tf32()) if name else None
+        self.peak_flops, self.sheet_flops = self.topology.all_reduce([own_peak, own_sheet or math.nan])
         if not self.is_main:
             return
         train, parallel, model = config.train, config.parallel, config.model
@@ -138,6 +157,7 @@ class Monitor:
             "tokens in the run": f"{tokens * train.steps:,} in {train.steps:,} steps",
             "training FLOPs per token": f"{flops:.3e}",
             "matrix-product peak": f"{self.peak_flops / 1e9:,.1f} GFLOP/s measured, all processes",
+            "data-sheet peak": told_sheet(name, self.sheet_flops, config.train.precision),
             "memory per rank, estimated": f"{largest.total / 2**20:,.1f} MiB (stage {largest.stage})",
             "run folder": str(self.run_dir),
         }
@@ -196,7 +216,10 @@ class Monitor:
         topology, step, outcome, rate = self.topology, record.step, record.outcome, record.rate
         by_segment = self.by_segment
         dist.all_reduce(by_segment)
-        rss = topology.all_reduce([float(psutil.Process().memory_info().rss)], op=dist.ReduceOp.MAX)[0]
+        memory = {"system/process_bytes": psutil.Process().memory_info().rss}
+        peaks = device_memory_peaks(topology.device)
+        memory |= {f"system/device_{kind}_bytes": size for kind, size in peaks.items()}
+        largest = topology.all_reduce(list(map(float, memory.values())), op=dist.ReduceOp.MAX)
         skipped = None
         if self.config.data.skip_bad_documents:
             # The processes of a model's parts read the same lanes.
@@ -219,11 +242,13 @@ class Monitor:
             "optimizer/learning_rate": rate,
             "optimizer/learning_rate_beta": rate * self.config.optimizer.beta_lr_scale,
             "optimizer/learning_rate_write_gate": rate * self.config.optimizer.write_gate_lr_scale,
-            "system/process_bytes": rss,
+            **dict(zip(memory, largest, strict=True)),
             "speed/mfu": speed["speed/tokens_per_s"] * flops / self.peak_flops,
             **stillness,
             **speed,
         }
+        if math.isfinite(self.sheet_flops):
+            values["speed/mfu_data_sheet"] = speed["speed/tokens_per_s"] * flops / self.sheet_flops
         if skipped is not None:
             values["data/skipped_documents"] = skipped
         if totals:

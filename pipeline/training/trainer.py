@@ -26,7 +26,7 @@ from pipeline.schedule.operations import Operation, build_schedule
 from pipeline.training import stopping
 from pipeline.training.agreement import agreed_weight
 from pipeline.training.batch_sums import named, own_sums
-from pipeline.training.batches import to_device
+from pipeline.training.batches import pinned_for, to_device
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, tell_job
@@ -79,6 +79,7 @@ class Trainer:
             segment_length=config.model.segment_length,
             seed=config.train.seed,
             probes_per_window=config.train.probes_per_window,
+            finish=pinned_for(topology.device),
         )
         self.stage = build_stage(config, topology, self.vocab_size)
         self.optimizer = ZeroOptimizer(self.stage, topology, config)

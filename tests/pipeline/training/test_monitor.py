@@ -17,6 +17,7 @@ from pipeline.config.load import load_config
 from pipeline.parallel.topology import initialize, shutdown
 from pipeline.reporting.dashboard import LAYERS, LAYOUT, flatten
 from pipeline.reporting.metrics import read_metrics
+from pipeline.training import monitor
 from pipeline.training.trainer import Trainer
 from tests.distributed.cases import TINY
 from tests.prepared import write_set
@@ -144,3 +145,38 @@ def test_custom_scalars_put_first_what_is_looked_at_first(run):
 
 def events(folder):
     return EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+
+
+def test_a_cpu_has_no_device_memory_and_no_data_sheet(run):
+    folder, _, _ = run
+    names = {name for record in read_metrics(folder / "metrics.jsonl") for name in record}
+    assert {name for name in names if name.startswith("system/")} == {"system/process_bytes"}
+    assert "speed/mfu" in names and "speed/mfu_data_sheet" not in names
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_device_memory_and_data_sheet_of_an_accelerator(tmp_path, monkeypatch, capsys, known):
+    """Pretended: the numbers of its driver."""
+    name = "NVIDIA H100 80GB HBM3" if known else "NVIDIA H900"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(monitor, "device_name", lambda device: name)
+    monkeypatch.setattr(monitor, "device_memory_peaks", lambda device: {"allocated": 5 * 2**30, "reserved": 7 * 2**30})
+    own = [f"data.sets=[{{path: {write_set(tmp_path / 'set', [300] * 8)}}}]", f"run_dir={tmp_path}/run"]
+    own += ["train.steps=2", "optimizer.warmup_steps=1", "metrics.interval=1", "metrics.tensorboard=false"]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    trainer = Trainer(load_config(None, [*TINY, *own]), initialize(tensor=1, pipeline=1, timeout_s=60))
+    trainer.start(None)
+    peak = trainer.monitor.peak_flops
+    trainer.train()
+    trainer.close()
+    shutdown()
+    last = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "speed/mfu" in record][-1]
+    assert last["system/device_allocated_bytes"] == 5 * 2**30
+    assert last["system/device_reserved_bytes"] == 7 * 2**30
+    out = " ".join(capsys.readouterr().out.split())
+    if known:
+        assert last["speed/mfu_data_sheet"] * 67e12 == pytest.approx(last["speed/mfu"] * peak)
+        assert f"67 TFLOP/s, all devices, dense fp32 (H100: {name})" in out
+    else:
+        assert "speed/mfu_data_sheet" not in last
+        assert f"unknown: not every device (here: {name}) is in docs/devices.md" in out
