@@ -216,7 +216,7 @@ def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rate
             f"{step.step_s:.3g}: pipeline {step.pipeline_s:.3g} ({100 * step.bubble_share:.1f} % bubbles), then "
             f"data-parallel communication {step.data_s:.3g}",
         ),
-        ("waiting for data-parallel ranks", told_exposure(step)),
+        *_exposure(step),
         ("tokens per second", f"{per_s:,.0f}, {per_s / world:,.0f} per device"),
         ("MFU", f"{100 * mfu:.1f} % predicted"),
         (
@@ -237,20 +237,22 @@ def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rate
     )
 
 
-def told_exposure(step: Prediction) -> str:
+def _exposure(step: Prediction) -> list[tuple[str, str]]:
     """What of a step goes to data-parallel traffic that nothing hides, and what overlapping would leave of it."""
 
-    def share(exposed_s: float) -> str:
-        whole = step.pipeline_s + exposed_s
-        return f"{exposed_s:.3g} s, {100 * exposed_s / whole:.1f} %"
+    def told(exposed_s: float) -> str:
+        return f"{exposed_s:.3g} s, {100 * exposed_s / (step.pipeline_s + exposed_s):.1f} % of a step"
 
     if not step.data_s:
-        return "none"
-    return (
-        f"{share(step.data_s)} of a step, gradients {step.reduction_s:.3g} s and parameters {step.gathering_s:.3g} s; "
-        "with gradients reduced behind the last chunk's backward "
-        f"{share(step.overlapped_reduction_s + step.gathering_s)} (not built: docs/devices.md)"
-    )
+        return []
+    overlapped_s = step.overlapped_reduction_s + step.gathering_s
+    return [
+        (
+            "exposed data traffic",
+            f"{told(step.data_s)}: gradients {step.reduction_s:.3g} s, parameters {step.gathering_s:.3g} s",
+        ),
+        ("behind the last backward", f"{told(overlapped_s)} would be left (not built, docs/devices.md)"),
+    ]
 
 
 def memory_verdict(needed: int, available: int) -> str:
