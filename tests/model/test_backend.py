@@ -98,5 +98,5 @@ def test_one_place_knows_the_backends():
     for path in set(MODEL.rglob("*.py")) - {MODEL / "backend.py", MODEL / "layers" / "loss.py"}:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
-            taken = {name for name in names if name.endswith(("SpecProvider", "ParallelLinear"))}
+            taken = {name for name in names if name.endswith(("LocalSpecProvider", "TESpecProvider", "ParallelLinear"))}
             assert not taken, f"{path} imports {taken}"
