@@ -74,7 +74,7 @@ class ConvolvedRule(MemoryRule):
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
         inner, tail = _split(state)
         padded = torch.cat([tail[:, :, :, :-2], q], dim=-2)
-        convolved = convolution(padded, _taps(weights, tail)[:, :-2])
+        convolved = convolution(padded, _rows(_taps(weights, tail)[:, :-2]))
         return self.rule.read(F.silu(convolved) if self.silu else convolved, weights, inner)
 
     def scan_and_read(
@@ -131,11 +131,10 @@ def _taps(weights: Mapping[str, Tensor], tail: Tensor) -> Tensor:
     return weights["convolution"].view(-1, parts, dim, WIDTH)
 
 
-def convolution(padded: Tensor, taps: Tensor) -> Tensor:
+def convolution(padded: Tensor, weights: Tensor) -> Tensor:
     """The causal convolution of `[..., n, parts, 3 + s, d]`, a tail and the tokens behind it, with taps
-    `[n, parts, d, WIDTH]`: `[..., n, parts, s, d]`."""
+    `[WIDTH, n, parts, 1, d]`: `[..., n, parts, s, d]`."""
     length = padded.shape[-2] - (WIDTH - 1)
-    weights = _rows(taps)
     convolved = padded[..., :length, :] * weights[0]
     for i in range(1, WIDTH):
         convolved.addcmul_(padded[..., i : i + length, :], weights[i])
@@ -165,12 +164,14 @@ class _Convolution(Function):
             # Not a product with 0: what is cleared may have overflowed.
             tails[:, after].masked_fill_(clear[:, after], 0)
         if segments > t:
-            own[:, t:, :, r:] = 0
+            own[:, t:, :, r:].zero_()
             tails[:, t:] = reads.chosen(tails[:, :t])[:, t:]
-        convolved = convolution(padded, taps)
+        weights = _rows(taps)
+        convolved = convolution(padded, weights)
         activated = F.silu(convolved) if silu else convolved
+        ctx.set_materialize_grads(False)
         ctx.reads, ctx.silu, ctx.shapes, ctx.dtype = reads, silu, (q.shape, t), q.dtype
-        ctx.save_for_backward(padded, taps, clear, convolved if silu else None, reads.probes)
+        ctx.save_for_backward(padded, weights, clear, convolved if silu else None, reads.probes)
         last, before = padded[:, t - 1, ..., -(WIDTH - 1) :, :].clone(), tails[:, :t]
         ctx.mark_non_differentiable(before)
         return activated[:, :, :, :r], activated[:, :t, :, r], activated[:, :t, :, r + 1], before, last
@@ -178,34 +179,35 @@ class _Convolution(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, of_q, of_k, of_v, _, of_last):
-        padded, taps, clear, convolved, probes = ctx.saved_tensors
+        padded, weights, clear, convolved, probes = ctx.saved_tensors
         (b, segments, n, r, s, d), t = ctx.shapes
         gradient = _time_first(padded, b, segments, n, r + 2, s, d)
         if segments > t:
-            gradient[:, t:, :, r:] = 0
+            gradient[:, t:, :, r:].zero_()
         parts = ((slice(None), slice(r)), (slice(t), r), (slice(t), r + 1))
         for (which, part), of_part in zip(parts, (of_q, of_k, of_v), strict=True):
-            gradient[:, which, :, part] = of_part
+            into = gradient[:, which, :, part]
+            into.zero_() if of_part is None else into.copy_(of_part)
         if ctx.silu:
             torch.ops.aten.silu_backward(gradient, convolved, grad_input=gradient)
-        weights = _rows(taps)
         found = torch.empty_like(padded)
-        found[..., s:, :] = 0
+        found[..., s:, :].zero_()
         torch.mul(gradient, weights[0], out=found[..., :s, :])
         for i in range(1, WIDTH):
             found[..., i : i + s, :].addcmul_(gradient, weights[i])
-        of_taps = taps.new_empty(WIDTH, *taps.shape[:-1])
+        of_taps = weights.new_empty(WIDTH, n, r + 2, d)
         product = torch.empty_like(gradient)
         for i in range(WIDTH):
             torch.mul(gradient, padded[..., i : i + s, :], out=product)
             torch.sum(product, dim=(0, 1, 4), out=of_taps[i])
         of_tails = found[..., : WIDTH - 1, :]
         if ctx.reads.detach:
-            of_tails[:, :, :, :r] = 0
+            of_tails[:, :, :, :r].zero_()
         if segments > t:
             lane = torch.arange(b, device=probes.device).unsqueeze(1)
             of_tails.index_put_((lane, probes), of_tails[:, t:], accumulate=True)
-        found[:, t - 1, ..., -(WIDTH - 1) :, :].add_(of_last)
+        if of_last is not None:
+            found[:, t - 1, ..., -(WIDTH - 1) :, :].add_(of_last)
         for before, after in reversed(_neighbours(t, s)):
             passed = of_tails[:, after].masked_fill_(clear[:, after], 0)
             found[:, before, ..., -(WIDTH - 1) :, :].add_(passed)

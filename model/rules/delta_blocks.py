@@ -24,14 +24,15 @@ from torch.autograd.function import once_differentiable
 from model.rules.scan import compose_neighbours
 
 WRITE_BLOCK = 64
-"""Tokens that are solved for at once, at most: the triangular systems stay small however long a segment is."""
+"""Tokens that are solved for at once, at most, or d where that is more: the triangular systems stay small however long
+a segment is, and composing blocks costs no more than solving them."""
 
 
-def block_length(segment_length: int) -> int:
+def block_length(segment_length: int, dim: int) -> int:
     """Tokens of a block: a segment has as many blocks as a power of two says, so that neighbours compose by halves; one
     that cannot be divided so is solved as one."""
     blocks = 1
-    while blocks * WRITE_BLOCK < segment_length:
+    while blocks * max(WRITE_BLOCK, dim) < segment_length:
         blocks *= 2
     return segment_length // blocks if segment_length % blocks == 0 else segment_length
 
@@ -59,7 +60,7 @@ class _BlockPairs(Function):
     def forward(ctx, key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None) -> Tensor:
         """`[b, t, n, blocks, d, 2 d]`."""
         b, t, n, s, d = key.shape
-        c = block_length(s)
+        c = block_length(s, d)
         right = key.new_empty(b, t, n, s, 2 * d).view(-1, c, 2 * d)
         right.view(b, t, n, s, 2 * d)[..., :d] = value
         minus_e_key = right[..., d:]

@@ -74,7 +74,7 @@ class DeltaNetRule(MemoryRule):
 
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
         _, n, g, d = layer
-        block = block_length(length)
+        block = block_length(length, d)
         # Queries and keys of length one with their lengths, the reads, and the local attention as it is mixed.
         per_token = n * (d * (2 * m + c) + m) + g * (d + 1) * m
         # [V | -e K] and Y; the inverse, and products where they are multiplied by gates.

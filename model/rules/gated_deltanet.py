@@ -61,10 +61,10 @@ class GatedDeltaNetRule(DeltaNetRule):
         return super().flops_per_token(layer) + 2 * layer.hidden * layer.groups
 
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
-        per_token, per_segment = super().saved_bytes(
-            layer, length, m, c, gated=True
-        )  # products are multiplied by decays
-        of_decay = layer.groups * (layer.dim + block_length(length) + 4) * m  # -K, ratios, and what becomes log a
+        # Products are multiplied by decays, with a write gate or without.
+        per_token, per_segment = super().saved_bytes(layer, length, m, c, gated=True)
+        block = block_length(length, layer.dim)
+        of_decay = layer.groups * (layer.dim + block + 4) * m  # -K, ratios, and what becomes log a
         return per_token + of_decay + layer.hidden * c, per_segment
 
 

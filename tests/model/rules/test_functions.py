@@ -154,9 +154,10 @@ def test_pairs_of_the_delta_rule(monkeypatch, block, gated, decay):
 
 
 def test_segments_are_halved_into_blocks():
-    """A power of two of blocks, each at most 64 tokens; otherwise the segment is one."""
+    """A power of two of blocks, each at most 64 tokens, or d where that is more; otherwise the segment is one."""
     lengths = {1: 1, 64: 64, 66: 33, 192: 48, 256: 64, 320: 40, 2048: 64, 8192: 64, 65: 65, 100: 50}
-    assert {length: block_length(length) for length in lengths} == lengths
+    assert {length: block_length(length, 32) for length in lengths} == lengths
+    assert block_length(2048, 128) == 128
 
 
 def plain_convolution(x, tails, taps):
