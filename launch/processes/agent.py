@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.processes.meeting import MeetingWatch, check_names
 from launch.processes.passing import SignalPasser
 from launch.processes.worker import CLAIM_FOLDER, FOLLOWED, INTERRUPTED, STOPPED_MARK
 from launch.processes.world import LOOPBACK, check_port
@@ -72,7 +73,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
     if os.environ.get("INFINI_DEBUG") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-    from torch.distributed import DistNetworkError
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
@@ -97,14 +98,18 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
             # ('connection refused'). Without sharing every attempt has a store of its own.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         config, entrypoint, entrypoint_arguments = config_from_args(args)
+        endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
+        check_names(endpoint, args.nnodes)
         try:
-            elastic_launch(config, entrypoint)(*entrypoint_arguments)
+            with MeetingWatch(endpoint, args.nnodes, Path(logs)):
+                elastic_launch(config, entrypoint)(*entrypoint_arguments)
         except ChildFailedError as error:
             return _explain(error, passer.ending)
-        except (RendezvousError, DistNetworkError) as error:
+        except (RendezvousError, DistError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"the nodes cannot meet at {args.rdzv_endpoint or f'{args.master_addr}:{args.master_port}'}: is the "
-                f"address right, is the port in use or closed, were all {args.nnodes} node(s) started? ({error})"
+                f"the nodes cannot meet at {endpoint}: is the address right, is the port closed or another program's, "
+                f"were all {args.nnodes} node(s) started, do their clocks agree? ({reason})"
             ) from error
         return STOPPED if Path(logs, STOPPED_MARK).exists() else 0
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.processes.meeting import HERE, NODES
 from launch.processes.world import first_node, int_variable
 from pipeline.training.stopping import JOB_FOLDER, JOB_SAVED, JOB_STOPPED, STOP_FILE, STOPPED
 
@@ -92,8 +93,11 @@ class Job:
     def _make_folder(self) -> None:
         self.folder.mkdir(exist_ok=True)
         # Of the launch before.
-        for path in (self.stop_file, self.folder / JOB_STOPPED, *self.folder.glob("ended-*")):
+        left = [path for pattern in ("ended-*", f"{HERE}*") for path in self.folder.glob(pattern)]
+        for path in (self.stop_file, self.folder / JOB_STOPPED, *left):
             path.unlink(missing_ok=True)
+        nodes = call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).stdout
+        (self.folder / NODES).write_text(nodes)
 
     def _start(self) -> subprocess.Popen:
         env = dict(os.environ)
@@ -119,9 +123,8 @@ class Job:
         leave_by = ended_at = None
         while True:
             try:
-                code = step.wait(0.5)
-                # A process that a signal has ended has a negative code. A stop the launchers tell in their folder.
-                return max([code, *self._node_codes()]) if code >= 0 else 128 - code
+                code = step.wait(0.2)
+                return self._reason(code)
             except subprocess.TimeoutExpired:
                 pass
             now = time.monotonic()
@@ -145,12 +148,22 @@ class Job:
                 end(step)
                 return STOPPED
 
+    def _reason(self, code: int) -> int:
+        """The step's exit code, when srun says this one: it says the highest, and ends the others with TERM."""
+        codes = self._node_codes()
+        failed = [each for each in codes if each not in (0, STOPPED)]
+        if code and failed:
+            return failed[0]
+        # A process that a signal has ended has a negative code. A stop the launchers tell in their folder alone.
+        return max([code, *codes]) if code >= 0 else 128 - code
+
     def _pop_arrived(self) -> signal.Signals | None:
         return self._arrived.pop(0) if self._arrived else None
 
     def _node_codes(self) -> list[int]:
-        """Exit codes of the launchers that have ended."""
-        texts = [self._read(path.name) for path in self.folder.glob("ended-*")]
+        """Exit codes of the launchers that have ended, the first one first."""
+        marks = sorted(self.folder.glob("ended-*"), key=lambda path: path.stat().st_mtime_ns)
+        texts = [self._read(path.name) for path in marks]
         return [int(text) for text in texts if text.isdecimal()]
 
     # What follows

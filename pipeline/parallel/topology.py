@@ -124,10 +124,13 @@ def _description(error: Exception) -> tuple[type[Exception], str]:
     return RuntimeError, f"{kind.__name__}: {message}"
 
 
-def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
+def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[[], None] | None = None) -> Topology:
     """Join the process group described by torchrun's environment variables and lay out the grid.
 
     Safe to call again with another layout in the same processes (the tests do).
+
+    Args:
+        greet: what the processes have to say to one another when they have met, before the layout makes groups of them.
 
     Raises:
         ValueError: the processes cannot meet, or their number does not fit the layout.
@@ -149,6 +152,8 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
                 f"this process cannot meet the others ({known}): is the address that of rank 0's machine, is the port "
                 f"free there and open, were all started within {timeout_s:g} s? ({str(error).splitlines()[0]})"
             ) from error
+    if greet is not None:
+        greet()
     world = dist.get_world_size()
     if world % (tensor * pipeline):
         raise ValueError(

@@ -30,6 +30,8 @@ from pipeline.training.batches import pinned_for, to_device
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, tell_job
+from pipeline.training.run_lock import RunLock
+from pipeline.training.same_start import check_clocks, check_same_start, check_shared_folder
 from pipeline.training.skipped_steps import SkippedSteps
 from pipeline.training.starting import begin
 from pipeline.training.step_record import StepRecord
@@ -48,8 +50,22 @@ def train(config: Config, resume: str | None) -> int:
         resume: None for a new run, `latest`, or the path of a checkpoint.
     """
     topology = initialize(
-        tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=config.parallel.timeout_s
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        timeout_s=config.parallel.timeout_s,
+        greet=lambda: check_same_start(config),
     )
+    check_clocks(topology)
+    check_shared_folder(Path(config.run_dir), topology)
+    lock = RunLock(Path(config.run_dir))
+    on_main(lock.acquire)
+    try:
+        return _train(config, topology, resume)
+    finally:
+        lock.release()
+
+
+def _train(config: Config, topology: Topology, resume: str | None) -> int:
     trainer = Trainer(config, topology)
     trainer.watchdog.start()
     trainer.start(resume)

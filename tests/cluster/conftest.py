@@ -8,8 +8,8 @@ from tests.distributed.pool import Pools
 from tests.distributed.runs import Run
 from tests.prepared import write_set
 
-LONG = ("train.steps=80", "checkpoint.interval=5", "metrics.interval=1")
-"""Steps enough for something to happen on the way."""
+LONG = ("train.steps=200", "checkpoint.interval=10", "metrics.interval=1")
+"""Steps enough for something to happen on the way, some ten seconds on an idle machine."""
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ class Job(Run):
         self.id = ""
         folder.mkdir(parents=True)
 
-    def submit(self, *options: str, **settings: str) -> None:
+    def submit(self, *options: str, resume: bool = False, **settings: str) -> None:
         """Submit it, with options for sbatch and environment variables for the script."""
         (self.home / "run.yaml").write_text("{}\n")
         settings = {"PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"} | settings
@@ -32,6 +32,7 @@ class Job(Run):
         exported = ",".join(["PATH", "SLURM_CONF", *(f"{name}={value}" for name, value in settings.items())])
         command = ["sbatch", "--parsable", "-N2", "--time=20", f"--export={exported}"]
         command += ["-o", str(self.output), *options, str(SCRIPT), "run.yaml", *self.overrides]
+        command += ["--resume"] if resume else []
         self.id = self.lab.run(*command, cwd=self.home).strip()
 
     def facts(self) -> dict[str, str]:

@@ -42,6 +42,7 @@ case "$1 $2" in
     "show job")
         echo "JobId=41234 JobState=${STATE:-RUNNING} TimeLimit=${LIMIT:-1-00:00:00}"
         echo "   Command=${COMMAND:-}" ;;
+    "show hostnames") printf 'alpha1\\nalpha2\\n' ;;
     *) echo "$*" >> scontrol.calls ;;
 esac
 """
@@ -122,6 +123,12 @@ def test_starts_one_torchrun_per_node_from_any_folder_and_returns_its_exit_code(
     assert {"NNODES=2", "RDZV_ENDPOINT=alpha1:21234", "RDZV_ID=41234-0", "SRUN_CPUS_PER_TASK=6"} <= environment
     assert "SLURM_EXPORT_ENV=ALL" in environment  # else the nodes see none of this, and each trains by itself
     assert batch.leftovers() == []
+
+
+def test_the_first_launchers_code_counts_whatever_srun_makes_of_it(batch):
+    """It ends the other nodes with TERM, and returns the highest code: a mistake would look like a failure."""
+    code, output = batch.run(SRUN_CODE="143", NODE_CODES="2 143")
+    assert code == 2 and not batch.requeued, output
 
 
 def test_what_the_user_says_about_meeting_is_taken(batch):
