@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,9 @@ from model.config import ModelConfig, layer_shape
 from model.layers import incremental
 from model.layers.attention import InfiniAttention
 from model.layers.loss import OutputMatrix
+from model.layers.mlp import GatedMLP
 from model.layers.norm import RMSNorm
+from model.layers.rotary import RotaryTables
 from model.layers.segment_cache import SegmentCache, Span
 from model.layers.statistics import MemoryStatistics
 from model.rules import build_rule
@@ -67,19 +68,22 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and gated MLP. `layer(hidden, memory, reset) -> (hidden, memory, ...)`: no hidden state."""
 
     def __init__(
-        self, config: ModelConfig, megatron: TransformerConfig, options: StageOptions, *, tensor_size: int
+        self,
+        config: ModelConfig,
+        megatron: TransformerConfig,
+        options: StageOptions,
+        tables: RotaryTables,
+        *,
+        tensor_size: int,
     ) -> None:
         super().__init__()
         norm = {"dtype": megatron.params_dtype, "partial_gradient": options.sequence_parallel}
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
-        self.attention = InfiniAttention(config, megatron, tensor_size=tensor_size, detach_reads=options.detach_reads)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
-        backend = parallel_linears(config.backend)
-        self.mlp = MLP(
-            megatron,
-            MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()),
-            ffn_hidden_size=config.ffn_hidden_size,
+        self.attention = InfiniAttention(
+            config, megatron, tables, tensor_size=tensor_size, detach_reads=options.detach_reads
         )
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
+        self.mlp = GatedMLP(megatron, parallel_linears(config.backend))
         self.recompute = options.recompute
 
     def forward(
@@ -91,7 +95,7 @@ class DecoderLayer(nn.Module):
         statistics: bool,
         probes: Tensor | None = None,
         feed_forward: bool = True,
-    ) -> tuple[Tensor, State | None, Tensor, MemoryStatistics | None]:
+    ) -> tuple[Tensor, State | None, Tensor | None, MemoryStatistics | None]:
         def attend(hidden: Tensor, *memory_tensors: Tensor):
             state = None if memory is None else type(memory)(*memory_tensors)
             return self.attention(
@@ -104,7 +108,8 @@ class DecoderLayer(nn.Module):
             )
 
         if self.recompute == "selective" and torch.is_grad_enabled():
-            attended = checkpoint(attend, hidden, *(memory or ()), use_reentrant=False)
+            # Nothing in it draws random numbers.
+            attended = checkpoint(attend, hidden, *(memory or ()), use_reentrant=False, preserve_rng_state=False)
         else:
             attended = attend(hidden, *(memory or ()))
         hidden = hidden + attended.hidden
@@ -118,8 +123,7 @@ class DecoderLayer(nn.Module):
         return self._feed_forward(hidden + attended)
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
-        output, _ = self.mlp(self.mlp_norm(hidden))
-        return hidden + output
+        return hidden + self.mlp(self.mlp_norm(hidden))
 
 
 class DecoderStage(nn.Module):
@@ -154,10 +158,11 @@ class DecoderStage(nn.Module):
                 config=megatron,
                 reduce_scatter_embeddings=options.sequence_parallel,
             )
+        tables = RotaryTables(config.segment_length, layer_shape(config).dim, config.rope_base, config.rope_scaling)
         # Keyed by the layer's index in the whole model, so that parameter names are the same on every layout.
         self.layers = nn.ModuleDict(
             {
-                str(i): DecoderLayer(config, megatron, options, tensor_size=tensor_size)
+                str(i): DecoderLayer(config, megatron, options, tables, tensor_size=tensor_size)
                 for i in range(first_layer, last_layer)
             }
         )
@@ -264,18 +269,19 @@ class DecoderStage(nn.Module):
         with self.autocast(inputs.device):
             hidden = self._embed(inputs) if self.is_first else inputs
             carried, measured = [], {}
-            gate_sum = hidden.new_zeros((), dtype=torch.float32)
+            gate_sum = torch.zeros((), device=hidden.device)
             # Nobody reads what the last layer gives without labels, only its memory.
             unread = str(self.config.num_layers - 1) if labels is None else None
             for (name, layer), state in zip(self.layers.items(), memory, strict=True):
                 arguments = (hidden, state, reset, memory_off, statistics, probes, name != unread)
                 if self.options.recompute == "layer" and torch.is_grad_enabled():
-                    result = checkpoint(layer, *arguments, use_reentrant=False)
+                    result = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
                     result = layer(*arguments)
                 hidden, state, gates, layer_statistics = result
                 carried.append(state)
-                gate_sum = gate_sum + gates
+                if gates is not None:
+                    gate_sum = gate_sum + gates
                 if layer_statistics is not None:
                     measured[int(name)] = layer_statistics
             if not self.is_last:

@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.backend import local_linears, parallel_linears
 from model.config import ModelConfig, layer_shape
-from model.layers.local_context import sliding_attention
-from model.layers.norm import RMSNorm
-from model.layers.rotary import rotary_table, rotate
+from model.layers.heads import join_heads, split_heads
+from model.layers.local_context import segment_attention, sliding_attention
+from model.layers.mixing import mix
+from model.layers.norm import RMSNorm, rms_norm
+from model.layers.rotary import RotaryTables
 from model.layers.statistics import MemoryStatistics, measure
 from model.rules import Tokens, build_rule, empty_state
 from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
@@ -27,8 +28,8 @@ from model.rules.window import remember, write_gate
 class AttentionResult(NamedTuple):
     hidden: Tensor
     memory: State | None
-    gate_sum: Tensor
-    """Sum of the write gate over tokens and this rank's key/value heads (0 without a write gate), with gradient."""
+    gate_sum: Tensor | None
+    """Sum of the write gate over tokens and this rank's key/value heads, with gradient; None without a write gate."""
     statistics: MemoryStatistics | None
 
 
@@ -41,14 +42,20 @@ class InfiniAttention(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, megatron: TransformerConfig, *, tensor_size: int, detach_reads: bool = False
+        self,
+        config: ModelConfig,
+        megatron: TransformerConfig,
+        tables: RotaryTables,
+        *,
+        tensor_size: int,
+        detach_reads: bool = False,
     ) -> None:
         super().__init__()
         self.shape = layer_shape(config, tensor_size)
         self.heads, self.groups, self.dim = self.shape.heads, self.shape.groups, self.shape.dim
         self.config = config
         self.segment_length = config.segment_length
-        self.rope_base, self.rope_scaling = config.rope_base, config.rope_scaling
+        self.tables = tables
         self.memory_config = config.memory
         self.detach_reads = detach_reads
         self.rule = build_rule(config.memory)
@@ -126,96 +133,80 @@ class InfiniAttention(nn.Module):
         """
         b, t = reset.shape
         segments = t if probes is None else t + probes.shape[1]
-        query, key, value = self.project_in(hidden)
+        qkv = self.project_in(hidden)
         memory, context = split_state(memory)
-        table = self.rotary(torch.arange(query.shape[2], device=hidden.device))
+        table = self.tables.own(hidden.device, self.memory_dtype)
+        heads = split_heads(qkv, table, memory=self.rule is not None)
         if context is None:
-            local = F.scaled_dot_product_attention(
-                rotate(query, table), rotate(key, table), value, is_causal=True, enable_gqa=self.heads > self.groups
-            )
+            local = segment_attention(heads.query, heads.key, heads.value)
         else:
-            tables = (self.rotary_before(hidden.device), table)
+            before = self.tables.before(hidden.device, self.memory_dtype)
             local, context = sliding_attention(
-                query, key, value, tables, context, reset, probes, detach=self.detach_reads
+                heads, qkv[:, :, :, -2], before, context, reset, probes, detach=self.detach_reads
             )
         if self.rule is None:
-            return AttentionResult(self.project_out(local), context, hidden.new_zeros((), dtype=torch.float32), None)
+            return AttentionResult(self.project_out(join_heads(local, b * segments)), context, None, None)
 
         with torch.autocast(hidden.device.type, enabled=False):
             gate = self.token_gate(hidden, b, segments)
             inputs = rule_inputs(self, self.rule, hidden, b, segments, self.memory_dtype)
-            q, k, v = (x.unflatten(0, (b, segments)) for x in (query, key, value))
-            gate, k, v = (None if x is None else x[:, :t] for x in (gate, k, v))  # probes are not written
-            tokens = self.tokens(q, k, v, gate, {name: x[:, :t] for name, x in inputs.items()})
+            share = self.memory_share(hidden, b, segments)
+            q, k, v = (x.unflatten(0, (b, segments)) for x in heads[3:])
+            if probes is not None:  # which are not written
+                gate, k, v = (None if x is None else x[:, :t] for x in (gate, k, v))
+                inputs = {name: x[:, :t] for name, x in inputs.items()}
             read, present, memory = remember(
                 self.rule,
-                tokens,
+                Tokens(q, k, v, gate, inputs, bfloat16=qkv.dtype == torch.bfloat16),
                 rule_weights(self),
                 memory,
                 reset,
                 probes=probes,
                 detach_reads=self.detach_reads,
             )
-            local = local.to(self.memory_dtype).unflatten(0, (b, segments))
-            share = self.memory_share(hidden, b, segments)
-            from_memory, from_segment = self.mix(share, read, local, present, memory_off=memory_off)
-            mixed = from_memory + from_segment
-            measured = measure(share, from_memory, from_segment, gate, memory) if statistics else None
-        gate_sum = hidden.new_zeros((), dtype=torch.float32) if gate is None else gate.sum()
-        mixed = self.project_out(mixed.flatten(0, 1).to(query.dtype))
-        return AttentionResult(mixed, join_state(memory, context), gate_sum, measured)
+            read = read.unflatten(2, (self.groups, -1))
+            shown = self.shown_share(share, present, memory_off=memory_off)
+            mixed = mix(shown, read, local)
+            measured = measure(share, shown, read, local, gate, memory) if statistics else None
+            gate_sum = None if gate is None else gate.sum()
+        return AttentionResult(self.project_out(mixed), join_state(memory, context), gate_sum, measured)
 
-    def tokens(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, inputs: dict[str, Tensor]) -> Tokens:
-        """What the memory gets of q `[b, t, n*r, s, d]`, k and v `[b, t, n, s, d]`."""
-        return Tokens(q.unflatten(2, (self.groups, -1)), k, v, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
-
-    def project_in(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[b, n*r, s, d]`, keys and values `[b, n, s, d]` of hidden states `[s, b, h]`, without positions."""
+    def project_in(self, hidden: Tensor) -> Tensor:
+        """Of hidden states `[s, b, h]` the heads `[s, b, n, r + 2, d]` without positions: of every key/value head its
+        query heads, its key, its value."""
         qkv, _ = self.qkv(hidden)
-        s, b = qkv.shape[:2]
-        ratio = self.heads // self.groups
-        qkv = qkv.view(s, b, self.groups, ratio + 2, self.dim).permute(1, 2, 3, 0, 4)  # [b, n, r+2, s, d]
-        query, key, value = qkv[:, :, :ratio].flatten(1, 2), qkv[:, :, ratio], qkv[:, :, ratio + 1]
-        if self.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        return query, key, value
-
-    def rotary_before(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For the positions of the previous segment, before those of the own one."""
-        return self.rotary(torch.arange(-self.segment_length, 0, device=device))
-
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary_table(positions, self.dim, self.rope_base, scaling=self.rope_scaling, dtype=self.memory_dtype)
+        qkv = qkv.view(*qkv.shape[:2], self.groups, self.shape.ratio + 2, self.dim)
+        if not self.qk_norm:
+            return qkv
+        normed, value = qkv.split((self.shape.ratio + 1, 1), dim=3)
+        weight = [self.query_norm.weight.expand(self.shape.ratio, -1), self.key_norm.weight.unsqueeze(0)]
+        return torch.cat([rms_norm(normed, torch.cat(weight), self.query_norm.epsilon), value], dim=3)
 
     def memory_share(self, hidden: Tensor, b: int, segments: int) -> Tensor:
-        """The memory's share of the output, which broadcasts to `[b, segments, n*r, s, 1]`, in its precision."""
+        """The memory's share of the output where it holds something, which broadcasts to `[b, segments, n, r, s, 1]`,
+        in its precision."""
         if self.memory_config.mix_gate == "token":
             logit, _ = self.mix_gate(hidden.to(self.memory_dtype))  # [s, b*t, n*r]
-            logit = logit.permute(1, 2, 0).unflatten(0, (b, segments)).unsqueeze(-1)
+            logit = logit.permute(1, 2, 0).unflatten(1, (self.groups, -1)).unflatten(0, (b, segments)).unsqueeze(-1)
         else:
-            logit = self.beta.to(self.memory_dtype).view(1, 1, -1, 1, 1)
+            logit = self.beta.to(self.memory_dtype).view(1, 1, self.groups, -1, 1, 1)
+        share = torch.sigmoid(logit)
         floor = self.memory_config.gate_floor
-        return floor + (1 - floor) * torch.sigmoid(logit)
+        return floor + (1 - floor) * share if floor else share
 
-    def mix(
-        self, share: Tensor, read: Tensor, local: Tensor, present: Tensor, *, memory_off: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The memory's and the segment's part of the output, `[b, t, n*r, s, d]` each.
+    def shown_share(self, share: Tensor, present: Tensor, *, memory_off: bool = False) -> Tensor:
+        """What of the `memory_share` is left where the memory may be empty.
 
         Args:
-            share: see `memory_share`.
-            read, local: what both attentions give, in the memory's precision.
             present: `[b, t, n]`, 0 where the memory is empty.
         """
         if memory_off:
-            share = torch.zeros_like(share)
-        if self.memory_config.skip_empty:
-            share = share * present.repeat_interleave(self.heads // self.groups, dim=2)[..., None, None]
-        return share * read, (1 - share) * local
+            return torch.zeros_like(share)
+        return share * present[..., None, None, None] if self.memory_config.skip_empty else share
 
     def project_out(self, attended: Tensor) -> Tensor:
-        """`[b*(t+p), heads, s, d]` to hidden states `[s, b*(t+p), h]`."""
-        output, _ = self.projection(attended.permute(2, 0, 1, 3).flatten(2))
+        """The attention of all heads `[s, b*(t+p), n*r*d]` to hidden states `[s, b*(t+p), h]`."""
+        output, _ = self.projection(attended)
         return output
 
     def token_gate(self, hidden: Tensor, b: int, segments: int) -> Tensor | None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from model.layers import segment_cache
 from model.layers.attention import InfiniAttention
 from model.layers.local_context import put_before
+from model.layers.mixing import mix
 from model.layers.rotary import rotate
 from model.layers.segment_cache import SegmentCache, Span, put
+from model.rules import Tokens
 from model.rules.parameters import rule_inputs, rule_weights
 from model.rules.state import State, join_state, map_state, split_state
 
@@ -47,9 +49,10 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
         Hidden states `[c, b, h]`; where a lane does not use a column they mean nothing.
     """
     c, b = hidden.shape[:2]
-    query, key, value = attention.project_in(hidden)  # [b, n, c, d]
+    query, key, value = _split(attention.project_in(hidden))
     positions = span.positions(c)
-    table = attention.rotary(positions.unsqueeze(1))
+    own = attention.tables.own(hidden.device, attention.memory_dtype)
+    table = tuple(x[positions].unsqueeze(1) for x in own)
     inputs = cache.inputs.new_empty(b, attention.groups, c, 0)
     with torch.autocast(hidden.device.type, enabled=False):
         gate = attention.token_gate(hidden, b, 1)
@@ -62,21 +65,33 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     keys, values = cache.rotated[:, :, : span.stop], cache.value[:, :, : span.stop]
     memory, context = split_state(memory)
     if context is not None:
-        keys, values, mask = put_before(keys, values, mask, attention.rotary_before(hidden.device), context)
+        before = attention.tables.before(hidden.device, attention.memory_dtype)
+        keys, values, mask = put_before(keys, values, mask, before, context)
     local = F.scaled_dot_product_attention(
         rotate(query, table), keys, values, attn_mask=mask, enable_gqa=attention.heads > attention.groups
     )
     if attention.rule is None:
-        return attention.project_out(local)
+        return attention.project_out(_join(local))
     with torch.autocast(hidden.device.type, enabled=False):
         so_far = cache.query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1))
         memory = attention.rule.inside(memory, so_far, span.start)
         before = map_state(memory, lambda x: x.unsqueeze(1))
         q = query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1)).unsqueeze(1)
-        read = attention.rule.read(q, rule_weights(attention), before).flatten(2, 3)
-        local = local.to(attention.memory_dtype).unsqueeze(1)
-        mixed = sum(attention.mix(attention.memory_share(hidden, b, 1), read, local, attention.rule.present(before)))
-    return attention.project_out(mixed.squeeze(1).to(query.dtype))
+        read = attention.rule.read(q, rule_weights(attention), before)
+        share = attention.shown_share(attention.memory_share(hidden, b, 1), attention.rule.present(before))
+        mixed = mix(share, read, local.reshape(b * attention.groups, -1, c, attention.dim))
+    return attention.project_out(mixed)
+
+
+def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `[c, b, n, r + 2, d]` the queries `[b, n*r, c, d]`, keys and values `[b, n, c, d]`."""
+    qkv = qkv.permute(1, 2, 3, 0, 4)
+    return qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
+
+
+def _join(attended: Tensor) -> Tensor:
+    """`[b, heads, c, d]` as hidden states `[c, b, heads*d]`."""
+    return attended.permute(2, 0, 1, 3).flatten(2)
 
 
 def commit(attention: InfiniAttention, memory: State | None, cache: SegmentCache, lanes: Tensor) -> State | None:
@@ -101,7 +116,9 @@ def commit(attention: InfiniAttention, memory: State | None, cache: SegmentCache
             x[lanes].unsqueeze(1) for x in (cache.query, cache.key, cache.value, cache.gate, cache.inputs)
         )
         gate = None if attention.memory_config.write_gate == "none" else gate
-        tokens = attention.tokens(q, k, v, gate, dict(zip(attention.rule.token_inputs, inputs.unbind(-1), strict=True)))
+        inputs = dict(zip(attention.rule.token_inputs, inputs.unbind(-1), strict=True))
+        q = q.unflatten(2, (attention.groups, -1))
+        tokens = Tokens(q, k, v, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
         carried = map_state(memory, lambda x: x[lanes])
         reset = torch.zeros(len(lanes), 1, dtype=torch.bool, device=lanes.device)
         _, after = attention.rule.scan(tokens, rule_weights(attention), carried, reset)

@@ -18,18 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from model.layers.rotary import rotate
+from model.layers.heads import Heads
+from model.layers.rotary import Table, rotate
 from model.rules.state import LocalContext
 
-Table = tuple[Tensor, Tensor]
-"""Of `model.layers.rotary`."""
+
+def segment_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention inside the segment, `[b*(t+p)*n, r, s, d]`; arguments as those of `Heads`."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] > 1)
 
 
 def sliding_attention(
-    query: Tensor,
+    heads: Heads,
     key: Tensor,
-    value: Tensor,
-    tables: tuple[Table, Table],
+    table: Table,
     context: LocalContext,
     reset: Tensor,
     probes: Tensor | None,
@@ -39,19 +41,19 @@ def sliding_attention(
     """Causal attention to the segment and to the one before it.
 
     Args:
-        query: `[b*(t+p), n*r, s, d]`, of every lane its t segments and then its p probes.
-        key, value: `[b*(t+p), n, s, d]`.
-        tables: rotary tables of the previous segment's positions and of the segment's own.
+        heads: of the segments: of every lane its t and then its p probes.
+        key: their keys without positions, `[s, b*(t+p), n, d]`.
+        table: of the previous segment's positions.
         context: carried in.
         reset: bool `[b, t]`, True where a document starts.
         probes: int64 `[b, p]` or None: each sees what segment `probes[b, j]` sees.
         detach: let no gradient into previous segments.
 
     Returns:
-        The attention `[b*(t+p), n*r, s, d]`, and the context carried out.
+        The attention `[b*(t+p)*n, r, s, d]`, and the context carried out.
     """
     b, t = reset.shape
-    s = key.shape[2]
+    s, _, n, _ = key.shape
     seen = torch.cat([context.local_seen[:, :1, 0] > 0, torch.ones_like(reset[:, 1:])], dim=1) & ~reset
     lane = torch.arange(b, device=reset.device).unsqueeze(1)
 
@@ -59,29 +61,28 @@ def sliding_attention(
         return x if probes is None else torch.cat([x, x[lane, probes]], dim=1)
 
     def before(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        """What stands before each segment and probe, `[b*(t+p), n, s, d]`, and what the last segment leaves behind."""
+        """What stands before each segment and probe, `[b*(t+p)*n, 1, s, d]`, and what the last segment leaves behind,
+        of `[b*(t+p), n, s, d]`."""
         own = x.unflatten(0, (b, -1))[:, :t]
         previous = torch.cat([carried.to(x.dtype).unsqueeze(1), own[:, :-1]], dim=1)
         # Not a product with 0: what is cleared may have overflowed.
         previous = previous.where(seen[:, :, None, None, None], 0)
         previous = previous.detach() if detach else previous
-        return with_probes(previous).flatten(0, 1), own[:, -1].to(carried.dtype)
+        return with_probes(previous).flatten(0, 2).unsqueeze(1), own[:, -1].to(carried.dtype)
 
-    key_before, last_key = before(key, context.local_key)
-    value_before, last_value = before(value, context.local_value)
-    query, key = rotate(query, tables[1]), rotate(key, tables[1])
-    grouped = {"enable_gqa": query.shape[1] > key.shape[1]}
+    key_before, last_key = before(key.permute(1, 2, 0, 3), context.local_key)
+    value_before, last_value = before(heads.value.view(-1, n, s, key.shape[3]), context.local_value)
     wide = F.scaled_dot_product_attention(
-        query,
-        torch.cat([rotate(key_before, tables[0]), key], dim=2),
-        torch.cat([value_before, value], dim=2),
+        heads.query,
+        torch.cat([rotate(key_before, table), heads.key], dim=2),
+        torch.cat([value_before, heads.value], dim=2),
         attn_mask=causal_lower_right(s, 2 * s),
-        **grouped,
+        enable_gqa=heads.query.shape[1] > 1,
     )
     # A mask of its own for every segment would keep fused kernels away: the segment's own attention is computed as
     # well, and taken where nothing is before it.
-    alone = F.scaled_dot_product_attention(query, key, value, is_causal=True, **grouped)
-    local = torch.where(with_probes(seen).view(-1, 1, 1, 1), wide, alone)
+    alone = segment_attention(heads.query, heads.key, heads.value)
+    local = torch.where(with_probes(seen).repeat_interleave(n).view(-1, 1, 1, 1), wide, alone)
     return local, LocalContext(last_key, last_value, torch.ones_like(context.local_seen))
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim, computed in float32 at least.
-
-    By hand, though `F.rms_norm` gives the same numbers: over the strided keys of a projection it also copies them into
-    another layout, and the memory's sums behind it are then rounded in another order.
+    """Root-mean-square norm over the last dim, computed in float32 at least and rounded once.
 
     Args:
         dim: size of the last dim.
@@ -27,5 +27,56 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(self.weight.dtype)
-        return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.epsilon) * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last dim, in the weight's precision and then of x's dtype.
+
+    By hand, in few passes: `F.rms_norm` has no fused kernel for bfloat16 with a float32 weight, and none on a CPU.
+
+    Args:
+        x: `[..., d]`, in any layout; its result is contiguous.
+        weight: `[d]`, or with more dims, which are the last ones of x.
+    """
+    return _RMSNorm.apply(x, weight, epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1 / sqrt(mean(x^2) + epsilon), n = r x and the gradient g of n w:
+
+    d w = sum over tokens of g n,    d x = r (g w - n mean(g n w))
+
+    Kept for the backward pass: x, as it came, and r.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
+        # sqrt(d) / sqrt(|x|^2 + d epsilon), on one number per token.
+        scale = norm.square_().add_(x.shape[-1] * epsilon).rsqrt_().mul_(math.sqrt(x.shape[-1]))
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x * scale, weight, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        product = normed * grad
+        grad_weight = grad_x = None
+        if ctx.needs_input_grad[1]:
+            tokens = tuple(range(x.dim() - weight.dim()))
+            grad_weight = product.sum(dim=tokens) if tokens else product
+        if ctx.needs_input_grad[0]:
+            mean = _sum_with(product, weight).div_(x.shape[-1])
+            wide = (grad * weight).addcmul_(normed, mean, value=-1)
+            grad_x = torch.mul(wide, scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        return grad_x, grad_weight, None
+
+
+def _sum_with(x: Tensor, weight: Tensor) -> Tensor:
+    """The sum of `x * weight` over the last dim, kept."""
+    if weight.dim() == 1 and x.is_contiguous():
+        return torch.mv(x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], 1)
+    return (x * weight).sum(dim=-1, keepdim=True)

@@ -38,16 +38,22 @@ class MemoryStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def measure(share: Tensor, read: Tensor, local: Tensor, gate: Tensor | None, memory: State) -> MemoryStatistics:
+def measure(
+    share: Tensor, shown: Tensor, read: Tensor, local: Tensor, gate: Tensor | None, memory: State
+) -> MemoryStatistics:
     """Statistics of a window.
 
     Args:
-        share: the memory's share of the output, see `InfiniAttention.memory_share`.
-        read, local: the memory's and the segment's part of the output, `[b, t+p, n*r, s, d]`.
+        share: the memory's share of the output where it holds something, see `InfiniAttention.memory_share`.
+        shown: its share of the output, see `InfiniAttention.shown_share`.
+        read: what the memory gives, `[b, t+p, n, r, s, d]`.
+        local: what the local attention gives, `[b*(t+p)*n, r, s, d]`.
         gate: write gate `[b, t, n, s]`, or None without one.
         memory: carried out.
     """
     groups = memory.M.shape[1]
+    local = ((1 - shown) * local.view(read.shape)).flatten(2, 3)
+    read = (shown * read).flatten(2, 3)
     read_size = read.norm(dim=-1).mean(dim=(0, 1, 3))
     local_size = local.norm(dim=-1).mean(dim=(0, 1, 3))
     if gate is None:
@@ -56,7 +62,7 @@ def measure(share: Tensor, read: Tensor, local: Tensor, gate: Tensor | None, mem
     histogram = torch.stack([torch.histc(row.float(), GATE_BINS, 0.0, 1.0) for row in per_head])
     z = getattr(memory, "z", None)
     return MemoryStatistics(
-        mix_gate=share.mean(dim=(0, 1, 3, 4)).float(),
+        mix_gate=share.mean(dim=(0, 1, 4, 5)).flatten().float(),
         memory_share=(read_size / (read_size + local_size).clamp_min(1e-30)).float(),
         write_gate=per_head.mean(dim=1).float(),
         write_gate_histogram=histogram,

@@ -75,8 +75,8 @@ class DeltaNetRule(MemoryRule):
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
         _, n, g, d = layer
         block = block_length(length, d)
-        # Queries and keys of length one with their lengths, the reads, and the local attention as it is mixed.
-        per_token = n * (d * (2 * m + c) + m) + g * (d + 1) * m
+        # Queries and keys of length one with their lengths, and the reads.
+        per_token = n * (2 * d + 1) * m + g * (d + 1) * m
         # [V | -e K] and Y; the inverse, and products where they are multiplied by gates.
         per_token += g * (3 * d + block * (1 + gated)) * m
         pairs = 2 * (length // block) - 1  # of blocks, and of what they are composed to

@@ -80,8 +80,8 @@ class NormalizedRule(MemoryRule):
 
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
         _, n, g, d = layer
-        # phi of queries and keys, the reads, their divisors, and the local attention as it is mixed.
-        per_token = n * (d * (2 * m + c) + m) + g * d * m
+        # phi of queries and keys, the reads and their divisors.
+        per_token = n * (2 * d + 1) * m + g * d * m
         if self.delta:  # values and keys over their normaliser; states, and transitions and writes
             return per_token + g * (2 * d + 1) * m, g * d * (4 * d + 1) * m
         return per_token + g * d * (c + gated * m), g * d * (d + 1) * m

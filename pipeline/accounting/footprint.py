@@ -15,12 +15,13 @@ of the memory (4; 8 in fp64) and c = m if e < m else 0 for float32 copies, h hid
 rank's share of it: what is between the matrices is split along the tokens, and gathered again where a matrix needs it),
 and of one rank n query and g key/value heads of dimension d and an MLP width f, a layer keeps per token
 
-    norms       h (4 m + 2 e)
-    mlp         5 f e
-    attention   d e (4 n + 3 g) + 4 n                      flash-like: no S x S matrix
-                + d (n + g) 2 m, 2 m + e in bf16           query and key norms
-    + sliding   d e (n + 4 g) + 4 n, + n d m with a memory of the same precision
-    memory      n (d (2 m + c) + m) + g d m                every rule: q and k behind its map, reads
+    norms       4 h e                                      what goes in and what comes out
+    mlp         3 f e
+    attention   d e (3 n + 3 g) + 4 n                      flash-like: no S x S matrix
+                + d e n                                    with a memory: what is projected
+                + d e (n + 2 g)                            query and key norms
+    + sliding   d e (2 n + 5 g) + 4 n
+    memory      n (2 d + 1) m + g d m                      every rule: q and k behind its map, reads
                 g d (c + m with a write gate)              linear
                 g (2 d + 1) m                              delta
                 g (4 d + 1 + 64) m, and 64 g m with gates  deltanet, gated_deltanet
@@ -30,12 +31,12 @@ and of one rank n query and g key/value heads of dimension d and an MLP width f,
                 + h c + 3 n m                              mix gate per token
     states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
 
-and the last stage h (2 m + e) for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
+and the last stage 2 h e for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
 (`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one
 microbatch's lanes x segments_per_window / chunks_per_window segments. Stage i of P holds chunks_per_window + P - 1 - i
 chunks (never more than a step has). Recomputation leaves less per chunk, and one part at a time in full:
 
-    selective   each layer without its attention, that is h e + h (2 m + e) + 5 f e     one layer's attention in full
+    selective   each layer without its attention, that is 3 h e + 3 f e                 one layer's attention in full
     layer       h e per layer                                                           one layer in full
     window      the input of the chunk and the memory that each layer carries in        one chunk in full
 
@@ -44,8 +45,8 @@ last stage also a block of logits that are made again.
 
 Not counted: what a kernel uses only inside itself, communication buckets, the allocator's waste, the loader. Held
 against a trace of a step of fake tensors (every live byte of gradients and activations; Llama 3 8B, tensor 8 x
-pipeline 4, bf16, recompute selective): stage 0 4.34 GiB here and 4.27 there, without sequence parallelism 9.58 and
-9.47; stage 3 2.53 and 2.58.
+pipeline 4, bf16, recompute selective): stage 0 3.11 GiB here and 3.05 there, without sequence parallelism 5.72 and
+5.74; stage 3 2.03 and 2.15.
 """
 
 from __future__ import annotations
@@ -185,12 +186,12 @@ def _chunk_activations(
     e = number_bytes(config)
     m = max(e, 4)
     hidden, tokens = _hidden_between_matrices(config), segments * model.segment_length
-    norm_and_mlp = tokens * (hidden * (2 * m + e) + 5 * model.ffn_hidden_size // tensor * e)
-    attention = tokens * hidden * (2 * m + e) + _attention_bytes(model, tensor, hidden, e, m, segments)
+    norm_and_mlp = tokens * e * (2 * hidden + 3 * model.ffn_hidden_size // tensor)
+    attention = tokens * hidden * 2 * e + _attention_bytes(model, tensor, hidden, e, m, segments)
     output = 0
     if is_last:
         logits = 0 if logits_again else e * embedding_rows(model, vocab) // tensor
-        output = tokens * (hidden * (2 * m + e) + 2 * m + 9 + logits)
+        output = tokens * (hidden * 2 * e + 2 * m + 9 + logits)
     residual = tokens * hidden * e
     everything = layers * (attention + norm_and_mlp) + output
     kinds = {
@@ -212,15 +213,14 @@ def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: in
     layer, length = layer_shape(model, tensor)._replace(hidden=hidden), model.segment_length
     _, n, g, d = layer
     c = m if e < m else 0
-    per_token, per_segment = d * e * (4 * n + 3 * g) + 4 * n, 0
-    if model.qk_norm:
-        per_token += d * (n + g) * (2 * m + (e if c else 0))
+    per_token, per_segment = d * e * (3 * n + 3 * g) + 4 * n, 0
     rule = build_rule(model.memory)
+    if model.qk_norm:
+        per_token += d * e * (n + 2 * g)
     if model.local_context == "sliding":
-        per_token += d * e * (n + 4 * g) + 4 * n
-        if rule is not None and not c:
-            per_token += n * d * m
+        per_token += d * e * (2 * n + 5 * g) + 4 * n
     if rule is not None:
+        per_token += d * e * n
         gated = model.memory.write_gate != "none"
         of_rule, per_segment = rule.saved_bytes(layer, length, m, c, gated=gated)
         per_token += of_rule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -187,7 +189,7 @@ class Ledger(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             return self.phase, self._depth > 0
-        if torch.is_grad_enabled():  # a backward pass runs without, and a recomputation inside it with gradients
+        if _is_recomputing():
             return "recomputation", True
         if (variable := getattr(node, "variable", None)) is not None:
             return "backward", id(variable) in self._layer_parameters
@@ -203,6 +205,17 @@ class Ledger(TorchDispatchMode):
         key = Collective(self.groups.get(name, name), kind)
         calls, total = self.collectives.get(key, (0, 0))
         self.collectives[key] = Traffic(calls + 1, total + size)
+
+
+def _is_recomputing() -> bool:
+    """A checkpoint inside the backward pass runs its function again. That gradients are enabled says it of most
+    operations, but not of those in a function with a backward of its own."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "recompute_fn" and frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -64,7 +64,7 @@ def test_fit_speed_and_duration_on_a_device(capsys):
     assert 0 < left < step.data_s and f"behind the last backward {left:.3g} s" in out
     assert f"the run {30_000 * step.step_s / 86400:,.2f} days" in out
     assert "312 TFLOP/s in bf16" in out and "taken: 100 TFLOP/s while computing (--tflops); 50 GB/s" in out
-    assert "memory fits: 5.71 GiB of 37.3 GiB, 31.5 GiB left (stage 0)" in out
+    assert "memory fits: 4.47 GiB of 37.3 GiB, 32.8 GiB left (stage 0)" in out
     # Stage 0 of 8 tensor-parallel ranks: 7/8 of the gradients (311,107,620 float32 numbers) thrice, over 16 replicas.
     assert step.data_sent[0] == 3 * 4 * 311_107_620 * 15 // 16
     # 11 passes of bfloat16 hidden states per layer and chunk, and the embedding's two in float32.

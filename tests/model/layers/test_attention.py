@@ -253,7 +253,7 @@ def test_statistics(gate, reset):
     assert ((found.memory_share > 0) & (found.memory_share < 1)).all()
     tokens = B * T * config.segment_length
     if gate == "none":
-        assert found.write_gate.tolist() == [1, 1] and result.gate_sum == 0
+        assert found.write_gate.tolist() == [1, 1] and result.gate_sum is None
         assert not found.write_gate_histogram[:, :-1].any()
     else:
         gates = ((x @ attention.write_gate.weight.T + attention.write_gate.bias + 2) / 4).clip(0, 1).flatten(0, 2)

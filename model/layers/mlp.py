@@ -1,0 +1,61 @@
+"""The gated MLP (SwiGLU, arXiv 2002.05202) on Megatron-core's tensor-parallel linear layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class GatedMLP(nn.Module):
+    """`fc2(silu(gate) * up)` with `[gate; up] = fc1(x)`.
+
+    Megatron's own MLP does the same, and adds an offset of 0 to one half, keeps three tensors of the MLP's width where
+    one will do, and goes back through a copy of both halves.
+    """
+
+    def __init__(self, config: TransformerConfig, backend: BackendSpecProvider) -> None:
+        super().__init__()
+        common = {"config": config, "init_method": config.init_method, "bias": False}
+        common |= {"skip_bias_add": False, "is_expert": False}
+        # A stride of 2: a tensor-parallel rank holds its part of either half.
+        self.linear_fc1 = backend.column_parallel_linear()(
+            config.hidden_size, 2 * config.ffn_hidden_size, gather_output=False, stride=2, **common
+        )
+        self.linear_fc2 = backend.row_parallel_linear()(
+            config.ffn_hidden_size, config.hidden_size, input_is_parallel=True, **common
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        both, _ = self.linear_fc1(hidden)
+        output, _ = self.linear_fc2(silu_product(both))
+        return output
+
+
+def silu_product(both: Tensor) -> Tensor:
+    """`silu(first) * second` of the halves of the last dim."""
+    return _SiluProduct.apply(both)
+
+
+class _SiluProduct(torch.autograd.Function):
+    """With the halves a and b and the gradient g: d a = g b silu'(a), d b = g silu(a), silu(a) computed again."""
+
+    @staticmethod
+    def forward(ctx, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        a, b = both.chunk(2, dim=-1)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        a, b = both.chunk(2, dim=-1)
+        gradient = torch.empty_like(both)
+        of_a, of_b = gradient.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=of_a)
+        torch.mul(grad, F.silu(a), out=of_b)
+        return gradient
