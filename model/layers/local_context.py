@@ -20,12 +20,14 @@ from torch.nn.attention.bias import causal_lower_right
 
 from model.layers.heads import Heads
 from model.layers.rotary import Table, rotate
+from model.layers.sdpa import attention_kernel
 from model.rules.state import LocalContext
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention inside the segment, `[b*(t+p)*n, r, s, d]`; arguments as those of `Heads`."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] > 1)
+    with attention_kernel(query):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] > 1)
 
 
 def sliding_attention(
@@ -72,13 +74,14 @@ def sliding_attention(
 
     key_before, last_key = before(key.permute(1, 2, 0, 3), context.local_key)
     value_before, last_value = before(heads.value.view(-1, n, s, key.shape[3]), context.local_value)
-    wide = F.scaled_dot_product_attention(
-        heads.query,
-        torch.cat([rotate(key_before, table), heads.key], dim=2),
-        torch.cat([value_before, heads.value], dim=2),
-        attn_mask=causal_lower_right(s, 2 * s),
-        enable_gqa=heads.query.shape[1] > 1,
-    )
+    with attention_kernel(heads.query):
+        wide = F.scaled_dot_product_attention(
+            heads.query,
+            torch.cat([rotate(key_before, table), heads.key], dim=2),
+            torch.cat([value_before, heads.value], dim=2),
+            attn_mask=causal_lower_right(s, 2 * s),
+            enable_gqa=heads.query.shape[1] > 1,
+        )
     # A mask of its own for every segment would keep fused kernels away: the segment's own attention is computed as
     # well, and taken where nothing is before it.
     alone = segment_attention(heads.query, heads.key, heads.value)
