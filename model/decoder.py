@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,21 +15,24 @@ from model.backend import parallel_linears
 from model.config import ModelConfig, layer_shape
 from model.layers import incremental
 from model.layers.attention import InfiniAttention
+from model.layers.embedding import Embedding
 from model.layers.loss import OutputMatrix
 from model.layers.mlp import GatedMLP
 from model.layers.norm import RMSNorm
 from model.layers.rotary import RotaryTables
 from model.layers.segment_cache import SegmentCache, Span
 from model.layers.statistics import MemoryStatistics
+from model.precision import COMPUTE_DTYPES, wide_dtype
 from model.rules import build_rule
 from model.rules.state import Memory, State
 from model.sharding import (
     RULE_PARAMETERS,
-    initialize_parameter,
+    initial_values,
     mark_partitions,
     normal_values,
     output_projection_std,
     padded_vocab_size,
+    partition_of,
     tie_keys_to_queries,
 )
 
@@ -39,7 +41,7 @@ class StageOptions(NamedTuple):
     """What the run, not the model, decides about a stage."""
 
     precision: str = "fp32"
-    """`fp32`, `bf16` (bfloat16 matrix products and residual stream over float32 parameters) or `fp64`."""
+    """`fp32`, `fp64`, or `bf16`: matrices and residual stream are bfloat16, all else float32."""
     recompute: str = "none"
     """`selective` recomputes attention in the backward pass, `layer` whole layers."""
     detach_reads: bool = False
@@ -77,7 +79,7 @@ class DecoderLayer(nn.Module):
         tensor_size: int,
     ) -> None:
         super().__init__()
-        norm = {"dtype": megatron.params_dtype, "partial_gradient": options.sequence_parallel}
+        norm = {"dtype": wide_dtype(megatron.params_dtype), "partial_gradient": options.sequence_parallel}
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
         self.attention = InfiniAttention(
             config, megatron, tables, tensor_size=tensor_size, detach_reads=options.detach_reads
@@ -149,9 +151,10 @@ class DecoderStage(nn.Module):
         self.is_first = first_layer == 0
         self.is_last = last_layer == config.num_layers
         megatron = megatron_config(config, options, tensor_size=tensor_size)
-        self.compute_dtype = torch.bfloat16 if options.precision == "bf16" else megatron.params_dtype
+        self.compute_dtype = megatron.params_dtype
+        """Of the matrices, the residual stream and what crosses to other stages."""
         if self.is_first:
-            self.embedding = VocabParallelEmbedding(
+            self.embedding = Embedding(
                 self.vocab_size,
                 config.hidden_size,
                 init_method=megatron.init_method,
@@ -170,7 +173,7 @@ class DecoderStage(nn.Module):
             self.final_norm = RMSNorm(
                 config.hidden_size,
                 config.norm_epsilon,
-                dtype=megatron.params_dtype,
+                dtype=wide_dtype(megatron.params_dtype),
                 partial_gradient=options.sequence_parallel,
             )
             self.output = OutputMatrix(
@@ -203,43 +206,49 @@ class DecoderStage(nn.Module):
 
     def initialize(self, seed: int) -> None:
         """Give every parameter its initial value, a function of (seed, name) alone."""
-        config = self.config
-        tied = config.qk_init == "tied"
-        rule = build_rule(config.memory)
-        rule_parameters = {} if rule is None else rule.parameters(layer_shape(config))
         for name, parameter in self.global_parameters():
-            if name.endswith(("norm.weight", "beta")):
-                continue  # ones, and memory.beta_init: set at construction
-            if name.endswith("qkv.bias"):
-                nn.init.zeros_(parameter)
-                continue
-            if ".write_gate." in name or ".mix_gate." in name:
-                # Weight zero: a gate starts at its bias for every token (+2: exactly the rule without a write gate).
-                bias = config.memory.write_gate_bias if ".write_gate." in name else config.memory.beta_init
-                nn.init.constant_(parameter, bias if name.endswith("bias") else 0.0)
-                continue
+            value = self.initial_value(name, parameter, tuple(parameter.shape), seed)
+            if value is not None:
+                with torch.no_grad():
+                    parameter.copy_(value)
+
+    def initial_value(self, name: str, parameter: nn.Parameter, shape: tuple[int, ...], seed: int) -> Tensor | None:
+        """This rank's part of a parameter's initial value, before it is rounded to the parameter's precision.
+
+        Args:
+            name: in the whole model.
+            shape: of this rank's part, which ZeRO 3 may have taken apart.
+
+        Returns:
+            None for norms and beta, whose value (ones, and `memory.beta_init`) is set at construction.
+        """
+        config = self.config
+        if name.endswith(("norm.weight", "beta")):
+            return None
+        if name.endswith("qkv.bias"):
+            return torch.zeros(shape)
+        if ".write_gate." in name or ".mix_gate." in name:
+            # Weight zero: a gate starts at its bias for every token (+2: exactly the rule without a write gate).
+            bias = config.memory.write_gate_bias if ".write_gate." in name else config.memory.beta_init
+            return torch.full(shape, bias if name.endswith("bias") else 0.0, dtype=torch.float64)
+        tied = config.qk_init == "tied"
+        if RULE_PARAMETERS in name:
+            own = build_rule(config.memory).parameters(layer_shape(config))[name.split(RULE_PARAMETERS)[1]]
+            draw = own.tied if tied and own.tied else own.initial
+        else:
             std = config.init_std
             if name.endswith(("attention.projection.weight", "mlp.linear_fc2.weight")):
                 std = output_projection_std(std, config.num_layers)
-            draw = normal_values(parameter, std, self.tensor_size)
+            draw = normal_values(shape, partition_of(parameter), std, self.tensor_size)
             if tied and name.endswith("qkv.weight"):
                 draw = tie_keys_to_queries(draw, layer_shape(config))
-            if RULE_PARAMETERS in name:
-                own = rule_parameters[name.split(RULE_PARAMETERS)[1]]
-                draw = own.tied if tied and own.tied else own.initial
-            initialize_parameter(
-                name, parameter, draw, seed=seed, tensor_rank=self.tensor_rank, tensor_size=self.tensor_size
-            )
+        return initial_values(
+            name, parameter, draw, seed=seed, tensor_rank=self.tensor_rank, tensor_size=self.tensor_size
+        )
 
     def empty_memory(self, lanes: int, device: torch.device) -> Memory:
         """An empty memory for every layer of the stage."""
         return [layer.attention.empty_state(lanes, device, self.compute_dtype) for layer in self.layers.values()]
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The precision context of a forward pass. A backward pass must not run inside one: it would lower the memory's
-        precision as well, which leaves the context in its forward alone."""
-        enabled = self.options.precision == "bf16"
-        return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def forward(
         self,
@@ -266,31 +275,30 @@ class DecoderStage(nn.Module):
             statistics: also measure the memory (`StageOutput.statistics`).
             correct: also say for every label whether greedy decoding would give it.
         """
-        with self.autocast(inputs.device):
-            hidden = self._embed(inputs) if self.is_first else inputs
-            carried, measured = [], {}
-            gate_sum = torch.zeros((), device=hidden.device)
-            # Nobody reads what the last layer gives without labels, only its memory.
-            unread = str(self.config.num_layers - 1) if labels is None else None
-            for (name, layer), state in zip(self.layers.items(), memory, strict=True):
-                arguments = (hidden, state, reset, memory_off, statistics, probes, name != unread)
-                if self.options.recompute == "layer" and torch.is_grad_enabled():
-                    result = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    result = layer(*arguments)
-                hidden, state, gates, layer_statistics = result
-                carried.append(state)
-                if gates is not None:
-                    gate_sum = gate_sum + gates
-                if layer_statistics is not None:
-                    measured[int(name)] = layer_statistics
-            if not self.is_last:
-                return StageOutput(hidden, None, None, carried, gate_sum, measured)
-            loss = hits = None
-            if labels is not None:
-                loss, hits = self._losses(hidden, labels)
-                hits = hits if correct else None
-            return StageOutput(None, loss, hits, carried, gate_sum, measured)
+        hidden = self._embed(inputs) if self.is_first else inputs
+        carried, measured = [], {}
+        gate_sum = torch.zeros((), device=hidden.device)
+        # Nobody reads what the last layer gives without labels, only its memory.
+        unread = str(self.config.num_layers - 1) if labels is None else None
+        for (name, layer), state in zip(self.layers.items(), memory, strict=True):
+            arguments = (hidden, state, reset, memory_off, statistics, probes, name != unread)
+            if self.options.recompute == "layer" and torch.is_grad_enabled():
+                result = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                result = layer(*arguments)
+            hidden, state, gates, layer_statistics = result
+            carried.append(state)
+            if gates is not None:
+                gate_sum = gate_sum + gates
+            if layer_statistics is not None:
+                measured[int(name)] = layer_statistics
+        if not self.is_last:
+            return StageOutput(hidden, None, None, carried, gate_sum, measured)
+        loss = hits = None
+        if labels is not None:
+            loss, hits = self._losses(hidden, labels)
+            hits = hits if correct else None
+        return StageOutput(None, loss, hits, carried, gate_sum, measured)
 
     def empty_cache(self, lanes: int, device: torch.device) -> list[SegmentCache]:
         """A current segment without tokens for every layer of the stage, see `extend`."""
@@ -311,7 +319,7 @@ class DecoderStage(nn.Module):
         Returns:
             Hidden states `[c, b, h]`, for the next stage or for `next_token_logits`.
         """
-        with torch.no_grad(), self.autocast(inputs.device):
+        with torch.no_grad():
             hidden = self._embed(inputs.unsqueeze(1)) if self.is_first else inputs
             for layer, state, segment in zip(self.layers.values(), memory, cache, strict=True):
                 hidden = layer.extend(hidden, state, segment, span)
@@ -327,14 +335,14 @@ class DecoderStage(nn.Module):
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
         """Logits `[b, vocabulary / tp]` of this rank for the last stage's hidden states `[b, h]` of one token each."""
-        with torch.no_grad(), self.autocast(hidden.device):
+        with torch.no_grad():
             return self._logits(hidden.unsqueeze(0)).squeeze(0)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens.flatten(0, 1))
         if not self.options.sequence_parallel:  # Megatron's reduce-scatter has transposed already
             hidden = hidden.transpose(0, 1).contiguous()
-        return hidden.to(self.compute_dtype)
+        return hidden
 
     @property
     def _output_weight(self) -> Tensor | None:
@@ -384,8 +392,8 @@ def split_layers(num_layers: int, stages: int, layers_per_stage: list[int] | Non
 
 
 def megatron_config(config: ModelConfig, options: StageOptions, *, tensor_size: int) -> TransformerConfig:
-    """Megatron's view of the model. Parameters are float32 (the masters); bfloat16 is a matter of autocast."""
-    dtype = torch.float64 if options.precision == "fp64" else torch.float32
+    """Megatron's view of the model; `params_dtype` is that of the matrices."""
+    dtype = COMPUTE_DTYPES[options.precision]
     shape = layer_shape(config)
     return TransformerConfig(
         num_layers=config.num_layers,

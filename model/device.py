@@ -5,13 +5,7 @@ GPU paths are written here and nowhere else; they have not been run on a GPU yet
 
 from __future__ import annotations
 
-import inspect
-
 import torch
-from megatron.core.tensor_parallel.layers import (
-    LinearWithFrozenWeight,
-    LinearWithGradAccumulationAndAsyncCommunication,
-)
 
 
 def default_device(local_rank: int = 0) -> torch.device:
@@ -68,16 +62,8 @@ def page_locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def prepare_megatron() -> None:
     """Let Megatron-core's layers run without CUDA; does nothing where CUDA exists.
 
-    Two things in the layers in use ask for CUDA. Sequence parallelism allocates its gathered activations on
-    `torch.cuda.current_device()`. And the backward of a linear layer returns to the autocast state of its forward, but
-    only to CUDA's: without this a backward pass would need an autocast context around it, and everything else in the
-    graph, the float32 memory above all, would run under it too.
+    One thing in the layers in use asks for CUDA: sequence parallelism allocates its gathered activations on
+    `torch.cuda.current_device()`.
     """
-    if torch.cuda.is_available():
-        return
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    for function in (LinearWithGradAccumulationAndAsyncCommunication, LinearWithFrozenWeight):
-        # What Megatron has decorated for CUDA, decorated for the CPU instead.
-        forward, backward = inspect.unwrap(function.forward), inspect.unwrap(function.backward)
-        function.forward = staticmethod(torch.amp.custom_fwd(forward, device_type="cpu"))
-        function.backward = staticmethod(torch.amp.custom_bwd(backward, device_type="cpu"))
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: torch.device("cpu")

@@ -101,7 +101,7 @@ def unshard(parts: Sequence[Tensor], partition: Partition) -> Tensor:
     return torch.cat([blocks[r][i] for i in range(partition.stride) for r in range(len(parts))], dim=partition.dim)
 
 
-def initialize_parameter(
+def initial_values(
     name: str,
     parameter: nn.Parameter,
     draw: Callable[[torch.Generator], Tensor],
@@ -109,8 +109,8 @@ def initialize_parameter(
     seed: int,
     tensor_rank: int,
     tensor_size: int,
-) -> None:
-    """Fill `parameter` with the values that belong to its global name, the same on every layout.
+) -> Tensor:
+    """This rank's part, float32, of the values that belong to the global name of `parameter`, the same on every layout.
 
     Every parameter draws from its own generator, seeded by (seed, name): neither the order of construction nor the
     number of ranks or stages changes a value.
@@ -120,13 +120,14 @@ def initialize_parameter(
     """
     # The generator looks at the low 32 bits of its seed alone: the run's seed has to be mixed into those.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    with torch.no_grad():
-        parameter.copy_(shard(draw(generator), partition_of(parameter), tensor_rank, tensor_size))
+    return shard(draw(generator), partition_of(parameter), tensor_rank, tensor_size)
 
 
-def normal_values(parameter: nn.Parameter, std: float, tensor_size: int) -> Callable[[torch.Generator], Tensor]:
-    """Draws the whole of `parameter`, of which this rank holds a part, from a normal distribution."""
-    shape = full_shape(parameter.shape, partition_of(parameter), tensor_size)
+def normal_values(
+    shape: Sequence[int], partition: Partition, std: float, tensor_size: int
+) -> Callable[[torch.Generator], Tensor]:
+    """Draws the whole of a parameter, of which this rank holds a part of `shape`, from a normal distribution."""
+    shape = full_shape(shape, partition, tensor_size)
     return lambda generator: torch.randn(shape, generator=generator, dtype=torch.float32) * std
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     ("data.files",),
-    ("data.config", "data.tokenizer", "model.backend", "model.config", "model.device"),
+    ("data.config", "data.tokenizer", "model.backend", "model.config", "model.device", "model.precision"),
     ("data.prepared", "model.rules"),
     ("data.lanes", "data.synthetic", "model.sharding"),
     ("data.preparation", "model.layers"),

@@ -19,6 +19,7 @@ from model.layers.mixing import mix
 from model.layers.norm import RMSNorm, rms_norm
 from model.layers.rotary import RotaryTables
 from model.layers.statistics import MemoryStatistics, measure
+from model.precision import wide_dtype, widened
 from model.rules import Tokens, build_rule, empty_state
 from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
 from model.rules.state import State, join_state, split_state
@@ -61,13 +62,15 @@ class InfiniAttention(nn.Module):
         self.rule = build_rule(config.memory)
         backend, local = parallel_linears(config.backend), local_linears()
         common = {"config": megatron, "init_method": megatron.init_method, "skip_bias_add": False, "is_expert": False}
+        wide = widened(megatron)
+        gates = {**common, "config": wide}
         heads, groups = megatron.num_attention_heads, megatron.num_query_groups
         # One block of rows per key/value head: its query heads, its key, its value. A plain split is a split by head.
         self.qkv = backend.column_parallel_linear()(
             config.hidden_size, (heads + 2 * groups) * self.dim, bias=config.qkv_bias, gather_output=False, **common
         )
         if config.qk_norm:
-            norm = {"dtype": megatron.params_dtype, "partial_gradient": tensor_size > 1}
+            norm = {"dtype": wide.params_dtype, "partial_gradient": tensor_size > 1}
             self.query_norm = RMSNorm(self.dim, config.norm_epsilon, **norm)
             self.key_norm = RMSNorm(self.dim, config.norm_epsilon, **norm)
         self.qk_norm = config.qk_norm
@@ -81,28 +84,28 @@ class InfiniAttention(nn.Module):
         if self.rule is not None:
             if config.memory.mix_gate == "token":
                 self.mix_gate = local.column_parallel_linear()(
-                    config.hidden_size, heads, bias=True, gather_output=False, **common
+                    config.hidden_size, heads, bias=True, gather_output=False, **gates
                 )
             else:
-                values = torch.full((self.heads,), config.memory.beta_init, dtype=megatron.params_dtype)
+                values = torch.full((self.heads,), config.memory.beta_init, dtype=wide.params_dtype)
                 self.beta = nn.Parameter(values)
-            add_rule_parameters(self, self.rule, layer_shape(config), megatron, tensor_size=tensor_size)
+            add_rule_parameters(self, self.rule, layer_shape(config), wide, tensor_size=tensor_size)
         if config.memory.write_gate != "none":
             self.write_gate = local.column_parallel_linear()(
-                config.hidden_size, groups, bias=True, gather_output=False, **common
+                config.hidden_size, groups, bias=True, gather_output=False, **gates
             )
 
     @property
     def memory_dtype(self) -> torch.dtype:
         """float32, and float64 when the parameters are: never lower."""
-        return torch.float64 if self.projection.weight.dtype == torch.float64 else torch.float32
+        return wide_dtype(self.projection.weight.dtype)
 
     def empty_state(self, lanes: int, device: torch.device, dtype: torch.dtype | None = None) -> State | None:
         """What `lanes` lanes carry that have read nothing, for this rank's key/value heads; None where a layer carries
         nothing.
 
         Args:
-            dtype: of keys and values; None for the parameters'.
+            dtype: of keys and values; None for the memory's.
         """
         context_dtype = self.memory_dtype if dtype is None else dtype
         return empty_state(
@@ -147,28 +150,27 @@ class InfiniAttention(nn.Module):
         if self.rule is None:
             return AttentionResult(self.project_out(join_heads(local, b * segments)), context, None, None)
 
-        with torch.autocast(hidden.device.type, enabled=False):
-            gate = self.token_gate(hidden, b, segments)
-            inputs = rule_inputs(self, self.rule, hidden, b, segments, self.memory_dtype)
-            share = self.memory_share(hidden, b, segments)
-            q, k, v = (x.unflatten(0, (b, segments)) for x in heads[3:])
-            if probes is not None:  # which are not written
-                gate, k, v = (None if x is None else x[:, :t] for x in (gate, k, v))
-                inputs = {name: x[:, :t] for name, x in inputs.items()}
-            read, present, memory = remember(
-                self.rule,
-                Tokens(q, k, v, gate, inputs, bfloat16=qkv.dtype == torch.bfloat16),
-                rule_weights(self),
-                memory,
-                reset,
-                probes=probes,
-                detach_reads=self.detach_reads,
-            )
-            read = read.unflatten(2, (self.groups, -1))
-            shown = self.shown_share(share, present, memory_off=memory_off)
-            mixed = mix(shown, read, local)
-            measured = measure(share, shown, read, local, gate, memory) if statistics else None
-            gate_sum = None if gate is None else gate.sum()
+        gate = self.token_gate(hidden, b, segments)
+        inputs = rule_inputs(self, self.rule, hidden, b, segments, self.memory_dtype)
+        share = self.memory_share(hidden, b, segments)
+        q, k, v = (x.unflatten(0, (b, segments)) for x in heads[3:])
+        if probes is not None:  # which are not written
+            gate, k, v = (None if x is None else x[:, :t] for x in (gate, k, v))
+            inputs = {name: x[:, :t] for name, x in inputs.items()}
+        read, present, memory = remember(
+            self.rule,
+            Tokens(q, k, v, gate, inputs, bfloat16=qkv.dtype == torch.bfloat16),
+            rule_weights(self),
+            memory,
+            reset,
+            probes=probes,
+            detach_reads=self.detach_reads,
+        )
+        read = read.unflatten(2, (self.groups, -1))
+        shown = self.shown_share(share, present, memory_off=memory_off)
+        mixed = mix(shown, read, local)
+        measured = measure(share, shown, read, local, gate, memory) if statistics else None
+        gate_sum = None if gate is None else gate.sum()
         return AttentionResult(self.project_out(mixed), join_state(memory, context), gate_sum, measured)
 
     def project_in(self, hidden: Tensor) -> Tensor:

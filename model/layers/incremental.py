@@ -54,11 +54,10 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     own = attention.tables.own(hidden.device, attention.memory_dtype)
     table = tuple(x[positions].unsqueeze(1) for x in own)
     inputs = cache.inputs.new_empty(b, attention.groups, c, 0)
-    with torch.autocast(hidden.device.type, enabled=False):
-        gate = attention.token_gate(hidden, b, 1)
-        if attention.rule is not None and attention.rule.token_inputs:
-            found = rule_inputs(attention, attention.rule, hidden, b, 1, attention.memory_dtype)
-            inputs = torch.stack([x.squeeze(1) for x in found.values()], dim=-1)
+    gate = attention.token_gate(hidden, b, 1)
+    if attention.rule is not None and attention.rule.token_inputs:
+        found = rule_inputs(attention, attention.rule, hidden, b, 1, attention.memory_dtype)
+        inputs = torch.stack([x.squeeze(1) for x in found.values()], dim=-1)
     gate = cache.gate.new_ones(b, attention.groups, c) if gate is None else gate.squeeze(1)
     put(cache, SegmentCache(query, key, rotate(key, table), value, gate, inputs), span)
     mask = (torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)).unsqueeze(1)
@@ -72,14 +71,13 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     )
     if attention.rule is None:
         return attention.project_out(_join(local))
-    with torch.autocast(hidden.device.type, enabled=False):
-        so_far = cache.query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1))
-        memory = attention.rule.inside(memory, so_far, span.start)
-        before = map_state(memory, lambda x: x.unsqueeze(1))
-        q = query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1)).unsqueeze(1)
-        read = attention.rule.read(q, rule_weights(attention), before)
-        share = attention.shown_share(attention.memory_share(hidden, b, 1), attention.rule.present(before))
-        mixed = mix(share, read, local.reshape(b * attention.groups, -1, c, attention.dim))
+    so_far = cache.query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1))
+    memory = attention.rule.inside(memory, so_far, span.start)
+    before = map_state(memory, lambda x: x.unsqueeze(1))
+    q = query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1)).unsqueeze(1)
+    read = attention.rule.read(q, rule_weights(attention), before)
+    share = attention.shown_share(attention.memory_share(hidden, b, 1), attention.rule.present(before))
+    mixed = mix(share, read, local.reshape(b * attention.groups, -1, c, attention.dim))
     return attention.project_out(mixed)
 
 
@@ -111,16 +109,15 @@ def commit(attention: InfiniAttention, memory: State | None, cache: SegmentCache
         context = map_state(context, lambda old, new: old.index_copy(0, lanes, new.to(old.dtype)), last)
     if attention.rule is None:
         return context
-    with torch.autocast(lanes.device.type, enabled=False):
-        q, k, v, gate, inputs = (
-            x[lanes].unsqueeze(1) for x in (cache.query, cache.key, cache.value, cache.gate, cache.inputs)
-        )
-        gate = None if attention.memory_config.write_gate == "none" else gate
-        inputs = dict(zip(attention.rule.token_inputs, inputs.unbind(-1), strict=True))
-        q = q.unflatten(2, (attention.groups, -1))
-        tokens = Tokens(q, k, v, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
-        carried = map_state(memory, lambda x: x[lanes])
-        reset = torch.zeros(len(lanes), 1, dtype=torch.bool, device=lanes.device)
-        _, after = attention.rule.scan(tokens, rule_weights(attention), carried, reset)
+    q, k, v, gate, inputs = (
+        x[lanes].unsqueeze(1) for x in (cache.query, cache.key, cache.value, cache.gate, cache.inputs)
+    )
+    gate = None if attention.memory_config.write_gate == "none" else gate
+    inputs = dict(zip(attention.rule.token_inputs, inputs.unbind(-1), strict=True))
+    q = q.unflatten(2, (attention.groups, -1))
+    tokens = Tokens(q, k, v, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
+    carried = map_state(memory, lambda x: x[lanes])
+    reset = torch.zeros(len(lanes), 1, dtype=torch.bool, device=lanes.device)
+    _, after = attention.rule.scan(tokens, rule_weights(attention), carried, reset)
     memory = map_state(memory, lambda x, new: x.index_copy(0, lanes, new), after)
     return join_state(memory, context)

@@ -68,11 +68,11 @@ def tensor_bytes(config: Config, world_size: int, *, layers: int, is_first: bool
     if split:
         forward, backward = 4 * e + maps * m, 6 * e + 2 * maps * m
         again = {"selective": e + maps * m, "layer": 3 * e + maps * m}
-        embedding, output = (m, m), (e, 2 * e)
+        embedding, output = (e, e), (e, 2 * e)
     else:
         forward, backward = 4 * e, 4 * e + 2 * maps * m
         again = {"selective": 0, "layer": 2 * e}
-        embedding, output = (2 * m, 0), (0, 2 * e)
+        embedding, output = (2 * e, 0), (0, 2 * e)
     backward += again.get(config.bptt.recompute, 0)
     per_number = [layers * forward, layers * backward]
     for own, holds in ((embedding, is_first), (output, is_last)):
@@ -94,7 +94,7 @@ def gathering_bytes(config: Config, world_size: int, needs: RankBytes) -> int:
     if config.parallel.zero_stage == 3:
         passes = 3 if config.bptt.recompute == "window" else 2
         times = passes * chunks_per_step(config, world_size)
-    return times * needs.gradients * (ranks - 1) // ranks
+    return times * needs.whole_parameters * (ranks - 1) // ranks
 
 
 def data_bytes(config: Config, world_size: int, needs: RankBytes) -> int:

@@ -1,11 +1,11 @@
 """Bytes that each rank needs, by arithmetic, before anything is built.
 
-Weights. Parameters are float32 under every `train.precision` but fp64, since bfloat16 is a matter of autocast and
-Megatron's linear layers keep no cast copy for the backward pass; gradients likewise: 4 + 4 bytes a parameter. DeepSpeed
-adds its own copy and Adam's two moments, 12 bytes shared out over the data-parallel ranks. Gradients are shared out at
-no ZeRO stage: our schedule feeds them under `coalesce_grad_reduction`, which keeps them whole to the end of the step,
-so stage 2 saves nothing over stage 1 here. Stage 3 shares out the parameters and gathers at least a layer (or
-embedding) at a time.
+Weights. Under bf16 the matrices are bfloat16 and their gradients are summed in float32: 2 + 4 bytes a parameter; what
+norms, gates and memory rules own is float32, 4 + 4 bytes, as all parameters are under fp32 (8 + 8 under fp64). The
+float32 masters and Adam's two moments, 12 bytes a parameter, are shared out over the data-parallel ranks. Gradients are
+shared out at no ZeRO stage: our schedule feeds them under `coalesce_grad_reduction`, which keeps them whole to the end
+of the step, so stage 2 saves nothing over stage 1 here. Stage 3 shares out the parameters and gathers at least a layer
+(or embedding) at a time.
 
 Memory state. That of each lane of the rank in the layers of the stage, twice: the one from before a step is kept until
 the step is accepted.
@@ -40,8 +40,8 @@ chunks (never more than a step has). Recomputation leaves less per chunk, and on
     layer       h e per layer                                                           one layer in full
     window      the input of the chunk and the memory that each layer carries in        one chunk in full
 
-Working space: the gradient of the largest matrix, which is whole before it is added to what other chunks gave; on the
-last stage also a block of logits that are made again.
+Working space: the gradient of the largest matrix, which is whole before it is added to what other chunks gave (e bytes
+a number, those of embedding and output 4 at least); on the last stage also a block of logits that are made again.
 
 Not counted: what a kernel uses only inside itself, communication buckets, the allocator's waste, the loader. Held
 against a trace of a step of fake tensors (every live byte of gradients and activations; Llama 3 8B, tensor 8 x
@@ -70,7 +70,7 @@ from pipeline.config.schema import Config
 from pipeline.schedule.operations import expected_peak_live_chunks
 
 OPTIMIZER_COPIES = 3
-"""Of every parameter: DeepSpeed's own copy and Adam's two moments."""
+"""Of every parameter: the master and Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class RankBytes:
     parameter_count: int
     """Parameters of this rank (its tensor-parallel part of the stage), before ZeRO shares them out."""
     parameters: int
+    whole_parameters: int
+    """The same before ZeRO 3 shares them out: what is gathered."""
     gradients: int
     optimizer: int
     memory_state: int
@@ -120,8 +122,9 @@ def per_rank_bytes(config: Config, world_size: int, vocab: int | None = None) ->
 
 
 def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int, layers: int) -> RankBytes:
-    model, parallel, train = config.model, config.parallel, config.train
-    number = 8 if train.precision == "fp64" else 4
+    model, parallel = config.model, config.parallel
+    e = number_bytes(config)
+    number = max(e, 4)
     replicas = data_parallel_size(config, world_size)
 
     of_layer = layer_parameters(model, parallel.tensor)
@@ -132,9 +135,11 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
     # Tied embeddings on different stages are two copies.
     matrices = is_first + is_last - (is_first and is_last and model.tie_embeddings)
     parameters = layers * layer + matrices * embedding + is_last * model.hidden_size
-    held = parameters
+    wide_of_layer = sum(of_layer[part] for part in ("norms", "beta", "write_gate", "rule"))
+    wide = layers * wide_of_layer + is_last * model.hidden_size
+    whole = held = parameters * e + wide * (number - e)
     if parallel.zero_stage == 3:
-        held = -(-parameters // replicas) + max(layer, embedding)
+        held = -(-whole // replicas) + max(layer * e + wide_of_layer * (number - e), embedding * e)
 
     lanes = lanes_per_microbatch(config, world_size)
     segments = segments_per_chunk(config)
@@ -148,7 +153,8 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         stage=stage,
         layers=layers,
         parameter_count=parameters,
-        parameters=held * number,
+        parameters=held,
+        whole_parameters=whole,
         gradients=parameters * number,
         optimizer=-(-parameters // replicas) * OPTIMIZER_COPIES * number,
         memory_state=2 * lanes_per_rank(config, world_size) * lane_state,
@@ -162,7 +168,7 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         ),
         chunk_activations=chunk,
         recompute_activations=once,
-        working=max(embedding if matrices else 0, gate_and_up) * number + block,
+        working=max(embedding * number if matrices else 0, gate_and_up * e) + block,
     )
 
 

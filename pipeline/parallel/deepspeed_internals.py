@@ -19,7 +19,7 @@ from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero import partitioned_param_coordinator, stage3
 from torch import Tensor, nn
 
 READ_IN = "0.19.8"
@@ -50,6 +50,43 @@ def in_double_precision() -> Iterator[None]:
         mock.patch.object(ZeROOptimizer, "_configure_master_weights", lambda self, **_: float64),
     ):
         yield
+
+
+@contextlib.contextmanager
+def in_mixed_precision() -> Iterator[None]:
+    """An engine made inside may train bfloat16 parameters beside float32 ones, in groups of one precision each.
+
+    It is to be made without DeepSpeed's `bf16`, which would make all of them bfloat16: masters, moments, the sum over
+    data parallelism and its traffic are then float32, and updated parameters travel as what they are. ZeRO 1 and 2
+    need nothing else. ZeRO 3 lays all partitions into one tensor, here into one for each precision. See
+    `sum_in_float32` for the gradients.
+    """
+
+    def defragment(partitions: list[Tensor]) -> dict[torch.dtype, Tensor]:
+        dtypes = dict.fromkeys(partition.dtype for partition in partitions)
+        return {dtype: lay_out([x for x in partitions if x.dtype == dtype]) for dtype in dtypes}
+
+    def cut(zero: stage3.DeepSpeedZeroOptimizer_Stage3) -> None:
+        taken = dict.fromkeys(zero.lp_param_buffer, 0)
+        for group in zero.fp16_groups:
+            dtype, size = group[0].ds_tensor.dtype, sum(parameter.partition_numel() for parameter in group)
+            zero.fp16_partitioned_groups_flat.append(zero.lp_param_buffer[dtype].narrow(0, taken[dtype], size))
+            taken[dtype] += size
+
+    lay_out = stage3.defragment
+    with (
+        mock.patch.object(stage3, "defragment", defragment),
+        mock.patch.object(stage3.DeepSpeedZeroOptimizer_Stage3, "_set_fp16_partitioned_groups_flat", cut),
+    ):
+        yield
+
+
+def sum_in_float32(engine: DeepSpeedEngine) -> None:
+    """Gradients of bfloat16 parameters are float32 (`pipeline.parallel.accumulators`): DeepSpeed is to make its buffers
+    for that, and not by the precision of the first parameter; nor to look for sums in an attribute of its own."""
+    zero = engine.optimizer
+    zero.dtype = torch.float32
+    zero.use_separate_grad_accum = zero.use_grad_accum_attribute = False
 
 
 @contextlib.contextmanager

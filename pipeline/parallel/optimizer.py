@@ -4,7 +4,9 @@ The schedule calls `torch.autograd.backward` many times per step. Inside `accumu
 where they are; at its end they are averaged over data parallelism once. ZeRO 2 therefore saves no gradient memory over
 ZeRO 1 during the backward passes.
 
-Parameters are float32 and are the masters themselves; bfloat16 exists in the matrix products only (autocast).
+Masters and moments are float32, shared out over data parallelism. Under `train.precision=bf16` the matrices that the
+model computes with are bfloat16 copies of them, rounded once per step, when the masters have moved; their gradients are
+summed in float32.
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ from torch import Tensor, nn
 from model.decoder import DecoderStage
 from model.huggingface.weights import backbone_names
 from pipeline.config.schema import Config
+from pipeline.parallel.accumulators import accumulate_in_float32
 from pipeline.parallel.deepspeed_internals import (
     Partitions,
     count_once,
     in_double_precision,
+    in_mixed_precision,
     is_counted_elsewhere,
     quieten,
     reduced_once,
+    sum_in_float32,
 )
 from pipeline.parallel.gradient_norm import GradientNorm
 from pipeline.parallel.parameter_groups import Kind, all_kinds, choose_trainable, parameter_groups
 from pipeline.parallel.topology import Topology
+from pipeline.parallel.untrained import UntrainedMasters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -106,8 +112,11 @@ class ZeroOptimizer:
         self.backbone = [p for name, p in stage.global_parameters() if name in names and p.requires_grad]
         self.backbone_frozen = False
         """Set before a step: the plain model's parameters do not move in it, and their moments stay zero."""
-        double = config.train.precision == "fp64"
-        with in_double_precision() if double else contextlib.nullcontext():
+        precision = config.train.precision
+        double = precision == "fp64"
+        special = {"fp64": in_double_precision, "bf16": in_mixed_precision}.get(precision, contextlib.nullcontext)
+        accumulate_in_float32(stage.parameters())
+        with special():
             self.engine, *_ = deepspeed.initialize(
                 model=stage,
                 optimizer=adamw,
@@ -128,8 +137,11 @@ class ZeroOptimizer:
                     "steps_per_print": 10**9,
                 },
             )
+        if precision == "bf16":
+            sum_in_float32(self.engine)
         self.partitions = Partitions(self.engine, zero_stage=self.zero_stage, data_rank=topology.data_rank)
         self.norm = GradientNorm(self.partitions, self.kinds, kind_of, topology)
+        self.untrained = UntrainedMasters(self.partitions, topology, stage.parameters())
         self.adamw = adamw
 
     @contextlib.contextmanager
@@ -192,10 +204,11 @@ class ZeroOptimizer:
         return dict(sorted((name, kind) for kinds in everyone for name, kind in kinds.items()))
 
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What this process holds of the parameters that are trained, by their names in the whole model."""
+        """What this process holds of the masters of trained parameters, by their names in the whole model. A bfloat16
+        copy stays where it is while its master moves by less than 1/256."""
         for _, parameter in self.named:
             if parameter.requires_grad:
-                yield self.global_names[id(parameter)], self.partitions.held(parameter)
+                yield self.global_names[id(parameter)], self._own_master(parameter)
 
     # Sharded state, for checkpoints.
 
@@ -204,6 +217,24 @@ class ZeroOptimizer:
             return list({id(flat): flat for flat in (self.partitions.locate(p)[0] for p in self.backbone)}.values())
         flats = zip(self.partitions.flat(), self.engine.optimizer.param_groups, strict=True)
         return [flat for flat, group in flats if group["kind"].backbone]
+
+    def _own_master(self, parameter: nn.Parameter) -> Tensor:
+        flat, offset, _, count = self.partitions.locate(parameter)
+        return flat.detach().narrow(0, offset, max(count, 0))
+
+    def initialize_masters(self, seed: int) -> None:
+        """Give the masters of bfloat16 parameters the initial values that those were rounded from: runs of
+        all precisions begin with the same weights."""
+        for _, parameter in self.named:
+            if parameter.dtype != torch.bfloat16:
+                continue
+            name, shape = self.global_names[id(parameter)], self.local_shape(parameter)
+            value = self.stage.initial_value(name, parameter, shape, seed).flatten()
+            if parameter in self.untrained.parts:
+                master, start = self.untrained.parts[parameter], self.untrained.start(parameter)
+            else:
+                master, start = self._own_master(parameter), self.partitions.locate(parameter)[2]
+            master.copy_(value[start : start + master.numel()])
 
     def steps_taken(self) -> tuple[int, int]:
         """Optimizer steps so far (skipped ones do not count), of all parameters and of the plain model's, which may
@@ -238,7 +269,9 @@ class ZeroOptimizer:
         for _, parameter in self.named:
             name = self.global_names[id(parameter)]
             if not parameter.requires_grad:
-                yield self._untrained(name, parameter)
+                fragment = self._untrained(name, parameter)
+                if fragment.tensors["master"].numel():
+                    yield fragment
                 continue
             flat, offset, start, count = self.partitions.locate(parameter)
             if count <= 0:
@@ -255,6 +288,10 @@ class ZeroOptimizer:
             )
 
     def _untrained(self, name: str, parameter: nn.Parameter) -> Fragment:
+        if parameter in self.untrained.parts:
+            return Fragment(
+                name, parameter, self.untrained.start(parameter), {"master": self.untrained.parts[parameter]}
+            )
         part = self.partitions.held(parameter).view(-1)
         if self.zero_stage < 3:
             return Fragment(name, parameter, 0, {"master": part}, shared=True)
@@ -269,3 +306,4 @@ class ZeroOptimizer:
     def refresh_parameters(self) -> None:
         """Copy the masters into the model's own parameters, on all processes, after the masters were written."""
         self.partitions.copy_masters([p for _, p in self.named if p.requires_grad])
+        self.untrained.refresh_parameters()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -69,15 +70,20 @@ def kind_of(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig, *, b
 
 
 def parameter_groups(stage: DecoderStage, config: Config) -> list[dict]:
-    """This stage's AdamW groups, one per kind that it trains any of; `kind` says which."""
+    """This stage's AdamW groups, one per kind and precision that it trains any of; `kind` says which.
+
+    ZeRO lays a group's parameters into one tensor, so that a group has one precision: under bfloat16 the biases of a
+    projection are apart from the norms.
+    """
     backbone = backbone_names(config.model)
-    groups: dict[Kind, list[nn.Parameter]] = {}
+    groups: dict[tuple[Kind, torch.dtype], list[nn.Parameter]] = {}
     for name, parameter in stage.global_parameters():
         if parameter.requires_grad:
             kind = kind_of(name, parameter, config.optimizer, backbone=name in backbone)
-            groups.setdefault(kind, []).append(parameter)
+            groups.setdefault((kind, parameter.dtype), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": kind.weight_decay, "kind": kind} for kind, parameters in groups.items()
+        {"params": parameters, "weight_decay": kind.weight_decay, "kind": kind}
+        for (kind, _), parameters in groups.items()
     ]
 
 

@@ -320,7 +320,6 @@ class _Run:
         ):
             if gradient is not None:
                 add(tensor, gradient)
-        # Outside of autocast: what ran in bfloat16 goes back in bfloat16 by itself, and the memory in float32.
         torch.autograd.backward(tensors, gradients)
         if chunk > 0 and self.carry_gradient:
             self.memory_gradient[microbatch] = [x.grad for x in memory_tensors(record.memory_in)]

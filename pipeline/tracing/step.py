@@ -181,8 +181,8 @@ class TracedRun:
             live.label = OPTIMIZER
             self.optimizer = ZeroOptimizer(self.stage, topology, config)
             self.optimizer.set_steps_taken(1, 1)  # the moments, which a first step makes behind its peak
-            for _, held in self.optimizer.own_tensors():
-                live.relabel(held, PARAMETERS)  # ZeRO has moved them
+            for _, parameter in self.optimizer.named:
+                live.relabel(self.optimizer.partitions.held(parameter), PARAMETERS)  # ZeRO has moved them
         _label_gradients(self.stage, live)
         lanes = derived.lanes_per_rank(config, world_size)
         live.label = BATCH

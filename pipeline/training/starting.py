@@ -67,10 +67,12 @@ def begin(
         load(reader)
         if resume != "latest":
             on_main(lambda: _go_on_from(reader.folder, run_dir))
-    elif config.train.init_from is not None:
-        source = open_verified(on_main(lambda: find_checkpoint(Path(config.train.init_from))))
-        notes += check_tokenizer(source, *tokenizer)
-        notes += start_from(source, optimizer, topology, config, vocab_size)
+    else:
+        optimizer.initialize_masters(config.train.seed)
+        if config.train.init_from is not None:
+            source = open_verified(on_main(lambda: find_checkpoint(Path(config.train.init_from))))
+            notes += check_tokenizer(source, *tokenizer)
+            notes += start_from(source, optimizer, topology, config, vocab_size)
     if reader is not None and reader.summary.step >= config.train.steps:
         notes.append(f"train.steps = {config.train.steps} are done already: nothing is left to train")
     topology.barrier()

@@ -23,6 +23,8 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.memory: set[Any] = set()
         """Nodes of the memory's part of the graph."""
+        self.border: set[Any] = set()
+        """Nodes that take bfloat16 into it, and give bfloat16 back; their products are the memory's."""
         self.in_memory: list[tuple[str, str, torch.dtype]] = []
         self.elsewhere: list[tuple[str, str, torch.dtype]] = []
 
@@ -31,18 +33,22 @@ class _Watch(TorchDispatchMode):
         waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
         while waiting:
             node = waiting.pop()
-            if node not in self.memory and node.name() != "ToCopyBackward0":
-                self.memory.add(node)
-                waiting += [following for following, _ in node.next_functions if following is not None]
+            if node in self.memory or node in self.border:
+                continue
+            before = [(following, i) for following, i in node.next_functions if following is not None]
+            wide = [following for following, i in before if following._input_metadata[i].dtype != torch.bfloat16]
+            (self.memory if len(wide) == len(before) else self.border).add(node)
+            waiting += wide
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         node = torch._C._current_autograd_node()
-        if node is not None:
-            found = self.in_memory if node in self.memory else self.elsewhere
+        name = function.overloadpacket.__name__
+        if node is not None and (node not in self.border or name in PRODUCTS):
+            found = self.elsewhere if node not in self.memory | self.border else self.in_memory
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    found.append((node.name(), function.overloadpacket.__name__, tensor.dtype))
+                    found.append((node.name(), name, tensor.dtype))
         return result
 
 
@@ -54,17 +60,16 @@ def run_window(overrides: list[str], chunks: int) -> dict[str, Any]:
     """
     config, topology, stage, batch, memory = prepare(overrides)
     watch = _Watch()
-    remember, mix = attention.remember, attention.InfiniAttention.mix
+    remember, mix = attention.remember, attention.mix
 
     def watched_remember(*args, **kwargs):
         read, present, after = remember(*args, **kwargs)
         watch.follow(read, *after)
         return read, present, after
 
-    def watched_mix(*args, **kwargs):
-        parts = mix(*args, **kwargs)
-        watch.follow(*parts)
-        return parts
+    def watched_mix(share, read, local):
+        watch.follow(share, read)
+        return mix(share, read, local)
 
     go_back = torch.autograd.backward
 
@@ -72,7 +77,7 @@ def run_window(overrides: list[str], chunks: int) -> dict[str, Any]:
         with watch:
             go_back(*args, **kwargs)
 
-    attention.remember, attention.InfiniAttention.mix = watched_remember, watched_mix
+    attention.remember, attention.mix = watched_remember, watched_mix
     torch.autograd.backward = watched_backward
     try:
         replay = config.bptt.recompute == "window"
@@ -86,7 +91,7 @@ def run_window(overrides: list[str], chunks: int) -> dict[str, Any]:
             gate_scale=GATE_SCALE,
         )
     finally:
-        attention.remember, attention.InfiniAttention.mix = remember, mix
+        attention.remember, attention.mix = remember, mix
         torch.autograd.backward = go_back
     return {
         "in_memory": watch.in_memory,

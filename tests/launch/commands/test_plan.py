@@ -64,11 +64,13 @@ def test_fit_speed_and_duration_on_a_device(capsys):
     assert 0 < left < step.data_s and f"behind the last backward {left:.3g} s" in out
     assert f"the run {30_000 * step.step_s / 86400:,.2f} days" in out
     assert "312 TFLOP/s in bf16" in out and "taken: 100 TFLOP/s while computing (--tflops); 50 GB/s" in out
-    assert "memory fits: 4.47 GiB of 37.3 GiB, 32.8 GiB left (stage 0)" in out
-    # Stage 0 of 8 tensor-parallel ranks: 7/8 of the gradients (311,107,620 float32 numbers) thrice, over 16 replicas.
-    assert step.data_sent[0] == 3 * 4 * 311_107_620 * 15 // 16
-    # 11 passes of bfloat16 hidden states per layer and chunk, and the embedding's two in float32.
-    assert step.tensor_sent[0] == 32 * 2048 * 4096 * (9 * 11 * 2 + 2 * 4) * 7 // 8
+    assert "memory fits: 3.89 GiB of 37.3 GiB, 33.4 GiB left (stage 0)" in out
+    # Stage 0 of 8 tensor-parallel ranks, over 16 replicas: 311,107,620 float32 gradients twice, and the parameters, in
+    # bfloat16 but for two norms and four betas in each of 9 layers.
+    gathered = 2 * 311_107_620 + 2 * 9 * (2 * 4096 + 4)
+    assert step.data_sent[0] == 2 * 4 * 311_107_620 * 15 // 16 + gathered * 15 // 16
+    # 11 passes of bfloat16 hidden states per layer and chunk, and the embedding's two.
+    assert step.tensor_sent[0] == 32 * 2048 * 4096 * (9 * 11 + 2) * 2 * 7 // 8
     assert step.pipeline_sent == [2**26, 2**27, 2**27, 2**26]
 
 

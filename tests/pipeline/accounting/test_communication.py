@@ -47,7 +47,7 @@ class Collectives(TorchDispatchMode):
     ids=["delta", "gated_deltanet", "none"],
 )
 def test_tensor_parallel_bytes_of_a_chunk(memory, sequence_parallel, recompute):
-    precision = "bf16"  # numbers of 2 bytes in the residual stream, of 4 in the gates and the embedding
+    precision = "bf16"  # numbers of 2 bytes in the residual stream, of 4 in the gates
     model = ModelConfig(
         num_layers=LAYERS,
         hidden_size=64,
@@ -96,3 +96,21 @@ def test_data_parallel_bytes():
     (needs,) = per_rank_bytes(config, 4)
     # Two lanes of two chunks each: forward and backward of four chunks, and the gradients once.
     assert data_bytes(config, 4, needs) == (1 + 2 * 4) * gradients * 3 // 4
+
+
+def test_bfloat16_matrices_are_gathered_at_half_the_bytes():
+    config = Config(
+        model=ModelConfig(vocab_size=128, num_layers=2, memory=MemoryConfig("delta", mix_gate="token")),
+        train=TrainConfig(lanes=8, segments_per_window=8, precision="bf16"),
+    )
+    (needs,) = per_rank_bytes(config, 4)
+    options = StageOptions(precision="bf16")
+    with pretended_rank(0, 1, tensor=1, pipeline=1):
+        stage = DecoderStage(
+            config.model, options, vocab_size=128, first_layer=0, last_layer=2, tensor_rank=0, tensor_size=1
+        )
+    parameters = list(stage.parameters())
+    assert needs.whole_parameters == needs.parameters == sum(p.nbytes for p in parameters)
+    assert needs.gradients == 4 * needs.parameter_count == 4 * sum(p.numel() for p in parameters)
+    assert 2 * needs.parameter_count < needs.parameters < 2.05 * needs.parameter_count
+    assert data_bytes(config, 4, needs) == (2 * needs.gradients + needs.parameters) * 3 // 4

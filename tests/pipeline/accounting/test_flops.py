@@ -288,11 +288,11 @@ def test_tied_embedding_is_held_twice_over_stages():
 def test_zero_stages_share_out_what_they_share_out():
     one, two, three = (per_rank_bytes(run_8b(zero_stage=stage), world_size=8)[0] for stage in (1, 2, 3))
     count = parameter_count(llama3_8b("delta"))["total"]
-    assert one.parameters == one.gradients == 4 * count
+    assert one.gradients == 4 * count and one.parameters == pytest.approx(2 * count, rel=1e-3)
     assert one.optimizer == pytest.approx(12 * count / 8, rel=1e-6)
     assert (two.parameters, two.gradients, two.optimizer) == (one.parameters, one.gradients, one.optimizer)
     assert three.gradients == one.gradients and three.optimizer == one.optimizer
-    assert 4 * count / 8 < three.parameters < one.parameters / 3
+    assert 2 * count / 8 < three.parameters < one.parameters / 3
 
 
 def test_recomputation_bounds_activations_by_the_chunk():
