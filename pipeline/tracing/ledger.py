@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,7 @@ class Ledger(TorchDispatchMode):
         self.unread_copies: Counter[HostRead] = Counter()
         """Copies to host memory that nobody waits for."""
         self._last_read: tuple | None = None
-        self._depth = 0
+        self._depth = self._recomputing = 0
         self._spans: list[tuple[int, int]] = []
         """Of the autograd nodes that layers have made, by their sequence numbers."""
         self._layer_parameters: set[int] = set()
@@ -109,6 +109,19 @@ class Ledger(TorchDispatchMode):
     def watching(self, layers: nn.ModuleDict):
         """Tell what `layers` do from the rest."""
         self._layer_parameters = {id(p) for p in layers.parameters()}
+        ledger = self
+
+        class Recomputation(torch.utils.checkpoint._recomputation_hook):
+            """What PyTorch enters while a checkpointed part runs again."""
+
+            def __enter__(self) -> None:
+                ledger._recomputing += 1
+                super().__enter__()
+
+            def __exit__(self, *exception: Any) -> None:
+                ledger._recomputing -= 1
+                super().__exit__(*exception)
+
         started: list[int] = []
 
         def enter(*_: Any) -> None:
@@ -127,7 +140,8 @@ class Ledger(TorchDispatchMode):
         for layer in layers.values():
             handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave, always_call=True)]
         try:
-            yield
+            with mock.patch.object(torch.utils.checkpoint, "_recomputation_hook", Recomputation):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -189,7 +203,7 @@ class Ledger(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             return self.phase, self._depth > 0
-        if _is_recomputing():
+        if self._recomputing:
             return "recomputation", True
         if (variable := getattr(node, "variable", None)) is not None:
             return "backward", id(variable) in self._layer_parameters
@@ -205,17 +219,6 @@ class Ledger(TorchDispatchMode):
         key = Collective(self.groups.get(name, name), kind)
         calls, total = self.collectives.get(key, (0, 0))
         self.collectives[key] = Traffic(calls + 1, total + size)
-
-
-def _is_recomputing() -> bool:
-    """A checkpoint inside the backward pass runs its function again. That gradients are enabled says it of most
-    operations, but not of those in a function with a backward of its own."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "recompute_fn" and frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _bytes(tensor: Tensor) -> int:
