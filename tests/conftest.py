@@ -17,3 +17,18 @@ def remote_modules(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
+
+
+@pytest.fixture(scope="session")
+def tracing_process():
+    """`tracing_process(function, **arguments)` in a process of its own: PyTorch has a pretended device there for
+    the rest of its life. A case that fails takes the process with it."""
+    from tests.distributed.pool import Pools
+
+    pools = Pools()
+
+    def run(function, **arguments):
+        return pools.run(1, function, **arguments)[0]
+
+    yield run
+    pools.close()

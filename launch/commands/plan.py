@@ -41,6 +41,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--schedule", action="store_true", help="also simulate the pipeline: bubbles, live chunks, bytes"
     )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="also run one step of the largest rank on a pretended accelerator (`infini trace`) and compare its bytes "
+        "with the estimate; a minute or two for 8B",
+    )
     parser.add_argument("--png", metavar="PATH", help="draw the simulated timeline; implies --schedule")
     parser.add_argument(
         "--gpu",
@@ -83,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     check_counts(config, args.world_size, vocab, stages)
     print_table(config.name, _summary(config, args.world_size, vocab, vocab_source))
     _print_memory(config, args.world_size, vocab)
+    if args.trace:
+        _print_trace(config, args.world_size, vocab)
     rates = planned_rates(config, args)
     _print_prediction(config, args, vocab, rates)
     if args.schedule or args.png:
@@ -178,6 +186,39 @@ def _print_memory(config: Config, world: int, vocab: int) -> None:
         "total",
     )
     print_table("estimated bytes of each rank, by pipeline stage", rows, header=header)
+
+
+def _print_trace(config: Config, world: int, vocab: int) -> None:
+    """Estimate and trace of the largest rank, side by side."""
+    from launch.commands.trace import traced
+    from pipeline.accounting.footprint import per_rank_bytes
+    from pipeline.reporting.console import format_bytes, print_table
+    from pipeline.tracing import step
+
+    needs = max(per_rank_bytes(config, world, vocab), key=lambda needs: needs.total)
+    rank = step.first_rank(config, world, needs.stage)
+    trace = traced(config, world, rank, vocab)
+    found = trace.at_peak
+    # Gradients that are not there yet at the peak, or that are still a backward pass's own, count as working space.
+    rows = {
+        "weights": (needs.parameters, found.get(step.PARAMETERS, 0)),
+        "optimizer": (needs.optimizer, found.get(step.OPTIMIZER, 0)),
+        "memory state": (needs.memory_state, found.get(step.STATE, 0)),
+        "gradients, activations, working": (
+            needs.gradients + needs.activations + needs.working,
+            sum(found.get(name, 0) for name in (step.GRADIENTS, step.ACTIVATIONS, step.UPDATE, step.BATCH)),
+        ),
+        "total": (needs.total, trace.peak_bytes),
+    }
+    print_table(
+        f"rank {rank}, the largest by the estimate: the estimate beside a traced step "
+        f"({trace.microbatches} of {trace.microbatches_per_step} microbatches)",
+        [
+            [name, *map(format_bytes, pair), f"{100 * (pair[0] / pair[1] - 1):+.1f} %" if pair[1] else ""]
+            for name, pair in rows.items()
+        ],
+        header=("", "estimate", "traced", "difference"),
+    )
 
 
 def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rates: Rates) -> None:

@@ -175,6 +175,7 @@ class TracedRun:
         live.label = PARAMETERS
         with topology.device:
             self.stage = build_stage(config, topology, vocab)
+        live.forget_peak()  # initial values are drawn on the CPU
         self.parameter_count = sum(p.numel() for p in self.stage.parameters())
         self.optimizer: ZeroOptimizer | None = None
         if update:

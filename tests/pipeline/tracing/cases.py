@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
+from launch.cli import main
+from launch.commands.plan import ASSUMED_VOCAB
 from model.layers.norm import RMSNorm
+from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.accounting.live_bytes import LiveBytes
 from pipeline.checkpoint.run_state import CarriedMemory, Progress, SavedOptimizer
 from pipeline.checkpoint.writer import take_snapshot
@@ -20,9 +26,10 @@ from pipeline.evaluation.heldout import segment_losses
 from pipeline.inference.incremental import IncrementalModel
 from pipeline.inference.sampling import Sampling, choose
 from pipeline.inference.streaming import Streamer, array_document
+from pipeline.parallel.topology import initialize
 from pipeline.tracing.host_reads import listed
 from pipeline.tracing.ledger import Ledger
-from pipeline.tracing.step import TracedRun, trace_step
+from pipeline.tracing.step import TracedRun, first_rank, trace_step
 from pipeline.tracing.world import group_labels, pretended_world
 
 VOCAB = 128
@@ -61,6 +68,26 @@ def step(world: int, rank: int, settings: str, *, sabotage: str | None = None) -
         "at_peak": trace.at_peak,
         "peak": trace.peak_bytes,
     }
+
+
+BYTES = "model.hidden_size=64 model.ffn_hidden_size=128 model.segment_length=64 train.lanes=4 model.num_layers=4 "
+
+
+def traced_bytes(world: int, rank: int, settings: str) -> dict[str, int]:
+    """What live bytes are made of at the peak of forward and backward passes."""
+    return trace_step(small(BYTES + settings), world, rank, VOCAB, update=False, microbatches=2).at_peak
+
+
+def measured_bytes(settings: str) -> tuple[int, int]:
+    """Rank, and the bytes at the peak of the same passes, with real tensors in real processes."""
+    config = small(BYTES + settings)
+    topology = initialize(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=60)
+    with LiveBytes() as live:
+        run = TracedRun(config, dist.get_world_size(), VOCAB, topology, live, update=False)
+        run.microbatches = 2
+        live.forget_peak()
+        run.step(Ledger("cpu"), statistics=False, observer=lambda operation: None)
+    return dist.get_rank(), live.peak
 
 
 _forward = RMSNorm.forward
@@ -141,3 +168,29 @@ def generation(settings: str) -> tuple[list[str], list[str]]:
                 logits = model.next_logits(state)
                 model.append(state, [choose(row, Sampling(), torch.Generator()) for row in logits])
     return _reads(ledger)
+
+
+def command(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and standard output of an `infini` command, with single spaces."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = main(arguments)
+    return code, " ".join(output.getvalue().split())
+
+
+def plan_and_trace(path: str, layers_per_stage: int | None) -> dict[str, Any]:
+    """The estimate of the largest rank of a configuration, and its trace, in bytes.
+
+    Args:
+        layers_per_stage: instead of the configuration's own number of layers; None for those.
+    """
+    config = load_config(path, [])
+    parallel = config.parallel
+    if layers_per_stage is not None:
+        config.model.num_layers, parallel.layers_per_stage = layers_per_stage * parallel.pipeline, None
+    vocab = config.model.vocab_size or ASSUMED_VOCAB
+    # Two copies of the model, so that ZeRO shares out; one where there is a single lane.
+    world = parallel.tensor * parallel.pipeline * (1 + (config.train.lanes % 2 == 0))
+    needs = max(per_rank_bytes(config, world, vocab), key=lambda needs: needs.total)
+    trace = trace_step(config, world, first_rank(config, world, needs.stage), vocab)
+    return {"estimate": needs.total, "trace": trace.peak_bytes, "at_peak": trace.at_peak, "needs": str(needs)}

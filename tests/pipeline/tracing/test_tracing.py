@@ -7,25 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.pool import CaseFailed, Pool
+from tests.distributed.pool import CaseFailed
 from tests.pipeline.tracing import cases
-
-
-@pytest.fixture(scope="module")
-def process():
-    """A process that traces; a new one when a case has failed in it."""
-    pools = []
-
-    def run(function, **arguments):
-        if not pools or pools[-1].broken:
-            pools.append(Pool(1))
-        return pools[-1].run(function, **arguments)[0]
-
-    yield run
-    for pool in pools:
-        if not pool.broken:
-            pool.close()
-
 
 STEPS = {
     "plain": (1, 0, "model.memory.rule=none train.precision=bf16"),
@@ -55,9 +38,10 @@ STEPS = {
 
 
 @pytest.fixture(scope="module")
-def steps(process):
+def steps(tracing_process):
     return {
-        name: process(cases.step, world=world, rank=rank, settings=row) for name, (world, rank, row) in STEPS.items()
+        name: tracing_process(cases.step, world=world, rank=rank, settings=row)
+        for name, (world, rank, row) in STEPS.items()
     }
 
 
@@ -98,26 +82,26 @@ def test_peaks_are_made_of_named_parts(steps):
 
 
 @pytest.mark.parametrize("sabotage", ["item", "cpu"])
-def test_a_value_that_a_layer_reads_is_seen(process, sabotage):
-    found = process(cases.step, world=1, rank=0, settings="", sabotage=sabotage)
+def test_a_value_that_a_layer_reads_is_seen(tracing_process, sabotage):
+    found = tracing_process(cases.step, world=1, rank=0, settings="", sabotage=sabotage)
     assert len(found["unlisted"]) == 1 and found["unlisted"][0].startswith("tests/pipeline/tracing/cases.py:")
 
 
-def test_a_shape_that_depends_on_values_is_an_error(process):
+def test_a_shape_that_depends_on_values_is_an_error(tracing_process):
     with pytest.raises(CaseFailed, match=r"HostReadError: .*depends on values.*cases\.py:\d+ \(_asks_for_places\)"):
-        process(cases.step, world=1, rank=0, settings="", sabotage="mask")
+        tracing_process(cases.step, world=1, rank=0, settings="", sabotage="mask")
 
 
-def test_tensors_of_two_devices_are_an_error(process):
+def test_tensors_of_two_devices_are_an_error(tracing_process):
     with pytest.raises(
         CaseFailed, match=r"MixedDevicesError: aten.mul.Tensor gets tensors of cpu and pretended:0.*cases"
     ):
-        process(cases.step, world=1, rank=0, settings="", sabotage="device")
+        tracing_process(cases.step, world=1, rank=0, settings="", sabotage="device")
 
 
 @pytest.mark.parametrize("settings", ["", "parallel.zero_stage=3 model.local_context=sliding train.precision=bf16"])
-def test_a_checkpoint_is_copied_to_the_host(process, settings):
-    places, unlisted = process(cases.snapshot, settings=settings)
+def test_a_checkpoint_is_copied_to_the_host(tracing_process, settings):
+    places, unlisted = tracing_process(cases.snapshot, settings=settings)
     assert unlisted == []
     assert "pipeline/checkpoint/run_state.py own_tensors" in places
 
@@ -126,12 +110,12 @@ RULES = ["rule=none", "rule=delta", "rule=deltanet", "rule=gated_deltanet", "rul
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_evaluation(process, rule):
-    places, unlisted = process(cases.evaluation, settings=f"model.memory.{rule} train.precision=bf16")
+def test_evaluation(tracing_process, rule):
+    places, unlisted = tracing_process(cases.evaluation, settings=f"model.memory.{rule} train.precision=bf16")
     assert unlisted == [] and places
 
 
 @pytest.mark.parametrize("rule", [*RULES, "rule=delta model.local_context=sliding model.memory.mix_gate=token"])
-def test_generation(process, rule):
-    places, unlisted = process(cases.generation, settings=f"model.memory.{rule} train.precision=bf16")
+def test_generation(tracing_process, rule):
+    places, unlisted = tracing_process(cases.generation, settings=f"model.memory.{rule} train.precision=bf16")
     assert unlisted == [] and places

@@ -1,0 +1,27 @@
+"""What a plan estimates is what a step needs: every shipped configuration, its largest rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.tracing import cases
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+def check(found):
+    assert found["estimate"] == pytest.approx(found["trace"], rel=0.1), found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_layer_of_every_shipped_configuration(tracing_process, path):
+    """One layer a stage: what a layer needs is multiplied by their number in both."""
+    check(tracing_process(cases.plan_and_trace, path=str(path), layers_per_stage=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration(tracing_process, path):
+    check(tracing_process(cases.plan_and_trace, path=str(path), layers_per_stage=None))
