@@ -96,6 +96,8 @@ class RankBytes:
     """What recomputation holds on top, once; 0 without."""
     working: int
     """What a backward pass needs for a moment."""
+    late_gradients: int
+    """Gradients that come as the activations go, in a step of a single chunk: not alive with them."""
 
     @property
     def activations(self) -> int:
@@ -104,7 +106,7 @@ class RankBytes:
 
     @property
     def total(self) -> int:
-        held = self.parameters + self.gradients + self.optimizer + self.memory_state
+        held = self.parameters + self.gradients - self.late_gradients + self.optimizer + self.memory_state
         return held + self.activations + self.working
 
 
@@ -149,6 +151,11 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
     block_rows = min(BLOCK_ROWS, lanes * segments * model.segment_length) if logits_again else 0
     block = block_rows * embedding // model.hidden_size * number_bytes(config)
     lane_state = _lane_state_bytes(config, layers)
+    working = max(embedding * number if matrices else 0, gate_and_up * e) + block
+    if config.bptt.recompute == "layer":
+        between = 3 * model.ffn_hidden_size // parallel.tensor + _hidden_between_matrices(config)
+        working = max(working, gate_and_up * e + lanes * segments * model.segment_length * between * e)
+    single = microbatches * config.bptt.chunks_per_window == 1 and e == number
     return RankBytes(
         stage=stage,
         layers=layers,
@@ -168,7 +175,8 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         ),
         chunk_activations=chunk,
         recompute_activations=once,
-        working=max(embedding * number if matrices else 0, gate_and_up * e) + block,
+        working=working,
+        late_gradients=min(parameters * number, chunk + once) if single else 0,
     )
 
 
