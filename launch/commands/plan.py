@@ -190,7 +190,7 @@ def _print_memory(config: Config, world: int, vocab: int) -> None:
 
 def _print_trace(config: Config, world: int, vocab: int) -> None:
     """Estimate and trace of the largest rank, side by side."""
-    from launch.commands.trace import traced
+    from launch.commands.shown_trace import traced
     from pipeline.accounting.footprint import per_rank_bytes
     from pipeline.reporting.console import format_bytes, print_table
     from pipeline.tracing import step

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.arguments import add_configuration, count, whole
 from launch.commands.plan import planned_vocabulary
+from launch.commands.shown_trace import traced
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -66,27 +67,6 @@ def run(args: argparse.Namespace) -> int:
         write_whole(args.json, json.dumps(as_json(trace), indent=2) + "\n")
         print(f"\nwritten: {args.json}")
     return 0
-
-
-def traced(
-    config: Config, world_size: int, rank: int, vocab: int, microbatches: int | None = None, *, statistics: bool = False
-) -> StepTrace:
-    """Trace a step, and show how far it is.
-
-    Raises:
-        ValueError: the step has no more microbatches; tensors of two devices meet; a shape depends on values.
-    """
-    from pipeline.reporting.console import progress
-    from pipeline.tracing.step import enough_microbatches, microbatches_per_step, trace_step
-
-    most = microbatches_per_step(config, world_size)
-    if microbatches is not None and microbatches > most:
-        raise ValueError(f"--microbatches {microbatches} is more than the {most} that a step has")
-    run = microbatches or enough_microbatches(config, world_size)
-    with progress(run * config.bptt.chunks_per_window, "chunks") as advance:
-        return trace_step(
-            config, world_size, rank, vocab, microbatches=run, statistics=statistics, progress=lambda: advance(1)
-        )
 
 
 def _print(config: Config, world: int, vocab: int, vocab_source: str, trace: StepTrace) -> None:
