@@ -23,12 +23,16 @@ def remote_modules(tmp_path_factory):
 def tracing_process():
     """`tracing_process(function, **arguments)` in a process of its own: PyTorch has a pretended device there for
     the rest of its life. A case that fails takes the process with it."""
-    from tests.distributed.pool import Pools
+    from tests.distributed.pool import Pool
 
-    pools = Pools()
+    pools = []
 
     def run(function, **arguments):
-        return pools.run(1, function, **arguments)[0]
+        if not pools or pools[-1].broken:
+            pools.append(Pool(1))
+        return pools[-1].run(function, **arguments)[0]
 
     yield run
-    pools.close()
+    for pool in pools:
+        if not pool.broken:
+            pool.close()

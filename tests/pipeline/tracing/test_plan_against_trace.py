@@ -11,14 +11,20 @@ from tests.pipeline.tracing import cases
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 
+LONG = {"llama3_8b_continual", "paper_1b_passkey", "paper_8b_books", "qwen3_8b_continual"}
+"""Like one of the others, or with so many chunks that a trace takes a while."""
+
+
 def check(found):
     assert found["estimate"] == pytest.approx(found["trace"], rel=0.1), found
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_layer_of_every_shipped_configuration(tracing_process, path):
-    """One layer a stage: what a layer needs is multiplied by their number in both."""
-    check(tracing_process(cases.plan_and_trace, path=str(path), layers_per_stage=1))
+@pytest.mark.parametrize(
+    "path", [pytest.param(x, marks=[pytest.mark.slow] if x.stem in LONG else [], id=x.stem) for x in CONFIGS]
+)
+def test_two_layers_of_every_shipped_configuration(tracing_process, path):
+    """Two layers a stage: what a layer needs is multiplied by their number in both."""
+    check(tracing_process(cases.plan_and_trace, path=str(path), layers_per_stage=2))
 
 
 @pytest.mark.slow
