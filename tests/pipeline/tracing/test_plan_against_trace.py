@@ -11,7 +11,8 @@ from tests.pipeline.tracing import cases
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 
-LONG = {"llama3_8b_continual", "paper_1b_passkey", "paper_8b_books", "qwen3_8b_continual"}
+BFLOAT16 = {x.stem for x in CONFIGS if "precision: bf16" in x.read_text()}
+LONG = BFLOAT16 | {"llama3_8b_continual", "paper_1b_passkey", "paper_8b_books", "qwen3_8b_continual"}
 """Like one of the others, or with so many chunks that a trace takes a while."""
 
 
