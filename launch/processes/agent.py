@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from launch.processes.meeting import MeetingWatch, check_names
 from launch.processes.passing import SignalPasser
@@ -27,8 +28,9 @@ from pipeline.training.stopping import JOB_FOLDER, PASSED_ON, STOPPED
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-SAME_FAILURE_S = 10
-"""A rank that died by itself did so within this time of the first failure; the agent kills blocked ones after 30 s."""
+SAME_FAILURE_S, KILL_S = 10, 15
+"""A rank that died by itself did so within the first time of the first failure; the agent kills blocked ones after the
+second, in place of torchrun's 30 s: a rank that is starting does not die of TERM, and may wait for one that is dead."""
 
 
 def launch_workers(
@@ -74,6 +76,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import PContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
@@ -101,7 +104,12 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
         check_names(endpoint, args.nnodes)
         try:
-            with MeetingWatch(endpoint, args.nnodes, Path(logs)):
+            close = PContext.close
+
+            def close_soon(ranks: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+                close(ranks, death_sig, min(timeout, KILL_S))
+
+            with MeetingWatch(endpoint, args.nnodes, Path(logs)), mock.patch.object(PContext, "close", close_soon):
                 elastic_launch(config, entrypoint)(*entrypoint_arguments)
         except ChildFailedError as error:
             return _explain(error, passer.ending)

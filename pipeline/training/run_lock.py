@@ -8,12 +8,14 @@ they need not agree. Only the main process has to do with it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -113,8 +115,9 @@ class RunLock:
                         "choose another run_dir"
                     ]
                 )
-            if self._remove(contents):
+            if self._take_over(contents):
                 print(f"{self.path}: {holder or 'its owner'} is gone, its lock is taken over", flush=True)
+                break
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
 
@@ -163,19 +166,14 @@ class RunLock:
                 return True
         return False
 
-    def _remove(self, contents: bytes) -> bool:
-        """Remove the lock that says `contents`; another run may do the same, and have made its own by now."""
-        aside = self.path.with_name(f"{NAME}.{self.own.token}")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return False
-        was_that = aside.read_bytes() == contents
-        if not was_that:
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
-        aside.unlink()
-        return was_that
+    def _take_over(self, contents: bytes) -> bool:
+        """Write over the lock that says `contents`, unless another run has done so by now."""
+        with _one_at_a_time(self.path.parent):
+            found = self._read()
+            if found is None or found[0] != contents:
+                return False
+            write_whole(self.path, _encoded(self.own))
+            return True
 
     def _is_own(self) -> bool:
         found = self._read()
@@ -199,6 +197,19 @@ class RunLock:
         )
         threading.excepthook(threading.ExceptHookArgs((LockLostError, error, None, threading.current_thread())))
         os._exit(1)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """One process at a time is inside for a folder; where its file system has no such locks (NFS has none for folders)
+    two may be, and the one that is written over sees it at its next sign of life."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _encoded(holder: Holder) -> bytes:

@@ -268,9 +268,9 @@ def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, fi
     trainer.loader.next_batch = watched_next_batch
 
     def hurt(module, inputs, output):
-        if poison == "gradient" and output[0].requires_grad:
-            output[0].register_hook(lambda gradient: gradient * math.inf)
-        return (output[0] * math.nan, output[1]) if poison == "loss" else output
+        if poison == "gradient" and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+        return output * math.nan if poison == "loss" else output
 
     topology, hook = trainer.topology, None
     if topology.data_rank == topology.tensor_rank == 0 and "1" in trainer.stage.layers:
