@@ -69,35 +69,15 @@ def _register() -> tuple[torch.device, FakeTensorMode]:
     """The device and the one mode of this process: what a module keeps from one trace to the next stays usable."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_DeviceModule())
     _attention.impl("scaled_dot_product_attention", _fused_attention)
-    _everything.fallback(torch.library.fallthrough_kernel)  # operations that autocast leaves alone
-    for name in ("mm", "matmul", "bmm", "linear", "addmm", "baddbmm"):
-        _autocast.impl(name, _in_low_precision(name))
     return torch.device(NAME, 0), _Mode()
 
 
 _attention = torch.library.Library("aten", "IMPL", "AutogradPrivateUse1")
-_everything = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-_autocast = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
 
 
 def _real_tensor(kind: type[Tensor], *_: object) -> Tensor:
     with _disable_current_modes():
         return torch.empty(0).as_subclass(kind)
-
-
-def _in_low_precision(name: str):
-    """What autocast does to a matrix product on CUDA: float32 operands are cast, each time anew."""
-    operation = getattr(torch.ops.aten, name).default
-    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-
-    def cast(x):
-        return x.to(torch.bfloat16) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
-
-    def run(*args, **kwargs):
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            return operation(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
-
-    return run
 
 
 def _fused_attention(
@@ -112,8 +92,6 @@ def _fused_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The flash kernel where there is no mask, else the one that takes masks and wants key/value heads repeated."""
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
     if attn_mask is None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
