@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import positive_int, processes
+from launch.commands.bench_options import add_segment_length
 from launch.processes.world import be_alone
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segments", type=positive_int, default=8, metavar="T", help="of a window in each lane (%(default)s)"
     )
-    parser.add_argument(
-        "--segment-length", type=positive_int, default=256, metavar="S", help="tokens of a segment (%(default)s)"
-    )
+    add_segment_length(parser)
     parser.add_argument("--windows", type=positive_int, default=256, metavar="N", help="read in a round (%(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="in which all run (%(default)s)")
     parser.add_argument("--folder", metavar="DIR", help="on the disk to measure (default: a temporary one)")
@@ -105,7 +104,7 @@ def _prepare(args: argparse.Namespace, note: Note, text: Text, folder: Path) -> 
         note.number("tokens_per_second", "tokens/s", rate, part="prepare", **of)
         note.number("bytes_per_second", "bytes/s", megabytes * 1e6, part="prepare", **of)
         note.number("times_tokenizers", "1", share, part="prepare", **of)
-        rows.append([name, _rate(rate), f"{megabytes:,.2f}", _ratio(share)])
+        rows.append([name, rate.in_words(",.0f"), f"{megabytes:,.2f}", share.in_words(".2f")])
     note.table(["what, processes or threads", "tokens/s", "MB/s of text", "x tokenizers"], rows)
     return {name: rates(runs[name]) for name in contestants}
 
@@ -131,18 +130,10 @@ def _read(args: argparse.Namespace, note: Note, window: Window, folder: Path) ->
         rate, share = rates(runs[name]), ratios(runs[name], runs["webdataset"])
         note.number("tokens_per_second", "tokens/s", rate, part="read", kind=name)
         note.number("times_webdataset", "1", share, part="read", kind=name)
-        rows.append([name, _rate(rate), _ratio(share)])
+        rows.append([name, rate.in_words(",.0f"), share.in_words(".2f")])
     note.table(["what", "tokens/s", "x webdataset"], rows)
     note.text("What a training step waits for its data: `infini bench overhead`.")
     return {name: rates(runs[name]) for name in contestants}
-
-
-def _rate(rate: Spread) -> str:
-    return f"{rate.median:,.0f} ({rate.low:,.0f} - {rate.high:,.0f})"
-
-
-def _ratio(ratio: Spread) -> str:
-    return f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
 
 
 def _draw(path: Path, *panels: Mapping[str, Spread]) -> None:

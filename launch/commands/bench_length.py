@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 
 from launch.arguments import number, positive_int
 from launch.commands.bench_options import (
+    RULES,
     add_machine,
+    add_segment_length,
     add_sizes,
+    check_multiple,
     check_sizes,
     choose_device,
     hide_devices,
     machine_in_words,
+    model_sizes,
 )
 from launch.processes.world import be_alone
 
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.benchmarks.length import NewTokenCost, TrainingCost
 
 HELP = "time and memory per token for documents of 2K to 1M tokens: memory, sliding window, full attention"
-RULES = ("linear", "delta", "deltanet", "gated_deltanet")
 LENGTHS = [1 << 11, 1 << 13, 1 << 15, 1 << 17, 1 << 20]
 PARTS = ("train", "generate")
 QUICK = {"hidden": 32, "layers": 1, "heads": 2, "ffn": 86, "vocab": 64, "window": 64, "segment_length": 16}
@@ -33,9 +36,7 @@ QUICK |= {"lengths": [256, 1024], "reference": 256, "rounds": 2, "new_tokens": 4
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     sizes = add_sizes(parser, hidden=128, layers=4, heads=4, ffn=344, vocab=256)
-    sizes.add_argument(
-        "--segment-length", type=positive_int, default=256, metavar="S", help="tokens of a segment (%(default)s)"
-    )
+    add_segment_length(sizes)
     sizes.add_argument(
         "--window", type=positive_int, default=2048, metavar="N", help="tokens of a training window (%(default)s)"
     )
@@ -73,15 +74,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, note: Note) -> None:
     """Raises: ValueError: lengths that are not whole windows, or a device that is not there."""
-    from pipeline.benchmarks.contestants import PEERS, Sizes
+    from pipeline.benchmarks.contestants import PEERS
     from pipeline.benchmarks.length import SLIDING
     from pipeline.benchmarks.measuring import in_fresh_process
 
     if args.quick:
         vars(args).update(QUICK)
     check_sizes(args)
-    if args.window % args.segment_length:
-        raise ValueError(f"--window {args.window} must be a multiple of --segment-length {args.segment_length}")
+    check_multiple(args, "window", "segment_length")
     args.lengths = sorted({*args.lengths})
     for option, length in [("--reference", args.reference), *(("--lengths", length) for length in args.lengths)]:
         if length % args.window:
@@ -89,9 +89,7 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     hide_devices(args)
     be_alone()
     device, note.device = in_fresh_process(_device, args)
-    sizes = Sizes(
-        args.layers, args.hidden, args.heads, args.ffn, args.vocab, args.window, 1, segment_length=args.segment_length
-    )
+    sizes = model_sizes(args, tokens=args.window, lanes=1)
     models = [*args.rules, SLIDING]
     note.text(
         f"{args.layers} layers, hidden size {args.hidden}, {args.heads} heads, MLP {args.ffn}, {args.vocab} tokens in "
@@ -120,10 +118,10 @@ def measure(args: argparse.Namespace, note: Note) -> None:
 
 def _device(args: argparse.Namespace):
     """The device, and its name if it is an accelerator."""
-    import torch
+    from model.device import device_name
 
     device = choose_device(args)
-    return device, None if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return device, device_name(device)
 
 
 def _train(args: argparse.Namespace, note: Note, sizes: Sizes, models: Sequence[str], full: bool) -> list[TrainingCost]:
@@ -181,8 +179,8 @@ def _train(args: argparse.Namespace, note: Note, sizes: Sizes, models: Sequence[
             ratio = by[model, longest].against_reference
             note.number("peak_ratio", "1", peak, part="train", model=model, tokens=longest, reference=args.reference)
             note.text(
-                f"`{model}`, {longest:,} tokens against {args.reference:,}: {ratio.median:.3f} ({ratio.low:.3f} - "
-                f"{ratio.high:.3f}) times the time per token, {peak:.3f} times the peak memory."
+                f"`{model}`, {longest:,} tokens against {args.reference:,}: {ratio.in_words('.3f')} times the time per "
+                f"token, {peak:.3f} times the peak memory."
             )
     if stopped:
         note.text(f"Full attention was not trained on longer documents: {stopped}.")
@@ -200,12 +198,11 @@ def _training_row(note: Note, cost: TrainingCost) -> list[str]:
     if cost.memory.live_bytes is not None:
         note.number("live", "bytes", cost.memory.live_bytes, **of)
         live = f"{cost.memory.live_bytes / 2**20:,.1f}"
-    time = cost.token_s
     return [
         cost.model,
         f"{cost.tokens:,}",
-        f"{1e6 * time.median:,.1f} ({1e6 * time.low:,.1f} - {1e6 * time.high:,.1f})",
-        f"{ratio.median:.3f} ({ratio.low:.3f} - {ratio.high:.3f})" if ratio else "-",
+        cost.token_s.in_words(",.1f", 1e6),
+        ratio.in_words(".3f") if ratio else "-",
         live,
         f"{cost.memory.peak_bytes / 2**20:,.0f}",
         f"{(cost.memory.peak_bytes - cost.memory.start_bytes) / 2**20:,.0f}",
@@ -240,8 +237,7 @@ def _generate(
         of = {"part": "generate", "model": cost.model, "tokens": cost.tokens}
         note.number("new_token_time", "s", cost.token_s, **of)
         note.number("state", "bytes", cost.state_bytes, **of)
-        time = cost.token_s
-        times = f"{1e3 * time.median:,.2f} ({1e3 * time.low:,.2f} - {1e3 * time.high:,.2f})"
+        times = cost.token_s.in_words(",.2f", 1e3)
         rows.append([cost.model, f"{cost.tokens:,}", times, f"{cost.state_bytes / 1024:,.0f}"])
     note.table(["model", "tokens", "ms per new token", "state KiB"], rows)
     if left_out:

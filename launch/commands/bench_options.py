@@ -11,6 +11,10 @@ from launch.arguments import positive_int
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.benchmarks.contestants import Sizes
+
+RULES = ("linear", "delta", "deltanet", "gated_deltanet")
+"""Memory rules that can be asked for."""
 SIZES = {
     "hidden": "hidden size",
     "layers": "layers",
@@ -32,10 +36,32 @@ def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> argparse._Arg
     return group
 
 
+def add_segment_length(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--segment-length", type=positive_int, default=256, metavar="S", help="tokens of a segment (%(default)s)"
+    )
+
+
 def check_sizes(args: argparse.Namespace) -> None:
     """Raises: ValueError: heads that do not divide the hidden size."""
-    if args.hidden % args.heads:
-        raise ValueError(f"--hidden {args.hidden} must be a multiple of --heads {args.heads}")
+    check_multiple(args, "hidden", "heads")
+
+
+def check_multiple(args: argparse.Namespace, whole: str, part: str) -> None:
+    """Raises: ValueError: the option `whole` is no multiple of the option `part`."""
+    (option, number), (unit_option, unit) = (
+        (f"--{name.replace('_', '-')}", getattr(args, name)) for name in (whole, part)
+    )
+    if number % unit:
+        raise ValueError(f"{option} {number} must be a multiple of {unit_option} {unit}")
+
+
+def model_sizes(args: argparse.Namespace, **others: int) -> Sizes:
+    """The sizes that the options of `add_sizes` give, and those that have other names or no option."""
+    from pipeline.benchmarks.contestants import Sizes
+
+    own = {name: getattr(args, name) for name in Sizes._fields if name not in others}
+    return Sizes(**own, **others)
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:

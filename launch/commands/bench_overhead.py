@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 from launch.arguments import positive_int
 from launch.commands.bench_options import (
     add_machine,
+    add_segment_length,
     add_sizes,
+    check_multiple,
     check_sizes,
     choose_device,
     hide_devices,
     machine_in_words,
+    model_sizes,
 )
 from launch.processes.world import be_alone
 
@@ -33,9 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sizes = add_sizes(parser, hidden=256, layers=8, heads=4, ffn=683)
     sizes.add_argument("--tokens", type=positive_int, default=2048, metavar="N", help="of a window (%(default)s)")
     sizes.add_argument("--lanes", type=positive_int, default=1, metavar="G", help="windows of a step (%(default)s)")
-    sizes.add_argument(
-        "--segment-length", type=positive_int, default=256, metavar="S", help="tokens of a segment (%(default)s)"
-    )
+    add_segment_length(sizes)
     parser.add_argument(
         "--intervals", type=positive_int, default=3, metavar="N", help="of the metrics that are measured (%(default)s)"
     )
@@ -50,19 +51,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, note: Note) -> None:
     """Raises: ValueError: sizes that do not divide."""
-    from pipeline.benchmarks.contestants import Sizes
     from pipeline.benchmarks.measuring import in_fresh_process
 
     if args.quick:
         vars(args).update(QUICK)
     check_sizes(args)
-    if args.tokens % args.segment_length:
-        raise ValueError(f"--tokens {args.tokens} must be a multiple of --segment-length {args.segment_length}")
+    check_multiple(args, "tokens", "segment_length")
     hide_devices(args)
     be_alone()
-    sizes = Sizes(
-        args.layers, args.hidden, args.heads, args.ffn, 256, args.tokens, args.lanes, segment_length=args.segment_length
-    )
+    sizes = model_sizes(args, vocab=256)
     with tempfile.TemporaryDirectory(prefix="infini-bench-", dir=args.folder) as folder:
         found, where, note.device = in_fresh_process(_run, args, sizes, folder)
     report(found, args, where, note)
@@ -74,8 +71,7 @@ def _run(args: argparse.Namespace, sizes, folder: str) -> tuple[Overhead, str, s
     import contextlib
     import sys
 
-    import torch
-
+    from model.device import device_name
     from pipeline.benchmarks.measuring import Progress
     from pipeline.benchmarks.overhead import measure
 
@@ -91,8 +87,7 @@ def _run(args: argparse.Namespace, sizes, folder: str) -> tuple[Overhead, str, s
             megabytes=args.megabytes,
             report=progress,
         )
-    name = None if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return found, machine_in_words(device, args.threads), name
+    return found, machine_in_words(device, args.threads), device_name(device)
 
 
 def report(found: Overhead, args: argparse.Namespace, where: str, note: Note) -> None:

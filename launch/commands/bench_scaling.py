@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from launch.arguments import positive_int, processes
-from launch.commands.bench_options import add_sizes, check_sizes
+from launch.commands.bench_options import add_segment_length, add_sizes, check_multiple, check_sizes, model_sizes
 
 if TYPE_CHECKING:
     from launch.commands.bench_note import Note
@@ -27,9 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument(
         "--lanes", type=positive_int, default=4, metavar="G", help="windows of a step, of all processes (%(default)s)"
     )
-    sizes.add_argument(
-        "--segment-length", type=positive_int, default=256, metavar="S", help="tokens of a segment (%(default)s)"
-    )
+    add_segment_length(sizes)
     parser.add_argument(
         "--processes", type=processes, nargs="+", default=[2], metavar="N", help="besides a single one (2)"
     )
@@ -51,18 +49,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace, note: Note) -> None:
     """Raises: ValueError: the layouts do not fit the sizes."""
     from launch.commands.bench_ranks import run_ranks
-    from pipeline.benchmarks.contestants import Sizes
     from pipeline.benchmarks.scaling import SINGLE, config_of
     from pipeline.config.validate import validate
 
     if args.quick:
         vars(args).update(QUICK)
     check_sizes(args)
-    if args.tokens % args.segment_length:
-        raise ValueError(f"--tokens {args.tokens} must be a multiple of --segment-length {args.segment_length}")
-    sizes = Sizes(
-        args.layers, args.hidden, args.heads, args.ffn, args.vocab, args.tokens, args.lanes, args.segment_length
-    )
+    check_multiple(args, "tokens", "segment_length")
+    sizes = model_sizes(args)
     worlds = {1: [SINGLE], **{count: args.kinds for count in args.processes if count > 1}}
     for count, kinds in worlds.items():
         for kind in kinds:
@@ -162,8 +156,8 @@ def _row(
     speedup = spread([median(one.step_s) / median(two.step_s) for one, two in zip(single, found, strict=True)])
     note.number("tokens_per_second", "tokens/s", rate, **of)
     note.number("speedup", "1", speedup, **of)
-    row = [_name(layout, count), f"{rate.median:,.0f} ({rate.low:,.0f} - {rate.high:,.0f})"]
-    row += [f"{speedup.median:.2f} ({speedup.low:.2f} - {speedup.high:.2f})", f"{100 * speedup.median / count:.0f} %"]
+    row = [_name(layout, count), rate.in_words(",.0f")]
+    row += [speedup.in_words(".2f"), f"{100 * speedup.median / count:.0f} %"]
     talk = bubble = share = bound = None
     alone = median(_all(single))
     if layout in ("data", "tensor"):

@@ -7,18 +7,25 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from launch.arguments import positive_int
-from launch.commands.bench_options import add_machine, add_sizes, check_sizes, choose_device, machine_in_words
+from launch.commands.bench_options import (
+    RULES,
+    add_machine,
+    add_sizes,
+    check_sizes,
+    choose_device,
+    machine_in_words,
+    model_sizes,
+)
 from launch.processes.world import be_alone
 
 if TYPE_CHECKING:
     import torch
 
     from launch.commands.bench_note import Note
-    from pipeline.benchmarks.alternating import Clocked, Spread
+    from pipeline.benchmarks.alternating import Clocked
     from pipeline.benchmarks.contestants import Contestant, Sizes
 
 HELP = "tokens/s of a training window: every memory rule against no memory, transformers' Llama and installed peers"
-RULES = ("linear", "delta", "deltanet", "gated_deltanet")
 PEERS = ("transformers", "infini-transformer-pytorch", "recurrent-memory-transformer-pytorch")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 QUICK = {"hidden": 32, "layers": 2, "heads": 2, "ffn": 86, "vocab": 64, "tokens": 64, "segment_lengths": [16]}
@@ -63,9 +70,10 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     import torch
 
     from launch.commands.bench_bars import draw_bars
+    from model.device import device_name
     from pipeline.benchmarks import contestants
     from pipeline.benchmarks.alternating import run_rounds
-    from pipeline.benchmarks.contestants import PRODUCTS, Sizes
+    from pipeline.benchmarks.contestants import PRODUCTS
     from pipeline.benchmarks.measuring import Progress
     from pipeline.parallel.topology import initialize
 
@@ -78,14 +86,13 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     choose_device(args)
     be_alone()
     topology = initialize(tensor=1, pipeline=1, timeout_s=600)
-    if topology.device.type != "cpu":
-        note.device = torch.cuda.get_device_name(topology.device)
+    note.device = device_name(topology.device)
     peers = [name for name in args.against if contestants.PEERS[name].installed]
     dtype = getattr(torch, PRECISIONS[args.precision])
     _introduce(args, note, topology.device, peers)
     results = []
     for length in args.segment_lengths:
-        sizes = Sizes(args.layers, args.hidden, args.heads, args.ffn, args.vocab, args.tokens, args.lanes, length)
+        sizes = model_sizes(args, segment_length=length)
         running = _contestants(args, sizes, topology, dtype, peers)
         tokens = sizes.tokens * sizes.lanes
         clocked = run_rounds(
@@ -164,8 +171,8 @@ def report(note: Note, sizes: Sizes, running: Mapping[str, Contestant], clocked:
         note.number("share_of_peak", "1", share, **of)
         note.number("processors", "1", clock.processors, **of)
         label = one.package or name
-        columns = [_bracketed(ratio, ".2f") if other != name else "1" for other, ratio in ratios.items()]
-        rows.append([label, f"{one.parameters:,}", _bracketed(rate, ",.0f"), *columns])
+        columns = [ratio.in_words(".2f") if other != name else "1" for other, ratio in ratios.items()]
+        rows.append([label, f"{one.parameters:,}", rate.in_words(",.0f"), *columns])
         rows[-1] += [f"{100 * share:.0f} %", f"{clock.processors:.2f}"]
     note.table(header, rows)
     note.number("peak", "FLOP/s", peak, segment_length=sizes.segment_length)
@@ -173,7 +180,3 @@ def report(note: Note, sizes: Sizes, running: Mapping[str, Contestant], clocked:
         f"The peak: {peak / 1e9:,.1f} GFLOP/s in {running[PRODUCTS].parameters:,} weights' products. Parameters beyond "
         "that are norms, gates, biases and what a rule adds."
     )
-
-
-def _bracketed(value: Spread, form: str) -> str:
-    return f"{value.median:{form}} ({value.low:{form}} - {value.high:{form}})"

@@ -26,6 +26,11 @@ class Spread(NamedTuple):
     high: float
     samples: int
 
+    def in_words(self, form: str, factor: float = 1.0) -> str:
+        """`median (low - high)`, each of them `factor` times as large and in the format `form`."""
+        median, low, high = (format(factor * x, form) for x in self[:3])
+        return f"{median} ({low} - {high})"
+
 
 def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles, the ends of the sample included: of two values they are a quarter and three quarters of the
