@@ -34,10 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Check a configuration for a number of processes, build all its stages without memory, and print "
         "parameters, bytes per rank, tokens and FLOPs per step; whether it fits a device, and how long the run takes.",
     )
-    add_configuration(parser)
-    parser.add_argument(
-        "--world-size", type=whole(1, 1_000_000), required=True, metavar="N", help="processes of the run"
-    )
+    add_planned_run(parser)
     parser.add_argument(
         "--schedule", action="store_true", help="also simulate the pipeline: bubbles, live chunks, bytes"
     )
@@ -78,12 +75,9 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     from pipeline.accounting.planner import build_stages, check_counts
-    from pipeline.config.load import load_config
-    from pipeline.config.validate import validate
     from pipeline.reporting.console import print_table
 
-    config = load_config(args.config, args.overrides)
-    validate(config, args.world_size, data_exists=False, file=args.config, overrides=args.overrides)
+    config = planned_config(args)
     vocab, vocab_source = planned_vocabulary(config)
     stages = build_stages(config, vocab)
     check_counts(config, args.world_size, vocab, stages)
@@ -96,6 +90,28 @@ def run(args: argparse.Namespace) -> int:
     if args.schedule or args.png:
         _print_schedule(config, args, vocab, rates)
     return 0
+
+
+def add_planned_run(parser: argparse.ArgumentParser) -> None:
+    """A run that need not exist: its configuration, and for how many processes."""
+    add_configuration(parser)
+    parser.add_argument(
+        "--world-size", type=whole(1, 1_000_000), required=True, metavar="N", help="processes of the run"
+    )
+
+
+def planned_config(args: argparse.Namespace) -> Config:
+    """The configuration of `add_planned_run`, valid for so many processes.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    from pipeline.config.load import load_config
+    from pipeline.config.validate import validate
+
+    config = load_config(args.config, args.overrides)
+    validate(config, args.world_size, data_exists=False, file=args.config, overrides=args.overrides)
+    return config
 
 
 def planned_rates(config: Config, args: argparse.Namespace) -> Rates:

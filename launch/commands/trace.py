@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from launch.arguments import add_configuration, count, whole
-from launch.commands.plan import planned_vocabulary
+from launch.arguments import count, whole
+from launch.commands.plan import add_planned_run, planned_config, planned_vocabulary
 from launch.commands.shown_trace import traced
 
 if TYPE_CHECKING:
@@ -27,10 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "are alive at the peak, kernel launches per layer and chunk, dtype copies, collectives, and every place where "
         "the host would wait for the device. Tensors of two devices that meet are an error.",
     )
-    add_configuration(parser)
-    parser.add_argument(
-        "--world-size", type=whole(1, 1_000_000), required=True, metavar="N", help="processes of the run"
-    )
+    add_planned_run(parser)
     parser.add_argument("--rank", type=count, default=0, metavar="R", help="the process to be (default %(default)s)")
     parser.add_argument(
         "--microbatches",
@@ -50,12 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     from data.files import write_whole
-    from pipeline.config.load import load_config
-    from pipeline.config.validate import validate
     from pipeline.tracing.report import as_json
 
-    config = load_config(args.config, args.overrides)
-    validate(config, args.world_size, data_exists=False, file=args.config, overrides=args.overrides)
+    config = planned_config(args)
     if args.rank >= args.world_size:
         raise ValueError(
             f"--rank {args.rank} does not exist: {args.world_size} processes have the ranks 0 to {args.world_size - 1}"

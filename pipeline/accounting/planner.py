@@ -36,7 +36,7 @@ from pipeline.config.derived import (
     recomputes_logits,
 )
 from pipeline.config.schema import Config
-from pipeline.schedule.operations import Kind, build_schedule
+from pipeline.schedule.operations import Kind, configured_schedule
 from pipeline.schedule.simulate import Costs, Timeline, simulate
 
 LATENCY_S = 20e-6
@@ -182,13 +182,9 @@ def message_bytes(config: Config, tokens: int) -> int:
 
 def simulate_step(config: Config, costs: Costs, microbatches: int) -> Timeline:
     """One step of `microbatches` microbatches against the clock."""
-    shape = {
-        "stages": config.parallel.pipeline,
-        "microbatches": microbatches,
-        "chunks": config.bptt.chunks_per_window,
-        "replay": config.bptt.recompute == "window",
-    }
-    return simulate([build_schedule(stage=stage, **shape) for stage in range(config.parallel.pipeline)], costs)
+    stages = range(config.parallel.pipeline)
+    programs = [configured_schedule(config, stage=stage, microbatches=microbatches) for stage in stages]
+    return simulate(programs, costs)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pipeline.config.schema import Config
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import Topology
 from pipeline.schedule.executor import Executor, StepResult
-from pipeline.schedule.operations import Operation, build_schedule
+from pipeline.schedule.operations import Operation, configured_schedule
 
 
 def random_batch(config: Config, *, segments: int | None = None) -> WindowBatch:
@@ -54,13 +54,8 @@ class Step:
 
     def schedule(self, config: Config) -> list[Operation]:
         """This stage's operations for `config`."""
-        return build_schedule(
-            stages=self.topology.pipeline_size,
-            stage=self.topology.pipeline_rank,
-            microbatches=config.train.lanes // self.lanes_per_microbatch,
-            chunks=config.bptt.chunks_per_window,
-            replay=config.bptt.recompute == "window",
-        )
+        microbatches = config.train.lanes // self.lanes_per_microbatch
+        return configured_schedule(config, stage=self.topology.pipeline_rank, microbatches=microbatches)
 
     @property
     def lanes_per_microbatch(self) -> int:

@@ -167,15 +167,26 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[
         pipeline_model_parallel_size=pipeline,
         distributed_timeout_minutes=timeout_s / 60,
     )
+    topology = place_in_grid(device, lambda stages: _pipeline_groups(stages, timeout))
+    _open_connections(topology)
+    return topology
+
+
+def place_in_grid(device: torch.device, new_group: Callable[[list[int]], dist.ProcessGroup]) -> Topology:
+    """This process's place in the grid that Megatron's groups describe.
+
+    Args:
+        new_group: makes a fresh group of this process's pipeline stages, given their ranks in order.
+    """
     stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    forward_group, backward_group = (_pipeline_groups(stages, timeout) for _ in range(2))
+    forward_group, backward_group = (new_group(stages) for _ in range(2))
     position = stages.index(dist.get_rank())
-    topology = Topology(
+    return Topology(
         device=device,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=tensor,
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=position,
-        pipeline_size=pipeline,
+        pipeline_size=len(stages),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         previous_rank=stages[position - 1] if position > 0 else None,
@@ -183,8 +194,6 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[
         forward_group=forward_group,
         backward_group=backward_group,
     )
-    _open_connections(topology)
-    return topology
 
 
 def _open_connections(topology: Topology) -> None:

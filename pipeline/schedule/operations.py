@@ -18,6 +18,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
+from pipeline.config.schema import Config
+
 
 class Kind(Enum):
     """What an operation does."""
@@ -65,6 +67,17 @@ def add_replays(order: list[Operation]) -> list[Operation]:
                 result.append(operation._replace(kind=Kind.REPLAY))
         result.append(operation)
     return result
+
+
+def configured_schedule(config: Config, *, stage: int, microbatches: int) -> list[Operation]:
+    """`build_schedule` for a stage of a configuration's pipeline, and the chunks and recomputation of its windows."""
+    return build_schedule(
+        stages=config.parallel.pipeline,
+        stage=stage,
+        microbatches=microbatches,
+        chunks=config.bptt.chunks_per_window,
+        replay=config.bptt.recompute == "window",
+    )
 
 
 def build_schedule(*, stages: int, stage: int, microbatches: int, chunks: int, replay: bool) -> list[Operation]:

@@ -26,7 +26,7 @@ from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import Topology
 from pipeline.schedule.executor import Executor
-from pipeline.schedule.operations import Kind, Operation, build_schedule
+from pipeline.schedule.operations import Kind, Operation, configured_schedule
 from pipeline.tracing.host_reads import listed
 from pipeline.tracing.ledger import Collective, HostRead, Launch, Ledger, Traffic
 from pipeline.tracing.world import group_labels, pretended_world
@@ -199,13 +199,7 @@ class TracedRun:
         config, topology = self.config, self.topology
         lanes = self.microbatches * self.lanes_per_microbatch
         batch, memory = _first_lanes(self.batch, lanes), take_lanes(self.memory, slice(0, lanes))
-        schedule = build_schedule(
-            stages=topology.pipeline_size,
-            stage=topology.pipeline_rank,
-            microbatches=self.microbatches,
-            chunks=config.bptt.chunks_per_window,
-            replay=config.bptt.recompute == "window",
-        )
+        schedule = configured_schedule(config, stage=topology.pipeline_rank, microbatches=self.microbatches)
         self.live.label = ACTIVATIONS
         ledger.phase = "sums"
         agreed_weight(batch, topology, step=1)

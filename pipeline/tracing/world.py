@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pipeline.accounting.planner import pretended_rank
 from pipeline.config.schema import Config
 from pipeline.parallel.deepspeed_internals import pretending
-from pipeline.parallel.topology import Topology
+from pipeline.parallel.topology import Topology, place_in_grid
 from pipeline.tracing.accelerator import pretended_accelerator
 
 
@@ -38,27 +37,7 @@ def pretended_world(config: Config, rank: int, world_size: int) -> Iterator[Topo
         ):
             # DeepSpeed looks at the alignment of its buffers, which have no address.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            yield _topology(device, rank)
-
-
-def _topology(device: torch.device, rank: int) -> Topology:
-    """What `pipeline.parallel.topology.initialize` gives in a world that exists."""
-    stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    position = stages.index(rank)
-    forward, backward = (dist.new_group(stages) for _ in range(2))
-    return Topology(
-        device=device,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_rank=position,
-        pipeline_size=len(stages),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-        previous_rank=stages[position - 1] if position > 0 else None,
-        next_rank=stages[position + 1] if position + 1 < len(stages) else None,
-        forward_group=forward,
-        backward_group=backward,
-    )
+            yield place_in_grid(device, dist.new_group)
 
 
 def group_labels(topology: Topology) -> dict[str, str]:

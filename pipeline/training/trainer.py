@@ -22,7 +22,7 @@ from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
 from pipeline.parallel.setup import build_stage, check_same_run, vocabulary, written_for
 from pipeline.parallel.topology import Topology, initialize, on_main, shutdown
 from pipeline.schedule.executor import Executor, StepResult
-from pipeline.schedule.operations import Operation, build_schedule
+from pipeline.schedule.operations import Operation, configured_schedule
 from pipeline.training import stopping
 from pipeline.training.agreement import agreed_weight
 from pipeline.training.batch_sums import named, own_sums
@@ -107,12 +107,8 @@ class Trainer:
         )
         lanes = self.lane_range[1] - self.lane_range[0]
         self.lanes_per_microbatch = derived.lanes_per_microbatch(config, dist.get_world_size())
-        self.schedule = build_schedule(
-            stages=topology.pipeline_size,
-            stage=topology.pipeline_rank,
-            microbatches=lanes // self.lanes_per_microbatch,
-            chunks=config.bptt.chunks_per_window,
-            replay=config.bptt.recompute == "window",
+        self.schedule = configured_schedule(
+            config, stage=topology.pipeline_rank, microbatches=lanes // self.lanes_per_microbatch
         )
         self.run_dir = Path(config.run_dir)
         self.skipped = SkippedSteps(config.train.max_nonfinite_steps)
