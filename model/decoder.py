@@ -16,7 +16,7 @@ from model.config import ModelConfig, layer_shape
 from model.layers import incremental
 from model.layers.attention import InfiniAttention
 from model.layers.embedding import Embedding
-from model.layers.loss import OutputMatrix
+from model.layers.loss import OutputMatrix, hide_padding
 from model.layers.mlp import GatedMLP
 from model.layers.norm import RMSNorm
 from model.layers.rotary import RotaryTables
@@ -360,7 +360,6 @@ class DecoderStage(nn.Module):
             self._output_weight,
             labels=labels.flatten(0, 1).t().contiguous(),
             known=self._known_columns,
-            dtype=self.compute_dtype,
             keep_logits=not self.options.recompute_logits,
         )
         loss, hits = (x.t().reshape(labels.shape) for x in found)
@@ -368,11 +367,7 @@ class DecoderStage(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits, _ = self.output(self.final_norm(hidden), self._output_weight)
-        known = self._known_columns
-        if known < logits.shape[-1]:
-            # Rows that only pad the matrix are no tokens.
-            logits[..., max(known, 0) :] = -torch.inf
-        return logits
+        return hide_padding(logits, self._known_columns)
 
 
 def split_layers(num_layers: int, stages: int, layers_per_stage: list[int] | None) -> list[tuple[int, int]]:

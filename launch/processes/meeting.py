@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+from data.files import some
 from pipeline.training.stopping import JOB_FOLDER
 
 EVERY_S = 30.0
@@ -96,8 +97,7 @@ class MeetingWatch:
         missing = [node for node in nodes if node not in here]
         if not missing:
             return f"all {len(nodes)} nodes have started, and cannot meet yet at {self.endpoint}: is its port open?"
-        told = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        return f"{len(here)} of {len(nodes)} nodes wait at {self.endpoint}; missing: {told}"
+        return f"{len(here)} of {len(nodes)} nodes wait at {self.endpoint}; missing: {some(missing, 8)}"
 
 
 def _say(text: str) -> None:

@@ -21,6 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 from model.layers.heads import Heads
 from model.layers.rotary import Table, rotate
 from model.layers.sdpa import attention_kernel
+from model.rules.base import Reads
 from model.rules.state import LocalContext
 
 
@@ -57,10 +58,7 @@ def sliding_attention(
     b, t = reset.shape
     s, _, n, _ = key.shape
     seen = torch.cat([context.local_seen[:, :1, 0] > 0, torch.ones_like(reset[:, 1:])], dim=1) & ~reset
-    lane = torch.arange(b, device=reset.device).unsqueeze(1)
-
-    def with_probes(x: Tensor) -> Tensor:
-        return x if probes is None else torch.cat([x, x[lane, probes]], dim=1)
+    with_probes = Reads(probes, detach).chosen
 
     def before(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         """What stands before each segment and probe, `[b*(t+p)*n, 1, s, d]`, and what the last segment leaves behind,

@@ -52,7 +52,6 @@ class OutputMatrix(ColumnParallelLinear):
         *,
         labels: Tensor | None = None,
         known: int | None = None,
-        dtype: torch.dtype | None = None,
         keep_logits: bool = True,
     ) -> OutputLosses | tuple[Tensor, None]:
         """Losses of `labels`.
@@ -62,7 +61,6 @@ class OutputMatrix(ColumnParallelLinear):
             weight: `[vocabulary / tp, h]` of a tied embedding, else the layer's own.
             labels: int64 `[s, b]`.
             known: columns of this rank that are tokens; the others only pad the matrix. Default: all.
-            dtype: of the product (default: the matrix's).
             keep_logits: hold them for the backward pass, which then can run only once.
         """
         if labels is None:
@@ -74,7 +72,6 @@ class OutputMatrix(ColumnParallelLinear):
                 weight,
                 labels,
                 weight.shape[0] if known is None else known,
-                weight.dtype if dtype is None else dtype,
                 self.sequence_parallel,
                 keep_logits and torch.is_grad_enabled(),
             )
@@ -95,30 +92,32 @@ def _narrow(logits: Tensor) -> Iterator[slice]:
     return _blocks(len(logits), max(1, WIDE_ELEMENTS // logits.shape[-1]))
 
 
-def _product(rows: Tensor, matrix: Tensor, known: int, out: Tensor | None = None) -> Tensor:
-    """Logits of some rows. Rows of the matrix that only pad it are no tokens: without them a model with another padding
-    is the same model."""
-    logits = torch.mm(rows, matrix.t(), out=out)
+def hide_padding(logits: Tensor, known: int) -> Tensor:
+    """Logits `[..., vocabulary / tp]`, in place, with -inf behind the first `known` columns. Rows of the matrix that
+    only pad it are no tokens: without them a model with another padding is the same model."""
     if known < logits.shape[-1]:
-        logits[:, max(known, 0) :] = -torch.inf
+        logits[..., max(known, 0) :] = -torch.inf
     return logits
+
+
+def _product(rows: Tensor, matrix: Tensor, known: int, out: Tensor | None = None) -> Tensor:
+    """Logits of some rows."""
+    return hide_padding(torch.mm(rows, matrix.t(), out=out), known)
 
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, known, dtype, sequence_parallel, keep):
+    def forward(ctx, hidden, weight, labels, known, sequence_parallel, keep):
         group = _group()
-        wide = torch.promote_types(dtype, torch.float32)
-        # Cast here and again in the backward pass: a copy of the matrix must not live in between.
-        matrix = weight.to(dtype)
-        rows = _rows(hidden, dtype, sequence_parallel)
-        index = labels.flatten() - group.rank() * len(matrix)
-        owned = (index >= 0) & (index < len(matrix))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        rows = _rows(hidden, sequence_parallel)
+        index = labels.flatten() - group.rank() * len(weight)
+        owned = (index >= 0) & (index < len(weight))
         index = index.where(owned, 0)
         maximum, total, target = (rows.new_empty(len(rows), dtype=wide) for _ in range(3))
-        kept = rows.new_empty(len(rows), len(matrix)) if keep else None
+        kept = rows.new_empty(len(rows), len(weight)) if keep else None
         for block in _blocks(len(rows), BLOCK_ROWS):
-            logits = _product(rows[block], matrix, known, kept if kept is None else kept[block])
+            logits = _product(rows[block], weight, known, kept if kept is None else kept[block])
             # A rank may hold nothing but padding: a maximum of -inf would make its empty sum NaN.
             maximum[block] = logits.amax(dim=-1).to(wide).clamp_(min=torch.finfo(wide).min)
             target[block] = logits.gather(-1, index[block].unsqueeze(-1)).squeeze(-1).to(wide)
@@ -132,7 +131,7 @@ class _Losses(torch.autograd.Function):
         total, target = _reduce(both, group)
         losses, correct = total.log() - (target - highest), target >= highest
         ctx.save_for_backward(hidden, weight, index, owned, highest, total, kept)
-        ctx.known, ctx.dtype, ctx.sequence_parallel = known, dtype, sequence_parallel
+        ctx.known, ctx.sequence_parallel = known, sequence_parallel
         ctx.mark_non_differentiable(correct)
         return losses.view(labels.shape), correct.view(labels.shape)
 
@@ -140,13 +139,13 @@ class _Losses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
         hidden, weight, index, owned, highest, total, kept = ctx.saved_tensors
-        gradient, matrix = gradient.flatten(), weight.to(ctx.dtype)
-        rows = _rows(hidden, ctx.dtype, ctx.sequence_parallel)
+        gradient = gradient.flatten()
+        rows = _rows(hidden, ctx.sequence_parallel)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         of_rows, of_matrix = torch.empty_like(rows) if needs_hidden else None, None
         at = torch.arange(len(index), device=index.device)
         for block in _blocks(len(rows), BLOCK_ROWS):
-            logits = _product(rows[block], matrix, ctx.known) if kept is None else kept[block]
+            logits = _product(rows[block], weight, ctx.known) if kept is None else kept[block]
             own_index, own_owned, own_highest = index[block], owned[block], highest[block]
             own_total, own_gradient = total[block], gradient[block]
             for part in _narrow(logits):
@@ -156,19 +155,18 @@ class _Losses(torch.autograd.Function):
                 logits[part] = softmax.mul_(own_gradient[part].unsqueeze(-1))
                 del softmax
             if needs_hidden:
-                torch.mm(logits, matrix, out=of_rows[block])
+                torch.mm(logits, weight, out=of_rows[block])
             if needs_weight:
                 of_matrix = _add_product(of_matrix, logits, rows[block])
             del logits
         if needs_hidden:
             of_rows = of_rows.view(-1, *hidden.shape[1:])
             of_rows = (_reduce_scatter_along_first_dim if ctx.sequence_parallel else _reduce)(of_rows, _group())
-        return of_rows, of_matrix, None, None, None, None, None
+        return of_rows, of_matrix, None, None, None, None
 
 
-def _rows(hidden: Tensor, dtype: torch.dtype, sequence_parallel: bool) -> Tensor:
+def _rows(hidden: Tensor, sequence_parallel: bool) -> Tensor:
     """All tokens' hidden states, `[s * b, h]`."""
-    hidden = hidden.to(dtype)
     return (_gather_along_first_dim(hidden, _group()) if sequence_parallel else hidden).flatten(0, 1)
 
 

@@ -7,8 +7,6 @@ through the rule's map. One function for both, on one buffer, with its backward 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -16,8 +14,6 @@ from torch.autograd.function import once_differentiable
 
 SHORTEST = 1e-12
 """Vectors that are shorter are not stretched to length one."""
-
-Map = Callable[[Tensor], Tensor | None]
 
 
 def phi(x: Tensor) -> Tensor:
