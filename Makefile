@@ -22,8 +22,10 @@ compare-rules: $(VENV)/.installed-base
 capacity: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/capacity.sh
 
+# Two processes at a time: one has tests/distributed, the other the rest (tests/conftest.py). JOBS=0 runs all in one.
+JOBS ?= 2
 test: $(VENV)/.installed-all
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-all
 	$(BIN)/pytest -m slow

@@ -1,11 +1,22 @@
 """Shared by all tests."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 # Tests start many small processes on few cores: more than one thread each makes them wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TOGETHER = ("cluster", "distributed")
+"""Folders whose tests share what is dear to start: a Slurm, pools of processes."""
+
+
+def pytest_collection_modifyitems(items):
+    """What one of several test processes takes at a time (`make test`): a file, or one of those folders."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in TOGETHER else str(path)))
 
 
 @pytest.fixture(scope="session")
