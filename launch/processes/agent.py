@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
+from launch.processes.claims import CLAIM_FOLDER
+from launch.processes.first_failure import FirstFailure
 from launch.processes.meeting import MeetingWatch, check_names
 from launch.processes.passing import SignalPasser
-from launch.processes.worker import CLAIM_FOLDER, FOLLOWED, INTERRUPTED, STOPPED_MARK
+from launch.processes.worker import FOLLOWED, INTERRUPTED, STOPPED_MARK
 from launch.processes.world import LOOPBACK, check_port
 from pipeline.training.stopping import JOB_FOLDER, PASSED_ON, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-SAME_FAILURE_S, KILL_S = 10, 15
-"""A rank that died by itself did so within the first time of the first failure; the agent kills blocked ones after the
-second, in place of torchrun's 30 s: a rank that is starting does not die of TERM, and may wait for one that is dead."""
 
 
 def launch_workers(
@@ -61,8 +59,8 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
     fails, the others are ended.
 
     Returns:
-        0 when every rank returned 0; `STOPPED` when they were told to stop and have saved; else the exit code of the
-        rank that failed first, or 128 + the signal's number.
+        0 when every rank returned 0; `STOPPED` when they were told to stop and have saved; `FOLLOWED` when they left
+        because of another node's; else the exit code of the rank that failed first, or 128 + the signal's number.
 
     Raises:
         ValueError: the nodes cannot meet.
@@ -103,17 +101,18 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         config, entrypoint, entrypoint_arguments = config_from_args(args)
         endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
         check_names(endpoint, args.nnodes)
+        first = FirstFailure(Path(logs), passer, PContext.close)
+        # Not the object itself: of a class's attributes only functions are bound.
+        close = mock.patch.object(PContext, "close", lambda ranks, *args, **kwargs: first.close(ranks, *args, **kwargs))
         try:
-            close = PContext.close
-
-            def close_soon(ranks: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-                close(ranks, death_sig, min(timeout, KILL_S))
-
-            with MeetingWatch(endpoint, args.nnodes, Path(logs)), mock.patch.object(PContext, "close", close_soon):
+            with MeetingWatch(endpoint, args.nnodes, Path(logs)), close:
                 elastic_launch(config, entrypoint)(*entrypoint_arguments)
         except ChildFailedError as error:
-            return _explain(error, passer.ending)
+            return _explain(error, first, passer.ending)
         except (RendezvousError, DistError) as error:
+            if any(Path(logs).iterdir()):  # the ranks had been started
+                print(f"infini: error: the launcher at {endpoint} has ended, or its node is lost", file=sys.stderr)
+                return FOLLOWED
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"the nodes cannot meet at {endpoint}: is the address right, is the port closed or another program's, "
@@ -122,40 +121,37 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         return STOPPED if Path(logs, STOPPED_MARK).exists() else 0
 
 
-def _explain(error: ChildFailedError, ending: int | None) -> int:
-    """Exit code for failed ranks. They have said why themselves, unless a signal ended them or they only followed."""
+def _explain(error: ChildFailedError, first: FirstFailure, ending: int | None) -> int:
+    """Exit code for failed ranks. They or `first` have said why, unless they followed, or a signal ended them all."""
+    if ending == signal.SIGINT:
+        return 128 + ending
+    # The ranks' own reason goes before a TERM: srun sends it as soon as another node's launcher has left.
+    if first.code is not None:
+        return first.code
+    spoke = [(f.exitcode, rank) for rank, f in sorted(error.failures.items()) if f.exitcode > 0]
+    if own := [found for found in spoke if found[0] != FOLLOWED]:
+        code, rank = own[0]
+        if code == INTERRUPTED:
+            print(f"infini: error: rank {rank} was interrupted", file=sys.stderr)
+        return code
     if ending is not None:
         return 128 + ending
-    failures = sorted(error.failures.items())
-    first = min(failure.timestamp for _, failure in failures)
-    for rank, failure in failures:
-        died = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-        if died and failure.timestamp - first < SAME_FAILURE_S:
-            name = signal.Signals(-failure.exitcode).name
-            hint = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
-            print(f"infini: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
-            return 128 - failure.exitcode
-    spoke = [(f.exitcode, rank) for rank, f in failures if f.exitcode > 0 and f.exitcode != FOLLOWED]
-    if not spoke:
-        print("infini: error: the ranks of this node left because a rank elsewhere failed", file=sys.stderr)
-        return 1
-    code, rank = spoke[0]
-    if code == INTERRUPTED:
-        print(f"infini: error: rank {rank} was interrupted", file=sys.stderr)
-    return code
+    print("infini: error: the ranks of this node left because a rank elsewhere failed", file=sys.stderr)
+    return FOLLOWED
 
 
 def _told_to_job(code: int) -> int:
     """Leave this node's exit code for the batch job, which may wait for an srun that never returns.
 
-    srun takes every code but 0 for a failure, and ends the other nodes: a stop is told to the job alone.
+    srun takes every code but 0 for a failure, and ends the other nodes, of which one may be about to say why: a stop is
+    told to the job alone, and so is that this node has followed another.
     """
     if folder := os.environ.get(JOB_FOLDER):
         try:
             Path(folder, f"ended-{os.environ.get('SLURM_NODEID', '0')}").write_text(f"{code}\n")
         except OSError:
             return code
-        return 0 if code == STOPPED else code
+        return 0 if code in (STOPPED, FOLLOWED) else code
     return code
 
 

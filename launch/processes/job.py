@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.processes.meeting import HERE, NODES
+from launch.processes.worker import FOLLOWED
 from launch.processes.world import first_node, int_variable
 from pipeline.training.stopping import JOB_FOLDER, JOB_SAVED, JOB_STOPPED, STOP_FILE, STOPPED
 
@@ -142,7 +143,7 @@ class Job:
             if ended_at and now - ended_at > LINGER_S:
                 say(f"the launchers of all nodes have ended, but srun has not for {LINGER_S} s: it is ended")
                 end(step)
-                return next((code for code in codes if code not in (0, STOPPED)), max(codes))
+                return first_reason(codes) or max(codes)
             if leave_by and now > leave_by:
                 say(f"the ranks have not left within {self.lead_s - SPARE_S} s: they are ended, without saving")
                 end(step)
@@ -151,10 +152,9 @@ class Job:
     def _reason(self, code: int) -> int:
         """The step's exit code, when srun says this one: it says the highest, and ends the others with TERM."""
         codes = self._node_codes()
-        failed = [each for each in codes if each not in (0, STOPPED)]
-        if code and failed:
-            return failed[0]
-        # A process that a signal has ended has a negative code. A stop the launchers tell in their folder alone.
+        if code and (first := first_reason(codes)):
+            return first
+        # A process that a signal has ended has a negative code. Stopping and following the launchers tell here alone.
         return max([code, *codes]) if code >= 0 else 128 - code
 
     def _pop_arrived(self) -> signal.Signals | None:
@@ -227,6 +227,11 @@ class Job:
             return (self.folder / name).read_text().strip()
         except OSError:
             return ""
+
+
+def first_reason(codes: Sequence[int]) -> int | None:
+    """The first code that is a failure's, and not of a node that left because of another one's."""
+    return next((code for code in codes if code not in (0, STOPPED, FOLLOWED)), None)
 
 
 def number(name: str, default: int) -> int:

@@ -74,6 +74,8 @@ class SignalPasser:
     def _pass_on(self, number: signal.Signals) -> None:
         if not (children := self._children(number)):
             return
+        if number in ENDING:
+            self.ending = number
         kill = False
         if number == signal.SIGINT:
             now = time.monotonic()
@@ -84,8 +86,6 @@ class SignalPasser:
                 child.send_signal(signal.SIGKILL if kill else number)
             except psutil.NoSuchProcess:
                 pass
-        if number in ENDING:
-            self.ending = number
 
     def _children(self, number: signal.Signals) -> list[psutil.Process]:
         """The ranks. Where there are none yet, the launcher waits for them, or leaves because of a signal that ends."""

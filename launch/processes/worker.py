@@ -1,30 +1,27 @@
 """One rank of a run: the first to fail says why and all leave at once, so that the reason stands last and nobody hangs.
 
 When a rank dies, the others fail with 'connection closed by peer' a moment later, or wait in a collective that never
-ends. The reason is therefore the error of the rank that fails first: it takes a claim (`_Claim`) before it closes its
-connections. The others see the claim and leave without a word, even out of a collective.
+ends. The reason is therefore the error of the rank that fails first: it takes a claim (`launch.processes.claims`)
+before it closes its connections. The others see the claim and leave without a word, even out of a collective. A rank
+that is killed can take none: who loses the connection to it gives its launcher time to do so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import stat
+import re
+import socket
 import sys
-import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import psutil
-
 from data.files import write_whole
+from launch.processes.claims import CLAIM_FOLDER, GRACE_S, WATCH_INTERVAL_S, Claim
 from launch.processes.quiet import quiet_libraries
-from launch.processes.world import attempt_id
 from pipeline.training.stopping import STOPPED
 
 Result = TypeVar("Result")
@@ -33,15 +30,17 @@ FOLLOWED = 75
 """Exit code of a rank that leaves because another one has failed."""
 INTERRUPTED = 130
 """Exit code of a rank that an interrupt ends; it says nothing, since one from the terminal reaches all of them."""
-CLAIM_FOLDER = "INFINI_CLAIM_FOLDER"
-"""Environment variable with a folder of the launcher's that nobody else can write, and that goes with the launcher."""
-
 STOPPED_MARK = "stopped"
-"""File in that folder: the ranks were told to stop."""
-
-WATCH_INTERVAL_S = 1.0
-GRACE_S = 3.0
-"""A rank that is still blocked this long after another one's failure is ended: its collective would never return."""
+"""File in the launcher's folder: the ranks were told to stop."""
+LOST_PEER_S = 10.0
+"""So long a rank that has lost the connection to another one waits for the reason: the other's launcher looks at its
+ranks ten times a second, but may have to share its processor, and a network's disk keeps things back."""
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|socket (closed|error)|timed out|remote process exited|"
+    r"(failed|unable) to (recv|send|connect)|gloo/|nccl",
+    re.IGNORECASE,
+)
+"""What the communication libraries say, all of them as RuntimeErrors."""
 
 
 def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
@@ -89,17 +88,18 @@ class _Rank:
 
     def __init__(self, run_dir: Path | None) -> None:
         self.run_dir = run_dir
-        self.claim = _Claim(run_dir)
+        self.claim = Claim(run_dir)
         self._failing = threading.Lock()
 
     def fail(self, error: BaseException) -> NoReturn:
         """Say why, if no other rank has failed before, and end the process."""
         if not self._failing.acquire(blocking=False):
             threading.Event().wait()  # another of this process's threads is at it: it must come to its end
-        if not self.claim.take():
+        alone = _has_lost_a_peer(error)
+        if (alone and self.claim.is_taken_within(LOST_PEER_S)) or not self.claim.take():
             _leave(FOLLOWED)
         if not isinstance(error, KeyboardInterrupt):
-            _say_why(error, self.run_dir)
+            _say_why(error, self.run_dir, lost_peer=alone)
         self.claim.release()
         _leave(_exit_code(error))
 
@@ -114,91 +114,26 @@ class _Rank:
                 _leave(FOLLOWED)
 
 
-class _Claim:
-    """A file that the first rank to fail makes: one of them can.
-
-    It lies where all ranks of the launch look: in the launcher's private folder, if that serves all of them; else in
-    the run folder, which all nodes share. There it stays behind, empty and hidden: over a network's cache another
-    node's rank may look late, and would give its broken connection for the reason. Where neither is there (ranks
-    that srun has started, before they know the run folder), it lies in a private folder of this node that the claiming
-    rank removes again.
-    """
-
-    def __init__(self, run_dir: Path | None) -> None:
-        launcher = os.environ.get(CLAIM_FOLDER)
-        one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-        self.own: Path | None = None
-        if launcher and os.path.isdir(launcher) and (one_node or run_dir is None):
-            self.folder = Path(launcher)
-        elif run_dir is not None:
-            self.folder = run_dir
-        else:
-            self.folder = self.own = Path(tempfile.gettempdir(), f"infini-{os.getuid()}-{attempt_id()}")
-        self.path = _unused(self.folder / f".first-error-{attempt_id()}")
-
-    def take(self) -> bool:
-        """True for exactly one of the ranks that call it; for several only where the folder cannot be written."""
-        try:
-            if self.own is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            else:
-                with contextlib.suppress(FileExistsError):
-                    self.own.mkdir(0o700)
-                if not _is_private(self.own):
-                    return True
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        except FileExistsError:
-            return False
-        except OSError:
-            return True  # rather two reasons than none
-        return True
-
-    def is_taken(self) -> bool:
-        return os.path.lexists(self.path) and (self.own is None or _is_private(self.own))
-
-    def release(self) -> None:
-        """Remove what would stay in the folder for temporary files, once the other ranks have seen it."""
-        if self.own is None:
-            return
-        time.sleep(WATCH_INTERVAL_S + GRACE_S)
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-            self.own.rmdir()
-
-
-def _unused(base: Path) -> Path:
-    """The claim's name in this launch. Stale ones, of an earlier launch under the same name, are counted past and not
-    removed: removing would race with another rank's claim."""
-    # The kernel gives a process's start to a second.
-    start = psutil.Process().create_time() - 1
-    for generation in itertools.count():
-        path = base.with_name(f"{base.name}-{generation}")
-        try:
-            if path.lstat().st_mtime >= start:
-                return path
-        except OSError:
-            return path
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether it is a folder of this user's that no other user can write to."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
-
-
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return 2 if isinstance(error, ValueError | OSError) else 1
 
 
-def _say_why(error: BaseException, run_dir: Path | None) -> None:
+def _has_lost_a_peer(error: BaseException) -> bool:
+    """Whether it tells of another process's end, or of a network's, and not of this one's own failure."""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+
+
+def _say_why(error: BaseException, run_dir: Path | None, lost_peer: bool = False) -> None:
     expected = isinstance(error, ValueError | OSError) and str(error)
     written = _write_traceback(error, run_dir)
     reason = str(error) if expected else f"{type(error).__name__}: {error}"
+    if lost_peer:
+        reason = (
+            f"on {socket.gethostname()}: the connection to another rank was lost, and none has said why within "
+            f"{LOST_PEER_S:.0f} s: is its node gone, or the network between? ({reason.splitlines()[0]})"
+        )
     lines = [f"[rank {os.environ['RANK']}] error: {reason}"]
     if os.environ.get("INFINI_DEBUG") == "1" or not (written or expected):
         lines.insert(0, "".join(traceback.format_exception(error)).rstrip())

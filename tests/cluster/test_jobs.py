@@ -80,7 +80,7 @@ def test_a_killed_rank_costs_a_requeue(job, calm):
     for rank in killed.ranks_on("n2"):
         rank.send_signal(signal.SIGKILL)
     killed.await_requeue()
-    assert "was killed by SIGKILL" in killed.text() and "failed with code 137" in killed.text()
+    assert "on n2 was killed by SIGKILL" in killed.text() and "failed with code 137" in killed.text()
     finish(killed, calm)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,7 +230,7 @@ def test_killed_rank_takes_the_run_down_within_seconds(tmp_path, data):
     code, output = finish(process)
     assert time.monotonic() - began < 20
     assert code == 128 + signal.SIGKILL
-    assert "rank 1 was killed by SIGKILL" in output.splitlines()[-1]
+    assert f"rank 1 on {socket.gethostname()} was killed by SIGKILL" in output.splitlines()[-1]
     assert not any(rank.is_running() for rank in ranks.values())
     assert list((tmp_path / "run").glob("checkpoints/step_*")) == []
 

@@ -129,6 +129,8 @@ def test_the_first_launchers_code_counts_whatever_srun_makes_of_it(batch):
     """It ends the other nodes with TERM, and returns the highest code: a mistake would look like a failure."""
     code, output = batch.run(SRUN_CODE="143", NODE_CODES="2 143")
     assert code == 2 and not batch.requeued, output
+    code, output = batch.run(SRUN_CODE="2", NODE_CODES="75 2")  # the first has only followed
+    assert code == 2 and not batch.requeued, output
 
 
 def test_what_the_user_says_about_meeting_is_taken(batch):

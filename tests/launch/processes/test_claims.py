@@ -7,8 +7,8 @@ import stat
 
 import pytest
 
-from launch.processes import worker
-from launch.processes.worker import CLAIM_FOLDER, _Claim
+from launch.processes import claims
+from launch.processes.claims import CLAIM_FOLDER, Claim
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +20,14 @@ def ranks(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    monkeypatch.setattr(worker.tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(worker, "GRACE_S", 0.0)
-    monkeypatch.setattr(worker, "WATCH_INTERVAL_S", 0.0)
+    monkeypatch.setattr(claims.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(claims, "GRACE_S", 0.0)
+    monkeypatch.setattr(claims, "WATCH_INTERVAL_S", 0.0)
     return temporary
 
 
 def test_one_rank_gets_the_claim_and_the_others_see_it(tmp_path):
-    first, second = (_Claim(tmp_path / "run") for _ in range(2))
+    first, second = (Claim(tmp_path / "run") for _ in range(2))
     assert not second.is_taken()
     assert first.take() and second.is_taken()
     assert not second.take()
@@ -39,14 +39,14 @@ def test_ranks_of_one_node_claim_in_the_launchers_folder(tmp_path, monkeypatch):
     launcher, run_dir = tmp_path / "launcher", tmp_path / "run"
     launcher.mkdir()
     monkeypatch.setenv(CLAIM_FOLDER, str(launcher))
-    early, late = _Claim(None), _Claim(run_dir)
+    early, late = Claim(None), Claim(run_dir)
     assert early.take() and late.is_taken() and not run_dir.exists()
     monkeypatch.setenv("WORLD_SIZE", "4")  # two nodes: only the run folder is seen by all
-    assert _Claim(run_dir).folder == run_dir
+    assert Claim(run_dir).folder == run_dir
 
 
 def test_without_any_folder_nothing_stays_in_the_temporary_one(ranks):
-    first, second = _Claim(None), _Claim(None)
+    first, second = Claim(None), Claim(None)
     assert first.take() and second.is_taken() and not second.take()
     (folder,) = ranks.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -56,7 +56,7 @@ def test_without_any_folder_nothing_stays_in_the_temporary_one(ranks):
 
 def test_a_folder_that_others_can_write_is_not_believed(ranks):
     """Somebody who guesses its name could silence the ranks, or end them."""
-    claim = _Claim(None)
+    claim = Claim(None)
     claim.own.mkdir()
     os.chmod(claim.own, 0o777)
     claim.path.touch()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.processes.worker import FOLLOWED
 from pipeline.training.stopping import ECHO_S, STOPPED
 
 ROOT = Path(__file__).parents[3]
@@ -92,7 +93,7 @@ def test_rank_blocked_for_ever_does_not_outlive_the_failure(tmp_path):
 
 def test_killed_rank_is_named_last(tmp_path):
     code, output = finish(start("killed", tmp_path))
-    assert output.splitlines()[-1].startswith("infini: error: rank 1 was killed by SIGKILL")
+    assert output.splitlines()[-1].startswith(f"infini: error: rank 1 on {socket.gethostname()} was killed by SIGKILL")
     assert code == 128 + signal.SIGKILL
 
 
@@ -165,18 +166,24 @@ def torchrun(mode: str, run_dir: Path, **settings) -> subprocess.Popen:
     )
 
 
-def test_two_agents_are_two_nodes_and_tell_one_reason(tmp_path, free_port):
+@pytest.mark.parametrize(
+    ("mode", "code", "reason"),
+    [
+        ("bad-data", 2, "[rank 1] error: shard train-000003.tar is truncated"),
+        ("killed", 128 + signal.SIGKILL, f"infini: error: rank 1 on {socket.gethostname()} was killed by SIGKILL"),
+    ],
+)
+def test_two_agents_are_two_nodes_and_tell_one_reason(tmp_path, free_port, mode, code, reason):
     nodes = {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": f"127.0.0.1:{free_port}"}
     # An earlier launch under the same name has left its claim: it must not silence this one.
     stale = tmp_path / ".first-error-same-name-0-0"
     stale.touch()
     os.utime(stale, (time.time() - 60, time.time() - 60))
-    agents = [torchrun("bad-data", tmp_path, RDZV_ID="same-name", **nodes) for _ in range(2)]
-    results = [finish(agent) for agent in agents]
-    assert sorted(code for code, _ in results) == [1, 2]
-    together = "".join(output for _, output in results)
-    assert together.count("shard train-000003.tar is truncated") == 1
-    assert "Connection" not in together and "Traceback" not in together
+    agents = [torchrun(mode, tmp_path, RDZV_ID="same-name", **nodes) for _ in range(2)]
+    results = sorted((finish(agent) for agent in agents), key=lambda result: result[0] == FOLLOWED)
+    assert [found for found, _ in results] == [code, FOLLOWED], results
+    assert results[0][1].startswith(reason) and results[0][1].count("error:") == 1
+    assert results[1][1] == "infini: error: the ranks of this node left because a rank elsewhere failed\n"
 
 
 def test_two_numbered_nodes(tmp_path, free_port):
