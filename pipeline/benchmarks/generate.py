@@ -21,6 +21,7 @@ from pipeline.inference.generate import BLOCK_CHARACTERS, Generator
 from pipeline.inference.incremental import LaneState
 from pipeline.inference.memory_file import Identity
 from pipeline.inference.streaming import Streamer
+from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import initialize
 
 MODEL = ["model.num_attention_heads=4", "model.num_query_groups=2", "model.memory.rule=delta"]
@@ -78,7 +79,7 @@ def measure(
     config = load_config(None, [*MODEL, *sizes, f"model.ffn_hidden_size={3 * hidden_size}", *settings])
     topology = initialize(tensor=1, pipeline=1, timeout_s=600)
     tokenizer = byte_tokenizer()
-    streamer = Streamer(config, topology, tokenizer.vocab_size)
+    streamer = Streamer(build_stage(config, topology, tokenizer.vocab_size), topology)
     identity = Identity(asdict(config.model), "", tokenizer.hash)
     generator = Generator(streamer, tokenizer, identity, tokenizer.vocab_size)
     with tempfile.TemporaryDirectory(prefix="infini-bench-") as folder:

@@ -178,10 +178,16 @@ class PasskeyRowConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Defaults of `infini evaluate`."""
+    """What `infini evaluate` measures, and how a run evaluates itself on the way (docs/evaluation.md)."""
 
+    interval: int | None = None
+    """Steps between evaluations inside the training run; null is never. There is one more behind the last step, and one
+    before the first where train.init_from gives the weights. They measure the loss of `documents`, and
+    `interval_tasks`: no passkey grid."""
+    interval_tasks: list[str] | None = None
+    """Tasks of the evaluations inside the training run, such as `passkey:8,length=2K,depth=0.5`; null is `tasks`."""
     documents: int = 16
-    """Held-out documents for the loss by segment index."""
+    """Held-out documents for the loss by segment index; 0 leaves it out."""
     max_segments: int = 32
     """Segments per held-out document."""
     passkey_lengths: list[int] = field(default_factory=lambda: [2, 4, 8, 16])

@@ -98,11 +98,18 @@ def _source(problem: str, file: str | os.PathLike | None, overrides: Sequence[st
 
 def _numbers(config: Config) -> Iterator[str]:
     yield from out_of_bounds(config)
-    for i, spec in enumerate(config.evaluate.tasks):
-        try:
-            Task.parse(spec)
-        except ValueError as error:
-            yield f"evaluate.tasks.{i} = {error}"
+    evaluate = config.evaluate
+    for name, specs in (("tasks", evaluate.tasks), ("interval_tasks", evaluate.interval_tasks or [])):
+        for i, spec in enumerate(specs):
+            try:
+                Task.parse(spec)
+            except ValueError as error:
+                yield f"evaluate.{name}.{i} = {error}"
+    if evaluate.interval is not None and evaluate.interval > config.train.steps:
+        yield (
+            f"evaluate.interval = {evaluate.interval}: must be at most train.steps = {config.train.steps}; null never "
+            "evaluates inside the run"
+        )
     for i, row in enumerate(config.evaluate.passkey_grid):
         for name in ("lengths", "depths"):
             if not getattr(row, name):

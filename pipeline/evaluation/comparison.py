@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.evaluation import plots, report, task_report
 from pipeline.evaluation.intervals import ratio_intervals, resample_counts
 from pipeline.evaluation.report import Results
+from pipeline.evaluation.scalars import file_name, mean_over
 from pipeline.reporting.console import make_console, print_table
 
 COMPARISON = "comparison.json"
@@ -40,12 +41,12 @@ def compare(results: list[Results], folder: Path) -> dict[str, Any]:
     for path in common:
         facts = [other["perplexity"][path] for other in results]
         curves = {name: report.curve(fact, "on") for name, fact in zip(names, facts, strict=True)}
-        target = folder / f"comparison_loss_{report.file_name(path)}.png"
+        target = folder / f"comparison_loss_{file_name(path)}.png"
         plots.loss_by_segment(target, curves, f"held-out loss, {path}")
         documents = facts[0]["by_segment_documents"]
         above = {name: report.curve_of(found, documents) for name, found in differences[path].items() if found}
         if above:
-            target = folder / f"comparison_loss_above_first_{report.file_name(path)}.png"
+            target = folder / f"comparison_loss_above_first_{file_name(path)}.png"
             title = f"held-out loss above that of {names[0]}, paired by document, {path}"
             plots.loss_by_segment(target, above, title)
     report.write_json(folder / COMPARISON, content)
@@ -142,7 +143,7 @@ def _rows(names: list[str], results: list[Results], common: list[str], differenc
                 found = [fact["ways"].get(way, {}).get("loss") for fact in facts]
                 rows.append([f"{path}: loss, {label}", *map(report.number, found)])
         later = [
-            report.mean_over(
+            mean_over(
                 fact["ways"]["on"]["by_segment"], fact["by_segment_tokens"], (len(fact["by_segment_tokens"]) // 2, None)
             )
             for fact in facts

@@ -18,7 +18,6 @@ from typing import Any
 import torch.distributed as dist
 
 from data.prepared.shards import PreparedSet
-from data.synthetic import is_synthetic
 from data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pipeline.checkpoint.find_tokenizer import check_tokenizer
 from pipeline.checkpoint.folder import find_checkpoint
@@ -26,9 +25,8 @@ from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.evaluation import evaluation_config
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
-from pipeline.config.task_spec import Task
-from pipeline.evaluation import answers, heldout, passkey, report
-from pipeline.evaluation.tasks import task_cells, task_results
+from pipeline.evaluation import passkey, report
+from pipeline.evaluation.work import Work, own_sets
 from pipeline.inference.streaming import Document, Streamer, open_checkpoint
 from pipeline.parallel.setup import versions
 from pipeline.parallel.topology import Topology, initialize, on_main
@@ -37,8 +35,6 @@ from pipeline.reporting.console import progress
 FORMAT_VERSION = 2
 STATISTICS_SEGMENTS = 16
 """Segments in which the gates are measured."""
-PASSKEY = "passkey"
-"""Name of the passkey grid's cells; a task's is its spec."""
 LONGEST_WAIT = datetime.timedelta(days=7)
 """For the results of other ranks: each runs its documents at its own pace."""
 
@@ -84,23 +80,15 @@ def evaluate_run(
     if not streamer.has_memory:
         notes.append("model.memory.rule is none: there is no memory to turn off or exchange, so there are no controls")
     evaluate = config.evaluate
-    sets = _held_out_sets(config, data, reader, notes) if with_perplexity else []
-    held_out = [(source, _documents(source, config, notes)) for source in sets]
-    tasks = [Task.parse(spec) for spec in evaluate.tasks] if with_synthetic else []
+    sets = _held_out_sets(config, data, reader, notes) if with_perplexity and evaluate.documents else []
+    tasks = evaluate.tasks if with_synthetic else []
     grid, note = passkey.grid_wanted(config, overrides, with_passkey) if with_synthetic else (False, "")
     notes.extend([note] if note else [])
     tokenizer = _tokenizer(config, data, reader) if tasks or grid else None
-    rows = _passkey_rows(config, tokenizer, notes) if grid else []
-    if not held_out and not rows and not tasks:
+    work = Work(config, sets, tasks, _passkey_rows(config, tokenizer, notes) if grid else [], tokenizer, notes)
+    if work.is_empty:
         raise ValueError("; ".join([f"nothing to evaluate in {run_dir}", *notes]))
 
-    total = sum(document.length - 1 for _, documents in held_out for document in documents)
-    length = streamer.segment_length
-    cells = {task.spec: task_cells(task, tokenizer, length, evaluate.seed) for task in tasks}
-    if rows:
-        cells[PASSKEY] = passkey.passkey_cells(rows, tokenizer, length)
-    work = {name: answers.plan(streamer, own) for name, own in cells.items()}
-    total += sum(own.tokens for own in work.values())
     results: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "run": str(run_dir),
@@ -113,27 +101,20 @@ def evaluate_run(
         "config": asdict(config),
         "versions": versions(),
         "notes": notes,
-        "perplexity": {},
-        "passkey": None,
-        "tasks": {},
         "memory": {},
     }
-    with _progress(topology, total, f"evaluating {config.name} step {results['step']}, tokens") as advance:
-        for source, documents in held_out:
-            results["perplexity"][str(source.path)] = _held_out(streamer, source, documents, evaluate.seed, advance)
-        counts = {name: answers.measure(streamer, own, tokenizer.eos_id, advance) for name, own in work.items()}
-    if rows:
-        results["passkey"] = passkey.passkey_results(rows, counts[PASSKEY], length, evaluate.seed)
-    results["tasks"] = {task.spec: task_results(task, counts[task.spec], evaluate.seed) for task in tasks}
+    told = f"evaluating {config.name} step {results['step']}, tokens"
+    found = work.measure(streamer, lambda total: _progress(topology, total, told))
+    tokens = found.pop("tokens")
+    results |= found
     if streamer.has_memory:
-        documents = held_out[0][1] if held_out else [cell.make(0) for own in cells.values() for cell in own]
-        eos_id = held_out[0][0].eos_id if held_out else tokenizer.eos_id
+        documents, eos_id = work.examples()
         results["memory"] = _memory(streamer, documents[: streamer.max_lanes], eos_id)
     seconds = [time.perf_counter() - started]
     dist.broadcast_object_list(seconds, src=0)
     dist.destroy_process_group(streamer.group)
     results["seconds"] = seconds[0]
-    results["tokens_per_s"] = total / results["seconds"]
+    results["tokens_per_s"] = tokens / results["seconds"]
     folder = Path(out) if out is not None else run_dir / "evaluation" / path.name
     results = report.without_nan(results | {"folder": str(folder)})
     on_main(lambda: _report(results, folder, run_dir, own_folder=out is not None))
@@ -179,21 +160,8 @@ def _check_model(reader: CheckpointReader, config: Config) -> None:
 def _held_out_sets(
     config: Config, data: Sequence[str], reader: CheckpointReader, notes: list[str]
 ) -> list[PreparedSet]:
-    """Sets with held-out documents: those of `data`, else the run's own without the synthetic ones (unless there are
-    only these)."""
-    if data:
-        sets = [PreparedSet(path, "valid") for path in data]
-    else:
-        sets = []
-        for path in dict.fromkeys(entry.path for entry in config.data.sets):
-            if "valid" in PreparedSet(path).manifest.splits:
-                sets.append(PreparedSet(path, "valid"))
-            else:
-                notes.append(f"{path} holds no documents out: nothing to evaluate in it")
-        text = [source for source in sets if not _is_synthetic(source)]
-        if text:
-            notes.extend(f"{source.path}: synthetic documents only, not used" for source in sets if source not in text)
-            sets = text
+    """Sets with held-out documents: those of `data`, else the run's own, see `own_sets`."""
+    sets = [PreparedSet(path, "valid") for path in data] if data else own_sets(config, notes)
     for source in sets:
         if source.vocab_size > reader.summary.vocab_size:
             raise ConfigError(
@@ -210,41 +178,6 @@ def _held_out_sets(
     if len(hashes) > 1:
         raise ConfigError([f"{' and '.join(hashes.values())} were prepared with different tokenizers"])
     return sets
-
-
-def _is_synthetic(source: PreparedSet) -> bool:
-    sources = source.manifest.sources
-    return bool(sources) and all(is_synthetic(entry.spec) for entry in sources)
-
-
-def _documents(source: PreparedSet, config: Config, notes: list[str]) -> list[Document]:
-    evaluate, length = config.evaluate, config.model.segment_length
-    documents = heldout.choose_documents(
-        source,
-        documents=evaluate.documents,
-        max_segments=evaluate.max_segments,
-        segment_length=length,
-        seed=evaluate.seed,
-    )
-    full = sum(document.segments(length) == evaluate.max_segments for document in documents)
-    if full < evaluate.documents:
-        notes.append(
-            f"{source.path}: {len(documents)} held-out documents, {full} of them with the {evaluate.max_segments} "
-            f"segments of {length} tokens asked for"
-        )
-    if len(documents) == 1:
-        notes.append(
-            f"{source.path}: of one document there is no 95 % interval, and no other whose memory it could read"
-        )
-    return documents
-
-
-def _held_out(
-    streamer: Streamer, source: PreparedSet, documents: list[Document], seed: int, advance: Callable[[int], None]
-) -> dict[str, Any]:
-    sums = heldout.segment_losses(streamer, documents, source.eos_id, advance)
-    each = heldout.each_document(sums, [document.name for document in documents])
-    return heldout.summarize(sums, seed) | {"each_document": each}
 
 
 def _memory(streamer: Streamer, documents: list[Document], eos_id: int) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from data.prepared.shards import PreparedSet
 from model.rules.state import choose_lanes, roll_lanes
@@ -57,7 +59,7 @@ def segment_losses(
     turns with the batches.
 
     Args:
-        advance: called with the number of tokens of each segment that is done.
+        advance: called with numbers of tokens that are done, of all ranks by this one's measure.
 
     Returns:
         `weight` and one entry per way to evaluate (`on`, `off`, `shuffled`; only `on` without a memory; no `shuffled`
@@ -77,6 +79,7 @@ def segment_losses(
             continue
         # Without memory a document has a state of its own: a sliding context holds what upper layers have read.
         memory = without = streamer.empty_memory(len(batch))
+        found: dict[str, list[Tensor]] = {way: [] for way in ways}
         for segment in range(max(document.segments(streamer.segment_length) for document in batch)):
             window = streamer.window(batch, segment, 1, eos_id)
             weight = window.loss_weight.double()
@@ -88,11 +91,15 @@ def segment_losses(
                 outputs["shuffled"] = streamer.run(window, roll_lanes(memory, with_context=False))
             for way, output in outputs.items():
                 if output.loss is not None:
-                    sums[way][rows, segment] = (output.loss.double() * weight).sum(dim=(1, 2)).cpu().numpy()
-            sums["weight"][rows, segment] = weight.sum(dim=(1, 2)).cpu().numpy()
+                    found[way].append((output.loss.double() * weight).sum(dim=(1, 2)))
+            labels = [document.labels(segment, streamer.segment_length) for document in batch]
+            sums["weight"][rows, segment] = labels
             # A document that has ended keeps its memory for the one that is to read it.
             memory = choose_lanes(weight.sum(dim=(1, 2)) > 0, outputs["on"].memory, memory)
-            advance(int(weight.sum()))
+            advance(sum(labels) * topology.data_size)
+        for way, losses in found.items():
+            if losses:  # one copy to the host for all segments: a device is waited for once a batch and way
+                sums[way][rows, : len(losses)] = torch.stack(losses, dim=1).cpu().numpy()
     names = list(sums)
     return dict(zip(names, streamer.add_up(np.stack([sums[name] for name in names])), strict=True))
 

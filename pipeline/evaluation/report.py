@@ -12,6 +12,7 @@ import numpy as np
 
 from data.files import write_whole
 from pipeline.evaluation import plots, task_report
+from pipeline.evaluation.scalars import by_length, doubling_spans, mean_over, scalars, set_names, span_name
 from pipeline.evaluation.training_curves import training_curves
 from pipeline.reporting.console import format_duration, make_console, print_table
 from pipeline.reporting.metrics import METRICS_FILE, TENSORBOARD_FOLDER
@@ -44,7 +45,7 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, Path] = {}
-    for name, (path, facts) in _set_names(results).items():
+    for name, (path, facts) in set_names(results).items():
         images[f"loss_by_segment/{name}"] = target = folder / f"loss_by_segment_{name}.png"
         curves = {WAY_NAMES[way]: curve(facts, way) for way in facts["ways"]}
         plots.loss_by_segment(target, curves, f"{results['name']}, step {results['step']}\nheld-out loss, {path}")
@@ -71,23 +72,6 @@ def write_json(path: Path, content: Results) -> None:
     write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _set_names(results: Results) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Short, different names of the evaluated sets, for files."""
-    named: dict[str, tuple[str, dict[str, Any]]] = {}
-    for path, facts in results["perplexity"].items():
-        base = name = file_name(path)
-        number = 2
-        while name in named:
-            name, number = f"{base}-{number}", number + 1
-        named[name] = (path, facts)
-    return named
-
-
-def file_name(path: str) -> str:
-    """The last part of a set's path as part of a file's name."""
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).name) or "set"
-
-
 def curve(facts: dict[str, Any], way: str) -> plots.Curve:
     """The loss by segment of a set's facts, as it is plotted."""
     return curve_of(facts["ways"][way], facts["by_segment_documents"])
@@ -103,12 +87,6 @@ def curve_of(numbers: dict[str, Any], documents: Sequence[int]) -> plots.Curve:
 def _cells(results: Results, control: str) -> dict[tuple[int, float], dict[str, Any]]:
     cells = results["passkey"]["cells"] if results["passkey"] else []
     return {(cell["segments"], cell["depth"]): cell for cell in cells if cell["control"] == control}
-
-
-def _lengths(results: Results, control: str) -> dict[int, dict[str, Any]]:
-    """Scores over all depths, by segments."""
-    found = results["passkey"]["by_length"] if results["passkey"] else []
-    return {scores["segments"]: scores for scores in found if scores["control"] == control}
 
 
 def _heatmap(path: Path, results: Results, control: str) -> None:
@@ -141,7 +119,7 @@ def _by_length(path: Path, results: Results) -> None:
     tokens = {row["segments"]: row["tokens"] for row in results["passkey"]["rows"]}
     curves = {}
     for control in results["passkey"]["controls"]:
-        scores = _lengths(results, control)
+        scores = by_length(results, control)
         curves[WAY_NAMES[control]] = [
             plots.Score(tokens[n], s["exact_match"], *s["exact_match_interval"], s["answers"])
             for n, s in sorted(scores.items())
@@ -167,23 +145,9 @@ def _tensorboard(results: Results, images: dict[str, Path], folder: Path) -> Non
                 writer.add_image(f"evaluation/{name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
 
-def scalars(results: Results) -> dict[str, float]:
-    """The main numbers under the names they have in TensorBoard."""
-    values = {}
-    for name, (_, facts) in _set_names(results).items():
-        for way, numbers in facts["ways"].items():
-            values[f"evaluation/{name}/loss_{way}"] = numbers["loss"]
-    if results["passkey"]:
-        for control in results["passkey"]["controls"]:
-            for segments, scores in _lengths(results, control).items():
-                values[f"evaluation/passkey_{control}/segments_{segments}"] = scores["exact_match"]
-    values |= task_report.scalars(results)
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def exact_match(results: Results, control: str, segments: int) -> float | None:
     """Passkey exact match over all depths of a length."""
-    return _lengths(results, control).get(segments, {}).get("exact_match")
+    return by_length(results, control).get(segments, {}).get("exact_match")
 
 
 # Tables
@@ -193,8 +157,8 @@ def show(results: Results, folder: Path) -> None:
     """Print one run's tables."""
     console = make_console()
     for path, facts in results["perplexity"].items():
-        spans = _spans(len(facts["by_segment_tokens"]))
-        header = ["held-out documents", "loss", "95 %", "perplexity", *(f"seg {_span_name(span)}" for span in spans)]
+        spans = doubling_spans(len(facts["by_segment_tokens"]))
+        header = ["held-out documents", "loss", "95 %", "perplexity", *(f"seg {span_name(span)}" for span in spans)]
         rows = []
         for way, numbers in facts["ways"].items():
             by_span = [mean_over(numbers["by_segment"], facts["by_segment_tokens"], span) for span in spans]
@@ -227,7 +191,7 @@ def _show_passkey(results: Results, console: Any) -> None:
     for row in grid["rows"]:
         name = f"{row['segments']:,} segments, {row['tokens']:,} tokens"
         for control in grid["controls"]:
-            scores = _lengths(results, control).get(row["segments"])
+            scores = by_length(results, control).get(row["segments"])
             if scores is None:
                 continue
             cells = _cells(results, control)
@@ -239,26 +203,6 @@ def _show_passkey(results: Results, console: Any) -> None:
             name = ""
     header = ["passkey", "", "n", "exact", "95 %", "tokens", *(f"depth {depth:g}" for depth in depths)]
     print_table("passkey: exact match and token accuracy over all depths", rows, header=header, console=console)
-
-
-def _spans(segments: int) -> list[tuple[int, int]]:
-    """Segments in spans that double: [0, 1), [1, 2), [2, 4), ... [first, last)."""
-    spans, first, last = [], 0, 1
-    while first < segments:
-        spans.append((first, min(last, segments)))
-        first, last = last, 2 * last
-    return spans
-
-
-def _span_name(span: tuple[int, int]) -> str:
-    return str(span[0]) if span[1] - span[0] == 1 else f"{span[0]}-{span[1] - 1}"
-
-
-def mean_over(by_segment: Sequence[float | None], tokens: Sequence[int], span: tuple[int, int | None]) -> float | None:
-    pairs = [(loss, n) for loss, n in zip(by_segment[slice(*span)], tokens[slice(*span)], strict=True) if n]
-    if any(loss is None for loss, _ in pairs) or not pairs:
-        return None
-    return sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import saved_shape
 from pipeline.evaluation import plots
+from pipeline.evaluation.scalars import label
 from pipeline.reporting.console import print_table
 
 Results = dict[str, Any]
@@ -15,11 +16,6 @@ Results = dict[str, Any]
 def short_name(spec: str) -> str:
     """A spec as part of a file's name."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in spec)[:120].rstrip("_")
-
-
-def label(settings: dict[str, float], names: list[str] | None = None) -> str:
-    """`pairs 4, length 1024`."""
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items() if names is None or name in names)
 
 
 def score_points(facts: Results, control: str, x: str) -> dict[str, list[plots.Score]]:
@@ -85,15 +81,6 @@ def show_tasks(results: Results, console: Any, way_names: dict[str, str]) -> Non
             exact, tokens = f"{cell['exact_match']:.3f}", f"{cell['token_accuracy']:.3f}"
             rows.append([name, way_names[cell["control"]], str(cell["answers"]), exact, between, tokens])
         print_table(spec, rows, header=["", "", "n", "exact", "95 %", "tokens"], console=console)
-
-
-def scalars(results: Results) -> dict[str, float]:
-    """Exact match under the names that TensorBoard has."""
-    return {
-        f"evaluation/task_{cell['control']}/{facts['task']} {label(cell['settings'])}": cell["exact_match"]
-        for facts in results["tasks"].values()
-        for cell in facts["cells"]
-    }
 
 
 def compare_tasks(names: list[str], results: list[Results], folder: Path, way_names: dict[str, str]) -> list[list[str]]:

@@ -31,6 +31,7 @@ from pipeline.inference.memory_file import Identity, load_memory, save_memory
 from pipeline.inference.sampling import Sampling, choose
 from pipeline.inference.streaming import Streamer
 from pipeline.inference.text_stream import TextStream
+from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import initialize, on_main
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Generator:
         reader = open_verified(on_main(lambda: path))  # a run that is going on moves what is its newest
         for note in notes if topology.is_main else ():
             logger.warning("%s", note)
-        streamer = Streamer(config, topology, reader.summary.vocab_size)
+        streamer = Streamer(build_stage(config, topology, reader.summary.vocab_size), topology)
         streamer.load(reader)
         identity = Identity(asdict(config.model), reader.summary.sha256, found.hash)
         return cls(streamer, found, identity, reader.summary.vocab_size, end_ids)

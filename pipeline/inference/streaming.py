@@ -7,6 +7,7 @@ can keep it, exchange it between documents, or run the same window twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -60,6 +61,10 @@ class Document:
 
     def segments(self, segment_length: int) -> int:
         return -(-(self.length - 1) // segment_length)
+
+    def labels(self, segment: int, segment_length: int) -> int:
+        """Labels in a segment; 0 behind the document's end."""
+        return min(max(self.length - 1 - segment * segment_length, 0), segment_length)
 
 
 class Output(NamedTuple):
@@ -127,26 +132,33 @@ def segments_to_read(tokens: Tensor) -> WindowBatch:
     )
 
 
+class Interrupted(Exception):
+    """Somebody wants no more windows."""
+
+
 class Streamer:
-    """A trained model that runs forward over documents.
+    """A model that runs forward over documents. Nothing of it changes.
 
     Args:
-        config: the run's configuration with the layout of the evaluation.
+        stage: this process's part of the model.
         topology: the process grid; data-parallel ranks run other documents, at their own pace.
-        vocab_size: of the model (not padded).
     """
 
-    def __init__(self, config: Config, topology: Topology, vocab_size: int) -> None:
-        self.topology = topology
+    def __init__(self, stage: DecoderStage, topology: Topology) -> None:
+        self.stage, self.topology = stage, topology
         self.group: dist.ProcessGroup | None = None
         """Where results are exchanged; None is all processes with the timeout of the layout."""
-        self.segment_length = config.model.segment_length
-        self.has_memory = config.model.memory.rule != "none"
-        self.local_reach = config.model.num_layers if config.model.local_context == "sliding" else 0
+        self.interrupted: Callable[[], bool] = lambda: False
+        """Asked before every window, on all processes of a model copy, which give the same answer: `add_up` is then the
+        end, for the other copies too."""
+        self.waiting: Callable[[], AbstractContextManager] = nullcontext
+        """Around the exchange of results, where a copy that is done waits for the others."""
+        config = stage.config
+        self.segment_length = config.segment_length
+        self.has_memory = config.memory.rule != "none"
+        self.local_reach = config.num_layers if config.local_context == "sliding" else 0
         """Segments before its own that the local attention of all layers together sees."""
-        self.stage: DecoderStage = build_stage(config, topology, vocab_size)
-        self.stage.eval()
-        self.executor = Executor(self.stage, topology, chunks=1, carry_gradient=False)
+        self.executor = Executor(stage, topology, chunks=1, carry_gradient=False)
         tokens = WINDOW_TOKENS["cpu" if topology.device.type == "cpu" else "cuda"]
         self.tokens_per_window = max(self.segment_length, min(tokens, LOGITS // self.stage.vocab_size))
 
@@ -194,6 +206,9 @@ class Streamer:
         Args:
             memory_off: give the local attention all of the output.
             correct: also say where greedy decoding gives the label.
+
+        Raises:
+            Interrupted: see `interrupted`; on all processes, sooner or later.
         """
         return self._run(batch, memory, memory_off=memory_off, correct=correct)
 
@@ -214,6 +229,8 @@ class Streamer:
 
     @torch.inference_mode()
     def _execute(self, batch: WindowBatch, memory: Memory, microbatches: int, **options: bool) -> StepResult:
+        if self.interrupted():
+            self._exchange(Interrupted())
         lanes = batch.tokens.shape[0]
         return self.executor.run(
             build_forward_schedule(
@@ -229,11 +246,21 @@ class Streamer:
         )
 
     def add_up(self, sums: np.ndarray) -> np.ndarray:
-        """The sum over the data-parallel ranks of what their last stages have, on every process; collective."""
-        mine = sums if self.topology.is_last_stage and self.topology.tensor_rank == 0 else None
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine, group=self.group)
+        """The sum over the data-parallel ranks of what their last stages have, on every process; collective.
+
+        Raises:
+            Interrupted: one of them ran no further.
+        """
+        gathered = self._exchange(sums if self.topology.is_last_stage and self.topology.tensor_rank == 0 else None)
         return np.sum([found for found in gathered if found is not None], axis=0)
+
+    def _exchange(self, mine: np.ndarray | Interrupted | None) -> list[np.ndarray | None]:
+        gathered: list = [None] * dist.get_world_size()
+        with self.waiting():
+            dist.all_gather_object(gathered, mine, group=self.group)
+        if any(isinstance(found, Interrupted) for found in gathered):
+            raise Interrupted
+        return gathered
 
 
 def _microbatches(lanes: int, stages: int) -> int:
@@ -272,6 +299,6 @@ def open_checkpoint(config: Config, topology: Topology, path: Path) -> tuple[Str
         CheckpointError: it is missing, damaged or does not fit the configuration.
     """
     reader = open_verified(path)
-    streamer = Streamer(config, topology, reader.summary.vocab_size)
+    streamer = Streamer(build_stage(config, topology, reader.summary.vocab_size), topology)
     streamer.load(reader)
     return streamer, reader

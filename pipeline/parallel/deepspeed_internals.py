@@ -28,6 +28,10 @@ _REDUCTIONS = ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_
 """The engine's methods that reduce the gradients at the end of `coalesce_grad_reduction`."""
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+"""Where a module has those that ZeRO 3 works by; PyTorch's names."""
+
+
 def quieten() -> None:
     """Before the first engine: no warnings, and no compiler."""
     # Its CPU collectives would be compiled at start-up, and a killed build leaves a lock that later runs wait for.
@@ -107,6 +111,24 @@ def reduced_once(engine: DeepSpeedEngine) -> Iterator[None]:
     finally:
         for name in _REDUCTIONS:
             methods.pop(name, None)
+
+
+@contextlib.contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """The parameters of ZeRO 3 are whole inside, and stay so: its hooks, which gather a module's parameters before its
+    forward pass and part them behind it, are off. They are all the hooks that the modules have. Collective.
+
+    Without hooks DeepSpeed does not see the passes either, which would be others than it expects.
+    """
+    hooks = [(part, name, vars(part)[name]) for part in module.modules() for name in _HOOKS]
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        try:
+            for part, name, own in hooks:
+                vars(part)[name] = type(own)()
+            yield
+        finally:
+            for part, name, own in hooks:
+                vars(part)[name] = own
 
 
 def count_once(parameter: nn.Parameter) -> None:

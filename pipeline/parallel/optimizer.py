@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import deepspeed
@@ -34,6 +35,7 @@ from pipeline.parallel.deepspeed_internals import (
     quieten,
     reduced_once,
     sum_in_float32,
+    unsharded,
 )
 from pipeline.parallel.gradient_norm import GradientNorm
 from pipeline.parallel.parameter_groups import Kind, all_kinds, choose_trainable, parameter_groups
@@ -209,6 +211,14 @@ class ZeroOptimizer:
         for _, parameter in self.named:
             if parameter.requires_grad:
                 yield self.global_names[id(parameter)], self._own_master(parameter)
+
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Inside, every process has its part of the model as ZeRO 1 leaves it, without the traffic of ZeRO 3 in every
+        pass: data-parallel ranks may run different numbers of forward passes. Nothing may change; collective.
+
+        It takes the bytes of the parameters, and no more than a step has: all gradients of a rank are there then.
+        """
+        return unsharded(self.stage) if self.zero_stage == 3 else contextlib.nullcontext()
 
     # Sharded state, for checkpoints.
 

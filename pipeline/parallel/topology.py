@@ -58,6 +58,11 @@ class Topology:
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
+    def model_group(self) -> dist.ProcessGroup:
+        """The processes of one copy of the model."""
+        return parallel_state.get_model_parallel_group()
+
+    @property
     def data_group(self) -> dist.ProcessGroup:
         return parallel_state.get_data_parallel_group()
 
@@ -212,7 +217,7 @@ def _open_connections(topology: Topology) -> None:
             dist.recv(token, source, group=group)
         if target is not None:
             dist.send(token, target, group=group)
-    groups = [None, topology.tensor_group, topology.data_group, parallel_state.get_model_parallel_group()]
+    groups = [None, topology.tensor_group, topology.data_group, topology.model_group]
     if topology.pipeline_size > 1 and (topology.pipeline_rank == 0 or topology.is_last_stage):
         groups.append(topology.embedding_group)
     for group in groups:

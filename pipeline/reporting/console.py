@@ -134,6 +134,7 @@ class RunConsole:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._console = console or make_console()
+        self._clock = clock
         self._total = total_steps
         self._eta = Eta(total_steps, clock, start_step)
         self._bar = None
@@ -164,6 +165,19 @@ class RunConsole:
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar."""
         _print_line(self._console, text)
+
+    @contextmanager
+    def beside(self, total: int, description: str) -> Iterator[Callable[..., None]]:
+        """The progress of something that the run does between two steps: as `progress` shows it, without a word when
+        that is short. What comes of it is told otherwise."""
+        if self._bar is None:
+            yield _PlainProgress(self._console, total, description, self._clock)
+            return
+        task = self._bar.add_task(description, total=total, status="")
+        try:
+            yield lambda count=1: self._bar.update(task, advance=count)
+        finally:
+            self._bar.remove_task(task)
 
     def close(self) -> None:
         """Leave the bar as it stands and give the terminal back."""
@@ -204,22 +218,37 @@ def progress(
             yield advance
         return
 
-    start = last = clock()
-    done = 0
-    eta = Eta(total, clock)
-    eta.update(0)
+    plain = _PlainProgress(console, total, description, clock)
 
     def advance_plain(count: int = 1) -> None:
-        nonlocal done, last
-        done += count
-        now = clock()
-        if done >= total:
-            _print_line(console, f"{description} {done}/{total}  took {format_duration(now - start)}")
-        elif now - last >= PLAIN_INTERVAL_S:
-            last = now
-            _print_line(console, f"{description} {done}/{total}  eta {format_duration(eta.update(done))}")
+        plain(count)
+        if plain.done >= total:
+            _print_line(console, f"{description} {plain.done}/{total}  took {format_duration(plain.elapsed_s)}")
 
     yield advance_plain
+
+
+class _PlainProgress:
+    """Progress where nothing can be redrawn: a line every `PLAIN_INTERVAL_S` seconds, until all is done."""
+
+    def __init__(self, console: Console, total: int, description: str, clock: Callable[[], float]) -> None:
+        self._console, self._total, self._description, self._clock = console, total, description, clock
+        self._start = self._last = clock()
+        self._eta = Eta(total, clock)
+        self._eta.update(0)
+        self.done = 0
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._start
+
+    def __call__(self, count: int = 1) -> None:
+        self.done += count
+        now = self._clock()
+        if self.done < self._total and now - self._last >= PLAIN_INTERVAL_S:
+            self._last = now
+            eta = format_duration(self._eta.update(self.done))
+            _print_line(self._console, f"{self._description} {self.done}/{self._total}  eta {eta}")
 
 
 def print_table(

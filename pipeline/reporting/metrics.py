@@ -17,6 +17,11 @@ Names are paths, one spelling from the trainer to the plots:
     progress/tokens  progress/skipped_steps     since the run began
     data/padded_share                           positions that are padding, a share
     data/skipped_documents                      unreadable ones left out so far, with data.skip_bad_documents
+    evaluation/<set>/loss_<way>                 of held-out documents, with the memory `on`, `off` and `shuffled` (that
+                                                of another document)
+    evaluation/<set>/loss_by_segment_<way>/<0, 1, 2-3, 4-7, ...>
+    evaluation/task_<way>/<task and settings>   share of a task's questions that are answered right
+    evaluation/seconds                          that all of it took, which the speed does not count
     system/process_bytes                        resident in the largest process
     system/device_allocated_bytes               most that tensors took on a device since the line before; largest rank
     system/device_reserved_bytes                most that its allocator had taken for them; neither exists on a CPU
@@ -349,8 +354,8 @@ def _finite(name: str, value: Any, nonfinite: list[str]) -> Any:
 class ThroughputMeter:
     """Tokens per second and the seconds of each phase, over the interval since the last `report`.
 
-    Everything that happens in the interval counts, saving and evaluating too: the rate is what a user gets. Phases are
-    host time; on a GPU work that is only queued falls into the phase that waits for it.
+    Everything that happens in the interval counts, saving too, but for what is done in `paused`: the rate is what a
+    user gets. Phases are host time; on a GPU work that is only queued falls into the phase that waits for it.
 
     Args:
         clock: a monotonic clock in seconds.
@@ -385,6 +390,15 @@ class ThroughputMeter:
             yield
         finally:
             self._phases[name] = self._phases.get(name, 0.0) + self._clock() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block does not count."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._start += self._clock() - start
 
     def report(self) -> dict[str, float]:
         """`speed/tokens_per_s`, and as mean seconds per step `speed/step_s` and `speed/<phase>_s`, of the interval that

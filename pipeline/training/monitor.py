@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -307,6 +307,21 @@ class Monitor:
         """Print a line, on the main process."""
         if self.is_main:
             self.console.message(text)
+
+    @contextlib.contextmanager
+    def evaluating(self, total: int) -> Iterator[Callable[[int], None]]:
+        """Show how many of `total` tokens an evaluation has run."""
+        if not self.is_main:
+            yield lambda tokens: None
+            return
+        with self.console.beside(total, f"evaluating step {self.step}, tokens") as advance:
+            yield advance
+
+    def evaluated(self, step: int, values: dict[str, float], told: str) -> None:
+        """An evaluation of the run as it is after `step` steps has found these values: in words, `told`."""
+        if self.is_main:
+            self.writer.scalars(step, values)
+            self.console.message(told)
 
     def saved(self, report: SaveReport) -> None:
         """A checkpoint was written, or could not be."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from pipeline.training import stopping
 from pipeline.training.agreement import agreed_weight
 from pipeline.training.batch_sums import named, own_sums
 from pipeline.training.batches import pinned_for, to_device
+from pipeline.training.evaluating import Evaluation
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, tell_job
@@ -97,6 +98,7 @@ class Trainer:
             probes_per_window=config.train.probes_per_window,
             finish=pinned_for(topology.device),
         )
+        self.evaluation = Evaluation(config, topology) if config.evaluate.interval is not None else None
         self.stage = build_stage(config, topology, self.vocab_size)
         self.optimizer = ZeroOptimizer(self.stage, topology, config)
         self.executor = Executor(
@@ -169,6 +171,9 @@ class Trainer:
             resumed=resumed,
         )
         self.monitor.introduce()
+        if self.evaluation is not None:
+            self.evaluation.begin(self.run_dir, self.progress.step)
+            notes += self.evaluation.notes
         for note in notes:
             self.monitor.message(note)
 
@@ -192,11 +197,11 @@ class Trainer:
         stop.install()
         try:
             # Asked while the run was starting; a time limit leaves it one step at least, or it would never come on.
-            leaving = self._at_boundary(stop, stop.asked)
+            leaving = self._at_boundary(stop, lambda: stop.asked)
             while not leaving and self.progress.step < self.config.train.steps:
                 self.train_step()
                 self.watchdog.warm = True
-                leaving = self._at_boundary(stop, stop.reason)
+                leaving = self._at_boundary(stop, lambda: stop.reason)
             self._settle_save()
             while self.saved_step != self.progress.step:
                 self.save()
@@ -204,12 +209,13 @@ class Trainer:
         finally:
             stop.uninstall()
 
-    def _at_boundary(self, stop: StopRequest, reason: str | None) -> bool:
-        """Between two steps: agree on failed saves and on stopping; save when it is time. True to leave.
+    def _at_boundary(self, stop: StopRequest, asked: Callable[[], str | None]) -> bool:
+        """Between two steps: agree on failed saves and on stopping; save and evaluate when it is time. True to leave.
 
         Args:
-            reason: why this process wants to stop.
+            asked: why this process wants to stop now.
         """
+        reason = asked()
         flags = [float(reason is not None), float(self.saver.has_failed)]
         leaving, failed = self.topology.all_reduce(flags, op=dist.ReduceOp.MAX)
         if failed or self.saver.has_succeeded:
@@ -225,6 +231,9 @@ class Trainer:
             self.monitor.message(f"stopping after step {self.progress.step}: {first} (--resume goes on from there)")
             tell_job(stopping.JOB_STOPPED, first)
             on_main(stop.clear_file)
+        elif self.evaluation is not None and self.evaluation.is_due(self.progress.step):
+            done = self.evaluation.run(self.progress.step, self.optimizer, self.monitor, self.watchdog, asked)
+            return not done and self._at_boundary(stop, asked)
         return bool(leaving)
 
     def train_step(self) -> None:
@@ -408,6 +417,8 @@ class Trainer:
         self.load(reader)
         self.skip_windows(windows)
         self.monitor.rolled_back(self.progress.step)
+        if self.evaluation is not None:
+            self.evaluation.forget_after(self.progress.step)
         self.monitor.message(f"rolled back to step {self.progress.step}; the lanes go on {windows} windows later")
         return True
 

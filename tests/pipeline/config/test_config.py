@@ -206,6 +206,8 @@ def refused(overrides, world_size=None) -> list[str]:
         (["model.num_layers=0"], None, ["model.num_layers = 0", "at least 1"]),
         (["data.sets=[{path: a, weight: 0}]"], None, ["data.sets.0.weight = 0.0", "greater than 0"]),
         (["evaluate.passkey_depths=[0.5,1.5]"], None, ["evaluate.passkey_depths.1 = 1.5", "between 0 and 1"]),
+        (["evaluate.interval=101", "train.steps=100"], None, ["evaluate.interval = 101", "at most train.steps = 100"]),
+        (["evaluate.interval_tasks=['recal:5,length=1K']"], None, ["evaluate.interval_tasks.0 = ", "passkey, needles"]),
         (["model.memory.rule=none", "model.memory.write_gate=hard"], None, ["model.memory.write_gate = hard"]),
         (
             ["model.memory.rule=none", "model.memory.short_convolution=true"],

@@ -143,6 +143,26 @@ def test_progress_in_a_terminal():
     assert "documents" in console.file.getvalue() and "4/4" in console.file.getvalue()
 
 
+def test_progress_beside_the_steps_is_silent_when_it_is_short():
+    console, clock = log_file(), FakeClock()
+    with RunConsole(10, console=console, clock=clock) as run:
+        with run.beside(100, "evaluating step 4, tokens") as advance:
+            clock.now += 10.0
+            advance(60)
+            assert console.file.getvalue() == ""
+            clock.now += 10.0
+            advance(20)
+            advance(20)
+    assert console.file.getvalue() == "evaluating step 4, tokens 80/100  eta 5s\n"
+    shown = terminal()
+    with RunConsole(10, console=shown) as run:
+        with run.beside(100, "evaluating step 4, tokens") as advance:
+            advance(30)
+        run.log(4, VALUES)
+    text = shown.file.getvalue()
+    assert "evaluating step 4" in text and "evaluating" not in text[text.rindex("4/10") :]
+
+
 def test_table_is_aligned_and_whole():
     console = log_file()
     rows = [("tokens per step", "131,072"), ("lanes [G]", "8"), ("a/" + "long" * 20, "x")]

@@ -220,6 +220,18 @@ def test_throughput_is_tokens_over_elapsed_time():
     assert meter.report() == {"speed/tokens_per_s": 50.0, "speed/step_s": 2.0}
 
 
+def test_what_is_done_while_paused_takes_no_time():
+    clock = FakeClock()
+    meter = ThroughputMeter(clock)
+    clock.now += 2.0
+    meter.count_step(100)
+    with pytest.raises(KeyError), meter.paused():
+        clock.now += 50.0
+        raise KeyError
+    clock.now += 2.0
+    assert meter.report()["speed/tokens_per_s"] == 25.0
+
+
 def test_phase_is_counted_when_its_block_raises():
     clock = FakeClock()
     meter = ThroughputMeter(clock)

@@ -26,6 +26,7 @@ from pipeline.evaluation.heldout import segment_losses
 from pipeline.inference.incremental import IncrementalModel
 from pipeline.inference.sampling import Sampling, choose
 from pipeline.inference.streaming import Streamer, array_document
+from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import initialize
 from pipeline.tracing.host_reads import listed
 from pipeline.tracing.ledger import Ledger
@@ -147,7 +148,7 @@ def evaluation(settings: str) -> tuple[list[str], list[str]]:
     config = small(settings)
     with pretended_world(config, 0, 1) as topology:
         with topology.device:
-            streamer = Streamer(config, topology, VOCAB)
+            streamer = Streamer(build_stage(config, topology, VOCAB), topology)
         no_numbers = mock.patch.object(FakeTensor, "numpy", lambda x: np.zeros(tuple(x.shape)), create=True)
         documents = [array_document(name, np.arange(40, dtype=np.int64)) for name in "ab"]
         with no_numbers, Ledger(topology.device.type) as ledger:
@@ -160,7 +161,7 @@ def generation(settings: str) -> tuple[list[str], list[str]]:
     config = small(settings)
     with pretended_world(config, 0, 1) as topology:
         with topology.device:
-            model = IncrementalModel(Streamer(config, topology, VOCAB), VOCAB)
+            model = IncrementalModel(Streamer(build_stage(config, topology, VOCAB), topology), VOCAB)
         with Ledger(topology.device.type) as ledger:
             state = model.start(2)
             model.read(state, [[np.arange(30, dtype=np.int64)], [np.arange(20, dtype=np.int64)]])
