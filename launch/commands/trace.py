@@ -11,7 +11,11 @@ from launch.commands.plan import add_planned_run, planned_config, planned_vocabu
 from launch.commands.shown_trace import traced
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from pipeline.config.schema import Config
+    from pipeline.tracing.evaluation import EvaluationTrace
+    from pipeline.tracing.ledger import HostRead
     from pipeline.tracing.step import StepTrace
 
 SHOWN_OPERATIONS = 15
@@ -36,6 +40,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="microbatches to run (default: as many as peak and averages need)",
     )
     parser.add_argument("--statistics", action="store_true", help="trace a step that also measures the memory")
+    parser.add_argument(
+        "--evaluation",
+        action="store_true",
+        help="also trace an evaluation inside the run (evaluate.interval): a batch of documents, and one with answers",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON, all operations included")
     parser.set_defaults(run=run)
 
@@ -57,8 +66,14 @@ def run(args: argparse.Namespace) -> int:
     vocab, vocab_source = planned_vocabulary(config)
     trace = traced(config, args.world_size, args.rank, vocab, args.microbatches, statistics=args.statistics)
     _print(config, args.world_size, vocab, vocab_source, trace)
+    evaluation = None
+    if args.evaluation:
+        from pipeline.tracing.evaluation import trace_evaluation
+
+        evaluation = trace_evaluation(config, args.world_size, args.rank, vocab)
+        _print_evaluation(evaluation, trace.peak_bytes)
     if args.json:
-        write_whole(args.json, json.dumps(as_json(trace), indent=2) + "\n")
+        write_whole(args.json, json.dumps(as_json(trace, evaluation), indent=2) + "\n")
         print(f"\nwritten: {args.json}")
     return 0
 
@@ -66,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
 def _print(config: Config, world: int, vocab: int, vocab_source: str, trace: StepTrace) -> None:
     from pipeline.accounting.footprint import per_rank_bytes
     from pipeline.reporting.console import format_bytes, format_duration, print_table
-    from pipeline.tracing.host_reads import listed
     from pipeline.tracing.report import dtype_copies, operations
     from pipeline.tracing.step import PASSES, first_rank
 
@@ -122,8 +136,7 @@ def _print(config: Config, world: int, vocab: int, vocab_source: str, trace: Ste
             header=("group", "kind", "calls", "bytes"),
         )
     print("\nplaces where the host waits for the device")
-    for read, times in sorted(trace.reads.items(), key=lambda item: item[0].place):
-        print(f"  {read.place}, {times} x: {listed(read.place) or f'NOT LISTED, {read.operation}'}")
+    _print_reads(trace.reads)
     for read, times in sorted(trace.unread_copies.items(), key=lambda item: item[0].place):
         print(f"  {read.place}, {times} x: a copy to the host that nobody waits for")
     if trace.unlisted_reads:
@@ -135,3 +148,21 @@ def _print(config: Config, world: int, vocab: int, vocab_source: str, trace: Ste
         "counted: operations that start a kernel, as PyTorch dispatches them, attention as one (flash) each way; "
         "not counted: what is inside a kernel or a library, and what the allocator wastes"
     )
+
+
+def _print_reads(reads: Counter[HostRead]) -> None:
+    from pipeline.tracing.host_reads import listed
+
+    for read, times in sorted(reads.items(), key=lambda item: item[0].place):
+        print(f"  {read.place}, {times} x: {listed(read.place) or f'NOT LISTED, {read.operation}'}")
+
+
+def _print_evaluation(trace: EvaluationTrace, step_bytes: int) -> None:
+    from pipeline.reporting.console import format_bytes
+
+    print(
+        f"\nan evaluation between two steps: a batch of {trace.documents} documents, and others with answers, in "
+        f"{trace.windows} windows; peak of live bytes {format_bytes(trace.peak_bytes)}, the step's is "
+        f"{format_bytes(step_bytes)}; places where the host waits for the device"
+    )
+    _print_reads(trace.reads)

@@ -200,7 +200,7 @@ def _answer(
 
 def count_right(batch: WindowBatch, output: Output, documents: list[Document], start: int) -> np.ndarray:
     """`[document, COUNTS]` of the documents' answers in a window that begins at token `start`."""
-    correct = output.correct.flatten(1).cpu().numpy()
+    correct = np.array(output.correct.flatten(1).tolist())
     found = np.zeros((len(documents), COUNTS))
     for row, document in enumerate(documents):
         for first, last in document.answers:  # token i is the label of position i - 1

@@ -99,7 +99,7 @@ def segment_losses(
             advance(sum(labels) * topology.data_size)
         for way, losses in found.items():
             if losses:  # one copy to the host for all segments: a device is waited for once a batch and way
-                sums[way][rows, : len(losses)] = torch.stack(losses, dim=1).cpu().numpy()
+                sums[way][rows, : len(losses)] = torch.stack(losses, dim=1).tolist()
     names = list(sums)
     return dict(zip(names, streamer.add_up(np.stack([sums[name] for name in names])), strict=True))
 

@@ -45,7 +45,8 @@ LISTED = (
     ListedRead(
         "pipeline/checkpoint/run_state.py", "own_tensors", "a checkpoint's copy to host memory, between two steps"
     ),
-    ListedRead("pipeline/evaluation/heldout.py", "segment_losses", "evaluation: what a window's documents lose"),
+    ListedRead("pipeline/evaluation/heldout.py", "segment_losses", "evaluation: what a batch of documents loses"),
+    ListedRead("pipeline/evaluation/answers.py", "count_right", "evaluation: which answers of a batch are right"),
     ListedRead("pipeline/inference/sampling.py", "choose", "generation: the token itself"),
     ListedRead("pipeline/inference/incremental.py", "append", "generation: the token, as all processes have it"),
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from pipeline.tracing.evaluation import EvaluationTrace
 from pipeline.tracing.host_reads import listed
-from pipeline.tracing.ledger import DTYPE_COPY
+from pipeline.tracing.ledger import DTYPE_COPY, HostRead
 from pipeline.tracing.step import PASSES, StepTrace
 
 
@@ -26,7 +27,7 @@ def dtype_copies(trace: StepTrace) -> float:
     return trace.in_layers(operation=str(DTYPE_COPY))
 
 
-def as_json(trace: StepTrace) -> dict[str, Any]:
+def as_json(trace: StepTrace, evaluation: EvaluationTrace | None = None) -> dict[str, Any]:
     """All of a trace. Bytes are bytes; launches are per layer and chunk where the name says so, else counts."""
     return {
         "rank": trace.rank,
@@ -55,15 +56,26 @@ def as_json(trace: StepTrace) -> dict[str, Any]:
             {"group": key.group, "kind": key.kind, "calls": traffic.calls, "bytes": traffic.bytes}
             for key, traffic in trace.collectives.items()
         ],
-        "host_reads": [
-            {
-                "place": f"{read.place.file}:{read.place.line}",
-                "function": read.place.function,
-                "operation": read.operation,
-                "times": times,
-                "reason": listed(read.place),
-            }
-            for read, times in trace.reads.items()
-        ],
+        "host_reads": _reads(trace.reads),
+        "evaluation": evaluation
+        and {
+            "documents": evaluation.documents,
+            "windows": evaluation.windows,
+            "peak_bytes": evaluation.peak_bytes,
+            "host_reads": _reads(evaluation.reads),
+        },
         "seconds": trace.seconds,
     }
+
+
+def _reads(reads: Counter[HostRead]) -> list[dict[str, Any]]:
+    return [
+        {
+            "place": f"{read.place.file}:{read.place.line}",
+            "function": read.place.function,
+            "operation": read.operation,
+            "times": times,
+            "reason": listed(read.place),
+        }
+        for read, times in reads.items()
+    ]

@@ -16,6 +16,7 @@ SETTINGS = [x for x in SMALL if not x.startswith("data.")]
 def test_trace(tracing_process, tmp_path):
     file = tmp_path / "trace.json"
     arguments = [DEMO, *SETTINGS, "parallel.pipeline=2", "--world-size", "2", "--rank", "1", "--json", str(file)]
+    arguments.append("--evaluation")
     code, out = tracing_process(command, arguments=["trace", *arguments])
     assert code == 0
     assert "rank 1 of 2" in out and "stage 1 of 2, 1 layers; by the plan the largest ranks are those of stage" in out
@@ -27,6 +28,9 @@ def test_trace(tracing_process, tmp_path):
     assert launches["all"] == pytest.approx(sum(parts)) and launches["all"] > 100
     assert sum(found["at_peak_bytes"].values()) == found["peak_bytes"]
     assert all(read["reason"] for read in found["host_reads"])
+    evaluation = found["evaluation"]
+    assert "an evaluation between two steps: a batch of 64 documents" in out and "(count_right), 6 x: evaluation" in out
+    assert all(read["reason"] for read in evaluation["host_reads"]) and evaluation["peak_bytes"] > 0
     assert {"group": "pipeline, forward", "kind": "recv", "calls": 4, "bytes": 4 * 2 * 16 * 32 * 4} in found[
         "collectives"
     ]

@@ -11,7 +11,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor
 
 from launch.cli import main
 from launch.commands.plan import ASSUMED_VOCAB
@@ -22,12 +21,12 @@ from pipeline.checkpoint.run_state import CarriedMemory, Progress, SavedOptimize
 from pipeline.checkpoint.writer import take_snapshot
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.evaluation.heldout import segment_losses
 from pipeline.inference.incremental import IncrementalModel
 from pipeline.inference.sampling import Sampling, choose
-from pipeline.inference.streaming import Streamer, array_document
+from pipeline.inference.streaming import Streamer
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import initialize
+from pipeline.tracing.evaluation import trace_evaluation
 from pipeline.tracing.host_reads import listed
 from pipeline.tracing.ledger import Ledger
 from pipeline.tracing.step import TracedRun, first_rank, trace_step
@@ -143,17 +142,16 @@ def snapshot(settings: str) -> tuple[list[str], list[str]]:
     return _reads(ledger)
 
 
-def evaluation(settings: str) -> tuple[list[str], list[str]]:
-    """Losses by segment, with the memory on, off and exchanged."""
-    config = small(settings)
-    with pretended_world(config, 0, 1) as topology:
-        with topology.device:
-            streamer = Streamer(build_stage(config, topology, VOCAB), topology)
-        no_numbers = mock.patch.object(FakeTensor, "numpy", lambda x: np.zeros(tuple(x.shape)), create=True)
-        documents = [array_document(name, np.arange(40, dtype=np.int64)) for name in "ab"]
-        with no_numbers, Ledger(topology.device.type) as ledger:
-            segment_losses(streamer, documents, 0, lambda count: None)
-    return _reads(ledger)
+def evaluation(world: int, rank: int, settings: str) -> dict[str, Any]:
+    """An evaluation inside a run: losses by segment and answers, with the memory on, off and exchanged."""
+    trace = trace_evaluation(small(settings), world, rank, VOCAB)
+    return {
+        "reads": {f"{read.place.file} {read.place.function}": times for read, times in trace.reads.items()},
+        "unlisted": [str(read.place) for read in trace.unlisted_reads],
+        "documents": trace.documents,
+        "windows": trace.windows,
+        "peak": trace.peak_bytes,
+    }
 
 
 def generation(settings: str) -> tuple[list[str], list[str]]:

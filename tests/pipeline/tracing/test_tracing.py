@@ -109,10 +109,28 @@ def test_a_checkpoint_is_copied_to_the_host(tracing_process, settings):
 RULES = ["rule=none", "rule=delta", "rule=deltanet", "rule=gated_deltanet", "rule=linear"]
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_evaluation(tracing_process, rule):
-    places, unlisted = tracing_process(cases.evaluation, settings=f"model.memory.{rule} train.precision=bf16")
-    assert unlisted == [] and places
+EVALUATIONS = {
+    "plain": (1, 0, "model.memory.rule=none train.precision=bf16"),
+    "delta": (1, 0, "model.memory.rule=delta train.precision=bf16"),
+    "deltanet, stages": (4, 3, "model.memory.rule=deltanet parallel.pipeline=2"),
+    "gated_deltanet, tensor": (2, 1, "model.memory.rule=gated_deltanet parallel.tensor=2 train.precision=bf16"),
+    "linear, zero 3": (2, 1, "model.memory.rule=linear parallel.zero_stage=3 train.precision=bf16"),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation(tracing_process, name):
+    """The host waits once for what a batch loses (a copy for each way), and once for its answers; one copy of the model
+    shares its answers out to two batches."""
+    world, rank, settings = EVALUATIONS[name]
+    found = tracing_process(cases.evaluation, world=world, rank=rank, settings=settings)
+    assert found["unlisted"] == []
+    ways = 1 if name == "plain" else 3
+    assert found["reads"] == {
+        "pipeline/evaluation/heldout.py segment_losses": ways,
+        "pipeline/evaluation/answers.py count_right": 2 * ways if world == 1 or "tensor" in name else ways,
+    }
+    assert found["documents"] == 64 and found["windows"] > 3 * ways
 
 
 @pytest.mark.parametrize("rule", [*RULES, "rule=delta model.local_context=sliding model.memory.mix_gate=token"])
