@@ -20,6 +20,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folder; key=value settings may follow")
     parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
     parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder; the run's newest by default")
+    parser.add_argument(
+        "--all-checkpoints",
+        action="store_true",
+        help="evaluate every checkpoint that the run has kept, one after the other, and draw the curve",
+    )
     parser.add_argument("--out", metavar="DIR", help="folder for the results; RUN/evaluation/CHECKPOINT by default")
     parser.add_argument("--documents", type=positive_int, metavar="N", help="held-out documents (evaluate.documents)")
     parser.add_argument(
@@ -58,6 +63,8 @@ def _sort_arguments(args: argparse.Namespace) -> None:
         raise ValueError("no run folder given")
     if args.checkpoint is not None and len(args.run_dirs) > 1:
         raise ValueError("--checkpoint names a checkpoint of one run: with several runs leave it out")
+    if args.all_checkpoints and (args.checkpoint is not None or len(args.run_dirs) > 1):
+        raise ValueError("--all-checkpoints is for one run, and without --checkpoint: leave it out for the others")
     if args.passkey and args.no_passkey:
         raise ValueError("--passkey and --no-passkey contradict each other: leave one of them out")
     if args.no_passkey and args.no_perplexity:
@@ -86,6 +93,7 @@ def _start(args: argparse.Namespace) -> int:
         arguments += [option, value] if value is not None else []
     for path in args.data:
         arguments += ["--data", path]
+    arguments += ["--all-checkpoints"] if args.all_checkpoints else []
     arguments += ["--passkey"] if args.passkey else []
     arguments += ["--no-passkey"] if args.no_passkey else []
     arguments += ["--no-perplexity"] if args.no_perplexity else []
@@ -93,28 +101,29 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from pipeline.evaluation.checkpoints import evaluate_checkpoints
     from pipeline.evaluation.comparison import compare
     from pipeline.evaluation.evaluate import evaluate_run
     from pipeline.parallel.topology import on_main, shutdown
 
+    options = {
+        "overrides": args.overrides,
+        "data": args.data,
+        "with_synthetic": not args.no_passkey,
+        "with_perplexity": not args.no_perplexity,
+        "with_passkey": args.passkey,
+    }
+    if args.all_checkpoints:
+        evaluate_checkpoints(args.run_dirs[0], out=args.out, **options)
+        shutdown()
+        return 0
     several = len(args.run_dirs) > 1
     results: list[dict[str, Any]] = []
     for number, run_dir in enumerate(args.run_dirs, start=1):
         out = args.out
         if several and out is not None:
             out = Path(out, f"{number}-{Path(run_dir).resolve().name}")
-        results.append(
-            evaluate_run(
-                run_dir,
-                overrides=args.overrides,
-                checkpoint=args.checkpoint,
-                out=out,
-                data=args.data,
-                with_synthetic=not args.no_passkey,
-                with_perplexity=not args.no_perplexity,
-                with_passkey=args.passkey,
-            )
-        )
+        results.append(evaluate_run(run_dir, checkpoint=args.checkpoint, out=out, **options))
     if several:
         folder = Path(args.out) if args.out else Path(results[0]["folder"])
         on_main(lambda: compare(results, folder) and None)

@@ -69,7 +69,7 @@ def evaluate_run(
         OSError: something cannot be read or written.
     """
     run_dir = Path(run_dir)
-    config, topology = _join(run_dir, overrides)
+    config, topology = join(run_dir, overrides)
     # One looks for all: a run that is going on moves what is its newest.
     path = on_main(lambda: find_checkpoint(Path(checkpoint) if checkpoint is not None else run_dir))
     started = time.perf_counter()
@@ -126,7 +126,8 @@ def _report(results: dict[str, Any], folder: Path, run_dir: Path, *, own_folder:
     report.show(results, folder)
 
 
-def _join(run_dir: Path, overrides: Sequence[str]) -> tuple[Config, Topology]:
+def join(run_dir: Path, overrides: Sequence[str]) -> tuple[Config, Topology]:
+    """The configuration of the evaluation, and the processes in its layout; collective."""
     config = evaluation_config(run_dir, overrides, int(os.environ.get("WORLD_SIZE", "1")))
     parallel = config.parallel
     return config, initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)

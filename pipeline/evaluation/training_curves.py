@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.evaluation import scalars
 from pipeline.figures import quiet, save_figure
 from pipeline.reporting.metrics import RESERVED_NAMES, layer_metric, layer_name, read_metrics
 
@@ -38,6 +39,7 @@ def training_curves(path: str | Path, metrics_jsonl: str | Path) -> None:
     series = _series(metrics_jsonl)
     panels = [
         Panel("loss", "nats per token", _named(series, "loss/")),
+        *_evaluations(series),
         Panel(
             "loss by segment of the document", "nats per token", _named(series, "loss_by_segment/"), family="segment"
         ),
@@ -49,9 +51,36 @@ def training_curves(path: str | Path, metrics_jsonl: str | Path) -> None:
         Panel("write gate", "mean over tokens", _layers(series, "write_gate"), family="layer"),
         Panel("norm of M", "", _layers(series, "norm_M"), family="layer", scale="log"),
     ]
-    panels = [panel for panel in panels if panel.curves]
-    if not panels:
+    if not any(panel.curves for panel in panels):
         raise ValueError(f"{metrics_jsonl} holds no metric to plot")
+    _draw(path, panels)
+
+
+def evaluation_curves(path: str | Path, series: Series) -> None:
+    """Plot what evaluations have found over the steps.
+
+    Args:
+        series: by the names of `pipeline.evaluation.scalars`.
+    """
+    _draw(path, _evaluations(series))
+
+
+def _evaluations(series: Series) -> list[Panel]:
+    losses, right = {}, {}
+    for name, points in series.items():
+        if found := scalars.parse(name):
+            curves = losses if found.is_loss else right
+            curves[f"{found.what}, {scalars.SHORT_WAYS[found.way]}"] = points
+    if len(right) > LEGEND_UP_TO:
+        right = {name: points for name, points in right.items() if name.endswith(", on")}
+    return [
+        Panel("held-out loss", "nats per token", losses, smooth=False),
+        Panel("questions answered right", "share", right, smooth=False, bottom=0.0),
+    ]
+
+
+def _draw(path: str | Path, panels: list[Panel]) -> None:
+    panels = [panel for panel in panels if panel.curves]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.6 * columns, 3.0 * rows), layout="constrained")

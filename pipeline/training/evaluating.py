@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -36,7 +35,6 @@ STOP = "infini/evaluation/stop"
 """Beginning of a key of the job's store: somebody is asked to stop. Only rank 0 sees a stop file."""
 SECONDS = "evaluation/seconds"
 """Of every evaluation: tells which steps have had theirs."""
-SHORT_WAYS = {"on": "on", "off": "off", "shuffled": "exchanged"}
 
 
 class Evaluation:
@@ -122,7 +120,7 @@ class Evaluation:
         seconds = time.perf_counter() - start
         values = scalars.scalars(results | {"step": step})
         self.done[step] = values.get(self._loss_name)
-        monitor.evaluated(step, values | {SECONDS: seconds}, self._told(step, results, seconds))
+        monitor.evaluated(step, values | {SECONDS: seconds}, self._told(step, values, seconds))
         return True
 
     @property
@@ -132,19 +130,8 @@ class Evaluation:
             return None
         return scalars.loss_metric(scalars.file_name(str(self.work.held_out[0][0].path)), "on")
 
-    def _told(self, step: int, results: dict[str, Any], seconds: float) -> str:
-        parts = []
-        for path, facts in results["perplexity"].items():
-            ways = [f"{SHORT_WAYS[way]} {numbers['loss']:.4f}" for way, numbers in facts["ways"].items()]
-            parts.append(f"{Path(path).name} loss {', '.join(ways)}")
-        for facts in results["tasks"].values():
-            for settings in {scalars.label(cell["settings"]): None for cell in facts["cells"]}:
-                ways = [
-                    f"{SHORT_WAYS[cell['control']]} {cell['exact_match']:.2f}"
-                    for cell in facts["cells"]
-                    if scalars.label(cell["settings"]) == settings
-                ]
-                parts.append(f"{facts['task']} {settings} right {', '.join(ways)}")
+    def _told(self, step: int, values: dict[str, float], seconds: float) -> str:
+        parts = scalars.told(values)
         losses = {done: loss for done, loss in self.done.items() if loss is not None and math.isfinite(loss)}
         if losses:
             best = min(losses, key=losses.get)

@@ -9,9 +9,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from pipeline.evaluation import checkpoints, evaluate
 from pipeline.inference import streaming
 from pipeline.training import evaluating
-from tests.distributed import evaluation_cases, saving_cases
+from tests.distributed import saving_cases
+from tests.distributed.grid import join
 
 FEW_TOKENS = {"cpu": 48}
 """Of a window: three documents make a batch, so that data-parallel ranks have different numbers of them."""
@@ -41,7 +43,10 @@ def train(*, stop_in_window: int | None = None, draw: bool = False, **arguments:
         return saving_cases.train(**arguments)
 
 
-def evaluate(run: str, **arguments: Any) -> dict[str, Any]:
-    """`infini evaluate` with the same batches."""
-    with mock.patch.object(streaming, "WINDOW_TOKENS", FEW_TOKENS):
-        return evaluation_cases.evaluate(run, **arguments)
+def evaluate_checkpoints(run: str, **arguments: Any) -> list[dict[str, Any]]:
+    """`infini evaluate --all-checkpoints` with the same batches."""
+    with (
+        mock.patch.object(streaming, "WINDOW_TOKENS", FEW_TOKENS),
+        mock.patch.object(evaluate, "initialize", join),
+    ):
+        return checkpoints.evaluate_checkpoints(run, **arguments)

@@ -54,7 +54,7 @@ def evaluated(run: Path) -> dict[int, dict]:
 def test_nothing_of_the_run_changes(pools, data, tmp_path, layout):
     """Losses, and weights, moments, memory, lanes and random state as hashes of the checkpoints' files; the evaluation
     of step 2 is cut short by a stop file that rank 0 alone sees, and made up for by the processes that go on. What is
-    found is what `infini evaluate` finds in the checkpoint."""
+    found is what `infini evaluate` finds in the checkpoints."""
     settings = [*RUN, *LAYOUTS[layout], f"train.precision={PRECISIONS[layout]}"]
     without, on = tmp_path / "without", tmp_path / "with"
     pools.run(4, evaluating_cases.train, folder=str(without), data=data, overrides=settings)
@@ -78,23 +78,29 @@ def test_nothing_of_the_run_changes(pools, data, tmp_path, layout):
     layout_settings = [x for x in LAYOUTS[layout] if "zero" not in x and "bptt" not in x]
     overrides = [*layout_settings, "evaluate.documents=7", "evaluate.max_segments=4", "evaluate.passkey_lengths=[]"]
     overrides.append("evaluate.tasks=['passkey:5,length=300,depth=0.5']")
-    results = pools.run(
-        4, evaluating_cases.evaluate, run=str(on), checkpoint=on / "checkpoints" / STEPS[0], overrides=overrides
-    )
-    (facts,) = results[0]["perplexity"].values()
-    for way, numbers in facts["ways"].items():
-        assert found[2][f"evaluation/set/loss_{way}"] == pytest.approx(numbers["loss"], rel=1e-6)
-        assert found[2][f"evaluation/set/loss_by_segment_{way}/1"] == pytest.approx(numbers["by_segment"][1], rel=1e-6)
-        assert found[2][f"evaluation/set/loss_{way}"] != found[4][f"evaluation/set/loss_{way}"]
-    (task,) = results[0]["tasks"].values()
-    for cell in task["cells"]:
-        assert found[2][f"evaluation/task_{cell['control']}/passkey length 300, depth 0.5"] == cell["exact_match"]
+    by_step = pools.run(4, evaluating_cases.evaluate_checkpoints, run=str(on), overrides=overrides)[0]
+    assert [results["step"] for results in by_step] == [2, 4]
+    for results in by_step:
+        own = found[results["step"]]
+        (facts,) = results["perplexity"].values()
+        for way, numbers in facts["ways"].items():
+            assert own[f"evaluation/set/loss_{way}"] == pytest.approx(numbers["loss"], rel=1e-6)
+            assert own[f"evaluation/set/loss_by_segment_{way}/1"] == pytest.approx(numbers["by_segment"][1], rel=1e-6)
+        (task,) = results["tasks"].values()
+        for cell in task["cells"]:
+            assert own[f"evaluation/task_{cell['control']}/passkey length 300, depth 0.5"] == cell["exact_match"]
+    assert found[2]["evaluation/set/loss_on"] != found[4]["evaluation/set/loss_on"]
+    curve = json.loads((on / "evaluation" / "curve.json").read_text())["by_step"]
+    assert {step: values["evaluation/set/loss_on"] for step, values in curve.items()} == {
+        str(results["step"]): next(iter(results["perplexity"].values()))["ways"]["on"]["loss"] for results in by_step
+    }
+    assert (on / "evaluation" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_random_number_would_show(pools, data, tmp_path):
     for name in ("without", "with"):
-        overrides = [*RUN, *(EVALUATION if name == "with" else [])]
+        overrides = [*RUN, "train.steps=2", *(EVALUATION if name == "with" else [])]
         arguments = {"folder": str(tmp_path / name), "data": data, "overrides": overrides}
         pools.run(1, evaluating_cases.train, **arguments, draw=True)
-    without, on = (files(tmp_path / name / "checkpoints" / STEPS[1]) for name in ("without", "with"))
+    without, on = (files(tmp_path / name / "checkpoints" / STEPS[0]) for name in ("without", "with"))
     assert without != on

@@ -554,6 +554,7 @@ def test_runs_and_settings_in_any_order():
     [
         (["evaluate.seed=3"], "no run folder"),
         (["a", "b", "--checkpoint", "c"], "one run"),
+        (["a", "--all-checkpoints", "--checkpoint", "b"], "--all-checkpoints is for one run"),
         (["a", "--no-passkey", "--no-perplexity"], "nothing to evaluate"),
         (["a", "--no-passkey", "--passkey"], "contradict"),
     ],

@@ -155,6 +155,9 @@ def write_metrics(path, steps, layers):
             # A run that began under the first version and goes on: one curve.
             name = "memory_layer_{:02d}/mix_gate" if step < steps // 2 else "mix_gate/layer_{:02d}"
             statistics = {name.format(i): 0.1 * i for i in range(layers)}
+            statistics |= {"evaluation/text/loss_on": 2.0, "evaluation/text/loss_shuffled": 3.0}
+            statistics |= {"evaluation/text/loss_by_segment_on/2-3": 2.0, "evaluation/seconds": 1.0}
+            statistics |= {f"evaluation/task_on/recall length 1024, pairs {n}": 0.5 for n in range(layers)}
             file.write(json.dumps({"step": step, "time": 0, **statistics}) + "\n")
 
 
@@ -166,6 +169,8 @@ def test_training_curves_show_every_kind_of_metric(tmp_path, figures, steps, lay
     panels = {axes.get_title(): axes for axes in figures[0].axes if axes.get_title()}
     assert list(panels) == [
         "loss",
+        "held-out loss",
+        "questions answered right",
         "loss by segment of the document",
         "learning rate",
         "gradient norm",
@@ -178,6 +183,8 @@ def test_training_curves_show_every_kind_of_metric(tmp_path, figures, steps, lay
     segments = panels["loss by segment of the document"]
     assert [line.get_label() for line in segments.lines] == ["segment 0", "segment 2-3", "segment 16-31"]
     assert panels["throughput"].get_ylim()[0] == 0
+    assert [line.get_label() for line in panels["held-out loss"].lines] == ["text, on", "text, exchanged"]
+    assert len(panels["questions answered right"].lines) == layers
     if steps == 10:
         loss = panels["loss"].lines[0].get_ydata()
         assert np.isnan(loss[3]) and loss[9] == pytest.approx(2.1)
