@@ -23,6 +23,7 @@ COMMANDS = (
     "launch.commands.plan",
     "launch.commands.trace",
     "launch.commands.train",
+    "launch.commands.monitor",
     "launch.commands.evaluate",
     "launch.commands.generate",
     "launch.commands.export_hf",

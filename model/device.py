@@ -5,6 +5,8 @@ GPU paths are written here and nowhere else; they have not been run on a GPU yet
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 
@@ -51,6 +53,41 @@ def device_memory_peaks(device: torch.device) -> dict[str, int]:
     }
     torch.cuda.reset_peak_memory_stats(device)
     return peaks
+
+
+class Stopwatch:
+    """Adds up the time that `device` works between `start` and `stop`: on CUDA by events in its stream, for which
+    nobody waits; on a CPU by the host's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._pairs: list[list[torch.cuda.Event]] = []
+        self._spare: list[list[torch.cuda.Event]] = []
+        self._started = self._sum_s = 0.0
+
+    def start(self) -> None:
+        if self._on_device:
+            pair = self._spare.pop() if self._spare else [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._pairs.append(pair)
+            pair[0].record()
+        else:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._on_device:
+            self._pairs[-1][1].record()
+        else:
+            self._sum_s += time.perf_counter() - self._started
+
+    def read_s(self) -> float:
+        """Seconds since the last call. Call it when the device has been waited for anyway."""
+        for begin, end in self._pairs:
+            end.synchronize()
+            self._sum_s += begin.elapsed_time(end) / 1000
+        self._spare += self._pairs
+        self._pairs = []
+        seconds, self._sum_s = self._sum_s, 0.0
+        return seconds
 
 
 def page_locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

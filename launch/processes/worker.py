@@ -22,6 +22,7 @@ from typing import NoReturn, TypeVar
 from data.files import write_whole
 from launch.processes.claims import CLAIM_FOLDER, GRACE_S, WATCH_INTERVAL_S, Claim
 from launch.processes.quiet import quiet_libraries
+from pipeline.reporting.console_file import ConsoleFile
 from pipeline.training.stopping import STOPPED
 
 Result = TypeVar("Result")
@@ -59,7 +60,8 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
         try:
             return function()
         except Exception as error:
-            _write_traceback(error, run_dir)
+            if written := _write_traceback(error, run_dir):
+                ConsoleFile(written.parent).write(f"error: {_reason(error)}")
             raise
     rank = _Rank(run_dir)
     done = threading.Event()
@@ -126,22 +128,29 @@ def _has_lost_a_peer(error: BaseException) -> bool:
 
 
 def _say_why(error: BaseException, run_dir: Path | None, lost_peer: bool = False) -> None:
-    expected = isinstance(error, ValueError | OSError) and str(error)
-    written = _write_traceback(error, run_dir)
-    reason = str(error) if expected else f"{type(error).__name__}: {error}"
+    written, reason = _write_traceback(error, run_dir), _reason(error)
     if lost_peer:
         reason = (
             f"on {socket.gethostname()}: the connection to another rank was lost, and none has said why within "
             f"{LOST_PEER_S:.0f} s: is its node gone, or the network between? ({reason.splitlines()[0]})"
         )
     lines = [f"[rank {os.environ['RANK']}] error: {reason}"]
-    if os.environ.get("INFINI_DEBUG") == "1" or not (written or expected):
+    if os.environ.get("INFINI_DEBUG") == "1" or not (written or _is_expected(error)):
         lines.insert(0, "".join(traceback.format_exception(error)).rstrip())
     if written:
         lines.append(f"(traceback in {written})")
+        ConsoleFile(written.parent).write("\n".join(lines))
     with contextlib.suppress(OSError, ValueError):  # whoever read the output may have gone
         # One write: the lines of other ranks cannot come in between.
         sys.stderr.write("\n".join(lines) + "\n")
+
+
+def _is_expected(error: BaseException) -> bool:
+    return isinstance(error, ValueError | OSError) and bool(str(error))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if _is_expected(error) else f"{type(error).__name__}: {error}"
 
 
 def _write_traceback(error: BaseException, run_dir: Path | None) -> Path | None:

@@ -13,6 +13,7 @@ SCHEDULES = ("segment_1f1b", "1f1b")
 PRECISIONS = ("fp32", "bf16", "fp64")
 STOP_SIGNALS = ("USR1", "USR2", "HUP", "ALRM")
 SPIKE_ACTIONS = ("none", "warn", "skip", "rollback")
+WANDB_MODES = ("online", "offline")
 LR_SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 
@@ -128,6 +129,32 @@ class CheckpointConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A few steps in `torch.profiler`: a trace per rank in the run folder's `profile/`, for Perfetto or TensorBoard."""
+
+    start: int | None = None
+    """First step in the trace (the step before it warms the profiler up); null makes none."""
+    steps: int = 3
+    """Steps in the trace. They do not count in the run's tokens per second."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that write one."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases beside TensorBoard (`pip install infini-pretrain[wandb]`)."""
+
+    project: str | None = None
+    """Name of the project; null leaves W&B out."""
+    entity: str | None = None
+    """User or team; null takes the default of the account."""
+    group: str | None = None
+    """What the run is shown together with."""
+    mode: str = "online"
+    """`online` sends while training; `offline` writes `wandb/` in the run folder, for `wandb sync`."""
+
+
+@dataclass
 class MetricsConfig:
     interval: int = 10
     """Steps between console lines and scalar metrics."""
@@ -135,6 +162,11 @@ class MetricsConfig:
     """Steps between the per-layer memory statistics (gate histograms, norms, shares)."""
     tensorboard: bool = True
     """Write `tensorboard/` in the run folder, beside `metrics.jsonl`."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    straggler_bound: float = 1.25
+    """A rank that itself works more than so many times what the others of its pipeline stage do (their median) is
+    named, with its host."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import operator
 import os
@@ -31,6 +32,7 @@ from pipeline.config.schema import (
     SCHEDULES,
     SPIKE_ACTIONS,
     STOP_SIGNALS,
+    WANDB_MODES,
     Config,
 )
 from pipeline.config.task_spec import Task
@@ -51,10 +53,12 @@ CHOICES: dict[str, Collection[str]] = {
     "train.precision": PRECISIONS,
     "resilience.spike_action": SPIKE_ACTIONS,
     "resilience.stop_signal": STOP_SIGNALS,
+    "metrics.wandb.mode": WANDB_MODES,
 }
 """Texts that a setting may be."""
 
-RUN_FILES = ("checkpoints", "config.yaml", "evaluation", "metrics.jsonl", "tensorboard", "tokenizer")
+RUN_FILES = ("checkpoints", "config.yaml", "console.log", "evaluation", "metrics.jsonl", "profile", "tensorboard")
+RUN_FILES += ("tokenizer", "wandb", "wandb_run_id")
 """What a run folder holds."""
 
 
@@ -81,9 +85,10 @@ def validate(
     problems = [*_numbers(config), *_choices(config)]
     if not problems:  # the rules below divide by these numbers
         problems += [*_model(config), *_layout(config), *_windows(config), *_optimizer(config), *_memory(config)]
+        problems += [*_profile(config, world_size)]
         problems += [*_lanes(config, world_size), *_timeouts(config, world_size)] if world_size is not None else []
     problems += [*_totals(config)] if not problems else []
-    problems += [*_data(config)] if data_exists else []
+    problems += [*_data(config), *_wandb(config)] if data_exists else []
     if problems:
         raise ConfigError([_source(problem, file, overrides) + problem for problem in problems])
 
@@ -324,6 +329,35 @@ def _memory(config: Config) -> Iterator[str]:
         yield (
             f"train.freeze_backbone_steps = {config.train.freeze_backbone_steps}: must be 0 with "
             "model.memory.rule = none, nothing would train"
+        )
+
+
+def _profile(config: Config, world_size: int | None) -> Iterator[str]:
+    profile, steps = config.metrics.profile, config.train.steps
+    if profile.start is None:
+        return
+    if profile.start + profile.steps - 1 > steps:
+        yield (
+            f"metrics.profile.start = {profile.start} with metrics.profile.steps = {profile.steps}: the trace would "
+            f"end with step {profile.start + profile.steps - 1}, but train.steps = {steps}"
+        )
+    if not profile.ranks:
+        yield "metrics.profile.ranks is empty: name at least one rank, or set metrics.profile.start = null"
+    if world_size is not None and (beyond := [rank for rank in profile.ranks if rank >= world_size]):
+        yield (
+            f"metrics.profile.ranks = {profile.ranks}: there is no rank {beyond[0]}, {world_size} process(es) are "
+            f"numbered from 0 to {world_size - 1}"
+        )
+
+
+def _wandb(config: Config) -> Iterator[str]:
+    if config.metrics.wandb.project is None:
+        return
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # a folder of that name, which W&B makes, is no package
+        yield (
+            f"metrics.wandb.project = {config.metrics.wandb.project}: the package wandb is not installed "
+            "(pip install 'infini-pretrain[wandb]', or leave the project out)"
         )
 
 

@@ -6,6 +6,7 @@ without colours, so that a log can be searched.
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import time
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from pipeline.reporting.console_file import ConsoleFile
 
 PLAIN_INTERVAL_S = 15.0
 """Outside a terminal `progress` prints a line at most this often."""
@@ -121,6 +124,7 @@ class RunConsole:
     Args:
         total_steps: steps of the whole run.
         start_step: steps that were done before (a resumed run).
+        file: gets all lines as well, plain ones even where a terminal shows a bar.
         console: where to print; None is standard output.
         clock: a monotonic clock in seconds.
     """
@@ -130,11 +134,13 @@ class RunConsole:
         total_steps: int,
         start_step: int = 0,
         *,
+        file: ConsoleFile | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._console = console or make_console()
         self._clock = clock
+        self._file = file
         self._total = total_steps
         self._eta = Eta(total_steps, clock, start_step)
         self._bar = None
@@ -156,15 +162,29 @@ class RunConsole:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Report after `step` steps: loss, rate, time left. `values` may hold more metrics than a line shows."""
         eta = f"eta {format_duration(self._eta.update(step))}"
-        if self._bar is not None:
-            status = "  ".join([*format_values(values, BAR_FIELDS), eta])
-            self._bar.update(self._task, completed=step, status=status, refresh=True)
-        else:
-            self.message("  ".join([f"step {step}/{self._total}", *format_values(values, dict(FIELDS)), eta]))
+        line = "  ".join([f"step {step}/{self._total}", *format_values(values, dict(FIELDS)), eta])
+        if self._bar is None:
+            self.message(line)
+            return
+        status = "  ".join([*format_values(values, BAR_FIELDS), eta])
+        self._bar.update(self._task, completed=step, status=status, refresh=True)
+        self._write(line)
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar."""
         _print_line(self._console, text)
+        self._write(text)
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Print a table, see `print_table`."""
+        print_table(title, rows, console=self._console)
+        with io.StringIO() as text:
+            print_table(title, rows, console=Console(file=text, highlight=False, width=LOG_WIDTH))
+            self._write(text.getvalue())
+
+    def _write(self, text: str) -> None:
+        if self._file is not None:
+            self._file.write(text)
 
     @contextmanager
     def beside(self, total: int, description: str) -> Iterator[Callable[..., None]]:

@@ -75,21 +75,25 @@ def read_history(records: Sequence[Mapping[str, Any]], until: int | None = None)
     """The memory's numbers in the records of a `metrics.jsonl`, up to and including step `until`."""
     steps: dict[int, dict[int, LayerNumbers]] = {}
     for record in records:
-        if until is not None and record["step"] > until:
-            continue
-        for name, value in record.items():
-            if (found := layer_metric(name)) is None:
-                continue
-            quantity, layer = found
-            numbers = steps.setdefault(record["step"], {}).setdefault(layer, LayerNumbers())
-            if quantity == "mix_gate_histogram" and isinstance(value, dict) and value["min"] is not None:
-                changed = {"mix_gate_range": (value["min"], value["max"])}
-            elif quantity in LayerNumbers.__dataclass_fields__ and isinstance(value, int | float):
-                changed = {quantity: float(value)}
-            else:
-                continue
-            steps[record["step"]][layer] = replace(numbers, **changed)
+        if until is None or record["step"] <= until:
+            add_record(steps, record)
     return sorted(steps.items())
+
+
+def add_record(steps: dict[int, dict[int, LayerNumbers]], record: Mapping[str, Any]) -> None:
+    """Add the memory's numbers in a record, if there are any, to what is known of its step."""
+    for name, value in record.items():
+        if (found := layer_metric(name)) is None:
+            continue
+        quantity, layer = found
+        numbers = steps.setdefault(record["step"], {}).setdefault(layer, LayerNumbers())
+        if quantity == "mix_gate_histogram" and isinstance(value, dict) and value["min"] is not None:
+            changed = {"mix_gate_range": (value["min"], value["max"])}
+        elif quantity in LayerNumbers.__dataclass_fields__ and isinstance(value, int | float):
+            changed = {quantity: float(value)}
+        else:
+            continue
+        steps[record["step"]][layer] = replace(numbers, **changed)
 
 
 def diagnose_run(run_dir: Path, memory: MemoryConfig, until: int | None = None) -> list[Finding] | None:

@@ -1,6 +1,6 @@
-"""The numbers of a run: `metrics.jsonl` and TensorBoard, and the clock behind tokens per second.
+"""The numbers of a run: `metrics.jsonl`, and whatever else shows them.
 
-Names are paths, one spelling from the trainer to the plots:
+Names are paths, one spelling from the trainer to the plots (`pipeline.reporting.dashboard.tag` has TensorBoard's):
 
     loss/train  loss/answer  loss/probe         mean cross entropy in nats per token
     loss_by_segment/<0, 1, 2-3, 4-7, ...>       the loss at these segments of the documents
@@ -25,12 +25,17 @@ Names are paths, one spelling from the trainer to the plots:
     system/process_bytes                        resident in the largest process
     system/device_allocated_bytes               most that tensors took on a device since the line before; largest rank
     system/device_reserved_bytes                most that its allocator had taken for them; neither exists on a CPU
+    ranks/own_s                                 a list: seconds per step that each rank works itself, not waiting
+    ranks/slowest  ranks/slowest_s              the rank that is slowest beside the others of its pipeline stage, its
+                                                seconds; where a stage has several ranks
+    ranks/median_s  ranks/slowdown              median of the others; how many times that the slowest takes
     memory/write_gate                           mean over layers, heads and tokens
+    memory/<quantity>                           mean over layers of one below
     <quantity>/layer_<ii>                       of one layer's memory, means over heads, lanes and tokens: mix_gate,
                                                 share_of_output, write_gate, norm_M, norm_z, effective_rank,
                                                 read_variation; with histograms mix_gate_histogram, write_gate_histogram
 
-The quantity stands first, so that TensorBoard shows a quantity's layers side by side. Runs of the first version have
+A line that is no metrics says how a run begins (`start`) or why it ended (`end`). Runs of the first version have
 `memory_layer_<ii>/<quantity>`, which is read all the same (`layer_metric`).
 """
 
@@ -43,20 +48,21 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 import numpy as np
 
 from data.files import FileError, convert, decode_json, open_regular, shown, writing
+from model.config import MemoryConfig
+from pipeline.reporting.dashboard import Dashboard
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-RESERVED_NAMES = ("step", "time", "nonfinite")
+RESERVED_NAMES = ("step", "time", "nonfinite", "start", "end")
 HISTOGRAM_BINS = 32
 LINE_LIMIT = 16 << 20
 """Bytes of a line: the longest hold a number for each segment index of a document."""
@@ -72,16 +78,36 @@ class Histogram(msgspec.Struct, frozen=True):
     counts: list[float]
 
 
+class Start(msgspec.Struct, frozen=True):
+    """What the line says that a run begins with, a resumed one too."""
+
+    name: str
+    steps: int
+    """Of the whole run."""
+    tokens_per_step: int
+    hosts: list[str]
+    """Of each rank."""
+    layout: str
+    """In words."""
+    memory: MemoryConfig
+    """What its numbers are judged by."""
+    straggler_bound: float
+    """`metrics.straggler_bound`."""
+
+
 class Reserved(msgspec.Struct, frozen=True):
-    """Fields of every line."""
+    """Fields that are no metrics."""
 
     step: Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
     time: float = 0.0
     nonfinite: list[str] = []
+    start: Start | None = None
+    end: str | None = None
+    """Why training ended, in the last line."""
 
 
-Line = dict[str, int | float | None | list[int | float | None | str] | Histogram]
-"""What a line holds: the reserved fields, and numbers, lists of them and histograms."""
+Metrics = dict[str, int | float | None | list[int | float | None] | Histogram]
+"""What a line holds besides: numbers, lists of them and histograms."""
 
 
 _OF_A_LAYER = re.compile(
@@ -100,8 +126,21 @@ def layer_metric(name: str) -> tuple[str, int] | None:
     return None if match is None else (match["quantity"] or match["old_quantity"], int(match["layer"] or match["old"]))
 
 
+class Sink(Protocol):
+    """Where numbers go beside `metrics.jsonl`: TensorBoard, W&B."""
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None: ...
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None: ...
+    def binned_histogram(self, step: int, name: str, counts: np.ndarray, edges: np.ndarray) -> None: ...
+    def image(self, step: int, name: str, image: str | Path | np.ndarray) -> None: ...
+    def text(self, step: int, name: str, text: str) -> None: ...
+    def settings(self, step: int, settings: Mapping[str, Any], text: str) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
-    """Writes each number twice: a line of JSON in `run_dir/metrics.jsonl`, an event under `run_dir/tensorboard`.
+    """Writes each number to `run_dir/metrics.jsonl`, as a line of JSON, and to the sinks.
 
     Only rank 0 makes one. A line is `{"step": int, "time": seconds since 1970, name: value, ...}` and reaches the
     operating system before the call returns, so what a killed process leaves is complete to the last call. JSON knows
@@ -109,15 +148,23 @@ class MetricsWriter:
 
     Args:
         run_dir: folder of the run; made if missing.
-        tensorboard: write event files as well. Without them `image` and `text` have nowhere to go and do nothing.
+        tensorboard: write event files to `run_dir/tensorboard` as well.
         resume_step: None for a new run. When a run goes on from the checkpoint of step k, k: what was written for
             later steps is dropped from `metrics.jsonl` and hidden in TensorBoard, since these steps are taken again.
+        sinks: further ones, opened when `metrics.jsonl` is, and closed with it.
 
     Raises:
         ValueError: `resume_step` is None, but the folder has metrics of an earlier run already.
     """
 
-    def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int | None) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        tensorboard: bool,
+        resume_step: int | None,
+        sinks: Sequence[Callable[[], Sink]] = (),
+    ) -> None:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
@@ -128,38 +175,36 @@ class MetricsWriter:
                 f"{self.path} holds the metrics of an earlier run: resume it, choose another run_dir, or remove them"
             )
         self._file = open(self.path, "a", encoding="utf-8")
-        self._tensorboard = None
-        if tensorboard:
-            # Imported here: it costs a second that a run without TensorBoard need not pay.
-            from torch.utils.tensorboard import SummaryWriter
+        own = [lambda: Dashboard(folder / TENSORBOARD_FOLDER, resume_step)] if tensorboard else []
+        self._sinks = [open_sink() for open_sink in (*own, *sinks)]
 
-            self._tensorboard = SummaryWriter(
-                str(folder / TENSORBOARD_FOLDER),
-                purge_step=None if resume_step is None else resume_step + 1,
-                flush_secs=10,
-            )
+    def start(self, step: int, start: Start) -> None:
+        """Write what a process that begins at `step` has to say about the run."""
+        self._write_line(step, {}, start=msgspec.to_builtins(start))
+
+    def end(self, step: int, why: str) -> None:
+        """Write that training has ended, and why."""
+        self._write_line(step, {}, end=why)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one line with `values`, numbers or tensors of one element, and one TensorBoard scalar for each."""
+        """Write one line with `values`, numbers or tensors of one element; a point of a curve each to the sinks."""
         numbers = {name: _number(value) for name, value in values.items()}
         self._write_line(step, numbers)
-        if self._tensorboard is not None:
-            for name, number in numbers.items():
-                self._tensorboard.add_scalar(name, number, step)
+        for sink in self._sinks:
+            sink.scalars(step, numbers)
 
     def vector(self, step: int, name: str, values: Sequence[float | None]) -> None:
-        """Write numbers that belong together, such as the loss by segment index: a list in the line, and in TensorBoard
-        the scalars `name/0`, `name/1`, ... None stands for an entry without data: null in the list, no scalar."""
-        numbers = [None if value is None else _number(value) for value in values]
-        self._write_line(step, {name: numbers})
-        if self._tensorboard is not None:
-            for index, number in enumerate(numbers):
-                if number is not None:
-                    self._tensorboard.add_scalar(f"{name}/{index}", number, step)
+        """Write numbers that belong together, such as those of the ranks, as a list; None stands for an entry without
+        data. The sinks get nothing: a curve for each of a thousand ranks helps nobody."""
+        self._write_line(step, {name: [None if value is None else _number(value) for value in values]})
 
-    def histogram(self, step: int, name: str, values: Any) -> None:
+    def histogram(self, step: int, name: str, values: Any, *, shown: bool = True) -> None:
         """Write the distribution of `values` (tensor or array, any shape, not empty). The line holds
-        `{"mean", "min", "max", "edges", "counts"}` of the finite ones; the others are told by `nonfinite`."""
+        `{"mean", "min", "max", "edges", "counts"}` of the finite ones; the others are told by `nonfinite`.
+
+        Args:
+            shown: false keeps it from the sinks.
+        """
         array = _array(values).astype(np.float64).ravel()
         finite = array[np.isfinite(array)]
         summary: dict[str, Any] = {"mean": None, "min": None, "max": None, "edges": [], "counts": []}
@@ -172,11 +217,13 @@ class MetricsWriter:
                 "edges": edges.tolist(),
                 "counts": counts.tolist(),
             }
-            if self._tensorboard is not None:
-                self._tensorboard.add_histogram(name, finite, step)
+            for sink in self._sinks if shown else ():
+                sink.histogram(step, name, finite)
         self._write_line(step, {name: summary}, nonfinite=[name] if finite.size < array.size else [])
 
-    def binned_histogram(self, step: int, name: str, counts: Sequence[float], low: float, high: float) -> None:
+    def binned_histogram(
+        self, step: int, name: str, counts: Sequence[float], low: float, high: float, *, shown: bool = True
+    ) -> None:
         """The same from counts in equal bins over `low` to `high`, for values that were too many to keep. Mean,
         minimum and maximum are as good as the bins."""
         number = np.asarray(_array(counts), dtype=np.float64)
@@ -192,51 +239,32 @@ class MetricsWriter:
                 "edges": edges.tolist(),
                 "counts": number.tolist(),
             }
-            if self._tensorboard is not None:
-                self._tensorboard.add_histogram_raw(
-                    name,
-                    min=summary["min"],
-                    max=summary["max"],
-                    num=total,
-                    sum=float((number * centers).sum()),
-                    sum_squares=float((number * centers**2).sum()),
-                    bucket_limits=edges[1:].tolist(),
-                    bucket_counts=number.tolist(),
-                    global_step=step,
-                )
+            for sink in self._sinks if shown else ():
+                sink.binned_histogram(step, name, number, edges)
         self._write_line(step, {name: summary})
 
     def image(self, step: int, name: str, image: str | Path | np.ndarray) -> None:
-        """Show a PNG file or an array `[height, width, 3]` (uint8, or floats in 0..1) in TensorBoard."""
-        if self._tensorboard is None:
-            return
-        if not isinstance(image, np.ndarray):
-            from PIL import Image
-
-            with Image.open(image) as opened:
-                image = np.asarray(opened.convert("RGB"))
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        """Show a PNG file or an array `[height, width, 3]` (uint8, or floats in 0..1) in the sinks."""
+        for sink in self._sinks:
+            sink.image(step, name, image)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Show Markdown in TensorBoard."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_text(name, text, step)
+        """Show Markdown in the sinks."""
+        for sink in self._sinks:
+            sink.text(step, name, text)
 
     def settings(self, step: int, settings: Mapping[str, Any], text: str) -> None:
-        """Show a run's configuration in TensorBoard: nested `settings` as hyperparameters, and their `text` (YAML)."""
-        if self._tensorboard is not None:
-            from pipeline.reporting.dashboard import show_settings
-
-            show_settings(self._tensorboard, settings)
-            self.text(step, "configuration", "".join(f"    {line}\n" for line in text.splitlines()))  # a code block
+        """Show a run's configuration in the sinks: nested `settings` as hyperparameters, and their `text` (YAML)."""
+        for sink in self._sinks:
+            sink.settings(step, settings, text)
 
     def flush(self) -> None:
         """Put everything on the disk itself. Call it with each checkpoint: a resumed run does not take the steps before
         it again, so what a failing machine loses of them leaves a gap for good."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
         """Flush and close the files; more than once does no harm."""
@@ -244,13 +272,13 @@ class MetricsWriter:
             return
         self.flush()
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
 
-    def _write_line(self, step: int, values: Mapping[str, Any], nonfinite: Sequence[str] = ()) -> None:
+    def _write_line(self, step: int, values: Mapping[str, Any], nonfinite: Sequence[str] = (), **words: Any) -> None:
         reserved = sorted(set(values).intersection(RESERVED_NAMES))
         assert not reserved, f"{reserved} are fields of every line, not names of metrics"
-        record: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+        record: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3), **words}
         names = list(nonfinite)
         for name, value in values.items():
             record[name] = _finite(name, value, names)
@@ -277,19 +305,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def metric_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | str]]:
+def metric_lines(path: str | Path, offset: int = 0) -> Iterator[tuple[bytes, dict[str, Any] | str]]:
     """The lines of a `metrics.jsonl`, each with its record, or with what is wrong with it.
 
     A last line without a newline is not complete.
+
+    Args:
+        offset: bytes that are passed over, whole lines.
 
     Raises:
         FileNotFoundError, OSError, FileError: the file cannot be read, or a line never ends.
     """
     with open_regular(path) as file:
+        file.seek(offset)
         number = 0
         while line := file.readline(LINE_LIMIT + 1):
             number += 1
-            where = f"{path}, line {number}"
+            where = f"{path}, line {number}" + (f" after byte {offset:,}" if offset else "")
             if len(line) > LINE_LIMIT:
                 raise FileError(f"{where}: more than {LINE_LIMIT:,} bytes")
             if not line.endswith(b"\n"):
@@ -302,12 +334,10 @@ def metric_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any] | str
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
-    record = decode_json(line, Line, where)
+    record = decode_json(line, dict[str, Any], where)
     fields = {name: record.pop(name) for name in RESERVED_NAMES if name in record}
     reserved = msgspec.to_builtins(convert(fields, Reserved, where))
-    for name, value in record.items():
-        if isinstance(value, list) and any(isinstance(entry, str) for entry in value):
-            raise FileError(f"{where}: {shown(name)} holds a text among its numbers")
+    for name, value in convert(record, Metrics, where).items():
         if isinstance(value, Histogram):
             if len(value.edges) != len(value.counts) + bool(value.counts):
                 raise FileError(f"{where}: {shown(name)} has {len(value.edges)} edges of {len(value.counts)} bins")
@@ -349,63 +379,3 @@ def _finite(name: str, value: Any, nonfinite: list[str]) -> Any:
         nonfinite.append(name)
         return None
     return value
-
-
-class ThroughputMeter:
-    """Tokens per second and the seconds of each phase, over the interval since the last `report`.
-
-    Everything that happens in the interval counts, saving too, but for what is done in `paused`: the rate is what a
-    user gets. Phases are host time; on a GPU work that is only queued falls into the phase that waits for it.
-
-    Args:
-        clock: a monotonic clock in seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self.restart()
-
-    @property
-    def elapsed_s(self) -> float:
-        """Since the interval began."""
-        return self._clock() - self._start
-
-    def restart(self) -> None:
-        """Begin an interval now."""
-        self._start = self._clock()
-        self._tokens = 0
-        self._steps = 0
-        self._phases: dict[str, float] = {}
-
-    def count_step(self, tokens: int) -> None:
-        """Call once per step with the tokens that all ranks together took in it."""
-        self._tokens += tokens
-        self._steps += 1
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to phase `name` (`data`, `forward_backward`, `optimizer`), also when it raises."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._phases[name] = self._phases.get(name, 0.0) + self._clock() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time of the block does not count."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._start += self._clock() - start
-
-    def report(self) -> dict[str, float]:
-        """`speed/tokens_per_s`, and as mean seconds per step `speed/step_s` and `speed/<phase>_s`, of the interval that
-        ends here; the next one begins. Call it after at least one step."""
-        elapsed_s = self.elapsed_s
-        assert self._steps > 0 and elapsed_s > 0, "report() needs a step since the last one"
-        values = {"speed/tokens_per_s": self._tokens / elapsed_s, "speed/step_s": elapsed_s / self._steps}
-        values |= {f"speed/{name}_s": seconds / self._steps for name, seconds in self._phases.items()}
-        self.restart()
-        return values

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,57 +16,27 @@ import torch.distributed as dist
 
 from model.device import device_memory_peaks, device_name, rounds_to_tf32
 from model.layers.statistics import MemoryStatistics
-from model.rules.kernel import memory_kernel
-from pipeline.accounting.devices import known_as, sheet_flops_per_s
-from pipeline.accounting.flops import measured_matmul_peak, parameter_count, train_flops_per_token
-from pipeline.accounting.footprint import per_rank_bytes
+from pipeline.accounting.devices import sheet_flops_per_s
+from pipeline.accounting.flops import measured_matmul_peak, train_flops_per_token
 from pipeline.checkpoint.writer import SaveReport
 from pipeline.config import derived
 from pipeline.config import yaml as config_yaml
 from pipeline.config.schema import Config
 from pipeline.parallel.memory_statistics import gather_statistics
 from pipeline.parallel.topology import Topology, on_main
-from pipeline.reporting.console import RunConsole, print_table
+from pipeline.reporting.console import RunConsole
+from pipeline.reporting.console_file import ConsoleFile
 from pipeline.reporting.diagnosis import diagnose_run
-from pipeline.reporting.logits import told_logits
-from pipeline.reporting.metrics import MetricsWriter, ThroughputMeter, layer_name
+from pipeline.reporting.metrics import MetricsWriter, Start, layer_name
+from pipeline.reporting.throughput import ThroughputMeter
+from pipeline.reporting.wandb_run import WandbRun
+from pipeline.schedule.operations import Operation
+from pipeline.training.introduction import derived_rows, tokens_per_step, told_sheet
+from pipeline.training.profiling import ProfileWindow
+from pipeline.training.rank_times import NUMBERS, OwnTime, StragglerWatch, find_slowest, slots
+from pipeline.training.segment_losses import LossBySegment
 from pipeline.training.step_record import StepRecord
 from pipeline.training.stillness import StillnessWatch
-
-SEGMENT_BUCKETS = 20
-"""Loss by segment index: 0, 1, 2-3, 4-7, ... (powers of two); the last bucket takes the rest."""
-
-
-def segment_bucket(index: torch.Tensor) -> torch.Tensor:
-    """Bucket of a segment's index in its document."""
-    return (
-        torch.where(index > 0, torch.log2(index.clamp(min=1).double()).floor() + 1, 0)
-        .long()
-        .clamp(max=SEGMENT_BUCKETS - 1)
-    )
-
-
-def bucket_name(bucket: int) -> str:
-    """`0`, `1`, `2-3`, `4-7`, ..."""
-    if bucket < 2:
-        return str(bucket)
-    first = 2 ** (bucket - 1)
-    return f"{first}-{2 * first - 1}" if bucket < SEGMENT_BUCKETS - 1 else f"{first}+"
-
-
-def told_sheet(name: str | None, flops_per_s: float, precision: str) -> str:
-    """What utilisation is also measured against, in words.
-
-    Args:
-        name: of the main process's device; None for the CPU.
-        flops_per_s: of all devices, NaN where one of them is not known.
-    """
-    if name is None:
-        return "none for a CPU, nor device memory beside that of the process"
-    if math.isfinite(flops_per_s):
-        tf32 = " in TF32" if precision == "fp32" and rounds_to_tf32() else ""
-        return f"{flops_per_s / 1e12:,.0f} TFLOP/s, all devices, dense {precision}{tf32} ({known_as(name)}: {name})"
-    return f"unknown: not every device (here: {name}) is in docs/devices.md"
 
 
 class Monitor:
@@ -96,22 +68,51 @@ class Monitor:
         self.writer = self.console = None
         on_main(lambda: self._open_writer(step if resumed else None))
         if self.is_main:
-            self.console = RunConsole(total_steps=config.train.steps, start_step=step)
+            self.console = RunConsole(config.train.steps, start_step=step, file=ConsoleFile(self.run_dir))
         self.stillness = stillness
+        self.profile = ProfileWindow(config.metrics.profile, self.run_dir, dist.get_rank(), step)
+        self.own_time = OwnTime(topology)
+        self.stragglers: StragglerWatch | None = None
+        self.ending: str | None = None
         self.peak_flops, self.sheet_flops = 0.0, math.nan
+        self.by_segment = LossBySegment(topology.device)
         self.took_a_step = False
         self.skipped_steps = 0
         self._clear_interval()
 
     def _clear_interval(self) -> None:
         self.interval: dict[str, float] = {}
-        self.by_segment = torch.zeros(2, SEGMENT_BUCKETS, dtype=torch.float64, device=self.topology.device)
+        self.own_s, self.own_steps = 0.0, 0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of the step (`data`, `forward_backward`, `optimizer`)."""
-        with self.meter.phase(name):
+        with self.meter.phase(name), self.profile.span(name):
             yield
+
+    @contextlib.contextmanager
+    def watch_step(self, step: int) -> Iterator[None]:
+        """Around each step."""
+        if step in self.profile:
+            self.meter.pause()
+        with self.profile.step(step):
+            yield
+
+    def operation(self, operation: Operation | None) -> None:
+        """The schedule comes to an operation, or (None) to its end."""
+        self.own_time.at(operation)
+        self.profile.operation(operation)
+
+    def trace_is_due(self, step: int) -> bool:
+        """Whether step number `step` was the last one that is profiled; then all processes call `write_trace`."""
+        return not self.profile.written and step == self.profile.steps.stop - 1
+
+    def write_trace(self) -> None:
+        """End the window of the profiler; collective."""
+        self.profile.close()
+        self.topology.all_reduce([0.0])  # nobody's clock runs on while another one writes
+        self.meter.go_on()
+        self.message(self.profile.told)
 
     def wants_statistics(self, step: int) -> bool:
         """Whether step number `step` measures the memory."""
@@ -126,44 +127,28 @@ class Monitor:
         name = device_name(self.topology.device)
         own_sheet = sheet_flops_per_s(name, config.train.precision, tf32=rounds_to_tf32()) if name else None
         self.peak_flops, self.sheet_flops = self.topology.all_reduce([own_peak, own_sheet or math.nan])
+        hosts = [""] * world
+        dist.all_gather_object(hosts, socket.gethostname())
         if not self.is_main:
             return
-        train, parallel, model = config.train, config.parallel, config.model
-        tokens = train.lanes * train.segments_per_window * model.segment_length
-        count = parameter_count(model, self.vocab_size)
-        flops = train_flops_per_token(model, self.vocab_size, recompute=config.bptt.recompute)
-        largest = max(per_rank_bytes(config, world, self.vocab_size), key=lambda rank: rank.total)
-        lanes_per_rank, per_microbatch = (
-            derived.lanes_per_rank(config, world),
-            derived.lanes_per_microbatch(config, world),
-        )
-        kernel = memory_kernel(model, train.precision, self.topology.device.type)
-        kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}
-        rows = {
-            "layout": f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {self.topology.data_size}, "
-            f"ZeRO {parallel.zero_stage}, {world} processes on {self.topology.device.type}",
-            "precision": train.precision,
-            "memory": f"{model.memory.rule}, write gate {model.memory.write_gate}, mix gate {model.memory.mix_gate}, "
-            f"local context {model.local_context}, "
-            f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
-            **kernels,
-            "logits": told_logits(config, world, self.vocab_size),
-            "parameters": f"{count['total']:,}",
-            "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "
-            f"{model.segment_length} tokens"
-            + (f", and {train.probes_per_window} probes per lane" if train.probes_per_window else ""),
-            "microbatches per step and rank": f"{lanes_per_rank // per_microbatch} of "
-            f"{per_microbatch} lanes, {config.bptt.chunks_per_window} chunks each",
-            "tokens in the run": f"{tokens * train.steps:,} in {train.steps:,} steps",
-            "training FLOPs per token": f"{flops:.3e}",
-            "matrix-product peak": f"{self.peak_flops / 1e9:,.1f} GFLOP/s measured, all processes",
-            "data-sheet peak": told_sheet(name, self.sheet_flops, config.train.precision),
-            "memory per rank, estimated": f"{largest.total / 2**20:,.1f} MiB (stage {largest.stage})",
-            "run folder": str(self.run_dir),
-        }
+        self.stragglers = StragglerWatch(config.metrics.straggler_bound, hosts, config.parallel.tensor)
+        sheet = told_sheet(name, self.sheet_flops, config.train.precision)
+        rows = derived_rows(config, self.topology, self.vocab_size, peak_flops=self.peak_flops, sheet=sheet)
         if self.step:
             rows["resumed at step"] = f"{self.step:,}"
-        print_table(self.config.name, list(rows.items()))
+        self.console.table(self.config.name, list(rows.items()))
+        if self.profile.note:
+            self.console.message(self.profile.note)
+        start = Start(
+            name=config.name,
+            steps=config.train.steps,
+            tokens_per_step=tokens_per_step(config),
+            hosts=hosts,
+            layout=rows["layout"],
+            memory=config.model.memory,
+            straggler_bound=config.metrics.straggler_bound,
+        )
+        self.writer.start(self.step, start)
         settings = asdict(config)
         self.writer.settings(self.step, settings, config_yaml.dump(settings))
         self.writer.text(self.step, "run", "\n".join(f"- {name}: {value}" for name, value in rows.items()))
@@ -175,6 +160,10 @@ class Monitor:
         self.step = step = record.step
         sums, outcome, rate = record.sums, record.outcome, record.rate
         self.meter.count_step(int(sums["tokens"]))
+        own_s = self.own_time.step_s()
+        if step not in self.profile:
+            self.own_s += own_s
+            self.own_steps += 1
         if outcome.applied:
             for name, value in sums.items():
                 self.interval[name] = self.interval.get(name, 0.0) + value
@@ -205,30 +194,28 @@ class Monitor:
     def _add_by_segment(self, record: StepRecord) -> None:
         if not (self.topology.is_last_stage and self.topology.tensor_rank == 0):
             return
-        batch, result = record.batch, record.result
-        bucket = segment_bucket(batch.position_in_document // self.config.model.segment_length).flatten()
-        losses = (result.token_loss.double() * batch.loss_weight).sum(dim=-1).flatten()
-        weights = batch.loss_weight.double().sum(dim=-1).flatten()
-        self.by_segment[0].index_add_(0, bucket, losses)
-        self.by_segment[1].index_add_(0, bucket, weights)
+        self.by_segment.add(record.batch, record.result.token_loss, self.config.model.segment_length)
 
     def _write_interval(self, record: StepRecord) -> None:
         topology, step, outcome, rate = self.topology, record.step, record.outcome, record.rate
-        by_segment = self.by_segment
-        dist.all_reduce(by_segment)
+        by_segment = self.by_segment.collect()
         memory = {"system/process_bytes": psutil.Process().memory_info().rss}
         peaks = device_memory_peaks(topology.device)
         memory |= {f"system/device_{kind}_bytes": size for kind, size in peaks.items()}
-        largest = topology.all_reduce(list(map(float, memory.values())), op=dist.ReduceOp.MAX)
+        speed = self.meter.report()
+        data_s = speed.get("speed/data_s", 0.0)
+        own_s = data_s + self.own_s / max(self.own_steps, 1)
+        own = slots(dist.get_rank(), dist.get_world_size(), own_s, data_s)
+        gathered = topology.all_reduce([*map(float, memory.values()), *own], op=dist.ReduceOp.MAX)
+        largest, of_ranks = gathered[: len(memory)], gathered[len(memory) :]
         skipped = None
         if self.config.data.skip_bad_documents:
             # The processes of a model's parts read the same lanes.
             copies = topology.tensor_size * topology.pipeline_size
             skipped = topology.all_reduce([float(record.skipped_documents)])[0] / copies
         still, stillness = self.stillness.at_interval(rate)
-        totals, by_segment = self.interval, by_segment.cpu()
+        totals, measured = self.interval, self.own_steps > 0
         self._clear_interval()
-        speed = self.meter.report()
         if not self.is_main:
             return
         train = self.config.train
@@ -243,12 +230,15 @@ class Monitor:
             "optimizer/learning_rate_beta": rate * self.config.optimizer.beta_lr_scale,
             "optimizer/learning_rate_write_gate": rate * self.config.optimizer.write_gate_lr_scale,
             **dict(zip(memory, largest, strict=True)),
-            "speed/mfu": speed["speed/tokens_per_s"] * flops / self.peak_flops,
             **stillness,
             **speed,
         }
-        if math.isfinite(self.sheet_flops):
-            values["speed/mfu_data_sheet"] = speed["speed/tokens_per_s"] * flops / self.sheet_flops
+        if speed:
+            values["speed/mfu"] = speed["speed/tokens_per_s"] * flops / self.peak_flops
+            if math.isfinite(self.sheet_flops):
+                values["speed/mfu_data_sheet"] = speed["speed/tokens_per_s"] * flops / self.sheet_flops
+        if measured:
+            still += self._compare_ranks(of_ranks, values)
         if skipped is not None:
             values["data/skipped_documents"] = skipped
         if totals:
@@ -261,21 +251,33 @@ class Monitor:
             if self.config.model.memory.write_gate != "none":
                 steps = seen / (train.lanes * train.segments_per_window * self.config.model.segment_length)
                 values["memory/write_gate"] = totals["gate"] / (steps * derived.gate_count(self.config))
-        for bucket in range(SEGMENT_BUCKETS):
-            loss, weight = by_segment[:, bucket].tolist()
-            if weight:
-                values[f"loss_by_segment/{bucket_name(bucket)}"] = loss / weight
+        values |= {f"loss_by_segment/{bucket}": loss for bucket, loss in by_segment.items()}
         self.writer.scalars(step, values)
         self.console.log(step, values)
         for text in still:
             self.message(text)
+
+    def _compare_ranks(self, of_ranks: list[float], values: dict[str, float]) -> list[str]:
+        """Add the ranks' times to `values`; what there is to say about them."""
+        if len(of_ranks) == NUMBERS:
+            return []
+        own_s, data_s = of_ranks[::NUMBERS], of_ranks[1::NUMBERS]
+        self.writer.vector(self.step, "ranks/own_s", [float(f"{seconds:.4g}") for seconds in own_s])
+        slowest = find_slowest(own_s, data_s, self.topology.pipeline_size)
+        if slowest is None:
+            return []
+        values |= {"ranks/slowest": slowest.rank, "ranks/slowest_s": slowest.own_s}
+        values |= {"ranks/median_s": slowest.others_s, "ranks/slowdown": slowest.slowdown}
+        news = self.stragglers.after_interval(slowest)
+        return [news] if news else []
 
     def _write_statistics(self, step: int, statistics: dict[int, MemoryStatistics]) -> None:
         """Per layer: gates, the memory's share of the output, norms of M and z. Lanes of data-parallel rank 0."""
         layers = gather_statistics(statistics, self.topology, layers=self.config.model.num_layers)
         if not self.is_main:
             return
-        scalars = {}
+        written = self.config.model.memory.write_gate != "none"
+        scalars, of_layers = {}, defaultdict(list)
         for layer, whole in layers.items():
             means = {
                 "mix_gate": whole.mix_gate,
@@ -285,13 +287,23 @@ class Monitor:
                 "effective_rank": whole.effective_rank,
                 "read_variation": whole.read_variation,
             }
-            self.writer.histogram(step, layer_name("mix_gate_histogram", layer), whole.mix_gate)
-            if self.config.model.memory.write_gate != "none":
+            self.writer.histogram(step, layer_name("mix_gate_histogram", layer), whole.mix_gate, shown=False)
+            if written:
                 means["write_gate"] = whole.write_gate
                 counts = whole.write_gate_histogram.sum(dim=0)
-                self.writer.binned_histogram(step, layer_name("write_gate_histogram", layer), counts, 0.0, 1.0)
-            scalars |= {layer_name(quantity, layer): float(values.mean()) for quantity, values in means.items()}
+                name = layer_name("write_gate_histogram", layer)
+                self.writer.binned_histogram(step, name, counts, 0.0, 1.0, shown=False)
+            for quantity, values in means.items():
+                scalars[layer_name(quantity, layer)] = mean = float(values.mean())
+                of_layers[quantity].append(mean)
+        of_layers.pop("write_gate", None)  # its mean over a whole interval is there
+        scalars |= {f"memory/{quantity}": sum(means) / len(means) for quantity, means in of_layers.items()}
         self.writer.scalars(step, scalars)
+        gates = torch.cat([whole.mix_gate.flatten() for whole in layers.values()])
+        self.writer.histogram(step, "memory/mix_gate_histogram", gates)
+        if written:
+            counts = sum(whole.write_gate_histogram.sum(dim=0) for whole in layers.values())
+            self.writer.binned_histogram(step, "memory/write_gate_histogram", counts, 0.0, 1.0)
 
     def _diagnose(self) -> None:
         """Say in words what is wrong with the memory, if anything is."""
@@ -340,17 +352,29 @@ class Monitor:
         """The run went back to `step`: what was written for later ones is taken back."""
         self.step = step
         self.meter, self.skipped_steps = ThroughputMeter(), 0
+        self.by_segment = LossBySegment(self.topology.device)
         self._clear_interval()
         on_main(lambda: self._open_writer(step))
 
     def _open_writer(self, resume_step: int | None) -> None:
         if self.writer is not None:
             self.writer.close()
-        tensorboard = self.config.metrics.tensorboard
-        self.writer = MetricsWriter(self.run_dir, tensorboard=tensorboard, resume_step=resume_step)
+        metrics = self.config.metrics
+        sinks = [] if metrics.wandb.project is None else [self._open_wandb]
+        self.writer = MetricsWriter(self.run_dir, tensorboard=metrics.tensorboard, resume_step=resume_step, sinks=sinks)
+
+    def _open_wandb(self) -> WandbRun:
+        return WandbRun(self.config.metrics.wandb, self.run_dir, self.config.name)
+
+    def stopping(self, reason: str) -> None:
+        """The run ends before its last step."""
+        self.ending = f"stopped: {reason}"
+        self.message(f"stopping after step {self.step}: {reason} (--resume goes on from there)")
 
     def close(self) -> None:
+        self.profile.close()
         if self.is_main:
             self._diagnose()
             self.console.close()
+            self.writer.end(self.step, self.ending or "finished")
             self.writer.close()

@@ -228,7 +228,7 @@ class Trainer:
             reasons: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(reasons, reason)
             first = next(r for r in reasons if r)
-            self.monitor.message(f"stopping after step {self.progress.step}: {first} (--resume goes on from there)")
+            self.monitor.stopping(first)
             tell_job(stopping.JOB_STOPPED, first)
             on_main(stop.clear_file)
         elif self.evaluation is not None and self.evaluation.is_due(self.progress.step):
@@ -238,13 +238,18 @@ class Trainer:
 
     def train_step(self) -> None:
         """One window of every lane: forward, backward, update; or none of it when a number is wrong."""
-        with self._phase("data"):
-            batch = to_device(self.loader.next_batch(), self.topology.device)
-        with self._phase("forward_backward"):
-            result = self.forward_backward(batch, statistics=self.monitor.wants_statistics(self.progress.step + 1))
-        with self._phase("optimizer"):
-            sums, outcome, rate = self.update(batch, result)
-        self.record(batch, result, sums, outcome, rate)
+        step = self.progress.step + 1
+        with self.monitor.watch_step(step):
+            with self._phase("data"):
+                batch = to_device(self.loader.next_batch(), self.topology.device)
+            with self._phase("forward_backward"):
+                result = self.forward_backward(batch, statistics=self.monitor.wants_statistics(step))
+            with self._phase("optimizer"):
+                sums, outcome, rate = self.update(batch, result)
+            self.record(batch, result, sums, outcome, rate)
+        if self.monitor.trace_is_due(step):
+            self.watchdog.progress(step, "trace", patient=True)
+            self.monitor.write_trace()
 
     def update(self, batch: WindowBatch, result: StepResult) -> tuple[dict[str, float], StepOutcome, float]:
         """Move the parameters, unless a number is wrong.
@@ -304,6 +309,8 @@ class Trainer:
             if operation
             else "sums"
         )
+        if self.monitor:
+            self.monitor.operation(operation)
 
     def forward_backward(self, batch: WindowBatch, *, statistics: bool = False) -> StepResult:
         """Forward and backward passes of a step: this rank's result. Gradients are synchronised afterwards.

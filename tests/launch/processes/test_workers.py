@@ -59,7 +59,9 @@ def test_first_failure_is_the_only_one_told(tmp_path):
     assert output == f"[rank 1] error: shard train-000003.tar is truncated\n(traceback in {report})\n"
     assert code == 2
     assert "rank_program.py" in report.read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["error-rank1.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["console.log", "error-rank1.txt"]
+    told = [line[21:] for line in (tmp_path / "console.log").read_text().splitlines()]
+    assert told == output.splitlines()
 
 
 def test_one_interrupted_rank_ends_all_before_there_is_a_run_folder(tmp_path):
