@@ -14,12 +14,12 @@ import re
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from data.files import write_whole
 from launch.processes.claims import CLAIM_FOLDER, GRACE_S, WATCH_INTERVAL_S, Claim
 from launch.processes.quiet import quiet_libraries
 from pipeline.reporting.console_file import ConsoleFile
@@ -160,7 +160,8 @@ def _write_traceback(error: BaseException, run_dir: Path | None) -> Path | None:
     path = run_dir / f"error-rank{os.environ['RANK']}.txt"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(traceback.format_exception(error)))
+        with open(path, "a", encoding="utf-8") as file:  # behind those of earlier starts
+            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n{''.join(traceback.format_exception(error))}")
     except OSError:
         return None
     return path

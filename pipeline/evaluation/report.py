@@ -15,6 +15,7 @@ from pipeline.evaluation import plots, task_report
 from pipeline.evaluation.scalars import by_length, doubling_spans, mean_over, scalars, set_names, span_name
 from pipeline.evaluation.training_curves import training_curves
 from pipeline.reporting.console import format_duration, make_console, print_table
+from pipeline.reporting.dashboard import tag
 from pipeline.reporting.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
 RESULTS = "results.json"
@@ -139,10 +140,10 @@ def _tensorboard(results: Results, images: dict[str, Path], folder: Path) -> Non
         earlier.unlink()
     with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
         for name, value in scalars(results).items():
-            writer.add_scalar(name, value, step)
+            writer.add_scalar(tag(name), value, step)
         for name, path in images.items():
             with Image.open(path) as image:
-                writer.add_image(f"evaluation/{name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+                writer.add_image(tag(f"evaluation/{name}"), np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
 
 def exact_match(results: Results, control: str, segments: int) -> float | None:

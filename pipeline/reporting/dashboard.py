@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 LAYERS = ("share_of_output", "mix_gate", "write_gate", "effective_rank", "read_variation", "norm_M", "norm_z")
-EVALUATION = "3_evaluation"
+EVALUATION, BY_SEGMENT = "3_evaluation", "6_loss_by_segment"
 _GROUPS = (
     ("loss/", "1_loss"),
     ("speed/tokens_per_s", "2_speed"),
     ("speed/mfu", "2_speed"),
+    ("evaluation/seconds", "7_time"),
     ("evaluation/", EVALUATION),
     ("memory/", "4_memory"),
     ("optimizer/", "5_optimizer"),
     ("gradient_norm/", "5_optimizer"),
-    ("loss_by_segment/", "6_loss_by_segment"),
+    ("loss_by_segment/", BY_SEGMENT),
     ("speed/", "7_time"),
     ("ranks/", "7_time"),
     ("checkpoint/", "7_time"),
@@ -39,12 +40,13 @@ _KEPT = ("gradient_norm", "ranks", "checkpoint")
 _CARDS = {"loss/answer": "train_answer", "loss/probe": "train_probe"}
 """Cards that come behind `train`."""
 _OF_A_LAYER = re.compile(r"([^/]+)/layer_(\d+)")
+_EVALUATED_BY_SEGMENT = re.compile(r"evaluation/([^/]+)/loss_by_segment_([^/]+)/([^/]+)")
 
 PLOTS = {
     "the run": {
         "loss": "1_loss/",
         "tokens per second": "2_speed/tokens_per_s$",
-        "loss by segment of the document": "6_loss_by_segment/",
+        "loss by segment of the document": f"{BY_SEGMENT}/[^/]+$",
         "gradient norm": "5_optimizer/gradient_norm",
         "seconds per step": "7_time/(step|data|forward_backward|optimizer)_s$",
         "seconds per step that a rank itself works": "7_time/ranks_(slowest|median)_s$",
@@ -60,17 +62,24 @@ def tag(name: str) -> str:
     """TensorBoard's name of a metric: `loss/train` is `1_loss/train`, `mix_gate/layer_03` is `layers/mix_gate/03`."""
     if layer := _OF_A_LAYER.fullmatch(name):
         return f"layers/{layer[1]}/{layer[2]}"
+    if found := _EVALUATED_BY_SEGMENT.fullmatch(name):
+        return f"{BY_SEGMENT}/{found[1]}_{found[2]}/{found[3]}"
     for beginning, group in _GROUPS:
         if name.startswith(beginning):
             first, _, rest = name.partition("/")
-            return f"{group}/{_CARDS.get(name) or (f'{first}_{rest}' if first in _KEPT else rest)}"
+            kept = first in _KEPT or (first == "evaluation" and group != EVALUATION)
+            return f"{group}/{_CARDS.get(name) or (f'{first}_{rest}' if kept else rest)}"
     return name
 
 
 def layout(tags: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     """The tab *Custom scalars* for these tags, as `SummaryWriter.add_custom_scalars` takes it: no plot is empty."""
-    kinds = sorted({name.split("/")[1] for name in tags if name.startswith(f"{EVALUATION}/")})
-    evaluation = {kind: f"{EVALUATION}/{re.escape(kind)}(/|$)" for kind in kinds}
+    evaluation = {}
+    for group, title in ((EVALUATION, "{}"), (BY_SEGMENT, "{}, by segment")):
+        parts = [name.split("/") for name in tags if name.startswith(f"{group}/")]
+        # Two parts there are the training's own.
+        for kind in sorted({part[1] for part in parts if group == EVALUATION or len(part) > 2}):
+            evaluation[title.format(kind)] = f"{group}/{re.escape(kind)}(/|$)"
     laid_out = {}
     for category, plots in {**PLOTS, "evaluation": evaluation}.items():
         drawn = {title: begin for title, begin in plots.items() if any(re.match(begin, name) for name in tags)}

@@ -6,7 +6,8 @@ In a pipe the same text comes out plain; where not even UTF-8 can be shown, draw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -25,11 +26,11 @@ HOSTS_SHOWN = 4
 MARKS, ASCII_MARKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 
 QUANTITIES = {
-    "share_of_output": ("share of the output", f"{UNUSED:.0%} or more in some layer"),
+    "share_of_output": ("share of the output", f"{100 * UNUSED:g} % or more in some layer"),
     "mix_gate": ("mixing gate", f"moves by {STILL:g} or more from where it began"),
     "write_gate": ("write gate", "not closed in all layers"),
-    "read_variation": ("variation of reads", f"{CONSTANT:.0%} or more where memory is used"),
-    "effective_rank": ("effective rank of M", f"{COLLAPSED:g} or more where {MANY:.0%} of tokens are written"),
+    "read_variation": ("variation of reads", f"{100 * CONSTANT:g} % or more where memory is used"),
+    "effective_rank": ("effective rank of M", f"{COLLAPSED:g} or more where {100 * MANY:g} % of tokens are written"),
     "norm_M": ("norm of M", ""),
     "norm_z": ("norm of z", "does not double while the share halves"),
 }
@@ -130,12 +131,29 @@ def _rows(view: RunView, now: float) -> Iterator[tuple[RenderableType, ...]]:
     if view.start:
         yield "ranks", _ranks(view)
     yield "checkpoint", Text(_checkpoint(view, now))
-    names = sorted(name for name in values if name.startswith("evaluation/"))
-    for place, name in enumerate(names[:EVALUATION_ROWS]):
+    rows = _evaluation(values)
+    for place, (what, ways) in enumerate([*rows.items()][:EVALUATION_ROWS]):
         title = f"evaluation, step {view.evaluated:,}" if place == 0 else ""
-        yield title, Text(f"{printable(name.removeprefix('evaluation/'))}  {values[name]:.4g}")
-    if len(names) > EVALUATION_ROWS:
-        yield "", Text(f"and {len(names) - EVALUATION_ROWS} more in {view.path.name}", style="dim")
+        told = [f"{way} {value:.4g}".strip() for way, value in ways.items()]
+        yield title, Text(f"{printable(what)}: {', '.join(told)}")
+    if len(rows) > EVALUATION_ROWS:
+        yield "", Text(f"and {len(rows) - EVALUATION_ROWS} more in {view.path.name}", style="dim")
+
+
+def _evaluation(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """What was evaluated -> way (memory on, off, ...) -> value; losses by segment are left to TensorBoard."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        group, _, rest = name.partition("/")
+        if group != "evaluation" or rest == "seconds" or "/loss_by_segment_" in rest:
+            continue
+        if task := re.fullmatch(r"task_([^/]+)/(.+)", rest):
+            rows.setdefault(task[2], {})[task[1]] = value
+        elif loss := re.fullmatch(r"(.+)/loss_([^/]+)", rest):
+            rows.setdefault(f"loss of {loss[1]}", {})[loss[2]] = value
+        else:
+            rows.setdefault(rest, {})[""] = value
+    return rows
 
 
 def _checkpoint(view: RunView, now: float) -> str:

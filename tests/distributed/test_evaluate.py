@@ -128,9 +128,9 @@ def test_tensorboard_has_each_evaluation_once(pools, tmp_path, run):
 
     (file,) = (tmp_path / "tensorboard" / "evaluation").iterdir()
     events = EventAccumulator(str(file)).Reload()
-    (point,) = events.Scalars("evaluation/passkey_on/segments_16")
+    (point,) = events.Scalars("3_evaluation/passkey_on/segments_16")
     assert point.step == 4 and 0 <= point.value <= 1
-    assert "evaluation/passkey/off" in events.Tags()["images"]
+    assert "3_evaluation/passkey/off" in events.Tags()["images"]
 
 
 def test_without_a_memory_there_are_no_controls(pools, tmp_path, data):

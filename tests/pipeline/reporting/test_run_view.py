@@ -79,7 +79,14 @@ def viewed(folder):
 def test_the_screen_says_what_was_written(tmp_path, clock):
     writer = write(tmp_path, clock)
     writer.scalars(30, {"checkpoint/stall_s": 0.5, "checkpoint/write_s": 3.0})
-    writer.scalars(30, {"evaluation/passkey/16": 0.75})
+    evaluated = {
+        "text/loss_on": 2.5,
+        "text/loss_off": 2.75,
+        "task_on/recall pairs 4": 0.5,
+        "task_off/recall pairs 4": 0,
+    }
+    evaluated |= {"text/loss_by_segment_on/0": 3.0, "seconds": 9.0, "other": 7.0}
+    writer.scalars(30, {f"evaluation/{name}": value for name, value in evaluated.items()})
     view = viewed(tmp_path)
     assert view.step_s == 2.0 and view.left_s == 370 * 2.0
     text = shown(view, clock[0] + 5)
@@ -93,7 +100,8 @@ def test_the_screen_says_what_was_written(tmp_path, clock):
         "optimizer            learning rate 1.00e-03, gradient norm 0.7",
         "4 on node1, node2; SLOW: rank 2 on node2, 1.9 s of its own per step, 1.36 times the others",
         "checkpoint           step 30, 5s ago (training waited 0.5 s, writing took 3 s)",
-        "evaluation, step 30  passkey/16  0.75",
+        "evaluation, step 30  loss of text: on 2.5, off 2.75\n                     recall pairs 4: on 0.5, off 0\n"
+        "                     other: 7\n",
         "memory at step 30, mean over 2 layers",
         "mixing gate           0.55     0.5    0.6   ▁█         moves by 0.005 or more from where it began",
         "whether that is healthy can be said from step 200 on",

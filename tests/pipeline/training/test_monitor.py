@@ -154,9 +154,16 @@ def test_custom_scalars_put_first_what_is_looked_at_first(run):
 
 def test_a_plot_is_laid_out_when_there_is_something_to_draw():
     assert layout(["9_system/process_bytes"]) == {}
-    evaluated = [tag(f"evaluation/{name}") for name in ("passkey/4", "passkey/16", "loss", "loss_off/0")]
-    assert layout(sorted(evaluated)) == {
-        "evaluation": {kind: ["Multiline", [f"^3_evaluation/{kind}(/|$)"]] for kind in ("loss", "loss_off", "passkey")}
+    names = ("text/loss_on", "text/loss_off", "task_on/recall pairs 4", "text/loss_by_segment_on/2-3", "seconds")
+    tags = [tag(f"evaluation/{name}") for name in names]
+    assert tags[:2] == ["3_evaluation/text/loss_on", "3_evaluation/text/loss_off"]
+    assert tags[3:] == ["6_loss_by_segment/text_on/2-3", "7_time/evaluation_seconds"]
+    assert layout(sorted(tags)) == {
+        "evaluation": {
+            "task_on": ["Multiline", ["^3_evaluation/task_on(/|$)"]],
+            "text": ["Multiline", ["^3_evaluation/text(/|$)"]],
+            "text_on, by segment": ["Multiline", ["^6_loss_by_segment/text_on(/|$)"]],
+        }
     }
 
 
