@@ -21,7 +21,7 @@ from unittest import mock
 
 from launch.processes.claims import CLAIM_FOLDER
 from launch.processes.first_failure import FirstFailure
-from launch.processes.meeting import MeetingWatch, check_names
+from launch.processes.meeting import MeetingWatch, check_endpoint, check_names
 from launch.processes.passing import SignalPasser
 from launch.processes.worker import FOLLOWED, INTERRUPTED, STOPPED_MARK
 from launch.processes.world import LOOPBACK, check_port
@@ -70,8 +70,9 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # A limit on the run's time counts restarts in (`pipeline.training.resilience.StopRequest`).
     os.environ["INFINI_LAUNCH_TIME"] = str(time.time())
-    if os.environ.get("INFINI_DEBUG") != "1":
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet = os.environ.get("INFINI_DEBUG") != "1" and "TORCH_CPP_LOG_LEVEL" not in os.environ
+    if quiet:  # read when torch is loaded: what goes wrong here is said in a line, where torch has thirty
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
 
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import PContext
@@ -80,6 +81,8 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
+    if quiet:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the ranks'
     if os.environ.get("INFINI_DEBUG") != "1":
         # Each of these loggers has a level of its own. They also report the store's end when nodes leave one by one.
         for name in list(logging.root.manager.loggerDict):
@@ -101,6 +104,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         config, entrypoint, entrypoint_arguments = config_from_args(args)
         endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
         check_names(endpoint, args.nnodes)
+        check_endpoint(endpoint, args.nnodes)
         first = FirstFailure(Path(logs), passer, PContext.close)
         # Not the object itself: of a class's attributes only functions are bound.
         close = mock.patch.object(PContext, "close", lambda ranks, *args, **kwargs: first.close(ranks, *args, **kwargs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import socket
 import sys
@@ -15,6 +16,8 @@ from pipeline.training.stopping import JOB_FOLDER
 
 EVERY_S = 30.0
 """Between two lines about who is missing."""
+ANSWER_S = 5.0
+"""A launcher's store that listens answers within milliseconds; torch waits for one that never does."""
 NODES, HERE = "nodes", "here-"
 """In the batch job's folder: the names of its nodes, in order; one file for each whose launcher has started."""
 
@@ -39,6 +42,39 @@ def check_names(endpoint: str, nodes: str) -> None:
             f"this node's own name, {own}, has the address {address} here (a line in /etc/hosts, as Debian writes it), "
             "where no other node reaches it over gloo: set GLOO_SOCKET_IFNAME to the interface that they see (`ip -br "
             "addr` lists them), or correct the line"
+        )
+
+
+def check_endpoint(endpoint: str, nodes: str) -> None:
+    """Look whether it is a launcher that listens at the place to meet, if anybody does yet; as `check_names`.
+
+    Raises:
+        ValueError: it is another program.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if nodes in ("1", "1:1") or not port.isdecimal() or port == "0":
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except OSError:
+        return  # nobody yet, or no way there: the launcher goes on trying
+    from torch.distributed import DistError, TCPStore
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        patience = datetime.timedelta(seconds=ANSWER_S)
+        with contextlib.suppress(DistError):
+            TCPStore(host, int(port), is_master=False, timeout=patience, wait_for_workers=False)
+            answered.set()
+
+    asking = threading.Thread(target=ask, name="endpoint", daemon=True)
+    asking.start()
+    asking.join(2 * ANSWER_S)
+    if not answered.is_set():
+        raise ValueError(
+            f"another program listens at the place to meet, {endpoint}, and not a launcher: give another port, with "
+            "RDZV_PORT to launch/slurm/train.sbatch, else in RDZV_ENDPOINT or MASTER_PORT"
         )
 
 

@@ -124,7 +124,8 @@ def _exit_code(error: BaseException) -> int:
 
 def _has_lost_a_peer(error: BaseException) -> bool:
     """Whether it tells of another process's end, or of a network's, and not of this one's own failure."""
-    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+    library = isinstance(error, RuntimeError) and not type(error).__module__.startswith("pipeline.")
+    return library and _LOST_PEER.search(str(error)) is not None
 
 
 def _say_why(error: BaseException, run_dir: Path | None, lost_peer: bool = False) -> None:

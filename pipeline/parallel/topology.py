@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from model.device import default_device, distributed_backend, prepare_megatron
+from pipeline.parallel.first_contact import FirstMessages, meet
 
 Result = TypeVar("Result")
 
@@ -147,9 +148,7 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
-            # A process of its own meets nobody: without a port, nothing can take that port before it.
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if os.environ["WORLD_SIZE"] == "1" else {}
-            dist.init_process_group(distributed_backend(device), timeout=timeout, **alone)
+            _join(distributed_backend(device), timeout)
         except dist.DistNetworkError as error:
             variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
             known = ", ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
@@ -167,14 +166,32 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[
         )
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        distributed_timeout_minutes=timeout_s / 60,
-    )
-    topology = place_in_grid(device, lambda stages: _pipeline_groups(stages, timeout))
-    _open_connections(topology)
+    first = FirstMessages(dist.distributed_c10d._get_default_store(), dist.get_rank())
+    with first.within("the making of the layout's groups", range(world)):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            distributed_timeout_minutes=timeout_s / 60,
+        )
+        topology = place_in_grid(device, lambda stages: _pipeline_groups(stages, timeout))
+    _open_connections(topology, first)
     return topology
+
+
+def _join(backend: str, timeout: datetime.timedelta) -> None:
+    """Make the group of all processes."""
+    if os.environ["WORLD_SIZE"] == "1":
+        # A process of its own meets nobody: without a port, nothing can take that port before it.
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    words = dist.PrefixStore("first-contact", store)
+    meet(words, rank, world, timeout.total_seconds())
+    with FirstMessages(words, rank).within("the group of all processes", range(world)):
+        dist.init_process_group(
+            backend, timeout=timeout, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world
+        )
 
 
 def place_in_grid(device: torch.device, new_group: Callable[[list[int]], dist.ProcessGroup]) -> Topology:
@@ -201,7 +218,7 @@ def place_in_grid(device: torch.device, new_group: Callable[[list[int]], dist.Pr
     )
 
 
-def _open_connections(topology: Topology) -> None:
+def _open_connections(topology: Topology, first: FirstMessages) -> None:
     """Use every group, and every connection between neighbouring stages, once.
 
     NCCL makes a connection when it is first used, and both sides wait there for the other one, the host too: even for a
@@ -209,19 +226,28 @@ def _open_connections(topology: Topology) -> None:
     would wait for ever. Here stage after stage uses each connection, in an order that nobody waits in.
     """
     token = torch.zeros(1, device=topology.device)
-    for group, source, target in (
-        (topology.forward_group, topology.previous_rank, topology.next_rank),
-        (topology.backward_group, topology.next_rank, topology.previous_rank),
+    for name, group, source, target in (
+        ("the pipeline, forwards", topology.forward_group, topology.previous_rank, topology.next_rank),
+        ("the pipeline, backwards", topology.backward_group, topology.next_rank, topology.previous_rank),
     ):
-        if source is not None:
-            dist.recv(token, source, group=group)
-        if target is not None:
-            dist.send(token, target, group=group)
-    groups = [None, topology.tensor_group, topology.data_group, topology.model_group]
+        with first.within(name, dist.get_process_group_ranks(group)):
+            if source is not None:
+                dist.recv(token, source, group=group)
+            if target is not None:
+                dist.send(token, target, group=group)
+            token.item()  # a device is behind its host
+    groups = {
+        "all processes": dist.group.WORLD,
+        "parallel.tensor": topology.tensor_group,
+        "data parallelism": topology.data_group,
+        "the processes that hold one model": topology.model_group,
+    }
     if topology.pipeline_size > 1 and (topology.pipeline_rank == 0 or topology.is_last_stage):
-        groups.append(topology.embedding_group)
-    for group in groups:
-        dist.all_reduce(token, group=group)
+        groups["the first and the last stage"] = topology.embedding_group
+    for name, group in groups.items():
+        with first.within(name, dist.get_process_group_ranks(group)):
+            dist.all_reduce(token, group=group)
+            token.item()
 
 
 def _pipeline_groups(own: list[int], timeout: datetime.timedelta) -> dist.ProcessGroup:

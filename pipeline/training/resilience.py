@@ -7,6 +7,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import statistics
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import psutil
 import torch.distributed as dist
 
-from data.files import write_whole
+from data.files import some, write_whole
 from pipeline.config.schema import ResilienceConfig
 from pipeline.training import stopping
 
@@ -26,6 +27,8 @@ Result = TypeVar("Result")
 
 HANG = "infini/hang"
 """Key of the job's store that says that a rank has noticed a hang."""
+BEATS = 3
+"""Whose progress is not published again for so many times is silent."""
 LAUNCH_TIME = "INFINI_LAUNCH_TIME"
 """Environment variable with the Unix time at which the launcher started, restarts included in what it counts."""
 
@@ -112,8 +115,9 @@ class Watchdog:
     """Ends a run that makes no progress, naming the ranks that are behind.
 
     A thread publishes how far this process is (a count of the phases it has begun, and its operation in the last one)
-    in the job's key-value store and watches it. When it has not moved for too long, every rank writes the stacks of its
-    threads, and the first to notice fails for all of them, saying which ranks are furthest behind.
+    in the job's key-value store, again and again, and watches it. When it has not moved for too long, every rank writes
+    the stacks of its threads, and the first to notice fails for all of them, saying which ranks are furthest behind,
+    and which give no sign of life: their node is gone, or the network to it.
 
     Args:
         timeout_s: what is too long; 0 is off.
@@ -127,8 +131,8 @@ class Watchdog:
         self.run_dir = run_dir
         self.warm = False
         """The first step is done: caches are filled, and a step takes what it takes."""
-        self._progress = _Progress(0, 0, "start", True)
-        self._moves = 0
+        self._progress = _Progress(0, 0, "start", True, host=socket.gethostname())
+        self._moves = self._beat = 0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -140,7 +144,7 @@ class Watchdog:
 
     def progress(self, step: int, phase: str, *, patient: bool = False) -> None:
         """The process has come to this phase of this step, which may take long when `patient`."""
-        self._progress = _Progress(self._progress.count + 1, step, phase, patient)
+        self._progress = _Progress(self._progress.count + 1, step, phase, patient, host=self._progress.host)
         self._moves += 1
 
     def operation(self, name: str) -> None:
@@ -166,8 +170,7 @@ class Watchdog:
             moves = self._moves
             if moves != seen:
                 seen, since = moves, time.monotonic()
-                # Without a store another rank has failed, and the run ends for that reason.
-                _ask(lambda: store.set(f"infini/progress/{rank}", json.dumps(self._progress)), None)
+            self._publish(store)
             if _ask(lambda: store.check([HANG]), False):
                 self._write_stacks(rank)
                 return
@@ -175,8 +178,16 @@ class Watchdog:
             if waited > self.limit_s and not self._done.is_set():
                 self._fail(store, rank, waited, pause)
 
+    def _publish(self, store: dist.Store) -> None:
+        self._beat += 1
+        own = json.dumps(self._progress._replace(beat=self._beat))
+        # Without a store another rank has failed, and the run ends for that reason.
+        _ask(lambda: store.set(f"infini/progress/{dist.get_rank()}", own), None)
+
     def _fail(self, store: dist.Store, rank: int, waited_s: float, pause: float) -> None:
-        own, late = self._progress, self._late(store)
+        own, moves, late = self._progress, self._moves, self._late(store, pause)
+        if self._moves != moves or self._done.is_set():
+            return  # it went on meanwhile
         _ask(lambda: store.set(HANG, str(rank)), None)
         where = self._write_stacks(rank)
         self._done.wait(2 * pause)  # the others write theirs
@@ -196,16 +207,28 @@ class Watchdog:
             return f"stacks of all threads above ({error})"
         return f"stacks of all threads in {path.with_name('hang-rank*.txt')}"
 
-    def _late(self, store: dist.Store) -> str:
-        found: list[_Progress] = []
+    def _late(self, store: dist.Store, pause: float) -> str:
+        try:
+            before = self._published(store)
+            for _ in range(BEATS):
+                self._done.wait(pause)
+                self._publish(store)  # others may be listening for this one
+            now = self._published(store)
+        except (RuntimeError, LookupError) as error:
+            return f"where the other ranks are is not known ({error})"
+        if silent := [rank for rank in before if before[rank].beat == now[rank].beat]:
+            names = some([f"{rank} on {now[rank].host}" for rank in silent], 8)
+            ranks = f"rank{'s' * (len(silent) > 1)} {names}"
+            return f"no sign of life from {ranks}: is the node gone, or the network to it?"
+        return late_ranks(list(now.values()))
+
+    def _published(self, store: dist.Store) -> dict[int, _Progress]:
+        found = {}
         for rank in range(dist.get_world_size()):
-            try:
-                if not store.check([f"infini/progress/{rank}"]):
-                    return f"rank {rank} has never reported"
-                found.append(_Progress(*json.loads(store.get(f"infini/progress/{rank}"))))
-            except RuntimeError as error:
-                return f"where the other ranks are is not known ({error})"
-        return late_ranks(found)
+            if not store.check([f"infini/progress/{rank}"]):
+                raise LookupError(f"rank {rank} has never reported")
+            found[rank] = _Progress(*json.loads(store.get(f"infini/progress/{rank}")))
+        return found
 
 
 class _Progress(NamedTuple):
@@ -217,6 +240,9 @@ class _Progress(NamedTuple):
     phase: str
     patient: bool
     operation: str = ""
+    host: str = ""
+    beat: int = 0
+    """Rises with every sign of life."""
 
     def __str__(self) -> str:
         return f"{self.phase} of step {self.step}" + (f" ({self.operation})" if self.operation else "")
@@ -228,7 +254,7 @@ def late_ranks(progress: list[_Progress]) -> str:
     places: dict[str, list[str]] = {}
     for rank, found in enumerate(progress):
         if found.count == least:
-            places.setdefault(str(found), []).append(str(rank))
+            places.setdefault(str(found), []).append(f"{rank} on {found.host}")
     late = sum(map(len, places.values())) < len(progress)
     told = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} in {place}" for place, ranks in places.items()]
     return ("late: " if late else "all ranks are in the same phase: ") + "; ".join(told)

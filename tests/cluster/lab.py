@@ -4,7 +4,8 @@
       |-- n1 10.77.0.1                  slurmd
       `-- n2 10.77.0.2                  slurmd
 
-Nothing of it outlives the test session: a node is a process, and what runs in its process namespace ends with it.
+Nothing of it outlives the test session, however that ends: a node is a process that reads from a pipe which the session
+holds, and what runs in its process namespace ends with it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ PartitionName=abrupt Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=1 GraceTime=0
 PartitionName=urgent Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
-# Process 1 of a node. It waits for its cable, and then for its daemon; as bash it reaps what others leave behind.
+# Process 1 of a node. It waits for its cable, starts its daemon, and ends with the pipe; as bash it reaps what others
+# leave behind.
 INIT = """
 mount --bind "$1/hosts" /etc/hosts
 hostname "$2"
@@ -75,8 +77,8 @@ ip link set lo up
 echo up
 read -r
 shift 2
-"$@" &
-wait
+"$@" < /dev/null &
+while read -r; do :; done
 """
 
 Found = TypeVar("Found")
@@ -144,7 +146,7 @@ class Node:
         return self._init.children(recursive=True)
 
     def stop(self) -> None:
-        """The machine is gone, with all that ran on it."""
+        """The machine is gone at once, with all that ran on it, and says nobody goodbye."""
         self._holder.kill()
         self._holder.wait()
         self._holder.stdin.close()
@@ -162,25 +164,38 @@ class Lab:
         table = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in HOSTS.items())]
         (self.folder / "hosts").write_text("\n".join(table) + "\n")
         self.controller = Node("ctl", self.folder, "slurmctld", "-D")
-        self.nodes = {name: Node(name, self.folder, "slurmd", "-D") for name in NODES}
-        self._wire()
-        for node in (self.controller, *self.nodes.values()):
-            node.start_daemon()
-        # `idle` alone would do with one node.
-        wait_for(lambda: self._idle_nodes() == len(NODES), "Slurm to come up")
-
-    def _wire(self) -> None:
         self.controller.run("ip", "link", "add", "switch", "type", "bridge")
         self.controller.run("ip", "addr", "add", f"{HOSTS['ctl']}/24", "dev", "switch")
         self.controller.run("ip", "link", "set", "switch", "up")
-        for name, node in self.nodes.items():
-            cable = f"to-{name}"
-            ends = [cable, "netns", str(self.controller.pid), "type", "veth", "peer", "eth0", "netns", str(node.pid)]
-            subprocess.run(["ip", "link", "add", *ends], check=True)
-            self.controller.run("ip", "link", "set", cable, "master", "switch")
-            self.controller.run("ip", "link", "set", cable, "up")
-            node.run("ip", "addr", "add", f"{HOSTS[name]}/24", "dev", "eth0")
-            node.run("ip", "link", "set", "eth0", "up")
+        self.controller.start_daemon()
+        self.nodes: dict[str, Node] = {}
+        for name in NODES:
+            self.boot(name)
+        self.await_nodes()
+
+    def boot(self, name: str) -> None:
+        """Bring up a node that is not there, or no longer."""
+        node = self.nodes[name] = Node(name, self.folder, "slurmd", "-D")
+        cable = f"to-{name}"
+        ends = [cable, "netns", str(self.controller.pid), "type", "veth", "peer", "eth0", "netns", str(node.pid)]
+        subprocess.run(["ip", "link", "add", *ends], check=True)
+        self.controller.run("ip", "link", "set", cable, "master", "switch")
+        self.controller.run("ip", "link", "set", cable, "up")
+        node.run("ip", "addr", "add", f"{HOSTS[name]}/24", "dev", "eth0")
+        node.run("ip", "link", "set", "eth0", "up")
+        node.start_daemon()
+
+    def cut(self, name: str) -> None:
+        """Pull a node's cable at the switch: to both sides it looks as if the other had fallen silent."""
+        self.controller.run("ip", "link", "set", f"to-{name}", "nomaster")
+
+    def mend(self, name: str) -> None:
+        self.controller.run("ip", "link", "set", f"to-{name}", "master", "switch")
+
+    def await_nodes(self) -> None:
+        """Until all nodes have nothing to do."""
+        # `idle` alone would do with one node.
+        wait_for(lambda: self._idle_nodes() == len(NODES), "all of Slurm's nodes")
 
     def _idle_nodes(self) -> int:
         found = subprocess.run(

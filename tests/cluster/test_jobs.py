@@ -30,16 +30,31 @@ def take_the_nodes(lab: Lab) -> None:
     lab.run("sbatch", *options, "--wrap", "true")
 
 
-def test_told_to_stop_before_the_time_limit_it_is_requeued_and_goes_on(job, calm):
-    """USR1 to the batch script, as --signal=B:USR1@180 sends it; from a folder that is not the project's."""
-    told = job()
-    told.submit()
-    told.await_checkpoint()
-    told.signal("USR1", "--batch")
-    told.await_requeue()
-    assert "USR1 received, all ranks save and leave" in told.text()
-    finish(told, calm)
-    assert told.facts()["Restarts"] == "1"
+def test_told_to_stop_and_hurt_on_the_way_it_goes_on_each_time(job, calm):
+    """USR1 to the batch script, as --signal=B:USR1@180 sends it: while the ranks start, and in a step. Then a rank is
+    killed. From a folder that is not the project's."""
+    hurt = job()
+    hurt.submit()
+    wait_for(lambda: hurt.ranks_on("n1") and hurt.ranks_on("n2"), "the ranks")
+    hurt.signal("USR1", "--batch")
+    hurt.await_requeue()
+    assert "USR1 received, all ranks save and leave" in hurt.text() and "stopping after step 0: " in hurt.text()
+    assert "was killed" not in hurt.text()
+
+    hurt.await_checkpoint()
+    hurt.signal("USR1", "--batch")
+    hurt.await_requeue()
+    assert hurt.text().count("stopping after step") == 2
+
+    hurt.await_checkpoint()
+    for rank in hurt.ranks_on("n2"):
+        rank.send_signal(signal.SIGKILL)
+    hurt.await_requeue()
+    assert re.search(r"rank \d on n2 was killed by SIGKILL", hurt.text()) and "failed with code 137" in hurt.text()
+    assert hurt.text().count("infini: error:") == 1 + hurt.text().count("because a rank elsewhere failed")
+    assert "connection to another rank" not in hurt.text()
+    finish(hurt, calm)
+    assert hurt.facts()["Restarts"] == "3"
 
 
 def test_preempted_with_time_of_grace_it_is_requeued_and_goes_on(job, calm, lab):
@@ -61,27 +76,6 @@ def test_preempted_without_grace_it_is_requeued_by_slurm_and_goes_on(job, calm, 
     take_the_nodes(lab)
     preempted.await_requeue()
     finish(preempted, calm)
-
-
-def test_told_to_stop_while_starting_no_rank_is_killed(job, calm):
-    early = job()
-    early.submit()
-    wait_for(lambda: early.ranks_on("n1") and early.ranks_on("n2"), "the ranks")
-    early.signal("USR1", "--batch")
-    early.await_requeue()
-    assert "stopping after step 0: " in early.text() and "killed" not in early.text()
-    finish(early, calm)
-
-
-def test_a_killed_rank_costs_a_requeue(job, calm):
-    killed = job()
-    killed.submit()
-    killed.await_checkpoint()
-    for rank in killed.ranks_on("n2"):
-        rank.send_signal(signal.SIGKILL)
-    killed.await_requeue()
-    assert "on n2 was killed by SIGKILL" in killed.text() and "failed with code 137" in killed.text()
-    finish(killed, calm)
 
 
 def test_one_run_a_folder_and_a_cancelled_job_saves_and_is_not_requeued(job):
@@ -107,14 +101,38 @@ def test_a_time_limit_within_the_signals_lead_is_refused(job):
     assert "--time is 240 s" in short.text()
 
 
-def test_a_setting_that_differs_on_one_node_is_refused_before_the_first_step(job):
-    odd = job()
-    wrapper = odd.home.parent / "python"
+def on_one_node(job: Job, node: str, *commands: str) -> str:
+    """An interpreter that runs these commands of bash before Python on that node."""
+    wrapper = job.home.parent / "python"
     wrapper.write_text(
-        f'#!/usr/bin/env bash\n[[ $(hostname) == n1 ]] || set -- "$@" optimizer.lr=0.5\nexec {sys.executable} "$@"\n'
+        "\n".join(["#!/usr/bin/env bash", f"if [[ $(hostname) == {node} ]]; then", *commands, "fi"])
+        + f'\nexec {sys.executable} "$@"\n'
     )
     wrapper.chmod(0o755)
-    odd.submit(PYTHON=str(wrapper))
+    return str(wrapper)
+
+
+def test_a_node_that_is_set_up_otherwise_is_refused_before_the_first_step(job, tmp_path):
+    """A setting and a library's version differ there."""
+    odd = job()
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata\nknown = metadata.version\n"
+        "metadata.version = lambda name: '0.1' if name == 'webdataset' else known(name)\n"
+    )
+    odd.submit(
+        PYTHON=on_one_node(odd, "n2", 'set -- "$@" optimizer.lr=0.5', f"export PYTHONPATH={tmp_path}:$PYTHONPATH")
+    )
     assert odd.await_end() == ("FAILED", "2:0"), odd.text()
-    assert re.search(r"rank 1 on n\d is not started like rank 0 on n\d: optimizer.lr is 0.\d+ here", odd.text())
+    differs = (
+        r"rank 1 on n(\d) is not started like rank 0 on n\d: optimizer.lr is 0.\d+ here, 0.\d+ there, webdataset is "
+    )
+    assert re.search(differs, odd.text()), odd.text()
     assert not (odd.folder / "metrics.jsonl").exists()
+
+
+def test_a_node_with_the_wrong_interface_is_named(job):
+    odd = job()
+    odd.submit(PYTHON=on_one_node(odd, "n2", "export GLOO_SOCKET_IFNAME=lo"))
+    assert odd.await_end() == ("FAILED", "2:0"), odd.text()
+    assert "n2 at 127.0.0.1 (GLOO_SOCKET_IFNAME=lo) is not reached from n1 (Connection refused)" in odd.text()
+    assert odd.text().count("is not reached from") == 1 and "Traceback" not in odd.text()

@@ -128,7 +128,8 @@ def test_rank_that_hangs_is_named_and_ends_the_run(tmp_path):
     output, _ = process.communicate(timeout=PATIENCE_S)
     ready = (tmp_path / "hangs").stat().st_mtime
     assert process.returncode == 1
-    told = r"\[rank [01]\] error: HangError: no progress for \d s, in \w+ of step 3; late: rank 1 in data of step 3; "
+    told = r"\[rank [01]\] error: HangError: no progress for \d s, in \w+ of step 3; late: "
+    told += r"rank 1 on \S+ in data of step 3; "
     assert re.match(told, output) and output.count("error") == 2, output  # and the name of the traceback's file
     stacks = (tmp_path / "hang-rank1.txt").read_text()
     assert "hanging_rank.py" in stacks and "read_slowly" in stacks

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data.files import sealed
@@ -69,15 +70,15 @@ def test_restored_detector_goes_on_as_the_old_one():
 
 def test_late_ranks_are_named_with_their_operations():
     def at(count, phase, operation=""):
-        return _Progress(count, 7, phase, False, operation)
+        return _Progress(count, 7, phase, False, operation, "n1")
 
     waiting, working = "wait for hidden states, microbatch 0, chunk 1", "forward, microbatch 0, chunk 1"
     assert late_ranks([at(20, "data"), at(21, "forward_backward", waiting), at(20, "data")]) == (
-        "late: ranks 0, 2 in data of step 7"
+        "late: ranks 0 on n1, 2 on n1 in data of step 7"
     )
     assert late_ranks([at(21, "forward_backward", o) for o in (working, waiting, waiting)]) == (
-        f"all ranks are in the same phase: rank 0 in forward_backward of step 7 ({working}); "
-        f"ranks 1, 2 in forward_backward of step 7 ({waiting})"
+        f"all ranks are in the same phase: rank 0 on n1 in forward_backward of step 7 ({working}); "
+        f"ranks 1 on n1, 2 on n1 in forward_backward of step 7 ({waiting})"
     )
 
 
@@ -236,3 +237,38 @@ def test_checkpoints_that_the_run_has_left_aside_come_last(tmp_path):
     assert candidates(tmp_path / "checkpoints") == [folders[1], folders[0], folders[3], folders[2]]
     (tmp_path / "checkpoints" / LATEST).write_bytes(b"\xff\xfe")
     assert set(candidates(tmp_path / "checkpoints")) == set(folders)
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_told_from_one_that_is_late(tmp_path, monkeypatch):
+    """Three ranks in one process: rank 1 goes on to publish, rank 2 does not."""
+    store, rank = dist.HashStore(), {"now": 0}
+    monkeypatch.setattr(resilience.dist, "get_rank", lambda: rank["now"])
+    monkeypatch.setattr(resilience.dist, "get_world_size", lambda: 3)
+    watchdogs = []
+    for number in range(3):
+        monkeypatch.setattr(resilience.socket, "gethostname", lambda number=number: f"n{number}")
+        watchdogs.append(Watchdog(8, 8, tmp_path))
+        rank["now"] = number
+        watchdogs[-1].progress(5, "data")
+        watchdogs[-1]._publish(store)
+    rank["now"] = 0
+    watchdogs[0].progress(5, "backward")
+
+    def publish_another(_):
+        rank["now"] = 1
+        watchdogs[1]._publish(store)
+        rank["now"] = 0
+
+    monkeypatch.setattr(watchdogs[0]._done, "wait", publish_another)
+    told = watchdogs[0]._late(store, 0.1)
+    assert told == "no sign of life from rank 2 on n2: is the node gone, or the network to it?"
+    watchdogs[2].progress(5, "data")
+
+    def publish_others(_):
+        for number in (1, 2):
+            rank["now"] = number
+            watchdogs[number]._publish(store)
+        rank["now"] = 0
+
+    monkeypatch.setattr(watchdogs[0]._done, "wait", publish_others)
+    assert watchdogs[0]._late(store, 0.1) == "late: rank 1 on n1 in data of step 5"
