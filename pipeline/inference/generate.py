@@ -114,7 +114,7 @@ class Generator:
         reader = open_verified(on_main(lambda: path))  # a run that is going on moves what is its newest
         for note in notes if topology.is_main else ():
             logger.warning("%s", note)
-        streamer = Streamer(build_stage(config, topology, reader.summary.vocab_size), topology)
+        streamer = Streamer(build_stage(config, topology, reader.summary.vocab_size, drawn=False), topology)
         streamer.load(reader)
         identity = Identity(asdict(config.model), reader.summary.sha256, found.hash)
         return cls(streamer, found, identity, reader.summary.vocab_size, end_ids)

@@ -299,6 +299,6 @@ def open_checkpoint(config: Config, topology: Topology, path: Path) -> tuple[Str
         CheckpointError: it is missing, damaged or does not fit the configuration.
     """
     reader = open_verified(path)
-    streamer = Streamer(build_stage(config, topology, reader.summary.vocab_size), topology)
+    streamer = Streamer(build_stage(config, topology, reader.summary.vocab_size, drawn=False), topology)
     streamer.load(reader)
     return streamer, reader

@@ -232,19 +232,21 @@ class ZeroOptimizer:
         flat, offset, _, count = self.partitions.locate(parameter)
         return flat.detach().narrow(0, offset, max(count, 0))
 
-    def initialize_masters(self, seed: int) -> None:
-        """Give the masters of bfloat16 parameters the initial values that those were rounded from: runs of
-        all precisions begin with the same weights."""
+    def initialize(self, seed: int) -> None:
+        """Give parameters and masters the model's initial values; collective. Each is drawn once, and a bfloat16
+        parameter is rounded from its master: runs of all precisions begin with the same weights."""
         for _, parameter in self.named:
-            if parameter.dtype != torch.bfloat16:
-                continue
             name, shape = self.global_names[id(parameter)], self.local_shape(parameter)
-            value = self.stage.initial_value(name, parameter, shape, seed).flatten()
-            if parameter in self.untrained.parts:
-                master, start = self.untrained.parts[parameter], self.untrained.start(parameter)
-            else:
+            value = self.stage.initial_value(name, parameter, shape, seed)
+            if value is None:
+                continue
+            if parameter.requires_grad:
                 master, start = self._own_master(parameter), self.partitions.locate(parameter)[2]
-            master.copy_(value[start : start + master.numel()])
+            else:
+                untrained = self._untrained(name, parameter)
+                master, start = untrained.tensors["master"], untrained.start
+            master.copy_(value.flatten()[start : start + master.numel()])
+        self.refresh_parameters()
 
     def steps_taken(self) -> tuple[int, int]:
         """Optimizer steps so far (skipped ones do not count), of all parameters and of the plain model's, which may

@@ -19,8 +19,11 @@ from pipeline.config.schema import Config
 from pipeline.parallel.topology import Topology
 
 
-def build_stage(config: Config, topology: Topology, vocab_size: int) -> DecoderStage:
-    """This process's part of the model, with its initial values, on its device.
+def build_stage(config: Config, topology: Topology, vocab_size: int, *, drawn: bool = True) -> DecoderStage:
+    """This process's part of the model, on its device.
+
+    Args:
+        drawn: with its initial values; else whoever calls gives all parameters their values.
 
     Raises:
         ValueError: a backend or a kernel is asked for that this machine does not have.
@@ -44,7 +47,8 @@ def build_stage(config: Config, topology: Topology, vocab_size: int) -> DecoderS
         tensor_rank=topology.tensor_rank,
         tensor_size=topology.tensor_size,
     )
-    stage.initialize(config.train.seed)
+    if drawn:
+        stage.initialize(config.train.seed)
     return stage.to(topology.device)
 
 

@@ -68,7 +68,7 @@ def begin(
         if resume != "latest":
             on_main(lambda: _go_on_from(reader.folder, run_dir))
     else:
-        optimizer.initialize_masters(config.train.seed)
+        optimizer.initialize(config.train.seed)
         if config.train.init_from is not None:
             source = open_verified(on_main(lambda: find_checkpoint(Path(config.train.init_from))))
             notes += check_tokenizer(source, *tokenizer)

@@ -99,7 +99,7 @@ class Trainer:
             finish=pinned_for(topology.device),
         )
         self.evaluation = Evaluation(config, topology) if config.evaluate.interval is not None else None
-        self.stage = build_stage(config, topology, self.vocab_size)
+        self.stage = build_stage(config, topology, self.vocab_size, drawn=False)  # see `start`
         self.optimizer = ZeroOptimizer(self.stage, topology, config)
         self.executor = Executor(
             self.stage,

@@ -104,8 +104,8 @@ def fail_at(fault: Fault, folder: Path) -> None:
     original = getattr(owner, name)
     if fault.place == "backward":
 
-        def build_stage(*args):
-            stage = original(*args)
+        def build_stage(*args, **options):
+            stage = original(*args, **options)
             hook = failing(lambda gradient: gradient)
             next(p for n, p in stage.named_parameters() if n.endswith("qkv.weight")).register_hook(hook)
             return stage
