@@ -58,9 +58,9 @@ def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) ->
         _by_length(target, results)
     images |= _gates(results, folder)
     images |= task_report.plot_tasks(results, folder, WAY_NAMES)
-    if (run_dir / METRICS_FILE).is_file() and (run_dir / METRICS_FILE).stat().st_size:
-        images["training_curves"] = target = folder / "training_curves.png"
-        training_curves(target, run_dir / METRICS_FILE)
+    target = folder / "training_curves.png"
+    if (run_dir / METRICS_FILE).is_file() and training_curves(target, run_dir / METRICS_FILE):
+        images["training_curves"] = target
     if results["config"]["metrics"]["tensorboard"]:
         parent = folder if own_folder else run_dir
         _tensorboard(results, images, parent / TENSORBOARD_FOLDER / "evaluation")

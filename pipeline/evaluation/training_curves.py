@@ -26,15 +26,18 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]
 """Per curve its steps and its values."""
 
 
-def training_curves(path: str | Path, metrics_jsonl: str | Path) -> None:
+def training_curves(path: str | Path, metrics_jsonl: str | Path) -> bool:
     """Plot what a run's `metrics.jsonl` holds: losses, learning rates, gradient norm, tokens per second, and of every
     layer the gates, the memory's part of the output and the size of the memory.
 
     Panels without data are left out. Metrics go by the names in `pipeline.reporting.metrics`.
 
+    Returns:
+        False where it holds none of these metrics yet; nothing is written then.
+
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds none of these metrics, or a broken line.
+        ValueError: it holds a broken line.
     """
     series = _series(metrics_jsonl)
     panels = [
@@ -52,8 +55,9 @@ def training_curves(path: str | Path, metrics_jsonl: str | Path) -> None:
         Panel("norm of M", "", _layers(series, "norm_M"), family="layer", scale="log"),
     ]
     if not any(panel.curves for panel in panels):
-        raise ValueError(f"{metrics_jsonl} holds no metric to plot")
+        return False
     _draw(path, panels)
+    return True
 
 
 def evaluation_curves(path: str | Path, series: Series) -> None:
