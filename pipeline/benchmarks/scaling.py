@@ -35,7 +35,7 @@ from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import Topology, initialize
 from pipeline.schedule.executor import Executor
-from pipeline.schedule.operations import Operation, build_schedule
+from pipeline.schedule.operations import Operation, configured_schedule
 from pipeline.schedule.simulate import Costs, Event, Timeline, simulate
 from pipeline.training.batches import to_device
 
@@ -88,12 +88,8 @@ class _Trained:
         self.executor = Executor(self.stage, self.topology, chunks=config.bptt.chunks_per_window, carry_gradient=True)
         lanes = config.train.lanes // self.topology.data_size
         self.lanes_per_microbatch = 1 if parallel.pipeline > 1 else lanes
-        self.schedule = build_schedule(
-            stages=parallel.pipeline,
-            stage=self.topology.pipeline_rank,
-            microbatches=lanes // self.lanes_per_microbatch,
-            chunks=config.bptt.chunks_per_window,
-            replay=False,
+        self.schedule = configured_schedule(
+            config, stage=self.topology.pipeline_rank, microbatches=lanes // self.lanes_per_microbatch
         )
         own = replace(config, train=replace(config.train, lanes=lanes))
         self.batch = to_device(random_batch(own), self.topology.device)

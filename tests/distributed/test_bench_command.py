@@ -167,7 +167,7 @@ def test_shares_by_hand():
 def test_scaling(pools, tmp_path):
     """The layouts on real processes, and what the note makes of them."""
     sizes = Sizes(2, 16, 2, 24, 64, tokens=64, lanes=2, segment_length=16)
-    shared = {"sizes": list(sizes), "rule": "delta", "settings": [], "steps": 2}
+    shared = {"sizes": list(sizes), "rule": "delta", "settings": ["bptt.recompute=window"], "steps": 2}
     alone = pools.run(1, scaling.measure, layouts=["single"], **shared)[0]
     several = pools.run(2, scaling.measure, layouts=["data", "tensor", "pipeline"], **shared)[0]
     path = tmp_path / "results.json"
