@@ -21,8 +21,9 @@ POINTS = 256
 """Of a curve that are kept: twice as many are thinned out to every other one."""
 PACE_INTERVALS = 10
 """What is left is told by the pace of so many of the newest intervals."""
-QUIET_TIMES, QUIET_LEAST_S = 5, 60.0
-"""A run is silent when no line has come for so many times the usual, and for so long at least."""
+QUIET_TIMES, QUIET_LEAST_S, QUIET_AT_FIRST_S = 5, 60.0, 1800.0
+"""A run is silent when no line has come for so many times the usual, and for so long at least; after the last time
+while nothing is usual yet, for a first step takes what it takes."""
 CURVES = ("loss/train", "loss/answer", "loss/probe", "speed/tokens_per_s")
 
 
@@ -158,9 +159,9 @@ class RunView:
         """For how long no line has come where that is more than usual, else None."""
         times = [when for when, _ in self._pace]
         gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
-        usual = median(gaps) if gaps else math.inf  # the first interval takes what it takes
+        bound = max(QUIET_TIMES * median(gaps), QUIET_LEAST_S) if gaps else QUIET_AT_FIRST_S
         silent = now - self.time
-        return silent if self.end is None and silent > max(QUIET_TIMES * usual, QUIET_LEAST_S) else None
+        return silent if self.end is None and silent > bound else None
 
     def failures(self) -> Iterator[str]:
         """What ranks of the newest start have left as their error, each in a line."""

@@ -14,7 +14,7 @@ from launch import cli
 from model.config import MemoryConfig
 from pipeline.reporting.metrics import MetricsWriter, Start
 from pipeline.reporting.run_screen import Drawing, screen
-from pipeline.reporting.run_view import POINTS, QUIET_LEAST_S, QUIET_TIMES, Curve, RunView
+from pipeline.reporting.run_view import POINTS, QUIET_AT_FIRST_S, QUIET_LEAST_S, QUIET_TIMES, Curve, RunView
 
 NOW = 1_800_000_000.0
 START = Start(
@@ -142,6 +142,10 @@ def test_a_run_that_has_ended_says_why_and_a_silent_one_is_suspected(tmp_path, c
     assert viewed(tmp_path).silent_s(clock[0] + silent - 2) is None
     assert f"SILENT for {silent - 60:.0f}" not in shown(viewed(tmp_path), clock[0] + silent - 2)
     assert "SILENT for 1m41s: dead, hanging" in shown(viewed(tmp_path), clock[0] + silent)
+    beginning = write(tmp_path / "new", clock, ())
+    beginning.close()
+    assert viewed(tmp_path / "new").silent_s(clock[0] + QUIET_AT_FIRST_S - 1) is None
+    assert viewed(tmp_path / "new").silent_s(clock[0] + QUIET_AT_FIRST_S + 1) == QUIET_AT_FIRST_S + 1
     writer.end(30, "stopped: signal SIGTERM")
     text = shown(viewed(tmp_path), clock[0] + 3600)
     assert "stopped: signal SIGTERM 1h00m ago" in text and "SILENT" not in text and "eta" not in text
