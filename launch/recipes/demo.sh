@@ -33,6 +33,7 @@ segment, and `memory off` is the same model without the read.
 
   demo/run/evaluation/    results.json, plots (passkey heat maps, loss by segment, training curves)
   demo/run/metrics.jsonl  every number of the run
+  infini monitor demo/run  how it went, on one screen
   tensorboard --logdir demo/run
   infini inspect demo/text
 E2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -228,6 +229,25 @@ def test_what_is_done_while_paused_takes_no_time():
         raise KeyError
     clock.now += 2.0
     assert meter.report()["speed/tokens_per_s"] == 25.0
+
+
+def test_a_pause_may_last_over_a_report():
+    """As a profile's does: steps 2 and 3 are left out, and an interval of such steps says nothing."""
+    clock = FakeClock()
+    meter = ThroughputMeter(clock)
+    for step in range(1, 6):
+        if step == 2:
+            meter.pause()
+        if step == 4:
+            meter.go_on()
+        with meter.phase("data"), meter.paused() if step == 3 else nullcontext():
+            clock.now += 10.0 if step in (2, 3) else 2.0
+        meter.count_step(100)
+        if step == 2:
+            assert meter.report() == {"speed/tokens_per_s": 50.0, "speed/step_s": 2.0, "speed/data_s": 2.0}
+        if step == 3:
+            assert meter.report() == {}
+    assert meter.report() == {"speed/tokens_per_s": 50.0, "speed/step_s": 2.0, "speed/data_s": 2.0}
 
 
 def test_phase_is_counted_when_its_block_raises():
