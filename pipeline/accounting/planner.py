@@ -36,6 +36,7 @@ from pipeline.config.derived import (
     recomputes_logits,
 )
 from pipeline.config.schema import Config
+from pipeline.parallel.groups import make_model_parallel
 from pipeline.schedule.operations import Kind, configured_schedule
 from pipeline.schedule.simulate import Costs, Timeline, simulate
 
@@ -62,11 +63,7 @@ def pretended_rank(rank: int, world_size: int, *, tensor: int, pipeline: int):
     prepare_megatron()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
-            create_gloo_process_groups=False,
-        )
+        make_model_parallel(tensor=tensor, pipeline=pipeline, timeout_s=60.0)
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from data.files import sealed, some, write_whole, writing
@@ -113,9 +112,7 @@ def start_from(
     held = {key.removeprefix("master/") for key in reader.keys() if key.startswith("master/")}
     untrained = reader.summary.source.memory == "initial"
     usable = held & backbone if untrained else held
-    everyone: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyone, {name for name, _ in optimizer.stage.global_parameters()})
-    own = set().union(*everyone)
+    own = set().union(*topology.over_stages({name for name, _ in optimizer.stage.global_parameters()}))
     if missing := sorted((own & backbone) - held):
         raise CheckpointError(f"{reader.folder} holds no {', '.join(missing)}")
     if extra := sorted(usable - own):

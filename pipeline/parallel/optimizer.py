@@ -100,10 +100,10 @@ class ZeroOptimizer:
         for name, parameter in stage.named_parameters():
             if stage.holds_embedding_copy and name == "output.weight":
                 count_once(parameter)  # on the first stage
-        choose_trainable(stage, config.train.trainable)
+        choose_trainable(stage, config.train.trainable, topology)
         settings = config.optimizer
         groups = parameter_groups(stage, config)
-        self.kinds = all_kinds(groups)
+        self.kinds = all_kinds(groups, topology)
         kind_of = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
         adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps)
         quieten()
@@ -200,10 +200,8 @@ class ZeroOptimizer:
 
     def trained_names(self) -> dict[str, Kind]:
         """Names of the parameters that any stage trains, in order, and their kinds; collective."""
-        everyone: list[dict[str, Kind]] = [{}] * dist.get_world_size()
         own = {self.global_names[id(p)]: self.norm.kind_of[id(p)] for _, p in self.named if p.requires_grad}
-        dist.all_gather_object(everyone, own)
-        return dict(sorted((name, kind) for kinds in everyone for name, kind in kinds.items()))
+        return dict(sorted(item for kinds in self.topology.over_stages(own) for item in kinds.items()))
 
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What this process holds of the masters of trained parameters, by their names in the whole model. A bfloat16

@@ -6,12 +6,12 @@ import fnmatch
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from model.decoder import DecoderStage
 from model.huggingface.weights import backbone_names
 from pipeline.config.schema import Config, OptimizerConfig
+from pipeline.parallel.topology import Topology
 
 
 class Kind(NamedTuple):
@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     """The plain model's parameters, not the memory's."""
 
 
-def choose_trainable(stage: DecoderStage, patterns: list[str]) -> None:
+def choose_trainable(stage: DecoderStage, patterns: list[str], topology: Topology) -> None:
     """Leave only parameters to train whose global name fits one of the patterns (all without patterns); collective.
 
     Raises:
@@ -34,8 +34,7 @@ def choose_trainable(stage: DecoderStage, patterns: list[str]) -> None:
     if not patterns:
         return
     own = dict(stage.global_parameters())
-    everyone: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyone, set(own))
+    everyone = topology.over_stages(set(own))
     for pattern in patterns:
         if not any(fnmatch.filter(names, pattern) for names in everyone):
             raise ValueError(
@@ -87,8 +86,6 @@ def parameter_groups(stage: DecoderStage, config: Config) -> list[dict]:
     ]
 
 
-def all_kinds(groups: list[dict]) -> list[Kind]:
+def all_kinds(groups: list[dict], topology: Topology) -> list[Kind]:
     """The kinds that any stage trains, in one order on all processes; collective."""
-    everyone: list[set[Kind]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyone, {group["kind"] for group in groups})
-    return sorted(set().union(*everyone))
+    return sorted(set().union(*topology.over_stages({group["kind"] for group in groups})))

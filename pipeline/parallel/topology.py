@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 
 from model.device import default_device, distributed_backend, prepare_megatron
 from pipeline.parallel.first_contact import FirstMessages, meet
+from pipeline.parallel.groups import host_groups, make_model_parallel, pipeline_group
 
 Result = TypeVar("Result")
 
@@ -39,6 +40,8 @@ class Topology:
     next_rank: int | None
     forward_group: dist.ProcessGroup
     backward_group: dist.ProcessGroup
+    host_groups: Sequence[dist.ProcessGroup | None] = (None,)
+    """See `pipeline.parallel.groups.host_groups`."""
 
     @property
     def owns_lanes(self) -> bool:
@@ -81,8 +84,17 @@ class Topology:
         """Reduce a few numbers in float64 over `group` (default: all processes), from host to host: a device that
         works off what it was given before is not waited for."""
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=op, group=group)
+        for part in self.host_groups if group is None else (group,):
+            dist.all_reduce(tensor, op=op, group=part)
         return tensor.tolist()
+
+    def over_stages(self, own: Any) -> list[Any]:
+        """What each pipeline stage of this model copy has, the first one's first; collective. Copies have the same, so
+        that nothing travels through the whole world."""
+        found = [own] * self.pipeline_size
+        if self.pipeline_size > 1:
+            dist.all_gather_object(found, own, group=self.forward_group)
+        return found
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -139,10 +151,13 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[
         greet: what the processes have to say to one another when they have met, before the layout makes groups of them.
 
     Raises:
-        ValueError: the processes cannot meet, or their number does not fit the layout.
+        ConnectionError: the processes cannot meet.
+        ValueError: their number does not fit the layout.
     """
     prepare_megatron()
     timeout = datetime.timedelta(seconds=timeout_s)
+    # A process connects to whom it talks to, a few in every group, in place of everybody.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     device = default_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -152,7 +167,7 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[
         except dist.DistNetworkError as error:
             variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
             known = ", ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
-            raise ValueError(
+            raise ConnectionError(
                 f"this process cannot meet the others ({known}): is the address that of rank 0's machine, is the port "
                 f"free there and open, were all started within {timeout_s:g} s? ({str(error).splitlines()[0]})"
             ) from error
@@ -164,16 +179,11 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[
             f"parallel.tensor={tensor} x parallel.pipeline={pipeline} needs a multiple of {tensor * pipeline} "
             f"processes; there are {world}"
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
     first = FirstMessages(dist.distributed_c10d._get_default_store(), dist.get_rank())
     with first.within("the making of the layout's groups", range(world)):
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
-            distributed_timeout_minutes=timeout_s / 60,
-        )
-        topology = place_in_grid(device, lambda stages: _pipeline_groups(stages, timeout))
+        make_model_parallel(tensor=tensor, pipeline=pipeline, timeout_s=timeout_s)
+        topology = place_in_grid(device, lambda: pipeline_group(timeout_s))
+        topology = replace(topology, host_groups=host_groups(timeout_s))
     _open_connections(topology, first)
     return topology
 
@@ -194,14 +204,14 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
         )
 
 
-def place_in_grid(device: torch.device, new_group: Callable[[list[int]], dist.ProcessGroup]) -> Topology:
+def place_in_grid(device: torch.device, new_group: Callable[[], dist.ProcessGroup]) -> Topology:
     """This process's place in the grid that Megatron's groups describe.
 
     Args:
-        new_group: makes a fresh group of this process's pipeline stages, given their ranks in order.
+        new_group: makes a fresh group of this process's pipeline stages.
     """
     stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    forward_group, backward_group = (new_group(stages) for _ in range(2))
+    forward_group, backward_group = new_group(), new_group()
     position = stages.index(dist.get_rank())
     return Topology(
         device=device,
@@ -248,18 +258,6 @@ def _open_connections(topology: Topology, first: FirstMessages) -> None:
         with first.within(name, dist.get_process_group_ranks(group)):
             dist.all_reduce(token, group=group)
             token.item()
-
-
-def _pipeline_groups(own: list[int], timeout: datetime.timedelta) -> dist.ProcessGroup:
-    """A fresh group over this process's pipeline stages. Every process creates all of them, in the same order."""
-    everyone: list[list[int]] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    mine = None
-    for ranks in sorted({tuple(ranks) for ranks in everyone}):
-        group = dist.new_group(list(ranks), timeout=timeout)
-        if list(ranks) == own:
-            mine = group
-    return mine
 
 
 def shutdown() -> None:

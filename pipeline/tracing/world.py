@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from pipeline.accounting.planner import pretended_rank
 from pipeline.config.schema import Config
 from pipeline.parallel.deepspeed_internals import pretending
+from pipeline.parallel.groups import pipeline_group
 from pipeline.parallel.topology import Topology, place_in_grid
 from pipeline.tracing.accelerator import pretended_accelerator
 
@@ -37,7 +38,7 @@ def pretended_world(config: Config, rank: int, world_size: int) -> Iterator[Topo
         ):
             # DeepSpeed looks at the alignment of its buffers, which have no address.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            yield place_in_grid(device, dist.new_group)
+            yield place_in_grid(device, lambda: pipeline_group(config.parallel.timeout_s))
 
 
 def group_labels(topology: Topology) -> dict[str, str]:

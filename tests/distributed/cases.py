@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import io
@@ -12,6 +13,7 @@ import resource
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from model.rules.state import map_memory, named_tensors
 from model.sharding import partition_of, unshard
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.validate import validate
+from pipeline.parallel import groups
+from pipeline.parallel.groups import host_groups
 from pipeline.parallel.topology import on_main
 from pipeline.training.agreement import DifferentWindowsError
 from pipeline.training.skipped_steps import NonFiniteError
@@ -185,6 +189,19 @@ def train_steps(
         "tensors": tensors if dist.get_rank() == 0 else {},
         "saved": sorted(p.name for p in (Path(folder) / "checkpoints").glob("step_*")),
     }
+
+
+def host_sums() -> dict[str, list[float]]:
+    """Numbers reduced over all processes around one ring, and in a grid of two axes."""
+    found = {}
+    for name, widest in (("ring", 32), ("grid", 2)):
+        with mock.patch.object(groups, "WIDEST_AXIS", widest):
+            topology = dataclasses.replace(join(tensor=1, pipeline=1, timeout_s=60.0), host_groups=host_groups(60.0))
+        rank = dist.get_rank()
+        numbers = [float(rank), 2.0**rank, rank / 3]
+        found[name] = [*topology.all_reduce(numbers), *topology.all_reduce(numbers, op=dist.ReduceOp.MAX)]
+        found[f"{name} axes"] = len(topology.host_groups)
+    return found
 
 
 def try_to_resume(folder: str, data: str, overrides: list[str], resume: str) -> dict[str, Any]:

@@ -165,3 +165,10 @@ def test_bfloat16_stays_near_one_process(train, reference, layout):
     exact = reference("delta")
     assert run["losses"] != exact["losses"]
     assert run["losses"] == pytest.approx(exact["losses"], rel=3e-3)
+
+
+def test_hosts_reduce_numbers_in_a_grid_as_around_a_ring(pools):
+    """More than 32 processes do; here four, on two axes."""
+    for rank in pools.run(4, cases.host_sums):
+        assert (rank["ring axes"], rank["grid axes"]) == (1, 2)
+        assert rank["grid"] == pytest.approx([6, 15, 2, 3, 8, 1]) == rank["ring"]
