@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import FileError, convert, decode_json, inside, open_regular, read_bytes, read_text, sealed, shown
-from pipeline.checkpoint.schema import FORMAT_VERSION, FileFacts, Part, Summary
+from pipeline.checkpoint.schema import FORMAT_VERSION, FileFacts, Summary
 from pipeline.config.load import ConfigError
 
 SUMMARY = "checkpoint.json"
@@ -169,8 +169,8 @@ def read_summary(folder: Path) -> Summary:
         return summary
 
 
-def read_part(folder: Path, name: str, facts: FileFacts) -> Part:
-    """One of a checkpoint's indices, compared with what `checkpoint.json` records of it.
+def read_index(folder: Path, name: str, facts: FileFacts) -> bytes:
+    """The contents of one of a checkpoint's indices, compared with what `checkpoint.json` records of it.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -181,7 +181,7 @@ def read_part(folder: Path, name: str, facts: FileFacts) -> Part:
         contents = read_bytes(path)
         if hashlib.sha256(contents).hexdigest() != facts.sha256:
             raise CheckpointError(f"{path} was changed after it was written (SHA-256 differs)")
-        return decode_json(contents, Part, str(path))
+        return contents
 
 
 def file_hash(path: Path) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from model.decoder import DecoderStage
 from model.sharding import partition_of
-from pipeline.checkpoint.folder import CheckpointError, candidates, linked, read_latest
+from pipeline.checkpoint.folder import CheckpointError, candidates, linked, read_index, read_latest, read_summary
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.parallel.topology import on_main
+
+Found = TypeVar("Found")
 
 
 def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
@@ -39,24 +43,44 @@ def open_newest(run_dir: Path, warn) -> CheckpointReader | None:
 
 
 def open_verified(path: Path) -> CheckpointReader:
-    """Open a checkpoint and check all its files; collective.
+    """Open a checkpoint and check all its files, of which every process reads some; collective.
 
     Raises:
         CheckpointError: the same on all ranks.
     """
-    reader, error = None, None
-    try:
-        reader = CheckpointReader(path)
+    summary = on_main(lambda: read_summary(path))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    names = sorted(name for name in summary.files if name.endswith(".json"))
+    own = _shared(lambda: {name: read_index(path, name, summary.files[name]) for name in names[rank::world]})
+    indices = {name: contents for part in own for name, contents in part.items()}
+
+    def check() -> None:
+        reader = CheckpointReader(path, summary=summary, indices=indices)
         reader.check_model()
-        reader.verify(dist.get_rank(), dist.get_world_size())
+        reader.verify(rank, world)
+        checked.append(reader)
+
+    checked: list[CheckpointReader] = []
+    _shared(check)
+    return checked[0]
+
+
+def _shared(action: Callable[[], Found]) -> list[Found]:
+    """What `action` gives on every process; collective.
+
+    Raises:
+        CheckpointError: the first process's where it has failed, the same on all.
+    """
+    found, error = None, None
+    try:
+        found = action()
     except (ValueError, OSError) as problem:
         error = str(problem)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((error for error in errors if error), None)
-    if first:
+    everyone: list[tuple[Found | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (found, error))
+    if first := next((error for _, error in everyone if error), None):
         raise CheckpointError(first)
-    return reader
+    return [found for found, _ in everyone]
 
 
 def load_weights(reader: CheckpointReader, stage: DecoderStage) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from data.files import convert
+from data.files import convert, decode_json
 from model.sharding import Partition, full_shape
 from pipeline.accounting.flops import parameter_count
 from pipeline.checkpoint.folder import (
@@ -32,11 +33,11 @@ from pipeline.checkpoint.folder import (
     checkpoint_errors,
     file_damage,
     raise_damage,
-    read_part,
+    read_index,
     read_summary,
 )
 from pipeline.checkpoint.parts import StoredMemory, StoredParameter, overlaps, stored_memory, stored_parameter
-from pipeline.checkpoint.schema import MemoryEntry, ParameterEntry
+from pipeline.checkpoint.schema import MemoryEntry, ParameterEntry, Part, Summary
 from pipeline.checkpoint.tensor_reader import TensorReader
 from pipeline.config.load import ConfigError, stored_config
 from pipeline.config.schema import Config
@@ -49,14 +50,21 @@ OPEN_FILES = 32
 class CheckpointReader:
     """Reads a checkpoint from any layout.
 
+    Args:
+        summary: what its `checkpoint.json` says, where that has been read.
+        indices: contents of its `rank_*.json` by name, where other processes have read some of them. The sizes of the
+            other files are left to `verify` then.
+
     Raises:
         CheckpointError: a file is missing, has another size than recorded, or cannot be read; the parts of a tensor do
             not make a whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, summary: Summary | None = None, indices: Mapping[str, bytes] | None = None
+    ) -> None:
         self.folder = folder
-        self.summary = read_summary(folder)
+        self.summary = summary or read_summary(folder)
         self.lanes: dict[str, Any] = {}
         """As `LaneLoader.load_state_dict` takes them."""
         self.bytes_read = 0
@@ -69,8 +77,9 @@ class CheckpointReader:
         lane_files: dict[str, str] = {}
         for name, facts in self.summary.files.items():
             if name.endswith(".json"):
-                self._read_part(name, facts, parameters, memories, lane_files)
-            else:
+                contents = read_index(folder, name, facts) if indices is None else indices[name]
+                self._sort_part(name, contents, parameters, memories, lane_files)
+            elif indices is None:
                 raise_damage(file_damage(folder, name, facts, contents=False))
         try:
             self._parameters = {key: stored_parameter(key, entries) for key, entries in parameters.items()}
@@ -79,9 +88,11 @@ class CheckpointReader:
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
-    def _read_part(self, name: str, facts, parameters, memories, lane_files: dict[str, str]) -> None:
+    def _sort_part(self, name: str, contents: bytes, parameters, memories, lane_files: dict[str, str]) -> None:
         """Sort what one index says into what is known of each tensor and lane."""
-        path, part = self.folder / name, read_part(self.folder, name, facts)
+        path = self.folder / name
+        with checkpoint_errors():
+            part = decode_json(contents, Part, str(path))
         for lane, cursor in part.lanes.items():
             if lane in lane_files:
                 raise CheckpointError(f"{path}: lanes has {lane}, which is in {lane_files[lane]} too")
