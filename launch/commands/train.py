@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,11 +52,14 @@ def run(args: argparse.Namespace) -> int:
     if args.max_restarts is not None:
         raise ValueError("--max-restarts needs --nproc: else torchrun or the scheduler restarts (MAX_RESTARTS=N there)")
 
+    from launch.processes.reserve import is_in_reserve, wait_in_reserve
     from launch.processes.worker import run_rank, told
     from launch.processes.world import join_world
 
     world_size = join_world(args.master_port)
     config = run_rank(lambda: checked_config(args, world_size), None)
+    if is_in_reserve(config, world_size):
+        return wait_in_reserve()
     return told(run_rank(lambda: _train(config, args.resume), Path(config.run_dir)))
 
 
@@ -67,10 +71,17 @@ def checked_config(args: argparse.Namespace, world_size: int) -> Config:
         OSError: the file cannot be read.
     """
     from pipeline.config.load import load_config
-    from pipeline.config.validate import validate
+    from pipeline.config.validate import usable_processes, validate
+    from pipeline.training.elastic import this_attempt
+    from pipeline.training.regroup import check_least
 
     config = load_config(args.config, args.overrides)
-    validate(config, world_size, file=args.config, overrides=args.overrides)
+    sources = {"file": args.config, "overrides": args.overrides}
+    if attempt := this_attempt():
+        validate(config, **sources)  # what depends on the number of processes can be asked then
+        check_least(config, attempt, int(os.environ["LOCAL_WORLD_SIZE"]))
+        world_size = usable_processes(config, world_size) or world_size
+    validate(config, world_size, **sources)
     return config
 
 

@@ -15,13 +15,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
 from launch.processes.claims import CLAIM_FOLDER
 from launch.processes.first_failure import FirstFailure
-from launch.processes.meeting import MeetingWatch, check_endpoint, check_names
+from launch.processes.meeting import MeetingWatch, RunEnded, check_endpoint, check_names, is_range
 from launch.processes.passing import SignalPasser
 from launch.processes.worker import FOLLOWED, INTERRUPTED, STOPPED_MARK
 from launch.processes.world import LOOPBACK, check_port
@@ -29,6 +30,7 @@ from pipeline.training.stopping import JOB_FOLDER, PASSED_ON, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
 
 
 def launch_workers(
@@ -97,7 +99,8 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         options = ["--log-dir", logs, "--signals-to-handle", "SIGQUIT"]
         args = parse_args([*options, *torchrun_arguments])
         os.environ[CLAIM_FOLDER] = logs
-        if args.max_restarts > 0:
+        elastic = is_range(args.nnodes)
+        if args.max_restarts > 0 or elastic:
             # By default all attempts share the agent's store, in which ranks then find the addresses of dead ones
             # ('connection refused'). Without sharing every attempt has a store of its own.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -109,10 +112,12 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         # Not the object itself: of a class's attributes only functions are bound.
         close = mock.patch.object(PContext, "close", lambda ranks, *args, **kwargs: first.close(ranks, *args, **kwargs))
         try:
-            with MeetingWatch(endpoint, args.nnodes, Path(logs)), close:
+            with MeetingWatch(endpoint, args.nnodes, Path(logs)), close, _elasticity(config, Path(logs), elastic):
                 elastic_launch(config, entrypoint)(*entrypoint_arguments)
         except ChildFailedError as error:
             return _explain(error, first, passer.ending)
+        except RunEnded as end:
+            return _told_end(end, endpoint)
         except (RendezvousError, DistError) as error:
             if any(Path(logs).iterdir()):  # the ranks had been started
                 print(f"infini: error: the launcher at {endpoint} has ended, or its node is lost", file=sys.stderr)
@@ -123,6 +128,22 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
                 f"were all {args.nnodes} node(s) started, do their clocks agree? ({reason})"
             ) from error
         return STOPPED if Path(logs, STOPPED_MARK).exists() else 0
+
+
+def _elasticity(config: LaunchConfig, logs: Path, elastic: bool) -> AbstractContextManager[None]:
+    """What a run whose number of nodes may change needs."""
+    if not elastic:
+        return nullcontext()
+    from launch.processes.elastic import elastic_launch
+
+    return elastic_launch(logs, config.nproc_per_node)
+
+
+def _told_end(end: RunEnded, endpoint: str) -> int:
+    """Exit code of a node that was not among those which trained to the end."""
+    how = {0: "well", STOPPED: "stopped, and saved", None: "how, is not known here"}.get(end.code, f"with {end.code}")
+    print(f"infini: the run at {endpoint} has ended ({how}) without this node", file=sys.stderr)
+    return FOLLOWED if end.code not in (0, STOPPED) else end.code
 
 
 def _explain(error: ChildFailedError, first: FirstFailure, ending: int | None) -> int:

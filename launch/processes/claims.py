@@ -19,9 +19,8 @@ import psutil
 
 from data.files import FileError, read_text, write_whole
 from launch.processes.world import attempt_id
+from pipeline.training.elastic import CLAIM_FOLDER
 
-CLAIM_FOLDER = "INFINI_CLAIM_FOLDER"
-"""Environment variable with a folder of the launcher's that nobody else can write, and that goes with the launcher."""
 WATCH_INTERVAL_S = 1.0
 GRACE_S = 3.0
 """A rank that is still blocked this long after another one's failure is ended: its collective would never return."""

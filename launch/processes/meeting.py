@@ -22,6 +22,20 @@ NODES, HERE = "nodes", "here-"
 """In the batch job's folder: the names of its nodes, in order; one file for each whose launcher has started."""
 
 
+class RunEnded(Exception):
+    """The run has ended without this node, which waited or came too late; `code` says how, where that is known."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__("the run has ended")
+        self.code = code
+
+
+def is_range(nodes: str) -> bool:
+    """Whether torchrun's number of nodes, `MIN:MAX`, leaves it open."""
+    least, _, most = nodes.partition(":")
+    return bool(most) and least != most
+
+
 def check_names(endpoint: str, nodes: str) -> None:
     """Look whether this node can be found, and can find the place to meet.
 

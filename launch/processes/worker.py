@@ -23,6 +23,7 @@ from typing import NoReturn, TypeVar
 from launch.processes.claims import CLAIM_FOLDER, GRACE_S, WATCH_INTERVAL_S, Claim
 from launch.processes.quiet import quiet_libraries
 from pipeline.reporting.console_file import ConsoleFile
+from pipeline.training.elastic import REGROUP
 from pipeline.training.stopping import STOPPED
 
 Result = TypeVar("Result")
@@ -31,8 +32,11 @@ FOLLOWED = 75
 """Exit code of a rank that leaves because another one has failed."""
 INTERRUPTED = 130
 """Exit code of a rank that an interrupt ends; it says nothing, since one from the terminal reaches all of them."""
-STOPPED_MARK = "stopped"
-"""File in the launcher's folder: the ranks were told to stop."""
+STOPPED_MARK, REGROUPED_MARK, NOT_NEEDED = "stopped", "regrouped", "not-needed"
+"""Files in the launcher's folder: the ranks were told to stop; they have saved, to be started again on more nodes;
+those that wait in reserve may leave."""
+LOOKS_PER_S = 1000
+"""Of all ranks together, for another one's claim: the nodes share the disk on which it is."""
 LOST_PEER_S = 10.0
 """So long a rank that has lost the connection to another one waits for the reason: the other's launcher looks at its
 ranks ten times a second, but may have to share its processor, and a network's disk keeps things back."""
@@ -77,11 +81,13 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
 
 def told(code: int) -> int:
     """The exit code for a rank that returns `code`. torchrun takes every one but 0 for a failure: of a run that was
-    told to stop, our launcher is told besides."""
-    if code != STOPPED or "TORCHELASTIC_RUN_ID" not in os.environ:
+    told to stop, or makes room for more nodes, our launcher is told besides."""
+    marks = {STOPPED: STOPPED_MARK, REGROUP: REGROUPED_MARK}
+    if "TORCHELASTIC_RUN_ID" not in os.environ or code not in (0, *marks):
         return code
     if folder := os.environ.get(CLAIM_FOLDER):
-        Path(folder, STOPPED_MARK).touch()
+        for mark in (NOT_NEEDED, *([marks[code]] if code else [])):
+            Path(folder, mark).touch()
     return 0
 
 
@@ -111,7 +117,8 @@ class _Rank:
 
     def watch(self, done: threading.Event) -> None:
         """End the process when another rank has claimed its failure."""
-        while not done.wait(WATCH_INTERVAL_S):
+        pause_s = max(WATCH_INTERVAL_S, int(os.environ["WORLD_SIZE"]) / LOOKS_PER_S)
+        while not done.wait(pause_s):
             if self.claim.is_taken() and not done.wait(GRACE_S) and not self._failing.locked():
                 _leave(FOLLOWED)
 
@@ -119,6 +126,8 @@ class _Rank:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if isinstance(error, ConnectionError):  # another start may succeed
+        return 1
     return 2 if isinstance(error, ValueError | OSError) else 1
 
 

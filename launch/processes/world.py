@@ -17,6 +17,7 @@ import socket
 import sys
 
 from data.files import shown
+from pipeline.training.elastic import this_attempt
 
 LOOPBACK = "127.0.0.1"
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -76,7 +77,9 @@ def refuse_nproc_in_a_rank() -> None:
 def attempt_id() -> str:
     """A name that all processes of this launch share: a restart or another launch has another one."""
     env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
+    if attempt := this_attempt():  # nodes that have come later count fewer restarts
+        parts = [attempt.launch, str(attempt.number)]
+    elif "TORCHELASTIC_RUN_ID" in env:
         parts = [env["TORCHELASTIC_RUN_ID"], env.get("TORCHELASTIC_RESTART_COUNT", "0")]
     else:
         # Where neither torchrun nor Slurm names the launch, the place to meet does.

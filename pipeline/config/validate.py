@@ -384,6 +384,14 @@ def _lanes(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
+def usable_processes(config: Config, world_size: int) -> int:
+    """The most of `world_size` processes that can train with this configuration: whole copies of the model, over which
+    the lanes can be shared out; 0 when not even one copy fits. `config` must be valid else."""
+    size = derived.model_parallel_size(config)
+    copies = (n for n in range(world_size // size, 0, -1) if not any(_lanes(config, n * size)))
+    return next(copies, 0) * size
+
+
 def _timeouts(config: Config, world_size: int) -> Iterator[str]:
     hang, collective = config.resilience.hang_timeout_s, config.parallel.timeout_s
     if world_size > 1 and hang > derived.longest_hang_s(config):  # a process alone waits for nobody

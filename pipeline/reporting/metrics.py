@@ -15,6 +15,9 @@ Names are paths, one spelling from the trainer to the plots (`pipeline.reporting
     speed/step_s                                mean seconds per step, everything included
     speed/data_s  speed/forward_backward_s  speed/optimizer_s    of these, by phase
     progress/tokens  progress/skipped_steps     since the run began
+    recovery/seconds                            after nodes have gone or come (docs/cluster.md): from the last step
+                                                before to the first one after
+    recovery/steps_recomputed  recovery/tokens_recomputed  recovery/data_parallel_size  recovery/attempt
     data/padded_share                           positions that are padding, a share
     data/skipped_documents                      unreadable ones left out so far, with data.skip_bad_documents
     evaluation/<set>/loss_<way>                 of held-out documents, with the memory `on`, `off` and `shuffled` (that

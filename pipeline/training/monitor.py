@@ -348,6 +348,12 @@ class Monitor:
             f"saved {report.path} (training waited {report.stall_s:.2f} s, writing took {report.write_s:.2f} s)"
         )
 
+    def recovered(self, text: str, values: dict[str, float]) -> None:
+        """What a change of the nodes has cost, after the first step that followed it."""
+        if self.is_main:
+            self.console.message(text)
+            self.writer.scalars(self.step, values)
+
     def rolled_back(self, step: int) -> None:
         """The run went back to `step`: what was written for later ones is taken back."""
         self.step = step

@@ -23,6 +23,7 @@ import psutil
 
 from data.files import FileError, decode_json, read_bytes, write_whole
 from pipeline.config.load import ConfigError
+from pipeline.training.elastic import this_attempt
 
 NAME = ".lock"
 LIMIT = 4096
@@ -46,6 +47,8 @@ class Holder(msgspec.Struct, frozen=True):
     """Unix time."""
     job: str | None = None
     """Slurm's number."""
+    launch: str | None = None
+    """Of a launch that may start its ranks again on other nodes: the earlier ones have ended by then."""
     beat: int = 0
 
     def __str__(self) -> str:
@@ -80,7 +83,7 @@ class RunLock:
     def __init__(self, run_dir: Path, *, beat_s: float = BEAT_S, watch_s: float = WATCH_S) -> None:
         self.path = run_dir / NAME
         self.beat_s, self.watch_s = beat_s, watch_s
-        process = psutil.Process()
+        process, attempt = psutil.Process(), this_attempt()
         self.own = Holder(
             token=secrets.token_hex(8),
             host=socket.gethostname(),
@@ -88,6 +91,7 @@ class RunLock:
             pid=process.pid,
             started=process.create_time(),
             job=os.environ.get("SLURM_JOB_ID"),
+            launch=attempt.launch if attempt else None,
         )
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -106,6 +110,8 @@ class RunLock:
                 continue
             contents, holder = found
             alive = holder.lives_here() if holder else None
+            if holder and holder.launch and holder.launch == self.own.launch:
+                alive = False
             if alive is None:
                 alive = self._changes(contents, holder)
             if alive:

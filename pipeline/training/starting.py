@@ -22,6 +22,7 @@ from pipeline.config.load import save_config
 from pipeline.config.schema import Config
 from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.topology import Topology, on_main
+from pipeline.training.elastic import this_attempt
 
 
 def begin(
@@ -47,11 +48,9 @@ def begin(
     """
     notes: list[str] = []
     run_dir = Path(config.run_dir)
-    # Only the node where a rank failed counts the restart.
-    own_restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    restarts = int(topology.all_reduce([own_restarts], op=dist.ReduceOp.MAX)[0])
-    if restarts:
-        notes.append(f"restart {restarts} after a failure")
+    restart = _told_restart(topology)
+    if restart:
+        notes.append(restart)
         if resume is None or on_main(lambda: bool(candidates(run_dir / "checkpoints"))):
             resume = "latest"
     on_main(lambda: _check_folder(run_dir, tokenizer, new=resume is None))
@@ -78,6 +77,16 @@ def begin(
     topology.barrier()
     on_main(lambda: _write_config(config, run_dir))
     return notes, resume is not None
+
+
+def _told_restart(topology: Topology) -> str | None:
+    """Which start of the same launch this is; None for the first."""
+    if attempt := this_attempt():
+        return str(attempt) if attempt.number else None
+    # Only the node where a rank failed counts the restart.
+    own = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restarts = int(topology.all_reduce([own], op=dist.ReduceOp.MAX)[0])
+    return f"restart {restarts} after a failure" if restarts else None
 
 
 def _check_folder(run_dir: Path, tokenizer: tuple[str, Path | str], *, new: bool) -> None:

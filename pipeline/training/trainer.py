@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,11 @@ from pipeline.training import stopping
 from pipeline.training.agreement import agreed_weight
 from pipeline.training.batch_sums import named, own_sums
 from pipeline.training.batches import pinned_for, to_device
+from pipeline.training.elastic import REGROUP, SAVED, tell_launcher, tell_progress, this_attempt
 from pipeline.training.evaluating import Evaluation
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
+from pipeline.training.regroup import Regroup, recovery
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, tell_job
 from pipeline.training.run_lock import RunLock
 from pipeline.training.same_start import check_clocks, check_same_start, check_shared_folder
@@ -44,7 +47,8 @@ class SpikeError(RuntimeError):
 
 
 def train(config: Config, resume: str | None) -> int:
-    """Train as one of the processes of a run; returns the exit code: 0, or `stopping.STOPPED` before the last step.
+    """Train as one of the processes of a run; returns the exit code: 0, or before the last step `stopping.STOPPED`, or
+    `REGROUP` where more nodes are there.
 
     Args:
         config: validated configuration.
@@ -75,7 +79,9 @@ def _train(config: Config, topology: Topology, resume: str | None) -> int:
     stopping.ignore()
     trainer.watchdog.stop()
     shutdown()
-    return 0 if trainer.progress.step >= config.train.steps else stopping.STOPPED
+    if trainer.progress.step >= config.train.steps:
+        return 0
+    return REGROUP if trainer.regrouping else stopping.STOPPED
 
 
 class Trainer:
@@ -124,6 +130,7 @@ class Trainer:
         self.saved_step: int | None = 0
         self.failed_saves = self.rollbacks = 0
         self.save_again = False
+        self.regroup, self.regrouping = Regroup(config, dist.get_world_size()), False
         self.watchdog = Watchdog(config.resilience.hang_timeout_s, derived.longest_hang_s(config), self.run_dir)
         self.spikes = SpikeDetector(config.resilience.spike_window, config.resilience.spike_threshold)
         self.progress = Progress()
@@ -198,8 +205,10 @@ class Trainer:
         try:
             # Asked while the run was starting; a time limit leaves it one step at least, or it would never come on.
             leaving = self._at_boundary(stop, lambda: stop.asked)
+            start = dataclasses.replace(self.progress)
             while not leaving and self.progress.step < self.config.train.steps:
                 self.train_step()
+                self._tell_progress(start)
                 self.watchdog.warm = True
                 leaving = self._at_boundary(stop, lambda: stop.reason)
             self._settle_save()
@@ -216,8 +225,11 @@ class Trainer:
             asked: why this process wants to stop now.
         """
         reason = asked()
-        flags = [float(reason is not None), float(self.saver.has_failed)]
-        leaving, failed = self.topology.all_reduce(flags, op=dist.ReduceOp.MAX)
+        regroup, told = self.regroup.wanted() if self.topology.is_main else (False, None)
+        flags = [float(reason is not None), float(self.saver.has_failed), float(regroup)]
+        leaving, failed, regroup = self.topology.all_reduce(flags, op=dist.ReduceOp.MAX)
+        if told:
+            self.monitor.message(told)
         if failed or self.saver.has_succeeded:
             self._settle_save()
         interval = self.config.checkpoint.interval
@@ -231,10 +243,20 @@ class Trainer:
             self.monitor.stopping(first)
             tell_job(stopping.JOB_STOPPED, first)
             on_main(stop.clear_file)
-        elif self.evaluation is not None and self.evaluation.is_due(self.progress.step):
+        elif not regroup and self.evaluation is not None and self.evaluation.is_due(self.progress.step):
             done = self.evaluation.run(self.progress.step, self.optimizer, self.monitor, self.watchdog, asked)
             return not done and self._at_boundary(stop, asked)
-        return bool(leaving)
+        self.regrouping = bool(regroup and not leaving)
+        return bool(leaving or regroup)
+
+    def _tell_progress(self, start: Progress) -> None:
+        """A step is done: the launcher may want to know, and after the first one what a restart has cost is known."""
+        tell_progress(self.progress.step, self.progress.tokens)
+        attempt = this_attempt() if not self.watchdog.warm else None
+        if attempt and attempt.number:
+            self.monitor.recovered(
+                *recovery(attempt, start_step=start.step, start_tokens=start.tokens, data_size=self.topology.data_size)
+            )
 
     def train_step(self) -> None:
         """One window of every lane: forward, backward, update; or none of it when a number is wrong."""
@@ -378,6 +400,7 @@ class Trainer:
             self.failed_saves = 0
             self.rollbacks = 0
             tell_job(stopping.JOB_SAVED, str(report.step))
+            tell_launcher(SAVED, str(report.step))
             return
         self.save_again, self.saved_step = True, None
         self.failed_saves += 1

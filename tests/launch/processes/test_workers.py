@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -196,9 +197,22 @@ def test_two_numbered_nodes(tmp_path, free_port):
 
 
 @pytest.mark.parametrize(
+    ("mode", "code", "attempts"),
+    [("bad-data", 2, ["attempt 0, the first"]), ("bug", 1, ["attempt 0, the first", "attempt 1, on the same nodes"])],
+)
+def test_ranks_of_an_open_number_of_nodes_start_again_where_that_may_help(tmp_path, free_port, mode, code, attempts):
+    nodes = {"NNODES": "1:2", "NPROC": "2", "RDZV_ENDPOINT": f"127.0.0.1:{free_port}", "MAX_RESTARTS": "1"}
+    found, output = finish(torchrun(mode, tmp_path, RDZV_CONF="last_call_timeout=1", **nodes))
+    assert found == code, output
+    assert re.findall("attempt .*", output) == attempts
+    assert output.count("[rank 1] error: ") == len(attempts)
+
+
+@pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT"),
+        ({"NNODES": "1:2"}, "nodes that come and go have no numbers"),
         ({"RDZV_ENDPOINT": "a:1", "NODE_RANK": "0"}, "exclude each other"),
         ({"RDZV_ENDPOINT": "nowhere"}, "must be host:port"),
         ({"NODE_RANK": "0"}, "needs MASTER_ADDR and MASTER_PORT"),
