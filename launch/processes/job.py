@@ -53,6 +53,7 @@ class Job:
         self.id = env["SLURM_JOB_ID"]
         self.restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
         self.nodes = int(env.get("SLURM_NNODES", "1"))
+        self.min_nodes = number("MIN_NODES", self.nodes)
         self.max_requeues = number("MAX_REQUEUES", 50)
         self.max_failures = number("MAX_FAILURES", 5)
         self.lead_s = number("STOP_LEAD", 180)
@@ -68,11 +69,13 @@ class Job:
         """Start the step, wait for it, and see to what follows; returns the job's exit code.
 
         Raises:
-            ValueError: the time limit leaves no time.
+            ValueError: the time limit leaves no time; MIN_NODES is none of the job's numbers of nodes.
         """
         for each in (self.stop_signal, signal.SIGTERM):
             signal.signal(each, lambda number, frame: self._arrived.append(signal.Signals(number)))
         self._check_time()
+        if not 1 <= self.min_nodes <= self.nodes:
+            raise ValueError(f"MIN_NODES={self.min_nodes}: must be from 1 to the job's {self.nodes} node(s)")
         self._make_folder()
         code = self._wait(self._start())
         requeued = self._follow(code)
@@ -103,7 +106,7 @@ class Job:
     def _start(self) -> subprocess.Popen:
         env = dict(os.environ)
         endpoint = f"{first_node(env['SLURM_JOB_NODELIST'])}:{env.get('RDZV_PORT') or 20000 + int(self.id) % 10000}"
-        env["NNODES"] = str(self.nodes)
+        env["NNODES"] = f"{self.min_nodes}:{self.nodes}" if self.is_elastic else str(self.nodes)
         env.setdefault("RDZV_ENDPOINT", endpoint)
         # A requeued job keeps its id: without the count its nodes would join the rendezvous that has ended.
         env["RDZV_ID"] = f"{env.get('RDZV_ID', self.id)}-{self.restarts}"
@@ -117,7 +120,10 @@ class Job:
             f"process(es), rendezvous {env['RDZV_ENDPOINT']}"
         )
         launcher = ["bash", str(ROOT / "launch" / "torchrun.sh"), "train", *self.arguments]
-        return subprocess.Popen(["srun", "--kill-on-bad-exit=1", f"--wait={PATIENT_S}", *launcher], env=env)
+        # Of a node that is lost the others' launchers know by themselves.
+        one_for_all = ["--kill-on-bad-exit=1", f"--wait={PATIENT_S}"]
+        options = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"] if self.is_elastic else one_for_all
+        return subprocess.Popen(["srun", *options, *launcher], env=env)
 
     def _wait(self, step: subprocess.Popen) -> int:
         """The step's exit code. One that does not come to its end is ended."""
@@ -138,7 +144,7 @@ class Job:
                 # srun hands it to every process of the step. TERM would have it kill them.
                 step.send_signal(self.stop_signal)
             codes = self._node_codes()
-            if len(codes) == self.nodes:
+            if len(codes) == self.nodes or (codes and self.is_elastic):  # a lost node says nothing
                 ended_at = ended_at or now
             if ended_at and now - ended_at > LINGER_S:
                 say(f"the launchers of all nodes have ended, but srun has not for {LINGER_S} s: it is ended")
@@ -152,10 +158,17 @@ class Job:
     def _reason(self, code: int) -> int:
         """The step's exit code, when srun says this one: it says the highest, and ends the others with TERM."""
         codes = self._node_codes()
+        if self.is_elastic and codes:  # srun's may be that of a node which was lost on the way
+            return first_reason(codes) or max(codes)
         if code and (first := first_reason(codes)):
             return first
         # A process that a signal has ended has a negative code. Stopping and following the launchers tell here alone.
         return max([code, *codes]) if code >= 0 else 128 - code
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the run goes on with fewer nodes than the job has."""
+        return self.min_nodes < self.nodes
 
     def _pop_arrived(self) -> signal.Signals | None:
         return self._arrived.pop(0) if self._arrived else None

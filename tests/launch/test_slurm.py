@@ -125,6 +125,15 @@ def test_starts_one_torchrun_per_node_from_any_folder_and_returns_its_exit_code(
     assert batch.leftovers() == []
 
 
+def test_with_min_nodes_a_lost_node_ends_nothing_and_its_code_does_not_count(batch):
+    code, output = batch.run(MIN_NODES="1", SRUN_CODE="137", NODE_CODES="0")
+    assert code == 0 and not batch.requeued, output
+    assert batch.seen("srun.arguments")[0].startswith("--no-kill --kill-on-bad-exit=0 --wait=0 bash ")
+    assert "NNODES=1:2" in batch.seen("srun.environment")
+    code, output = batch.run(MIN_NODES="3")
+    assert code == 2 and "MIN_NODES=3: must be from 1 to the job's 2 node(s)" in output
+
+
 def test_the_first_launchers_code_counts_whatever_srun_makes_of_it(batch):
     """It ends the other nodes with TERM, and returns the highest code: a mistake would look like a failure."""
     code, output = batch.run(SRUN_CODE="143", NODE_CODES="2 143")
