@@ -22,6 +22,7 @@ from launch.processes.world import attempt_id
 from pipeline.training.elastic import CLAIM_FOLDER
 
 WATCH_INTERVAL_S = 1.0
+_RUN_FOLDER = "run-folder"
 GRACE_S = 3.0
 """A rank that is still blocked this long after another one's failure is ended: its collective would never return."""
 
@@ -94,6 +95,21 @@ def claim_for(rank: Mapping[str, str], launcher: Path) -> bool | None:
     """
     try:
         return _make(Path(read_text(_pointer(launcher, rank))))
+    except (OSError, FileError):
+        return None
+
+
+def tell_run_folder(run_dir: Path) -> None:
+    """Tell the launcher, where there is one, where its ranks' errors are kept."""
+    if launcher := os.environ.get(CLAIM_FOLDER):
+        with contextlib.suppress(OSError):
+            write_whole(Path(launcher, _RUN_FOLDER), str(run_dir.absolute()))
+
+
+def told_run_folder(launcher: Path) -> Path | None:
+    """What the ranks have told; None while none has."""
+    try:
+        return Path(read_text(launcher / _RUN_FOLDER))
     except (OSError, FileError):
         return None
 

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.processes.claims import GRACE_S, WATCH_INTERVAL_S, claim_for
+from launch.processes.claims import GRACE_S, WATCH_INTERVAL_S, claim_for, told_run_folder
 from launch.processes.passing import SignalPasser
 from launch.processes.worker import FOLLOWED
+from pipeline.reporting.console_file import ConsoleFile
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import PContext
@@ -79,5 +80,8 @@ class FirstFailure:
                 name = signal.Signals(-code).name
                 how, self.code = f"was killed by {name}", 128 - code
                 how += "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
-            print(f"infini: error: rank {rank['RANK']} on {socket.gethostname()} {how}", file=sys.stderr, flush=True)
+            text = f"rank {rank['RANK']} on {socket.gethostname()} {how}"
+            print(f"infini: error: {text}", file=sys.stderr, flush=True)
+            if run_dir := told_run_folder(self._logs):
+                ConsoleFile(run_dir).write(f"error: {text}")
             return

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from launch.processes.claims import CLAIM_FOLDER, GRACE_S, WATCH_INTERVAL_S, Claim
+from launch.processes.claims import CLAIM_FOLDER, GRACE_S, WATCH_INTERVAL_S, Claim, tell_run_folder
 from launch.processes.quiet import quiet_libraries
 from pipeline.reporting.console_file import ConsoleFile
 from pipeline.training.elastic import REGROUP
@@ -67,6 +67,8 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
             if written := _write_traceback(error, run_dir):
                 ConsoleFile(written.parent).write(f"error: {_reason(error)}")
             raise
+    if run_dir is not None:
+        tell_run_folder(run_dir)
     rank = _Rank(run_dir)
     done = threading.Event()
     threading.Thread(target=rank.watch, args=(done,), name="failure-watch", daemon=True).start()

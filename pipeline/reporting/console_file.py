@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from pathlib import Path
 
 CONSOLE_FILE = "console.log"
+_STAMP, _STAMP_LENGTH = "%Y-%m-%d %H:%M:%S", 19
+
+
+def stamped(line: str) -> tuple[float, str]:
+    """Unix time and text of a line, NaN where it has no time."""
+    try:
+        return time.mktime(time.strptime(line[:_STAMP_LENGTH], _STAMP)), line[_STAMP_LENGTH + 2 :]
+    except (ValueError, OverflowError):
+        return math.nan, line
 
 
 class ConsoleFile:
@@ -26,7 +36,7 @@ class ConsoleFile:
 
     def write(self, text: str) -> None:
         """Append the lines of `text`."""
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        stamp = time.strftime(_STAMP)
         lines = "".join(f"{stamp}  {line}".rstrip() + "\n" for line in text.splitlines())
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

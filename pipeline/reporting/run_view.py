@@ -7,13 +7,14 @@ kept of it stays bounded, however long the run.
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from data.files import convert
+from pipeline.reporting.console_file import CONSOLE_FILE, stamped
 from pipeline.reporting.diagnosis import Finding, History, LayerNumbers, add_record, diagnose
 from pipeline.reporting.metrics import Start, layer_metric, metric_lines
 
@@ -24,6 +25,9 @@ PACE_INTERVALS = 10
 QUIET_TIMES, QUIET_LEAST_S, QUIET_AT_FIRST_S = 5, 60.0, 1800.0
 """A run is silent when no line has come for so many times the usual, and for so long at least; after the last time
 while nothing is usual yet, for a first step takes what it takes."""
+CONSOLE_TAIL = 8192
+"""Bytes at the end of the console's file that are looked at for errors."""
+_ERROR = re.compile(r"(\[rank \d+\] )?error: ")
 CURVES = ("loss/train", "loss/answer", "loss/probe", "speed/tokens_per_s")
 
 
@@ -163,16 +167,14 @@ class RunView:
         silent = now - self.time
         return silent if self.end is None and silent > bound else None
 
-    def failures(self) -> Iterator[str]:
-        """What ranks of the newest start have left as their error, each in a line."""
-        for path in sorted(self.path.parent.glob("error-rank*.txt")):
-            try:
-                if path.stat().st_mtime < self.started:
-                    continue
-                with open(path, "rb") as file:
-                    file.seek(max(path.stat().st_size - 4096, 0))
-                    lines = file.read().decode(errors="replace").split("\n")
-            except OSError:  # it has just gone
-                continue
-            reason = next((line for line in reversed(lines) if line and not line[0].isspace()), "")
-            yield f"rank {path.stem.removeprefix('error-rank')}: {reason[:300]} (traceback in {path})"
+    def failures(self) -> list[str]:
+        """Why the newest start has failed, where `console.log` beside the file says so."""
+        path = self.path.with_name(CONSOLE_FILE)
+        try:
+            with open(path, "rb") as file:
+                file.seek(max(path.stat().st_size - CONSOLE_TAIL, 0))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return []
+        told = [(when, text[:300]) for when, text in map(stamped, lines) if _ERROR.match(text)]
+        return [text for when, text in told if when + 1 >= self.started]  # whole seconds

@@ -98,6 +98,7 @@ def test_killed_rank_is_named_last(tmp_path):
     code, output = finish(start("killed", tmp_path))
     assert output.splitlines()[-1].startswith(f"infini: error: rank 1 on {socket.gethostname()} was killed by SIGKILL")
     assert code == 128 + signal.SIGKILL
+    assert (tmp_path / "console.log").read_text()[21:] == output.splitlines()[-1].removeprefix("infini: ") + "\n"
 
 
 def test_signals_reach_the_ranks_which_leave_in_their_own_time(tmp_path):

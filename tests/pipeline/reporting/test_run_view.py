@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
+import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from launch import cli
 from model.config import MemoryConfig
+from pipeline.reporting.console_file import ConsoleFile
 from pipeline.reporting.metrics import MetricsWriter, Start
 from pipeline.reporting.run_screen import Drawing, screen
 from pipeline.reporting.run_view import POINTS, QUIET_AT_FIRST_S, QUIET_LEAST_S, QUIET_TIMES, Curve, RunView
@@ -48,6 +50,9 @@ def clock(monkeypatch):
     """The time that the writer stamps its lines with."""
     now = [NOW]
     monkeypatch.setattr("pipeline.reporting.metrics.time.time", lambda: now[0])
+    stamps = SimpleNamespace(strptime=time.strptime, mktime=time.mktime)
+    stamps.strftime = lambda form: time.strftime(form, time.localtime(now[0]))
+    monkeypatch.setattr("pipeline.reporting.console_file.time", stamps)
     return now
 
 
@@ -151,14 +156,19 @@ def test_a_run_that_has_ended_says_why_and_a_silent_one_is_suspected(tmp_path, c
     assert "stopped: signal SIGTERM 1h00m ago" in text and "SILENT" not in text and "eta" not in text
 
 
-def test_what_a_rank_left_as_its_error_is_shown(tmp_path, clock):
+def test_why_a_run_failed_is_shown(tmp_path, clock):
+    """Of its newest start, by a rank or by the launcher."""
+    file = ConsoleFile(tmp_path)
+    file.write("[rank 0] error: of an earlier start")
+    clock[0] += 100
     write(tmp_path, clock)
-    for rank, age in ((0, -1000), (3, 30)):
-        path = tmp_path / f"error-rank{rank}.txt"
-        path.write_text("Traceback (most recent call last):\n  File ...\nValueError: shard 3 is\x1b[2J gone\n")
-        os.utime(path, (NOW + age, NOW + age))
-    text = shown(viewed(tmp_path), clock[0])
-    assert "rank 3: ValueError: shard 3 is\\x1b[2J gone (traceback in" in text and "rank 0:" not in text
+    file.write("[rank 3] error: shard 3 is\x1b[2J gone\n(traceback in error-rank3.txt)")
+    file.write("error: rank 1 on node2 was killed by SIGKILL")
+    file.write("step 30/400  loss 2.7  error: no")
+    view = viewed(tmp_path)
+    text = shown(view, clock[0])
+    assert len(view.failures()) == 2 and "earlier" not in text
+    assert "[rank 3] error: shard 3 is\\x1b[2J gone\nerror: rank 1 on node2 was killed by SIGKILL" in text
 
 
 def test_files_of_older_versions_are_shown_as_far_as_they_go(tmp_path):
