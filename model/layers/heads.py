@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.device import cache_blocks
 from model.layers.rotary import Table, rotate_into
 
 
@@ -64,7 +65,8 @@ class _SplitHeads(torch.autograd.Function):
         ctx.shape, ctx.options = qkv.shape, {"dtype": qkv.dtype, "device": qkv.device}
         ctx.set_materialize_grads(False)
         rotated = torch.empty(s, b, n, parts - 1, d, dtype=qkv.dtype, device=qkv.device)
-        rotate_into(rotated, qkv[:, :, :, :-1], ctx.table)
+        for out, x, *table in cache_blocks(rotated, qkv[:, :, :, :-1], *ctx.table):
+            rotate_into(out, x, table)
         local = rotated.flatten(1, 2).permute(1, 2, 0, 3)
         value = qkv.flatten(1, 2).permute(1, 2, 0, 3)[:, -1:]
         outputs = local[:, :-1], local[:, -1:], value
@@ -88,7 +90,8 @@ class _SplitHeads(torch.autograd.Function):
             if local is None:
                 place.zero_() if memory is None else place.copy_(memory)
             elif place is not places[2]:
-                rotate_into(place, local, ctx.table, back=True, add=memory)
+                for out, x, add, *table in cache_blocks(place, local, memory, *ctx.table):
+                    rotate_into(out, x, table, back=True, add=add)
             elif memory is None:
                 place.copy_(local)
             else:

@@ -9,6 +9,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.device import cache_blocks
+
 
 class GatedMLP(nn.Module):
     """`fc2(silu(gate) * up)` with `[gate; up] = fc1(x)`.
@@ -46,16 +48,18 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        a, b = both.chunk(2, dim=-1)
-        return F.silu(a).mul_(b)
+        product = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
+        for out, a, b in cache_blocks(product, *both.chunk(2, dim=-1)):
+            torch.mul(F.silu(a), b, out=out)
+        return product
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
-        a, b = both.chunk(2, dim=-1)
         gradient = torch.empty_like(both)
-        of_a, of_b = gradient.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * b, a, grad_input=of_a)
-        torch.mul(grad, F.silu(a), out=of_b)
+        halves = *both.chunk(2, dim=-1), *gradient.chunk(2, dim=-1)
+        for g, a, b, of_a, of_b in cache_blocks(grad, *halves):
+            torch.ops.aten.silu_backward.grad_input(g * b, a, grad_input=of_a)
+            torch.mul(g, F.silu(a), out=of_b)
         return gradient

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.device import cache_blocks
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dim, computed in float32 at least and rounded once.
@@ -52,26 +54,33 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
-        # sqrt(d) / sqrt(|x|^2 + d epsilon), on one number per token.
-        scale = norm.square_().add_(x.shape[-1] * epsilon).rsqrt_().mul_(math.sqrt(x.shape[-1]))
+        normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        scale = torch.empty(*x.shape[:-1], 1, dtype=weight.dtype, device=x.device)
+        for part, factor, out in cache_blocks(x, scale, normed):
+            torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=weight.dtype, out=factor)
+            # sqrt(d) / sqrt(|x|^2 + d epsilon), on one number per token.
+            factor.square_().add_(x.shape[-1] * epsilon).rsqrt_().mul_(math.sqrt(x.shape[-1]))
+            torch.mul(part * factor, weight, out=out)
         ctx.save_for_backward(x, weight, scale)
-        return torch.mul(x * scale, weight, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        product = normed * grad
+        tokens = tuple(range(x.dim() - weight.dim()))
         grad_weight = grad_x = None
-        if ctx.needs_input_grad[1]:
-            tokens = tuple(range(x.dim() - weight.dim()))
-            grad_weight = product.sum(dim=tokens) if tokens else product
         if ctx.needs_input_grad[0]:
-            mean = _sum_with(product, weight).div_(x.shape[-1])
-            wide = (grad * weight).addcmul_(normed, mean, value=-1)
-            grad_x = torch.mul(wide, scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+            grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for part, factor, g, out in cache_blocks(x, scale, grad, grad_x) if tokens else [(x, scale, grad, grad_x)]:
+            normed = part * factor
+            product = normed * g
+            if ctx.needs_input_grad[1]:
+                of_weight = product.sum(dim=tokens) if tokens else product.clone()
+                grad_weight = of_weight if grad_weight is None else grad_weight.add_(of_weight)
+            if out is not None:
+                mean = _sum_with(product, weight).div_(x.shape[-1])
+                torch.mul((g * weight).addcmul_(normed, mean, value=-1), factor, out=out)
         return grad_x, grad_weight, None
 
 

@@ -1,5 +1,4 @@
-"""The delta rule token by token, in blocks: what a segment does to M, `M <- a (M - g k (k^T M)) + g k v^T` over its
-tokens, as one pair of a transition and a write (`model.rules.scan`).
+"""The delta rule token by token, `M <- a (M - g k (k^T M)) + g k v^T`, in blocks of tokens.
 
 With t_i the sum of log a up to token i of a block of c tokens, e_i = exp(t_i), l_i = exp(t_c - t_i), rows of K and V
 the keys and values, and `[.]` the part below the diagonal, a block's updates are u in (WY form, arXiv 2406.06484,
@@ -7,11 +6,11 @@ section 3)
 
     (I + L) u = g V - g e K M,    L_ij = [g_i exp(t_i - t_j) k_i k_j]
 
-and M becomes e_c M + (l K)^T u. So with X = (I + L)^-1, Y = X^T (l K) and U = g Y the pair is
+and M becomes e_c M + (l K)^T u. So with X = (I + L)^-1 and Y = X^T (l K)
 
-    [C | T] = [0 | e_c I] + U^T [V | -e K].
+    M <- e_c M + (g Y)^T (V - e K M),
 
-All blocks of all segments are solved at once; then neighbours are composed, to one pair per segment.
+which is a step of `model.rules.scan.scan_blocks`. All blocks of all segments are solved at once.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from model.rules.scan import compose_neighbours
+from model.rules.scan import Blocks
 
 WRITE_BLOCK = 64
 """Tokens that are solved for at once, at most, or d where that is more: the triangular systems stay small however long
@@ -37,8 +36,8 @@ def block_length(segment_length: int, dim: int) -> int:
     return segment_length // blocks if segment_length % blocks == 0 else segment_length
 
 
-def segment_pairs(key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None) -> Tensor:
-    """What every segment does to M, as `[b, t, n, d, 2 d]`: its write in front of its transition.
+def solve_blocks(key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None) -> Blocks:
+    """What the blocks of every segment do to M.
 
     Args:
         key: `[b, t, n, s, d]`, of length one.
@@ -46,19 +45,20 @@ def segment_pairs(key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Te
         gate: g, `[b, t, n, s]`; None for 1.
         log_decay: log a, `[b, t, n, s]`; None for 0.
     """
-    return compose_neighbours(_BlockPairs.apply(key, value, gate, log_decay))
+    left, right, decay = _Solve.apply(key, value, gate, log_decay)
+    return Blocks(left, None if gate is None else gate.unflatten(-1, left.shape[3:5]), right, decay)
 
 
-class _BlockPairs(Function):
-    """Backward, with dP of the pair, R = [V | -e K] and D the gradient of l K:
+class _Solve(Function):
+    """Y, R = [V | -e K] and e_c. Backward, with D the gradient of l K:
 
-    dU = R dP^T, dR = U dP, dY = g dU, D = X dY, dL = -[Y D^T], dS = g ratio dL for S = K K^T,
-    dK = l D - e d(-e K) + (dS + dS^T) K; what is multiplied by g, e or l gives them their row sums.
+    D = X dY, dL = -[Y D^T], dS = g ratio dL for S = K K^T, dK = l D - e d(-e K) + (dS + dS^T) K; what is multiplied by
+    g, e or l gives them their row sums.
     """
 
     @staticmethod
-    def forward(ctx, key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None) -> Tensor:
-        """`[b, t, n, blocks, d, 2 d]`."""
+    def forward(ctx, key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None):
+        """`[b, t, n, blocks, c, d]`, `[b, t, n, blocks, c, 2 d]` and `[b, t, n, blocks]`, None without a decay."""
         b, t, n, s, d = key.shape
         c = block_length(s, d)
         right = key.new_empty(b, t, n, s, 2 * d).view(-1, c, 2 * d)
@@ -83,32 +83,29 @@ class _BlockPairs(Function):
         identity = torch.eye(c, dtype=key.dtype, device=key.device).expand_as(lower)
         inverse = torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
         y = torch.baddbmm(minus_key, inverse.mT, minus_l_key, beta=0, alpha=-1)
-        u = y if column is None else y * column
-        pairs = torch.bmm(u.mT, right)
-        pairs[..., d:].diagonal(dim1=-2, dim2=-1).add_(1 if e is None else e[:, -1])
         ctx.dtype, ctx.shape = value.dtype, key.shape
         products = None if column is None and ratio is None else products
         minus_key = None if ratio is None else minus_key
         ctx.save_for_backward(right, inverse, y, column, products, minus_key, e, ratio)
-        return pairs.view(b, t, n, s // c, d, 2 * d)
+        blocks = (b, t, n, s // c)
+        decay = None if e is None else e[:, -1].view(blocks)
+        return y.view(*blocks, c, d), right.view(*blocks, c, 2 * d), decay
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, of_y: Tensor, of_right: Tensor, of_decay: Tensor | None):
         right, inverse, y, column, products, minus_key, e, ratio = ctx.saved_tensors
         d = y.shape[-1]
         minus_e_key = right[..., d:]
-        flat = gradient.reshape(-1, d, 2 * d)
-        of_u = torch.bmm(right, flat.mT)
-        of_right = torch.bmm(y if column is None else y * column, flat)
+        of_right = of_right.reshape(right.shape)
         of_value, of_minus_e_key = of_right[..., :d], of_right[..., d:]
-        of_gate = None if column is None else (of_u * y).sum(dim=-1)
-        of_l_key = torch.bmm(inverse, of_u if column is None else of_u.mul_(column))
+        of_l_key = torch.bmm(inverse, of_y.reshape(y.shape))
         of_products = torch.bmm(y, of_l_key.mT).tril_(-1)  # times -1
         if ratio is not None:
             of_products.mul_(ratio)
+        of_gate = None
         if column is not None:
-            of_gate.sub_((of_products * products).sum(dim=-1))
+            of_gate = (of_products * products).sum(dim=-1).neg_().reshape(ctx.shape[:-1])
             of_products.mul_(column)
         of_log_decay = None
         if ratio is None:
@@ -121,11 +118,9 @@ class _BlockPairs(Function):
             of_exponents[:, -1].add_((of_l_key * minus_key).sum(dim=-1))
             of_total = (of_minus_e_key * minus_e_key).sum(dim=-1)
             of_total.add_(of_exponents.sum(dim=-2)).sub_(of_exponents.sum(dim=-1))
-            trace = flat[..., d:].diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-            of_total[:, -1].addcmul_(trace, e[:, -1, 0])
+            of_total[:, -1].addcmul_(of_decay.flatten(), e[:, -1, 0])
             of_log_decay = of_total.flip(-1).cumsum(dim=-1).flip(-1).reshape(ctx.shape[:-1])
             of_key = of_l_key.addcmul_(of_minus_e_key, e, value=-1)
         # (dS + dS^T) K: twice the sign that is in `of_products`, and in `minus_key`.
         of_key.baddbmm_(of_products + of_products.mT, minus_key)
-        of_gate = None if of_gate is None else of_gate.reshape(ctx.shape[:-1])
         return of_key.view(ctx.shape), of_value.to(ctx.dtype).reshape(ctx.shape), of_gate, of_log_decay

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from model.config import LayerShape
 from model.rules.base import MemoryRule, Tokens
-from model.rules.delta_blocks import block_length, segment_pairs
+from model.rules.delta_blocks import block_length, solve_blocks
 from model.rules.feature_maps import unit_length_of
 from model.rules.kernel import choose_kernel, scan_by_fla
-from model.rules.scan import scan_pairs
+from model.rules.scan import scan_blocks
 from model.rules.state import MatrixState
 
 
@@ -28,14 +28,14 @@ def scan_delta_rule(
     """Run `M <- a (M - g k (k^T M)) + g k v^T` over all tokens of a window.
 
     Args:
-        key, value, gate, log_decay: see `segment_pairs`.
+        key, value, gate, log_decay: see `solve_blocks`.
         initial: M carried in, `[b, n, d, d]`.
         reset: bool `[b, t]`, True where a document starts.
 
     Returns:
         M before every segment `[b, t, n, d, d]`, after its reset, and M carried out `[b, n, d, d]`.
     """
-    return scan_pairs(initial, segment_pairs(key, value, gate, log_decay), reset)
+    return scan_blocks(initial, solve_blocks(key, value, gate, log_decay), reset)
 
 
 class DeltaNetRule(MemoryRule):

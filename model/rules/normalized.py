@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from model.config import LayerShape
 from model.rules.base import MemoryRule, Tokens
 from model.rules.feature_maps import phi_of
-from model.rules.scan import scan_pairs, scan_sums
+from model.rules.scan import Blocks, scan_blocks, scan_sums
 
 
 class NormalizedState(NamedTuple):
@@ -60,8 +60,10 @@ class NormalizedRule(MemoryRule):
         sums = key.sum(dim=-2) if gate is None else (gate.unsqueeze(-2) @ key).squeeze(-2)
         z, z_after = scan_sums(state.z, sums, reset)
         if self.delta:
-            pairs = _DeltaPairs.apply(key, tokens.v, gate, z, self.epsilon)
-            M, M_after = scan_pairs(state.M, pairs, reset)
+            right = _Stored.apply(key, tokens.v, z, self.epsilon)
+            # A segment is one block: what it takes off is what was stored before it.
+            left, gate, right = (None if x is None else x.unsqueeze(3) for x in (key, gate, right))
+            M, M_after = scan_blocks(state.M, Blocks(left, gate, right, None), reset)
         else:
             written = key if gate is None else key * gate.unsqueeze(-1)
             M, M_after = scan_sums(state.M, written.mT @ tokens.v.to(key.dtype), reset)
@@ -124,51 +126,35 @@ class _Read(Function):
         return of_query, of_state[..., :d], of_state[..., d], None
 
 
-class _DeltaPairs(Function):
-    """A segment's write and transition under `delta`, [C | T] = [0 | I] + W^T [V | E], with keys K behind phi,
-    W = g K what is written, and E = K / -(K z) (0 where K z <= epsilon) for what the memory returns already.
+class _Stored(Function):
+    """[V | E] of `delta`, with keys K behind phi, and E = K / -(K z) (0 where K z <= epsilon) for what the memory
+    returns already.
 
-    Backward, with R = [V | E]: dW = R dP^T, dR = W dP, and for D = K z: dK += -dE / D, dD = -(dE E) summed over d / D,
-    dK += dD z^T, dz = dD K.
+    Backward, with D = K z: dK = -dE / D, dD = -(dE E) summed over d / D, dK += dD z^T, dz = dD K.
     """
 
     @staticmethod
-    def forward(ctx, key: Tensor, value: Tensor, gate: Tensor | None, z: Tensor, epsilon: float) -> Tensor:
-        """`[b, t, n, d, 2 d]` of phi of keys and values `[b, t, n, s, d]`, a gate `[b, t, n, s]` and the z before
-        every segment `[b, t, n, d]`."""
+    def forward(ctx, key: Tensor, value: Tensor, z: Tensor, epsilon: float) -> Tensor:
+        """`[b, t, n, s, 2 d]` of phi of keys and values `[b, t, n, s, d]`, and the z before every segment
+        `[b, t, n, d]`."""
         b, t, n, s, d = key.shape
         keys, z = key.flatten(0, 2), z.flatten(0, 2).unsqueeze(1)
         right = key.new_empty(b, t, n, s, 2 * d)
         right[..., :d] = value
-        right = right.flatten(0, 2)
         divisor = _divisor(torch.bmm(z, keys.mT), epsilon).neg_().mT
-        torch.div(keys, divisor, out=right[..., d:])
-        written = keys if gate is None else keys * gate.reshape(-1, s, 1)
-        pairs = torch.bmm(written.mT, right)
-        pairs[..., d:].diagonal(dim1=-2, dim2=-1).add_(1)
+        torch.div(key, divisor.view(b, t, n, s, 1), out=right[..., d:])
         ctx.dtype = value.dtype
-        ctx.save_for_backward(keys, right, divisor, z, gate)
-        return pairs.view(b, t, n, d, 2 * d)
+        ctx.save_for_backward(keys, right, divisor, z)
+        return right
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        keys, right, divisor, z, gate = ctx.saved_tensors
-        b, t, n, d, _ = gradient.shape
-        s = keys.shape[1]
-        flat = gradient.flatten(0, 2)
-        of_key = torch.bmm(right, flat.mT)
-        of_gate = None
-        written = keys
-        if gate is not None:
-            of_gate = (of_key * keys).sum(dim=-1).view(gate.shape)
-            wide = gate.reshape(-1, s, 1)
-            written = keys * wide
-            of_key.mul_(wide)
-        of_right = torch.bmm(written, flat)
-        of_stored = of_right[..., d:]
-        of_normaliser = (of_stored * right[..., d:]).sum(dim=-1, keepdim=True).div_(divisor)
-        of_key.addcdiv_(of_stored, divisor).addcmul_(of_normaliser, z)
+        keys, right, divisor, z = ctx.saved_tensors
+        b, t, n, s, d = right.shape[:-1] + keys.shape[-1:]
+        of_stored = gradient[..., d:].flatten(0, 2)
+        stored = right[..., d:].flatten(0, 2)
+        of_normaliser = (of_stored * stored).sum(dim=-1, keepdim=True).div_(divisor)
+        of_key = torch.div(of_stored, divisor).addcmul_(of_normaliser, z)
         of_z = torch.bmm(of_normaliser.mT, keys).view(b, t, n, d)
-        of_value = of_right[..., :d].to(ctx.dtype)
-        return of_key.view(b, t, n, s, d), of_value.view(b, t, n, s, d), of_gate, of_z, None
+        return of_key.view(b, t, n, s, d), gradient[..., :d].to(ctx.dtype), of_z, None

@@ -5,16 +5,52 @@ of neighbours compose to one pair, (T2, C2) after (T1, C1) being (T2 T1, T2 C1 +
 here, segments to what a context-parallel rank passes on. A pair is one tensor `[..., d, e + d]`, C in front of T, so
 that one product makes or composes both.
 
-Both functions have their backward pass written out: a state is saved once, gradients of all transitions are one
+A pair is a product itself where a block of tokens writes what differs from what is stored, X -> a X + U^T (V + E X):
+T = a I + U^T E, C = U^T V. A device that works on many blocks at once makes all pairs and composes them. A CPU, which
+takes a batch of products one by one anyway, takes the blocks in turn and makes no pairs: two products of
+`[c, d] x [d, d]` per block for the pair's two, its composition and its step, and four for eight on the way back.
+
+All functions have their backward pass written out: a state is saved once, gradients of all transitions are one
 product, and nothing is filled with zeros to be added to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+
+class Blocks(NamedTuple):
+    """m blocks of c tokens of every segment, each of which does X -> a X + (g L)^T (V + E X)."""
+
+    left: Tensor
+    """L, `[b, t, n, m, c, d]`."""
+    gate: Tensor | None
+    """g, `[b, t, n, m, c]`; None for 1."""
+    right: Tensor
+    """[V | E], `[b, t, n, m, c, e + d]`."""
+    decay: Tensor | None
+    """a, `[b, t, n, m]`; None for 1."""
+
+
+def scan_blocks(initial: Tensor, blocks: Blocks, reset: Tensor) -> tuple[Tensor, Tensor]:
+    """Run X <- a X + (g L)^T (V + E X) over the blocks of all segments of a window; m is a power of two.
+
+    Arguments and results are those of `scan_pairs`.
+    """
+    if initial.device.type == "cpu":
+        return _BlockScan.apply(initial, *blocks, reset)
+    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset)
+
+
+def block_pairs(blocks: Blocks) -> Tensor:
+    """The pairs of blocks, `[b, t, n, m, d, e + d]`."""
+    return _Pairs.apply(*blocks)
 
 
 def scan_pairs(initial: Tensor, pairs: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +129,112 @@ class _Scan(Function):
         if ctx.has_transition:
             torch.bmm(writes.flatten(0, 2), saved[0].flatten(0, 2).mT, out=found[..., columns:].flatten(0, 2))
         return into, found.transpose(0, 1), None, None
+
+
+class _Pairs(Function):
+    """[C | T] = [0 | a I] + U^T R with U = g L and R = [V | E]. Backward: dU = R dP^T, dR = U dP, da = tr dT."""
+
+    @staticmethod
+    def forward(ctx, left: Tensor, gate: Tensor | None, right: Tensor, decay: Tensor | None) -> Tensor:
+        written = _written(left, gate).flatten(0, 3)
+        pairs = torch.bmm(written.mT, right.flatten(0, 3)).view(*left.shape[:4], left.shape[-1], right.shape[-1])
+        transition = pairs[..., -left.shape[-1] :]
+        transition.diagonal(dim1=-2, dim2=-1).add_(1 if decay is None else decay.unsqueeze(-1))
+        ctx.decays = decay is not None
+        ctx.save_for_backward(left, gate, right)
+        return pairs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        left, gate, right = ctx.saved_tensors
+        flat = gradient.flatten(0, 3)
+        of_left = torch.bmm(right.flatten(0, 3), flat.mT).view(left.shape)
+        of_right = torch.bmm(_written(left, gate).flatten(0, 3), flat).view(right.shape)
+        of_gate = of_decay = None
+        if gate is not None:
+            of_gate = (of_left * left).sum(dim=-1)
+            of_left.mul_(gate.unsqueeze(-1))
+        if ctx.decays:
+            of_decay = gradient[..., -left.shape[-1] :].diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        return of_left, of_gate, of_right, of_decay
+
+
+class _BlockScan(Function):
+    """With R = V + E X of a block, and G the gradient of the X that it leaves behind, from the last one to the first:
+
+    dR = U G,   dU = R G^T,   dE = dR X^T,   da = the sum of G X,   G <- a G + E^T dR
+    """
+
+    @staticmethod
+    def forward(ctx, initial, left, gate, right, decay, reset):
+        b, t, n, m, c, d = left.shape
+        columns = initial.shape[-1]
+        clear = _per_state(reset, initial)
+        states = initial.new_empty(t * m + 1, b * n, d, columns)
+        rest = initial.new_empty(t * m, b * n, c, columns)
+        states[0] = initial.flatten(0, 1)
+        for i, (left_part, gate_part, right_part, decay_part) in enumerate(_in_turn(left, gate, right, decay)):
+            state = states[i]
+            if i % m == 0:
+                # Not a product with 0: what is cleared may have overflowed.
+                state.view(initial.shape).masked_fill_(clear[i // m], 0)
+            torch.baddbmm(right_part[..., :columns], right_part[..., columns:], state, out=rest[i])
+            kept = state if decay_part is None else state * decay_part
+            torch.baddbmm(kept, _written(left_part, gate_part).mT, rest[i], out=states[i + 1])
+        ctx.save_for_backward(left, gate, right, decay, clear, states, rest)
+        before = states[:-1].view(t, m, *initial.shape)[:, 0].transpose(0, 1)
+        return before, states[-1].view(initial.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_before: Tensor, of_after: Tensor):
+        left, gate, right, decay, clear, states, rest = ctx.saved_tensors
+        b, t, n, m = left.shape[:4]
+        columns = of_after.shape[-1]
+        found = [None if x is None else torch.empty_like(x) for x in (left, gate, right, decay)]
+        steps = zip(_in_turn(left, gate, right, decay), _in_turn(*found, joined=False), strict=True)
+        gradient = of_after.flatten(0, 1)
+        for i, (parts, places) in reversed(list(enumerate(steps))):
+            left_part, gate_part, right_part, decay_part = parts
+            of_left, of_gate, of_right, of_decay = places
+            state, stored = states[i], right_part[..., columns:]
+            of_rest = torch.bmm(_written(left_part, gate_part), gradient)
+            of_right[..., :columns] = of_rest.view(b, n, *of_rest.shape[1:])
+            of_right[..., columns:] = torch.bmm(of_rest, state.mT).view(of_left.shape)
+            of_written = torch.bmm(rest[i], gradient.mT)
+            if gate_part is not None:
+                of_gate.copy_((of_written * left_part).sum(dim=-1).view(of_gate.shape))
+                of_written.mul_(gate_part.unsqueeze(-1))
+            of_left.copy_(of_written.view(of_left.shape))
+            if decay_part is not None:
+                of_decay.copy_((gradient * state).sum(dim=(1, 2)).view(of_decay.shape))
+                gradient = gradient * decay_part
+            gradient = torch.baddbmm(gradient, stored.mT, of_rest)
+            if i % m == 0:
+                gradient.view(of_after.shape).add_(of_before[:, i // m]).masked_fill_(clear[i // m], 0)
+        return gradient.view(of_after.shape), *found, None
+
+
+def _in_turn(
+    left: Tensor, gate: Tensor | None, right: Tensor, decay: Tensor | None, *, joined: bool = True
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """The parts of `Blocks` block by block: lanes and heads as one batch where `joined`, else views `[b, n, ...]`; a
+    decay broadcasts over the states."""
+
+    def parts(x: Tensor | None) -> list[Tensor | None]:
+        if x is None:
+            return [None] * (left.shape[1] * left.shape[3])
+        found = [block for segment in x.unbind(1) for block in segment.unbind(2)]
+        return [block.flatten(0, 1) for block in found] if joined else found
+
+    if decay is not None and joined:
+        decay = decay[..., None, None]
+    return zip(*(parts(x) for x in (left, gate, right, decay)), strict=True)
+
+
+def _written(left: Tensor, gate: Tensor | None) -> Tensor:
+    return left if gate is None else left * gate.unsqueeze(-1)
 
 
 class _Compose(Function):

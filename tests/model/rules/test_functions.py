@@ -8,11 +8,11 @@ from torch.autograd import gradcheck
 
 from model.rules.base import Reads
 from model.rules.convolution import WIDTH, _Convolution
-from model.rules.delta_blocks import block_length, segment_pairs
+from model.rules.delta_blocks import block_length, solve_blocks
 from model.rules.feature_maps import phi, phi_of, unit_length_of
 from model.rules.gated_deltanet import _LogDecay
-from model.rules.normalized import _DeltaPairs, _Read
-from model.rules.scan import compose_neighbours, scan_pairs, scan_sums
+from model.rules.normalized import _Read, _Stored
+from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_blocks, scan_pairs, scan_sums
 
 B, T, N, R, S, D = 2, 3, 2, 2, 4, 3
 RESET = torch.tensor([[False, False, True], [True, False, False]])
@@ -65,6 +65,36 @@ def test_composed_pairs_do_what_their_parts_do(count):
     assert gradcheck(compose_neighbours, pairs)
 
 
+@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("m", [1, 4])
+def test_blocks_in_turn_do_what_their_pairs_do(m, gated, decays):
+    """The form that a CPU takes, and the one for devices that work on many blocks at once."""
+    shape = (B, T, N, m, 2)
+    blocks = [draw(*shape, D), draw(*shape) if gated else None, draw(*shape, D + 2 + D)]
+    blocks.append(draw(*shape[:-1]) if decays else None)
+    leaves = [draw(B, N, D, D + 2), *(x for x in blocks if x is not None)]
+
+    def scan(initial, *given):
+        given = iter(given)
+        return scan_blocks(initial, Blocks(*(None if x is None else next(given) for x in blocks)), RESET)
+
+    expected = scan_pairs(leaves[0], compose_neighbours(block_pairs(Blocks(*blocks))), RESET)
+    for found, one in zip(scan(*leaves), expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-12, atol=1e-12)
+    assert gradcheck(scan, leaves)
+
+
+def test_blocks_in_turn_clear_what_overflowed():
+    """As `scan_pairs` does, in either direction."""
+    initial, left, right = draw(B, N, D, D), draw(B, T, N, 2, 2, D), draw(B, T, N, 2, 2, 2 * D).detach()
+    right[0, 1, ..., :D] = torch.inf
+    before, after = scan_blocks(initial, Blocks(left, None, right.requires_grad_(), None), RESET)
+    assert before[0, 2].eq(0).all() and after[0].isfinite().all() and before[1].isfinite().all()
+    gradient, of_right = torch.autograd.grad(after[0].sum() + before[0, 2].sum(), (initial, right))
+    assert gradient.eq(0).all() and of_right[0, :2, ..., :D].eq(0).all()
+
+
 @pytest.mark.parametrize("feature", [phi_of, unit_length_of])
 @pytest.mark.parametrize("probes", [0, 1])
 def test_feature_maps(feature, probes):
@@ -112,17 +142,14 @@ def test_read():
     assert gradcheck(lambda *x: _Read.apply(*x, 1e-6), (leaves[0], leaves[1], positive(B, T, N, D)))
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_pairs_of_delta(gated):
+def test_what_delta_takes_off():
     key, value, z = positive(B, T, N, S, D), draw(B, T, N, S, D), positive(B, T, N, D)
-    gate = positive(B, T, N, S) if gated else None
-    written = key if gate is None else key * gate.unsqueeze(-1)
-    stored = key @ z.unsqueeze(-1)
-    transition = torch.eye(D, dtype=torch.float64) - written.mT @ (key / stored)
-    expected = torch.cat([written.mT @ value, transition], dim=-1)
-    torch.testing.assert_close(_DeltaPairs.apply(key, value, gate, z, 1e-6), expected, rtol=1e-13, atol=1e-13)
-    leaves = (key, value, z) if gate is None else (key, value, z, gate)
-    assert gradcheck(lambda k, v, z, g=None: _DeltaPairs.apply(k, v, g, z, 1e-6), leaves)
+    empty = z.detach().clone()
+    empty[0, 1] = 0  # nothing stored
+    divisor = (key @ empty.unsqueeze(-1)).where(empty.any(dim=-1)[..., None, None], torch.inf)
+    expected = torch.cat([value, -key / divisor], dim=-1)
+    torch.testing.assert_close(_Stored.apply(key, value, empty, 1e-6), expected, rtol=1e-13, atol=1e-13)
+    assert gradcheck(lambda *x: _Stored.apply(*x, 1e-6), (key, value, z))
 
 
 @pytest.mark.parametrize("decay", [False, True])
@@ -143,12 +170,13 @@ def test_pairs_of_the_delta_rule(monkeypatch, block, gated, decay):
         a = 1 if log_decay is None else log_decay[..., i, None, None].exp()
         step = a * (identity - g * k.unsqueeze(-1) * k.unsqueeze(-2))
         transition, write = step @ transition, step @ write + g * k.unsqueeze(-1) * v.unsqueeze(-2)
-    found = segment_pairs(key, value, gate, log_decay)
+    found = compose_neighbours(block_pairs(solve_blocks(key, value, gate, log_decay)))
     torch.testing.assert_close(found, torch.cat([write, transition], dim=-1), rtol=1e-12, atol=1e-12)
     gates = {name: x.requires_grad_() for name, x in (("gate", gate), ("log_decay", log_decay)) if x is not None}
 
     def pairs(key, value, *more):
-        return segment_pairs(key, value, **{"gate": None, "log_decay": None} | dict(zip(gates, more, strict=True)))
+        given = {"gate": None, "log_decay": None} | dict(zip(gates, more, strict=True))
+        return compose_neighbours(block_pairs(solve_blocks(key, value, **given)))
 
     assert gradcheck(pairs, (key, value, *gates.values()))
 
@@ -167,9 +195,10 @@ def plain_convolution(x, tails, taps):
 
 
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("s", [1, 2, 3, 5])
+@pytest.mark.parametrize("s", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("probes", [None, torch.tensor([[2], [1]])])
-def test_convolutions_of_a_window(s, probes, silu):
+def test_convolutions_of_a_window(monkeypatch, s, probes, silu):
+    monkeypatch.setattr("model.rules.convolution.CACHE_BLOCK_BYTES", 1)  # 9 tokens: blocks of 4, 4 and 1
     q = draw(B, T + (probes is not None), N, R, s, D)
     k, v, initial = draw(B, T, N, s, D), draw(B, T, N, s, D), draw(B, N, R + 2, WIDTH - 1, D)
     taps, reads = draw(N, R + 2, D, WIDTH), Reads(probes, detach=False)
