@@ -230,7 +230,7 @@ class Streamer:
     @torch.inference_mode()
     def _execute(self, batch: WindowBatch, memory: Memory, microbatches: int, **options: bool) -> StepResult:
         if self.interrupted():
-            self._exchange(Interrupted())
+            self._agree(interrupted=True)
         lanes = batch.tokens.shape[0]
         return self.executor.run(
             build_forward_schedule(
@@ -251,16 +251,16 @@ class Streamer:
         Raises:
             Interrupted: one of them ran no further.
         """
-        gathered = self._exchange(sums if self.topology.is_last_stage and self.topology.tensor_rank == 0 else None)
-        return np.sum([found for found in gathered if found is not None], axis=0)
+        self._agree(interrupted=False)
+        mine = sums if self.topology.is_last_stage and self.topology.tensor_rank == 0 else np.zeros_like(sums)
+        return np.array(self.topology.all_reduce(mine.flatten().tolist(), group=self.group)).reshape(sums.shape)
 
-    def _exchange(self, mine: np.ndarray | Interrupted | None) -> list[np.ndarray | None]:
-        gathered: list = [None] * dist.get_world_size()
+    def _agree(self, *, interrupted: bool) -> None:
+        """Wait until all copies have come to an end, or one of them was interrupted."""
         with self.waiting():
-            dist.all_gather_object(gathered, mine, group=self.group)
-        if any(isinstance(found, Interrupted) for found in gathered):
+            (some,) = self.topology.all_reduce([float(interrupted)], op=dist.ReduceOp.MAX, group=self.group)
+        if some:
             raise Interrupted
-        return gathered
 
 
 def _microbatches(lanes: int, stages: int) -> int:
