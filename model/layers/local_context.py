@@ -68,7 +68,9 @@ def sliding_attention(
         # Not a product with 0: what is cleared may have overflowed.
         previous = previous.where(seen[:, :, None, None, None], 0)
         previous = previous.detach() if detach else previous
-        return with_probes(previous).flatten(0, 2).unsqueeze(1), own[:, -1].to(carried.dtype)
+        # A copy: a view would keep all of a layer's keys and values alive until the chunk goes back, recomputed or not.
+        left = own[:, -1].to(carried.dtype, copy=True)
+        return with_probes(previous).flatten(0, 2).unsqueeze(1), left
 
     key_before, last_key = before(key.permute(1, 2, 0, 3), context.local_key)
     value_before, last_value = before(heads.value.view(-1, n, s, key.shape[3]), context.local_value)
