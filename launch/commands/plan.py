@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import add_configuration, number, whole
+from launch.commands.planned import (
+    ASSUMED_SHARE,
+    BETWEEN_NODES_GB,
+    DISK_GB,
+    LAUNCH_US,
+    planned_config,
+    planned_rates,
+    planned_vocabulary,
+    planned_world_size,
+    told_rates,
+)
 from pipeline.accounting.devices import ACCELERATORS, GPUS_PER_NODE
 
 if TYPE_CHECKING:
     from pipeline.accounting.planner import Prediction, Rates
     from pipeline.config.schema import Config
 
-ASSUMED_VOCAB = 32768
-"""Tokens of a tokenizer that is not there yet; the plan says so when it assumes it."""
-ASSUMED_SHARE = 0.4
-"""Of a device's peak that it reaches while it computes. Nothing has been measured on a GPU with this code; torchtitan
-reports 33 to 39 % for Llama 3.1 8B on H100s in bf16, communication included."""
-BETWEEN_NODES_GB = 50.0
-"""400 Gbit/s for each device."""
 TIGHT = 0.1
 """Of a device's memory, left over: less may go to what the estimate leaves out."""
 DRAWN_MICROBATCHES = 8
@@ -34,7 +37,37 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Check a configuration for a number of processes, build all its stages without memory, and print "
         "parameters, bytes per rank, tokens and FLOPs per step; whether it fits a device, and how long the run takes.",
     )
-    add_planned_run(parser)
+    add_configuration(parser)
+    many = whole(1, 1_000_000)
+    parser.add_argument("--world-size", type=many, metavar="N", help="processes of the run")
+    parser.add_argument("--nodes", type=many, metavar="N", help="nodes, in place of --world-size")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=whole(1, 1024),
+        default=GPUS_PER_NODE,
+        metavar="G",
+        help="processes of a node (default %(default)s)",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try all layouts (tensor, pipeline, data, ZeRO stage, chunks, recomputation, lanes per microbatch) in "
+        "place of the configuration's own: those that fit the device, the fastest first",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=number(1, 1e18),
+        metavar="T",
+        help="with --search: days for so many tokens, as 100e9 (default: the configuration's own run)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="with --search: also write everything as JSON")
+    parser.add_argument(
+        "--disk",
+        type=number(0, 1e6, above=True),
+        default=DISK_GB,
+        metavar="GB",
+        help="with --search: GB/s that a node writes checkpoints with (default %(default)g, ASSUMED)",
+    )
     parser.add_argument(
         "--schedule", action="store_true", help="also simulate the pipeline: bubbles, live chunks, bytes"
     )
@@ -65,15 +98,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="GB/s, each way, between the ranks of two stages and between data-parallel ranks (default: that of a "
         f"node's devices for up to {GPUS_PER_NODE} processes, else {BETWEEN_NODES_GB:g}: 400 Gbit/s)",
     )
+    parser.add_argument(
+        "--launch-us",
+        type=number(0, 1e6),
+        default=LAUNCH_US,
+        metavar="US",
+        help="microseconds in which the host starts a kernel; a device whose kernels are shorter waits for it (default "
+        "%(default)g, ASSUMED)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    args.world_size = planned_world_size(args)
     # At once: importing the libraries and building the stages take seconds.
     print(f"planning {args.config} on {args.world_size:,} processes ...", flush=True)
     from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
+    if args.search:
+        from launch.commands.plan_search import run_search
+
+        return run_search(args)
     from pipeline.accounting.planner import build_stages, check_counts
     from pipeline.reporting.console import print_table
 
@@ -90,54 +136,6 @@ def run(args: argparse.Namespace) -> int:
     if args.schedule or args.png:
         _print_schedule(config, args, vocab, rates)
     return 0
-
-
-def add_planned_run(parser: argparse.ArgumentParser) -> None:
-    """A run that need not exist: its configuration, and for how many processes."""
-    add_configuration(parser)
-    parser.add_argument(
-        "--world-size", type=whole(1, 1_000_000), required=True, metavar="N", help="processes of the run"
-    )
-
-
-def planned_config(args: argparse.Namespace) -> Config:
-    """The configuration of `add_planned_run`, valid for so many processes.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    from pipeline.config.load import load_config
-    from pipeline.config.validate import validate
-
-    config = load_config(args.config, args.overrides)
-    validate(config, args.world_size, data_exists=False, file=args.config, overrides=args.overrides)
-    return config
-
-
-def planned_rates(config: Config, args: argparse.Namespace) -> Rates:
-    """What the options and the device's data sheet say."""
-    from pipeline.accounting.planner import Rates
-
-    device = ACCELERATORS[args.gpu]
-    tflops = args.tflops or ASSUMED_SHARE * device.tflops[config.train.precision]
-    one_node = args.world_size <= GPUS_PER_NODE
-    link = args.link or (device.node_link_gb_per_s if one_node else BETWEEN_NODES_GB)
-    tensor_link = device.node_link_gb_per_s if config.parallel.tensor <= GPUS_PER_NODE else link
-    return Rates(tflops * 1e12, link * 1e9, tensor_link * 1e9)
-
-
-def planned_vocabulary(config: Config) -> tuple[int, str]:
-    """The size of the vocabulary, and where it is known from."""
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size, "model.vocab_size"
-    found = [entry.path for entry in config.data.sets if Path(entry.path, "manifest.json").is_file()]
-    if found:
-        from data.prepared.shards import PreparedSet
-
-        sizes = {path: PreparedSet(path).vocab_size for path in found}
-        path = max(sizes, key=sizes.get)
-        return sizes[path], path
-    return ASSUMED_VOCAB, "ASSUMED: model.vocab_size is null and no prepared set is there"
 
 
 def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[tuple[str, str]]:
@@ -186,22 +184,13 @@ def _print_memory(config: Config, world: int, vocab: int) -> None:
 
     rows = []
     for needs in per_rank_bytes(config, world, vocab):
-        sizes = (needs.parameters, needs.gradients, needs.optimizer, needs.memory_state, needs.activations)
-        sizes += (needs.working, needs.total)
+        sizes = (needs.parameters, needs.optimizer + needs.buffers, needs.memory_state, needs.gradients)
+        sizes += (needs.activations, needs.passes, needs.update, needs.total)
         rows.append([str(needs.stage), str(needs.layers), f"{needs.parameter_count:,}", *map(format_bytes, sizes)])
-    header = (
-        "stage",
-        "layers",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "memory state",
-        "activations",
-        "working",
-        "total",
-    )
+    header = ("stage", "layers", "parameters", "weights", "optimizer", "memory state", "gradients", "activations")
+    header += ("peak of passes", "of the update", "total")
     print_table("estimated bytes of each rank, by pipeline stage", rows, header=header)
+    print("total: weights, optimizer, memory state, and the larger of the two peaks, in which the gradients are")
 
 
 def _print_trace(config: Config, world: int, vocab: int) -> None:
@@ -215,13 +204,12 @@ def _print_trace(config: Config, world: int, vocab: int) -> None:
     rank = step.first_rank(config, world, needs.stage)
     trace = traced(config, world, rank, vocab)
     found = trace.at_peak
-    # Gradients that are not there yet at the peak, or that are still a backward pass's own, count as working space.
     rows = {
         "weights": (needs.parameters, found.get(step.PARAMETERS, 0)),
-        "optimizer": (needs.optimizer, found.get(step.OPTIMIZER, 0)),
+        "optimizer": (needs.optimizer + needs.buffers, found.get(step.OPTIMIZER, 0)),
         "memory state": (needs.memory_state, found.get(step.STATE, 0)),
-        "gradients, activations, working": (
-            needs.gradients + needs.activations + needs.working,
+        f"peak of the {'update' if needs.update > needs.passes else 'passes'}": (
+            max(needs.passes, needs.update),
             sum(found.get(name, 0) for name in (step.GRADIENTS, step.ACTIVATIONS, step.UPDATE, step.BATCH)),
         ),
         "total": (needs.total, trace.peak_bytes),
@@ -283,15 +271,7 @@ def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rate
         ),
     ]
     print_table(f"on {world:,} x {args.gpu}", rows)
-    source = "--tflops" if args.tflops else f"ASSUMED, {100 * ASSUMED_SHARE:g} % of the peak"
-    link = "--link" if args.link else "ASSUMED"
-    print(
-        f"taken: {rates.flops_per_s / 1e12:,.4g} TFLOP/s while computing ({source}); "
-        f"{rates.link_bytes_per_s / 1e9:g} GB/s between stages and data-parallel ranks ({link}), "
-        f"{rates.tensor_bytes_per_s / 1e9:g} GB/s between tensor-parallel ranks; only transfers between stages hide "
-        "behind computation; the optimizer's own work, starting kernels, reading data and saving take no time, "
-        "so a small model is slower by far"
-    )
+    print(f"taken: {told_rates(args, rates)}")
 
 
 def _exposure(step: Prediction) -> list[tuple[str, str]]:

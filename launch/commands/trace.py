@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from launch.arguments import count, whole
-from launch.commands.plan import add_planned_run, planned_config, planned_vocabulary
+from launch.arguments import add_configuration, count, whole
+from launch.commands.planned import planned_config, planned_vocabulary
 from launch.commands.shown_trace import traced
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "are alive at the peak, kernel launches per layer and chunk, dtype copies, collectives, and every place where "
         "the host would wait for the device. Tensors of two devices that meet are an error.",
     )
-    add_planned_run(parser)
+    add_configuration(parser)
+    parser.add_argument(
+        "--world-size", type=whole(1, 1_000_000), required=True, metavar="N", help="processes of the run"
+    )
     parser.add_argument("--rank", type=count, default=0, metavar="R", help="the process to be (default %(default)s)")
     parser.add_argument(
         "--microbatches",

@@ -10,61 +10,45 @@ of the step, so stage 2 saves nothing over stage 1 here. Stage 3 shares out the 
 Memory state. That of each lane of the rank in the layers of the stage, twice: the one from before a step is kept until
 the step is accepted.
 
-Activations: what autograd keeps from forward to backward. With e bytes per number of the residual stream (2 in bf16), m
-of the memory (4; 8 in fp64) and c = m if e < m else 0 for float32 copies, h hidden size (with sequence parallelism a
-rank's share of it: what is between the matrices is split along the tokens, and gathered again where a matrix needs it),
-and of one rank n query and g key/value heads of dimension d and an MLP width f, a layer keeps per token
+Activations. Those of a chunk are in `pipeline.accounting.activations`. Stage i of P holds chunks_per_window + P - 1 - i
+chunks (never more than a step has).
 
-    norms       4 h e                                      what goes in and what comes out
-    mlp         3 f e
-    attention   d e (3 n + 3 g) + 4 n                      flash-like: no S x S matrix
-                + d e n                                    with a memory: what is projected
-                + d e (n + 2 g)                            query and key norms
-    + sliding   d e (2 n + 5 g) + 4 n
-    memory      n (2 d + 1) m + g d m                      every rule: q and k behind its map, reads
-                g d (c + m with a write gate)              linear
-                g (2 d + 1) m                              delta
-                g (4 d + 1 + 64) m, and 64 g m with gates  deltanet, gated_deltanet
-                g (d + 64 + 4) m + h c                     gated_deltanet
-                (n + 2 g) d m, twice behind SiLU           short convolutions
-                + h c                                      write gate
-                + h c + 3 n m                              mix gate per token
-    states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
+The peak. Weights, optimizer and memory state are there all the time. What comes on top is at its most in one of these
+moments, and `total` takes the largest (L numbers of the embedding or output matrix on a rank, t tokens of a chunk):
 
-and the last stage 2 h e for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
-(`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one
-microbatch's lanes x segments_per_window / chunks_per_window segments. Stage i of P holds chunks_per_window + P - 1 - i
-chunks (never more than a step has). Recomputation leaves less per chunk, and one part at a time in full:
+    loss        all live chunks; the gradient of the output matrix: e L for one block of rows, for more of them
+                4 L and e L for the block that is added; a block of logits that are made again, 16 MiB of them in
+                float32; d(hidden), and under sequence parallelism the gathered hidden states, t h e each
+    a layer     all live chunks, but for what the loss kept, and what recomputation holds; the gradient of the layer's
+                largest matrix (e a number) and those inside its MLP, (3 f + h) e a token; with `selective` the MLP has
+                gone back before attention runs again: the larger of the two
+    embedding   the other live chunks, and 4 L
+    update      `pipeline.accounting.update_peak`: no activations, but copies of gradients
 
-    selective   each layer without its attention, that is 3 h e + 3 f e                 one layer's attention in full
-    layer       h e per layer                                                           one layer in full
-    window      the input of the chunk and the memory that each layer carries in        one chunk in full
+A tied embedding's first gradient, of the output matrix, waits through all layers for the second; their sum is a third.
+Gradients are sums over chunks, and so all there in each of these moments; in a step of a single chunk they come as the
+activations go, and what has not gone back yet has none.
 
-Working space: the gradient of the largest matrix, which is whole before it is added to what other chunks gave (e bytes
-a number, those of embedding and output 4 at least); on the last stage also a block of logits that are made again.
-
-Not counted: what a kernel uses only inside itself, communication buckets, the allocator's waste, the loader. Held
-against a trace of a step of fake tensors (every live byte of gradients and activations; Llama 3 8B, tensor 8 x
-pipeline 4, bf16, recompute selective): stage 0 3.11 GiB here and 3.05 there, without sequence parallelism 5.72 and
-5.74; stage 3 2.03 and 2.15.
+Not counted: what a kernel uses only inside itself, the allocator's waste, the batch, and that parameters which
+`train.trainable` leaves out have neither gradient nor moments. Held within 10 % of a traced step of every configuration
+in `configs/` (`tests/pipeline/tracing/test_plan_against_trace.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import ModelConfig, layer_shape
+from model.config import layer_shape
 from model.decoder import split_layers
-from model.layers.loss import BLOCK_ROWS
-from model.rules import build_rule
-from pipeline.accounting.flops import embedding_rows, layer_parameters, memory_state_bytes
+from model.layers.loss import BLOCK_ROWS, WIDE_ELEMENTS
+from pipeline.accounting.activations import Chunk, chunk_bytes, lane_state_bytes
+from pipeline.accounting.flops import embedding_rows, layer_parameters
+from pipeline.accounting.update_peak import Groups, update_peak, zero3_buffers
 from pipeline.config.derived import (
     data_parallel_size,
     lanes_per_microbatch,
     lanes_per_rank,
     number_bytes,
-    recomputes_logits,
-    segments_per_chunk,
 )
 from pipeline.config.schema import Config
 from pipeline.schedule.operations import expected_peak_live_chunks
@@ -86,7 +70,10 @@ class RankBytes:
     whole_parameters: int
     """The same before ZeRO 3 shares them out: what is gathered."""
     gradients: int
+    """Of all parameters, as the passes sum them up."""
     optimizer: int
+    buffers: int
+    """What ZeRO 3 keeps for reductions: a bucket, and its share of the sums."""
     memory_state: int
     live_chunks: int
     """Chunks whose activations are held at once, at most."""
@@ -94,10 +81,10 @@ class RankBytes:
     """What one live chunk keeps for its backward pass."""
     recompute_activations: int
     """What recomputation holds on top, once; 0 without."""
-    working: int
-    """What a backward pass needs for a moment."""
-    late_gradients: int
-    """Gradients that come as the activations go, in a step of a single chunk: not alive with them."""
+    passes: int
+    """Gradients, activations and working space at the worst moment of forward and backward passes."""
+    update: int
+    """Gradients and their copies at the worst moment of reduction and update."""
 
     @property
     def activations(self) -> int:
@@ -105,9 +92,13 @@ class RankBytes:
         return self.live_chunks * self.chunk_activations + self.recompute_activations
 
     @property
+    def held(self) -> int:
+        """What is there all the time."""
+        return self.parameters + self.optimizer + self.buffers + self.memory_state
+
+    @property
     def total(self) -> int:
-        held = self.parameters + self.gradients - self.late_gradients + self.optimizer + self.memory_state
-        return held + self.activations + self.working
+        return self.held + max(self.passes, self.update)
 
 
 def per_rank_bytes(config: Config, world_size: int, vocab: int | None = None) -> list[RankBytes]:
@@ -131,7 +122,6 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
 
     of_layer = layer_parameters(model, parallel.tensor)
     layer = sum(of_layer.values())
-    gate_and_up = of_layer["mlp"] * 2 // 3  # one matrix, a layer's largest
     embedding = embedding_rows(model, vocab) * model.hidden_size // parallel.tensor
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     # Tied embeddings on different stages are two copies.
@@ -143,19 +133,15 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
     if parallel.zero_stage == 3:
         held = -(-whole // replicas) + max(layer * e + wide_of_layer * (number - e), embedding * e)
 
-    lanes = lanes_per_microbatch(config, world_size)
-    segments = segments_per_chunk(config)
-    microbatches = lanes_per_rank(config, world_size) // lanes
-    logits_again = is_last and recomputes_logits(config, world_size, embedding_rows(model, vocab))
-    chunk, once = _chunk_activations(config, layers, lanes * segments, lanes, is_last, vocab, logits_again)
-    block_rows = min(BLOCK_ROWS, lanes * segments * model.segment_length) if logits_again else 0
-    block = block_rows * embedding // model.hidden_size * number_bytes(config)
-    lane_state = _lane_state_bytes(config, layers)
-    working = max(embedding * number if matrices else 0, gate_and_up * e) + block
-    if config.bptt.recompute == "layer":
-        between = 3 * model.ffn_hidden_size // parallel.tensor + _hidden_between_matrices(config)
-        working = max(working, gate_and_up * e + lanes * segments * model.segment_length * between * e)
-    single = microbatches * config.bptt.chunks_per_window == 1 and e == number
+    chunk = chunk_bytes(config, world_size, vocab, layers, is_last)
+    live_chunks = expected_peak_live_chunks(
+        stages=parallel.pipeline,
+        stage=stage,
+        microbatches=lanes_per_rank(config, world_size) // lanes_per_microbatch(config, world_size),
+        chunks=config.bptt.chunks_per_window,
+        replay=False,  # with window recomputation what a live chunk keeps is its input and its memory
+    )
+    groups = _optimizer_groups(config, layers, embedding, is_first, is_last)
     return RankBytes(
         stage=stage,
         layers=layers,
@@ -164,82 +150,83 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         whole_parameters=whole,
         gradients=parameters * number,
         optimizer=-(-parameters // replicas) * OPTIMIZER_COPIES * number,
-        memory_state=2 * lanes_per_rank(config, world_size) * lane_state,
-        # With window recomputation what a live chunk keeps is its input and its memory.
-        live_chunks=expected_peak_live_chunks(
-            stages=parallel.pipeline,
-            stage=stage,
-            microbatches=microbatches,
-            chunks=config.bptt.chunks_per_window,
-            replay=False,
-        ),
-        chunk_activations=chunk,
-        recompute_activations=once,
-        working=working,
-        late_gradients=min(parameters * number, chunk + once) if single else 0,
+        buffers=number * zero3_buffers(parameters, replicas) if parallel.zero_stage == 3 else 0,
+        memory_state=2 * lanes_per_rank(config, world_size) * lane_state_bytes(config, layers),
+        live_chunks=live_chunks,
+        chunk_activations=chunk.kept,
+        recompute_activations=chunk.once,
+        passes=_passes_peak(config, world_size, chunk, live_chunks, embedding, parameters, is_first, is_last),
+        update=number * update_peak(groups, replicas, parallel.zero_stage),
     )
 
 
-def _lane_state_bytes(config: Config, layers: int) -> int:
-    """Memory of one lane in `layers` layers of one tensor-parallel rank."""
-    whole = memory_state_bytes(config.model, config.train.precision)
-    return whole * layers // (config.model.num_layers * config.parallel.tensor)
-
-
-def _chunk_activations(
-    config: Config,
-    layers: int,
-    segments: int,
-    lanes: int,
-    is_last: bool,
-    vocab: int | None,
-    logits_again: bool,
-) -> tuple[int, int]:
-    """Bytes that a chunk of `segments` segments, those of all its lanes, keeps; and what recomputation holds once."""
+def _optimizer_groups(config: Config, layers: int, embedding: int, is_first: bool, is_last: bool) -> Groups:
+    """Parameters of a stage by group, in the order of `pipeline.parallel.parameter_groups`; of small ones of a layer
+    the sum."""
     model, tensor = config.model, config.parallel.tensor
+    of_layer = layer_parameters(model, tensor)
+    _, heads, groups, dim = layer_shape(model, tensor)
+    query_key_value, projection = (model.hidden_size * dim * n for n in (heads + 2 * groups, heads))
+    gate_and_up, down = of_layer["mlp"] * 2 // 3, of_layer["mlp"] // 3
+    matrices = layers * (query_key_value, projection, gate_and_up, down)
+    if is_first:
+        matrices = (embedding, *matrices)
+    if is_last and not (is_first and model.tie_embeddings):
+        matrices = (*matrices, embedding)
+    small = layers * (of_layer["norms"] + of_layer["beta"],)
+    # Biases are part of `attention`.
+    late = of_layer["write_gate"] + of_layer["rule"] + of_layer["attention"] - query_key_value - projection
+    # In the order of their first parameters: a layer begins with its norm, and a first stage with the embedding.
+    both = (matrices, small) if is_first else (small, matrices)
+    return (*both, layers * (late,)) if late else both
+
+
+def _passes_peak(
+    config: Config,
+    world_size: int,
+    chunk: Chunk,
+    live_chunks: int,
+    embedding: int,
+    parameters: int,
+    is_first: bool,
+    is_last: bool,
+) -> int:
+    """The moments `loss`, `a layer` and `embedding` of the module's table."""
     e = number_bytes(config)
-    m = max(e, 4)
-    hidden, tokens = _hidden_between_matrices(config), segments * model.segment_length
-    norm_and_mlp = tokens * e * (2 * hidden + 3 * model.ffn_hidden_size // tensor)
-    attention = tokens * hidden * 2 * e + _attention_bytes(model, tensor, hidden, e, m, segments)
-    output = 0
+    number = max(e, 4)
+    tied_here = config.model.tie_embeddings and is_first and is_last
+    rows, hidden = chunk.tokens, config.model.hidden_size
+    blocks = -(-rows // BLOCK_ROWS)
+    of_output = embedding * (e if blocks == 1 else number) if is_last else 0  # as the loss gives it
+    single = lanes_per_rank(config, world_size) * config.bptt.chunks_per_window == lanes_per_microbatch(
+        config, world_size
+    )
+    gradients = parameters * number
+    live = live_chunks * chunk.kept
+
+    moments = []
     if is_last:
-        logits = 0 if logits_again else e * embedding_rows(model, vocab) // tensor
-        output = tokens * (hidden * 2 * e + 2 * m + 9 + logits)
-    residual = tokens * hidden * e
-    everything = layers * (attention + norm_and_mlp) + output
-    kinds = {
-        "none": (everything, 0),
-        "selective": (layers * (residual + norm_and_mlp) + output, attention),
-        "layer": (layers * residual + output, attention + norm_and_mlp),
-        "window": (residual + lanes * _lane_state_bytes(config, layers), everything),
-    }
-    return kinds[config.bptt.recompute]
-
-
-def _hidden_between_matrices(config: Config) -> int:
-    """Numbers of the residual stream that a rank holds per token."""
-    return config.model.hidden_size // (config.parallel.tensor if config.parallel.sequence_parallel else 1)
-
-
-def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: int, segments: int) -> int:
-    """The rows `attention`, `memory` and `states` of the module's table, for `segments` segments."""
-    layer, length = layer_shape(model, tensor)._replace(hidden=hidden), model.segment_length
-    _, n, g, d = layer
-    c = m if e < m else 0
-    per_token, per_segment = d * e * (3 * n + 3 * g) + 4 * n, 0
-    rule = build_rule(model.memory)
-    if model.qk_norm:
-        per_token += d * e * (n + 2 * g)
-    if model.local_context == "sliding":
-        per_token += d * e * (2 * n + 5 * g) + 4 * n
-    if rule is not None:
-        per_token += d * e * n
-        gated = model.memory.write_gate != "none"
-        of_rule, per_segment = rule.saved_bytes(layer, length, m, c, gated=gated)
-        per_token += of_rule
-    if model.memory.write_gate != "none":
-        per_token += hidden * c
-    if model.memory.mix_gate == "token":
-        per_token += hidden * c + 3 * n * m
-    return segments * (length * per_token + per_segment)
+        columns = embedding // hidden
+        product = embedding * e if blocks > 1 and e < number else 0
+        block = min(rows, BLOCK_ROWS) * columns * e if chunk.logits_again else 0
+        wide = min(rows * columns, WIDE_ELEMENTS) * number
+        gathered = 2 if config.parallel.sequence_parallel else 1
+        moments.append(
+            (0 if single else gradients)
+            + live
+            + (chunk.once if config.bptt.recompute == "window" else 0)
+            + of_output
+            + product
+            + block
+            + wide
+            + gathered * rows * hidden * e
+        )
+    waiting = of_output if tied_here else 0  # for the embedding's, and then their sum is a third
+    # A single chunk's gradients are not there yet, but for that of the output matrix.
+    there = (embedding * number if is_last and not tied_here else 0) if single else gradients
+    moments.append(there + waiting + live - chunk.of_loss + chunk.in_layer)
+    if is_first:
+        own = embedding * number
+        others = (live_chunks - 1) * chunk.kept
+        moments.append(gradients - (own if single else 0) + others + own + (waiting + own if tied_here else 0))
+    return max(moments)

@@ -131,10 +131,13 @@ class Rates:
     """Between stages and between data-parallel ranks, each way."""
     tensor_bytes_per_s: float = math.inf
     """Between tensor-parallel ranks, each way."""
+    start_s: float = 0.0
+    """For the host to start a kernel: a device whose kernels are shorter waits for it."""
 
 
 def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -> Costs:
-    """Costs of one chunk by the FLOP formulas and the bytes of tensor parallelism, which nothing hides here.
+    """Costs of one chunk by the FLOP formulas and the bytes of tensor parallelism, which nothing hides here; or the
+    time in which the host starts its kernels, where that is longer.
 
     A backward costs two forwards and what recomputation (of logits, too) runs again. With window recomputation the
     output matrix is left to the replay (of all chunks: that the last chunk of a window may go without replay is not
@@ -161,14 +164,35 @@ def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -
         sent = tensor_bytes(config, world_size, layers=last - first, **ends)
         forward_s, backward_s = (n / rates.tensor_bytes_per_s for n in (sent.forward, sent.backward))
         without_output = config.bptt.recompute == "window"
-        per_stage.append(
-            {
-                Kind.FORWARD: (layers + (0.0 if without_output else output)) * seconds + forward_s,
-                Kind.REPLAY: (layers + output) * seconds + forward_s,
-                Kind.BACKWARD: (2 * (layers + output) + share * again + logits_again) * seconds + backward_s,
-            }
-        )
+        computed = {
+            Kind.FORWARD: (layers + (0.0 if without_output else output)) * seconds + forward_s,
+            Kind.REPLAY: (layers + output) * seconds + forward_s,
+            Kind.BACKWARD: (2 * (layers + output) + share * again + logits_again) * seconds + backward_s,
+        }
+        started = {kind: (last - first) * n * rates.start_s for kind, n in launches_per_layer(config).items()}
+        per_stage.append({kind: max(computed[kind], started[kind]) for kind in computed})
     return Costs(per_stage, message_bytes(config, tokens), rates.link_bytes_per_s, LATENCY_S)
+
+
+LAUNCHES = {
+    "none": (30, 43),
+    "linear": (59, 76),
+    "delta": (64, 84),
+    "deltanet": (55, 77),
+    "gated_deltanet": (84, 126),
+}
+"""Kernels that a layer starts for a chunk, forward and backward, by rule: as `infini trace` counts them, in bf16 and
+without gates, which add some ten. A chunk of many segments has a few more."""
+LAUNCHES_BESIDE_ATTENTION = 17
+"""Of the forward ones: the MLP's and the second norm's."""
+
+
+def launches_per_layer(config: Config) -> dict[Kind, int]:
+    """Kernels that a layer starts for a chunk."""
+    forward, backward = LAUNCHES[config.model.memory.rule]
+    attention = forward - LAUNCHES_BESIDE_ATTENTION
+    again = {"none": 0, "selective": attention, "layer": forward, "window": 0}[config.bptt.recompute]
+    return {Kind.FORWARD: forward, Kind.REPLAY: forward, Kind.BACKWARD: backward + again}
 
 
 def message_bytes(config: Config, tokens: int) -> int:

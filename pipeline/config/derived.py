@@ -10,6 +10,9 @@ KEPT_LOGITS_BYTES = 2**30
 """Of a rank, from which on logits are made again unless the configuration decides: a hundredth of what a device has,
 against a third more work in the output matrix (2 % of a step of Llama 3 8B, 8 % of its last stage's of four)."""
 
+REDUCTION_BUCKET = 50_000_000
+"""Gradients that DeepSpeed reduces at once, in numbers."""
+
 
 def model_parallel_size(config: Config) -> int:
     """Processes that hold one copy of the model: tensor x pipeline."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from model.decoder import DecoderStage
 from model.huggingface.weights import backbone_names
+from pipeline.config.derived import REDUCTION_BUCKET
 from pipeline.config.schema import Config
 from pipeline.parallel.accumulators import accumulate_in_float32
 from pipeline.parallel.deepspeed_internals import (
@@ -133,7 +134,7 @@ class ZeroOptimizer:
                         "stage": self.zero_stage,
                         "overlap_comm": False,
                         "reduce_scatter": not double,  # DeepSpeed's knows no float64
-                        "reduce_bucket_size": 50_000_000,
+                        "reduce_bucket_size": REDUCTION_BUCKET,
                         "stage3_param_persistence_threshold": 0,
                     },
                     "steps_per_print": 10**9,

@@ -11,6 +11,7 @@ that a transfer may slow a computation down.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,7 +53,7 @@ class Timeline:
     events: list[list[Event]]
     """Per stage, in the order of its operation list."""
 
-    @property
+    @functools.cached_property
     def makespan_s(self) -> float:
         """Seconds from the first to the last event."""
         times = [(event.start_s, event.end_s) for events in self.events for event in events]

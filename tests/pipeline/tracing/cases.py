@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from launch.cli import main
-from launch.commands.plan import ASSUMED_VOCAB
+from launch.commands.planned import ASSUMED_VOCAB
 from model.layers.norm import RMSNorm
+from pipeline.accounting import update_peak
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.accounting.live_bytes import LiveBytes
 from pipeline.checkpoint.run_state import CarriedMemory, Progress, SavedOptimizer
@@ -24,6 +25,7 @@ from pipeline.config.schema import Config
 from pipeline.inference.incremental import IncrementalModel
 from pipeline.inference.sampling import Sampling, choose
 from pipeline.inference.streaming import Streamer
+from pipeline.parallel import optimizer
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import initialize
 from pipeline.tracing.evaluation import trace_evaluation
@@ -190,6 +192,27 @@ def plan_and_trace(path: str, layers_per_stage: int | None) -> dict[str, Any]:
     vocab = config.model.vocab_size or ASSUMED_VOCAB
     # Two copies of the model, so that ZeRO shares out; one where there is a single lane.
     world = parallel.tensor * parallel.pipeline * (1 + (config.train.lanes % 2 == 0))
+    return _estimate_and_trace(config, world, vocab)
+
+
+def update_and_trace(world: int, bucket: int, settings: str) -> dict[str, Any]:
+    """The same of a small model with hardly any tokens, whose update has the peak: buckets of `bucket` gradients."""
+    few_tokens = "train.lanes=8 train.segments_per_window=2 bptt.recompute=layer train.precision=bf16 "
+    config = small(few_tokens + "model.hidden_size=64 model.ffn_hidden_size=256 " + settings)
+    with (
+        mock.patch.object(optimizer, "REDUCTION_BUCKET", bucket),
+        mock.patch.object(update_peak, "REDUCTION_BUCKET", bucket),
+    ):
+        return _estimate_and_trace(config, world, VOCAB)
+
+
+def _estimate_and_trace(config: Config, world: int, vocab: int) -> dict[str, Any]:
     needs = max(per_rank_bytes(config, world, vocab), key=lambda needs: needs.total)
     trace = trace_step(config, world, first_rank(config, world, needs.stage), vocab)
-    return {"estimate": needs.total, "trace": trace.peak_bytes, "at_peak": trace.at_peak, "needs": str(needs)}
+    return {
+        "estimate": needs.total,
+        "trace": trace.peak_bytes,
+        "in_update": needs.update > needs.passes,
+        "at_peak": trace.at_peak,
+        "needs": str(needs),
+    }

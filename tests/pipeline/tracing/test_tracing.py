@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.accounting.planner import LAUNCHES
 from tests.distributed.pool import CaseFailed
 from tests.pipeline.tracing import cases
 
@@ -137,3 +138,12 @@ def test_evaluation(tracing_process, name):
 def test_generation(tracing_process, rule):
     places, unlisted = tracing_process(cases.generation, settings=f"model.memory.{rule} train.precision=bf16")
     assert unlisted == [] and places
+
+
+def test_a_plan_starts_as_many_kernels_as_a_layer(steps):
+    """`LAUNCHES` is by rule and rounded: gates, normed queries and keys and more segments have some more."""
+    for name, rule in (("plain", "none"), ("linear", "linear"), ("gated_deltanet", "gated_deltanet")):
+        traced = steps[name]["in_layers"]
+        forward, backward = LAUNCHES[rule]
+        assert traced["forward"] == pytest.approx(forward, rel=0.25), name
+        assert traced["backward"] == pytest.approx(backward, rel=0.25), name

@@ -1,0 +1,131 @@
+"""Bytes that one chunk keeps from its forward to its backward pass, by arithmetic.
+
+With e bytes per number of the residual stream (2 in bf16), m of the memory (4; 8 in fp64) and c = m if e < m else 0 for
+float32 copies, h hidden size (with sequence parallelism a rank's share of it: what is between the matrices is split
+along the tokens, and gathered again where a matrix needs it), and of one rank n query and g key/value heads of
+dimension d and an MLP width f, autograd keeps per layer and token
+
+    norms       4 h e                                      what goes in and what comes out
+    mlp         3 f e
+    attention   d e (3 n + 3 g) + 4 n                      flash-like: no S x S matrix
+                + d e n                                    with a memory: what is projected
+                + d e (n + 2 g)                            query and key norms
+    + sliding   d e (2 n + 5 g) + 4 n
+    memory      n (2 d + 1) m + g d m                      every rule: q and k behind its map, reads
+                g d (c + m with a write gate)              linear
+                g (2 d + 1) m                              delta
+                g (4 d + 1 + 64) m, and 64 g m with gates  deltanet, gated_deltanet
+                g (d + 64 + 4) m + h c                     gated_deltanet
+                (n + 2 g) d m, twice behind SiLU           short convolutions
+                + h c                                      write gate
+                + h c + 3 n m                              mix gate per token
+    states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
+
+and the last stage 2 h e for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
+(`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one microbatch's lanes x segments_per_window /
+chunks_per_window segments. Recomputation leaves less per chunk, and one part at a time in full:
+
+    selective   each layer without its attention, that is 3 h e + 3 f e                 one layer's attention in full
+    layer       h e per layer                                                           one layer in full
+    window      the input of the chunk and the memory that each layer carries in        one chunk in full
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig, layer_shape
+from model.rules import build_rule
+from pipeline.accounting.flops import embedding_rows, layer_parameters, memory_state_bytes
+from pipeline.config.derived import (
+    lanes_per_microbatch,
+    number_bytes,
+    recomputes_logits,
+    segments_per_chunk,
+)
+from pipeline.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of one chunk, of all its lanes."""
+
+    tokens: int
+    kept: int
+    """From forward to backward."""
+    once: int
+    """What recomputation makes again and holds, in full."""
+    of_loss: int
+    """Part of `kept` (of `once`, where whole chunks run again): gone when the loss has gone back."""
+    in_layer: int
+    """The worst that a layer's backward pass has beside `kept`."""
+    logits_again: bool
+
+
+def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int, is_last: bool) -> Chunk:
+    """Of a stage of `layers` layers.
+
+    Args:
+        vocab: tokens of the tokenizer; None takes `model.vocab_size`.
+        is_last: the stage has the loss.
+    """
+    model, tensor = config.model, config.parallel.tensor
+    lanes = lanes_per_microbatch(config, world_size)
+    segments = lanes * segments_per_chunk(config)
+    e = number_bytes(config)
+    m = max(e, 4)
+    hidden, tokens = _hidden_between_matrices(config), segments * model.segment_length
+    mlp = tokens * e * 3 * model.ffn_hidden_size // tensor
+    norm_and_mlp = tokens * e * 2 * hidden + mlp
+    attention = tokens * hidden * 2 * e + _attention_bytes(model, tensor, hidden, e, m, segments)
+    columns = embedding_rows(model, vocab)
+    logits_again = is_last and recomputes_logits(config, world_size, columns)
+    of_loss = 0
+    if is_last:
+        of_loss = tokens * (hidden * 2 * e + 2 * m + 9 + (0 if logits_again else e * columns // tensor))
+    residual = tokens * hidden * e
+    everything = layers * (attention + norm_and_mlp) + of_loss
+    kept, once = {
+        "none": (everything, 0),
+        "selective": (layers * (residual + norm_and_mlp) + of_loss, attention),
+        "layer": (layers * residual + of_loss, attention + norm_and_mlp),
+        "window": (residual + lanes * lane_state_bytes(config, layers), everything),
+    }[config.bptt.recompute]
+    gate_and_up = layer_parameters(model, tensor)["mlp"] * 2 // 3  # one matrix, a layer's largest
+    in_mlp = gate_and_up * e + mlp + residual
+    in_layer = max(once, in_mlp) if config.bptt.recompute == "selective" else once + in_mlp
+    return Chunk(tokens, kept, once, of_loss, in_layer, logits_again)
+
+
+def lane_state_bytes(config: Config, layers: int) -> int:
+    """Memory of one lane in `layers` layers of one tensor-parallel rank."""
+    whole = memory_state_bytes(config.model, config.train.precision)
+    return whole * layers // (config.model.num_layers * config.parallel.tensor)
+
+
+def _hidden_between_matrices(config: Config) -> int:
+    """Numbers of the residual stream that a rank holds per token."""
+    return config.model.hidden_size // (config.parallel.tensor if config.parallel.sequence_parallel else 1)
+
+
+def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: int, segments: int) -> int:
+    """The rows `attention`, `memory` and `states` of the module's table, for `segments` segments."""
+    layer, length = layer_shape(model, tensor)._replace(hidden=hidden), model.segment_length
+    _, n, g, d = layer
+    c = m if e < m else 0
+    per_token, per_segment = d * e * (3 * n + 3 * g) + 4 * n, 0
+    rule = build_rule(model.memory)
+    if model.qk_norm:
+        per_token += d * e * (n + 2 * g)
+    if model.local_context == "sliding":
+        per_token += d * e * (2 * n + 5 * g) + 4 * n
+    if rule is not None:
+        per_token += d * e * n
+        gated = model.memory.write_gate != "none"
+        of_rule, per_segment = rule.saved_bytes(layer, length, m, c, gated=gated)
+        per_token += of_rule
+    if model.memory.write_gate != "none":
+        per_token += hidden * c
+    if model.memory.mix_gate == "token":
+        per_token += hidden * c + 3 * n * m
+    return segments * (length * per_token + per_segment)
