@@ -111,6 +111,11 @@ class Stopwatch:
         return seconds
 
 
+def device_memory_bytes(device: torch.device) -> int | None:
+    """What the device has in all; None for the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def page_locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor where `device` can copy it from by itself, while the host goes on; for any thread."""
     with torch.cuda.device(device):  # a thread begins with device 0, where it would leave a context

@@ -39,6 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="with --nproc: start all processes again when one fails, from the newest checkpoint, N times at the most",
     )
     parser.add_argument("--master-port", type=port, metavar="PORT", help="port for the processes to meet on")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="make the largest step twice, and a save, on all processes of the run; print every rank's peak of memory "
+        "beside the plan's, and begin nothing: no window is read, the run folder is not touched. Exit code 2 where the "
+        "memory does not suffice",
+    )
     parser.set_defaults(run=run, heeds_signals=True)
 
 
@@ -60,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     config = run_rank(lambda: checked_config(args, world_size), None)
     if is_in_reserve(config, world_size):
         return wait_in_reserve()
+    if args.dry_run:
+        stopping.release(set())  # there is nothing to save
+        return run_rank(lambda: _dry_run(config), None)
     return told(run_rank(lambda: _train(config, args.resume), Path(config.run_dir)))
 
 
@@ -94,11 +104,13 @@ def _start(args: argparse.Namespace) -> int:
 
     # An error is told once, before any process starts, and writes nothing into another run's folder.
     config = checked_config(args, args.nproc)
-    if args.resume is None:
+    if args.resume is None and not args.dry_run:
         check_new(Path(config.run_dir))
     arguments = ["train", args.config, *args.overrides]
     if args.resume is not None:
         arguments += ["--resume", args.resume]
+    if args.dry_run:
+        arguments.append("--dry-run")
     return launch_workers("launch.cli", arguments, args.nproc, args.master_port, args.max_restarts or 0)
 
 
@@ -106,3 +118,9 @@ def _train(config: Config, resume: str | None) -> int:
     from pipeline.training.trainer import train
 
     return train(config, resume)
+
+
+def _dry_run(config: Config) -> int:
+    from pipeline.training.dry_run import dry_run
+
+    return dry_run(config)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from data.lanes.window import ProbeBatch, WindowBatch
@@ -32,6 +31,7 @@ from pipeline.tracing.ledger import Collective, HostRead, Launch, Ledger, Traffi
 from pipeline.tracing.world import group_labels, pretended_world
 from pipeline.training.agreement import agreed_weight
 from pipeline.training.batch_sums import own_sums
+from pipeline.training.batches import full_batch
 
 PARAMETERS, GRADIENTS, OPTIMIZER, STATE, BATCH = "parameters", "gradients", "optimizer", "memory state", "batch"
 ACTIVATIONS, UPDATE = "activations", "update"
@@ -187,7 +187,7 @@ class TracedRun:
         _label_gradients(self.stage, live)
         lanes = derived.lanes_per_rank(config, world_size)
         live.label = BATCH
-        self.batch = empty_batch(config, lanes, topology.device)
+        self.batch = full_batch(config, lanes, topology.device)
         live.label = STATE
         self.memory: Memory = self.stage.empty_memory(lanes, topology.device)
         self.executor = Executor(
@@ -243,31 +243,6 @@ class _Observer:
         if self.progress and self.backward:
             self.progress()
         self.backward = kind is Kind.BACKWARD
-
-
-def empty_batch(config: Config, lanes: int, device: torch.device) -> WindowBatch:
-    """A window of `lanes` lanes without values."""
-    train, length = config.train, config.model.segment_length
-
-    def make(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(lanes, *shape, dtype=dtype, device=device)
-
-    shape, probes = (train.segments_per_window, length), (train.probes_per_window, length)
-    return WindowBatch(
-        tokens=make(*shape),
-        labels=make(*shape),
-        loss_weight=make(*shape, dtype=torch.float32),
-        answer_mask=make(*shape, dtype=torch.bool),
-        reset=make(train.segments_per_window, dtype=torch.bool),
-        position_in_document=make(train.segments_per_window),
-        lane_ids=make(),
-        padded_tokens=0,
-        documents=[[]] * lanes,
-        probes=ProbeBatch(make(*probes), make(*probes), make(*probes, dtype=torch.float32), make(probes[0]))
-        if train.probes_per_window
-        else None,
-        digests=[0] * lanes,
-    )
 
 
 def _first_lanes(batch: WindowBatch, lanes: int) -> WindowBatch:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from data.lanes.loader import WindowBatch
+from data.lanes.window import ProbeBatch, WindowBatch
 from model.device import page_locked
+from pipeline.config.schema import Config
 
 
 def _tensors(batch: WindowBatch) -> Iterator[tuple[object, str, torch.Tensor]]:
@@ -43,3 +44,32 @@ def to_device(batch: WindowBatch, device: torch.device) -> WindowBatch:
     for part, name, value in _tensors(batch):
         setattr(part, name, value.to(device, non_blocking=True))
     return batch
+
+
+def full_batch(config: Config, lanes: int, device: torch.device) -> WindowBatch:
+    """A window of `lanes` lanes in which every token and every probe counts, on `device`: the largest that a step can
+    get. It says nothing: all tokens are the first one, in the middle of a document."""
+    train, length = config.train, config.model.segment_length
+    segments, probes = train.segments_per_window, train.probes_per_window
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.zeros(lanes, *shape, dtype=dtype, device=device)
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(lanes, *shape, device=device)
+
+    asked = ProbeBatch(zeros(probes, length), zeros(probes, length), ones(probes, length), zeros(probes))
+    return WindowBatch(
+        tokens=zeros(segments, length),
+        labels=zeros(segments, length),
+        loss_weight=ones(segments, length),
+        answer_mask=zeros(segments, length, dtype=torch.bool),
+        reset=zeros(segments, dtype=torch.bool),
+        position_in_document=zeros(segments),
+        lane_ids=zeros(),
+        padded_tokens=0,
+        documents=[[]] * lanes,
+        probes=asked if probes else None,
+        weight=float(lanes * (segments + probes) * length),
+        digests=[0] * lanes,
+    )

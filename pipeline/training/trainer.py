@@ -54,13 +54,7 @@ def train(config: Config, resume: str | None) -> int:
         config: validated configuration.
         resume: None for a new run, `latest`, or the path of a checkpoint.
     """
-    topology = initialize(
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        timeout_s=config.parallel.timeout_s,
-        greet=lambda: check_same_start(config),
-    )
-    check_clocks(topology)
+    topology = enter(config)
     check_shared_folder(Path(config.run_dir), topology)
     lock = RunLock(Path(config.run_dir))
     on_main(lock.acquire)
@@ -68,6 +62,18 @@ def train(config: Config, resume: str | None) -> int:
         return _train(config, topology, resume)
     finally:
         lock.release()
+
+
+def enter(config: Config) -> Topology:
+    """Become one of the processes of a run, which are all started alike; collective."""
+    topology = initialize(
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        timeout_s=config.parallel.timeout_s,
+        greet=lambda: check_same_start(config),
+    )
+    check_clocks(topology)
+    return topology
 
 
 def _train(config: Config, topology: Topology, resume: str | None) -> int:
