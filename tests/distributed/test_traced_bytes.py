@@ -28,3 +28,16 @@ def test_traced_peaks_are_those_of_real_processes(pools, tracing_process, name):
         traced = tracing_process(cases.traced_bytes, world=world, rank=rank, settings=settings)
         print(f"{name}, rank {rank}: traced {sum(traced.values()):,}, measured {measured[rank]:,}, {traced}")
         assert sum(traced.values()) == pytest.approx(measured[rank], rel=0.05)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_plan_is_what_a_step_needs(pools, tracing_process, name):
+    """The whole step, reduction and update included: planned, traced and measured."""
+    world, settings = LAYOUTS[name]
+    measured = dict(pools.run(world, cases.measured_step, settings=settings))
+    for rank in {0, world - 1}:
+        planned, traced = tracing_process(cases.planned_and_traced_step, world=world, rank=rank, settings=settings)
+        print(f"{name}, rank {rank}: planned {planned:,}, traced {traced:,}, measured {measured[rank]:,}")
+        assert traced == pytest.approx(measured[rank], rel=0.01)
+        assert planned == pytest.approx(measured[rank], rel=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -87,6 +88,40 @@ def measured_bytes(settings: str) -> tuple[int, int]:
     with LiveBytes() as live:
         run = TracedRun(config, dist.get_world_size(), VOCAB, topology, live, update=False)
         run.microbatches = 2
+        live.forget_peak()
+        run.step(Ledger("cpu"), statistics=False, observer=lambda operation: None)
+    return dist.get_rank(), live.peak
+
+
+BUCKET = 10**4
+"""Gradients that are reduced at once, so that a bucket does not dwarf a small model."""
+
+
+@contextlib.contextmanager
+def small_buckets(bucket: int = BUCKET) -> Iterator[None]:
+    """Reduce `bucket` gradients at once, and plan so."""
+    with (
+        mock.patch.object(optimizer, "REDUCTION_BUCKET", bucket),
+        mock.patch.object(update_peak, "REDUCTION_BUCKET", bucket),
+    ):
+        yield
+
+
+def planned_and_traced_step(world: int, rank: int, settings: str) -> tuple[int, int]:
+    """The estimate for a rank, and the traced peak of a whole step."""
+    config = small(BYTES + settings)
+    with small_buckets():
+        needs = per_rank_bytes(config, world, VOCAB)[rank // (world // config.parallel.pipeline)]
+        return needs.total, trace_step(config, world, rank, VOCAB).peak_bytes
+
+
+def measured_step(settings: str) -> tuple[int, int]:
+    """Rank, and the bytes at the peak of the same step with real tensors in real processes."""
+    config = small(BYTES + settings)
+    topology = initialize(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=60)
+    # DeepSpeed keeps shapes as tensors without memory.
+    with small_buckets(), LiveBytes("cpu") as live:
+        run = TracedRun(config, dist.get_world_size(), VOCAB, topology, live, update=True)
         live.forget_peak()
         run.step(Ledger("cpu"), statistics=False, observer=lambda operation: None)
     return dist.get_rank(), live.peak
@@ -199,10 +234,7 @@ def update_and_trace(world: int, bucket: int, settings: str) -> dict[str, Any]:
     """The same of a small model with hardly any tokens, whose update has the peak: buckets of `bucket` gradients."""
     few_tokens = "train.lanes=8 train.segments_per_window=2 bptt.recompute=layer train.precision=bf16 "
     config = small(few_tokens + "model.hidden_size=64 model.ffn_hidden_size=256 " + settings)
-    with (
-        mock.patch.object(optimizer, "REDUCTION_BUCKET", bucket),
-        mock.patch.object(update_peak, "REDUCTION_BUCKET", bucket),
-    ):
+    with small_buckets(bucket):
         return _estimate_and_trace(config, world, VOCAB)
 
 
