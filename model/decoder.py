@@ -21,7 +21,7 @@ from model.layers.mlp import GatedMLP
 from model.layers.norm import RMSNorm
 from model.layers.rotary import RotaryTables
 from model.layers.segment_cache import SegmentCache, Span
-from model.layers.statistics import MemoryStatistics
+from model.layers.statistics import MemoryStatistics, once
 from model.precision import COMPUTE_DTYPES, wide_dtype
 from model.rules import build_rule
 from model.rules.state import Memory, State
@@ -111,7 +111,9 @@ class DecoderLayer(nn.Module):
 
         if self.recompute == "selective" and torch.is_grad_enabled():
             # Nothing in it draws random numbers.
-            attended = checkpoint(attend, hidden, *(memory or ()), use_reentrant=False, preserve_rng_state=False)
+            attended = checkpoint(
+                attend, hidden, *(memory or ()), use_reentrant=False, preserve_rng_state=False, context_fn=once
+            )
         else:
             attended = attend(hidden, *(memory or ()))
         hidden = hidden + attended.hidden
@@ -283,7 +285,7 @@ class DecoderStage(nn.Module):
         for (name, layer), state in zip(self.layers.items(), memory, strict=True):
             arguments = (hidden, state, reset, memory_off, statistics, probes, name != unread)
             if self.options.recompute == "layer" and torch.is_grad_enabled():
-                result = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                result = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=once)
             else:
                 result = layer(*arguments)
             hidden, state, gates, layer_statistics = result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         scale = torch.empty(*x.shape[:-1], 1, dtype=weight.dtype, device=x.device)
-        for part, factor, out in cache_blocks(x, scale, normed):
+        for part, factor, out in _blocks(weight, x, scale, normed):
             torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=weight.dtype, out=factor)
             # sqrt(d) / sqrt(|x|^2 + d epsilon), on one number per token.
             factor.square_().add_(x.shape[-1] * epsilon).rsqrt_().mul_(math.sqrt(x.shape[-1]))
@@ -72,7 +73,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for part, factor, g, out in cache_blocks(x, scale, grad, grad_x) if tokens else [(x, scale, grad, grad_x)]:
+        for part, factor, g, out in _blocks(weight, x, scale, grad, grad_x):
             normed = part * factor
             product = normed * g
             if ctx.needs_input_grad[1]:
@@ -82,6 +83,11 @@ class _RMSNorm(torch.autograd.Function):
                 mean = _sum_with(product, weight).div_(x.shape[-1])
                 torch.mul((g * weight).addcmul_(normed, mean, value=-1), factor, out=out)
         return grad_x, grad_weight, None
+
+
+def _blocks(weight: Tensor, x: Tensor, *others: Tensor | None) -> Iterable[tuple[Tensor, ...]]:
+    """`cache_blocks` where x and the others have a first dim that the weight has not."""
+    return cache_blocks(x, *others) if x.dim() > weight.dim() else [(x, *others)]
 
 
 def _sum_with(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,11 +39,29 @@ class MemoryStatistics(NamedTuple):
     the segment's mean, relative to its own, `[query heads]`, in 0..1; 0 where nothing is read."""
 
 
+_forward = True
+
+
+def once() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """The `context_fn` of a checkpoint whose recomputation is not to measure again: nobody reads what it gives."""
+    return contextlib.nullcontext(), _recomputing()
+
+
+@contextlib.contextmanager
+def _recomputing() -> Iterator[None]:
+    global _forward
+    _forward = False
+    try:
+        yield
+    finally:
+        _forward = True
+
+
 @torch.no_grad()
 def measure(
     share: Tensor, shown: Tensor, read: Tensor, local: Tensor, gate: Tensor | None, memory: State
-) -> MemoryStatistics:
-    """Statistics of a window.
+) -> MemoryStatistics | None:
+    """Statistics of a window; None in a recomputation.
 
     Args:
         share: the memory's share of the output where it holds something, see `InfiniAttention.memory_share`.
@@ -51,6 +71,8 @@ def measure(
         gate: write gate `[b, t, n, s]`, or None without one.
         memory: carried out.
     """
+    if not _forward:
+        return None
     groups = memory.M.shape[1]
     local = ((1 - shown) * local.view(read.shape)).flatten(2, 3)
     read = (shown * read).flatten(2, 3)

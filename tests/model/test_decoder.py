@@ -248,6 +248,19 @@ def test_gradient_reaches_the_memory_carried_in():
     assert all(m.grad.any() for state in memory for m in state)
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
+def test_a_recomputation_does_not_measure_again(recompute, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "model.layers.statistics.effective_rank", lambda M: measured.append(1) or M.new_ones(M.shape[:2])
+    )
+    stage, tokens = small_stage(small_config(), recompute=recompute), random_tokens(B, T, 6)
+    for _ in range(2):  # what a recomputation switches off is on again
+        output = stage(tokens, random_memory(stage, B), starts(b=B), tokens, statistics=True)
+        output.token_loss.sum().backward()
+    assert len(measured) == 2 * stage.config.num_layers and set(output.statistics) == {0, 1}
+
+
 @pytest.mark.parametrize("recompute", ["selective", "layer"])
 @pytest.mark.parametrize("rule", MEMORY_RULES)
 def test_recomputation_changes_no_number(rule, recompute):

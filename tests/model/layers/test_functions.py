@@ -76,6 +76,19 @@ def test_function_is_the_naive_form(function, naive, shapes):
     assert gradcheck(lambda *x: tuple(as_tuple(function(*x))), inputs)
 
 
+@pytest.mark.parametrize("name", ["norm", "norm of heads", "silu", "heads", "local heads"])
+def test_a_function_in_blocks_is_the_function_at_once(name, monkeypatch):
+    """As a CPU computes what is larger than its cache: here row by row."""
+    _, function, _, shapes = next(f for f in functions() if f[0] == name)
+    inputs, results = [draw(*shape, seed=i) for i, shape in enumerate(shapes)], []
+    for size in (2**19, 1):
+        monkeypatch.setattr("model.device.CACHE_BLOCK_BYTES", size)
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        results.append([*outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs)])
+    torch.testing.assert_close(*results, rtol=1e-13, atol=1e-13)
+
+
 def test_only_what_reaches_the_loss_has_a_gradient():
     """A head whose output nobody reads, or which the memory alone reads."""
     for wanted in range(6):
