@@ -100,11 +100,13 @@ BUCKET = 10**4
 @contextlib.contextmanager
 def small_buckets(bucket: int = BUCKET) -> Iterator[None]:
     """Reduce `bucket` gradients at once, and plan so."""
+    update_peak.update_peak.cache_clear()
     with (
         mock.patch.object(optimizer, "REDUCTION_BUCKET", bucket),
         mock.patch.object(update_peak, "REDUCTION_BUCKET", bucket),
     ):
         yield
+    update_peak.update_peak.cache_clear()
 
 
 def planned_and_traced_step(world: int, rank: int, settings: str) -> tuple[int, int]:
