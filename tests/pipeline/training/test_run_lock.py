@@ -11,10 +11,12 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipeline.config.load import ConfigError
 from pipeline.training import run_lock
+from pipeline.training.elastic import ATTEMPT
 from pipeline.training.run_lock import NAME, RunLock
 
 ROOT = Path(__file__).parents[3]
@@ -90,6 +92,28 @@ def test_another_machines_run_is_watched(tmp_path, capsys):
     other.release()  # not its own any more
     assert mine._is_own()
     mine.release()
+
+
+def test_an_earlier_start_of_the_same_launch_is_not_watched(tmp_path, monkeypatch, capsys):
+    """Its ranks have ended when the launchers meet again, whatever became of the node that had the lock."""
+
+    def start(number: int, launch: str) -> RunLock:
+        attempt = {"number": number, "launch": launch, "min_nodes": 1, "max_nodes": 2}
+        monkeypatch.setenv(ATTEMPT, json.dumps(attempt))
+        return quick(tmp_path)
+
+    before = start(0, "this")
+    elsewhere = msgspec.structs.replace(before.own, machine="another boot", host="n2")
+    (tmp_path / NAME).write_text(json.dumps(msgspec.to_builtins(elsewhere)))
+    after = start(1, "this")
+    after.acquire()
+    assert "on n2" in (said := capsys.readouterr().out) and "taken over" in said and "watching" not in said
+    after.release()
+    (tmp_path / NAME).write_text(json.dumps(msgspec.to_builtins(elsewhere)))
+    other = start(1, "other")
+    other.acquire()
+    assert "watching" in capsys.readouterr().out
+    other.release()
 
 
 def test_an_owner_that_has_lost_it_leaves(tmp_path, owner):
