@@ -25,8 +25,9 @@ from tests.prepared import write_set
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-STEPS = ("train.steps=2000", "checkpoint.interval=5", "metrics.interval=1")
-"""A run that is stopped before its end."""
+STEPS = ("train.steps=2000", "checkpoint.interval=5", "metrics.interval=1", "train.precision=fp64")
+"""A run that is stopped before its end. How many steps it takes depends on the machine: the rounding of float32, which
+differs with the number of ranks, would grow with them."""
 
 
 class ElasticRun(Run):
@@ -122,7 +123,7 @@ def test_a_node_is_lost_and_another_one_comes(run, pools, tmp_path, data):
     first = run.start_node()
     wait_for(run.is_there, "the place to meet, which is the first node's")
     second = run.start_node()
-    wait_for(lambda: run.newest() > 0, "a checkpoint")
+    run.await_text("step 8/")  # three after the checkpoint, two before the next
     run.lose(second)
     run.await_text("recovered (attempt 1, without ")
     third = run.start_node()
@@ -134,9 +135,11 @@ def test_a_node_is_lost_and_another_one_comes(run, pools, tmp_path, data):
     lost, joined = [line for line in metrics if "recovery/seconds" in line]
     assert [line["recovery/attempt"] for line in (lost, joined)] == [1, 2]
     assert [line["recovery/data_parallel_size"] for line in (lost, joined)] == [1, 2]
-    tokens = 4 * 4 * 16  # of a step
-    assert lost["recovery/tokens_recomputed"] == lost["recovery/steps_recomputed"] * tokens
-    assert 0 <= lost["recovery/steps_recomputed"] <= 10  # two intervals: the newest save may be cut short
+    tokens = {line["step"]: line["progress/tokens"] for line in metrics if "progress/tokens" in line}
+    start = lost["step"] - 1
+    reached = start + lost["recovery/steps_recomputed"]
+    assert lost["recovery/tokens_recomputed"] == tokens[reached] - tokens[start]
+    assert 0 < lost["recovery/steps_recomputed"] <= 10
     assert joined["recovery/steps_recomputed"] == 0  # they have saved before
     assert 0 < joined["recovery/seconds"] < 240 and 0 < lost["recovery/seconds"] < 240
 
@@ -146,5 +149,5 @@ def test_a_node_is_lost_and_another_one_comes(run, pools, tmp_path, data):
     calm = pools.run(
         2, cases.train_steps, folder=str(tmp_path / "calm"), data=str(data), overrides=list(STEPS), steps=steps
     )[0]
-    assert [losses[step] for step in sorted(losses)] == pytest.approx(calm["losses"], rel=1e-6)
+    assert [losses[step] for step in sorted(losses)] == pytest.approx(calm["losses"], rel=1e-9)
     assert CheckpointReader(run.checkpoints / f"step_{steps:08d}").summary.layout.data == 2
