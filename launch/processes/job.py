@@ -151,7 +151,10 @@ class Job:
                 end(step)
                 return first_reason(codes) or max(codes)
             if leave_by and now > leave_by:
-                say(f"the ranks have not left within {self.lead_s - SPARE_S} s: they are ended, without saving")
+                say(
+                    f"the ranks have not left within {self.lead_s - SPARE_S} s: they are ended, without saving; where "
+                    "that is a save's time, give more: --signal=B:USR1@SECONDS with STOP_LEAD=SECONDS"
+                )
                 end(step)
                 return STOPPED
 
@@ -186,9 +189,7 @@ class Job:
         asked = self.asked or self._pop_arrived()
         if code == 0 or (code in FINAL and not asked):
             return False
-        state = self._facts().get("JobState", "RUNNING")
-        if state != "RUNNING":
-            say(f"the job is {state}: what follows is Slurm's affair")
+        if not self._is_running():
             return False
         if asked or code == STOPPED:
             reason = self._read(JOB_STOPPED)
@@ -223,13 +224,20 @@ class Job:
             done = call("scontrol", "requeue", self.id)
             if done.returncode == 0:
                 return True
-            if self._facts().get("JobState", "RUNNING") != "RUNNING":
-                break
+            if not self._is_running():
+                return False
             time.sleep(pause_s)
         say(f"not requeued: {done.stderr.strip()}")
         return False
 
     # Looking
+
+    def _is_running(self) -> bool:
+        """Whether the job is still this script's; says so when it is not, as when Slurm has taken a node for lost."""
+        state = self._facts().get("JobState", "RUNNING")
+        if state != "RUNNING":
+            say(f"the job is {state}: what follows is Slurm's affair")
+        return state == "RUNNING"
 
     def _facts(self) -> dict[str, str]:
         """What Slurm says of this job; empty when it does not."""

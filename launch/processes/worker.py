@@ -46,6 +46,8 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 """What the communication libraries say, all of them as RuntimeErrors."""
+_ADDRESS = re.compile(r"\[?\b(\d+\.\d+\.\d+\.\d+|[0-9a-f]*:[0-9a-f:]+:[0-9a-f]+)\]?(?::|<)\d+")
+"""Of gloo's `[10.0.0.2]:4711` and NCCL's `10.0.0.2<4711>`."""
 
 
 def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
@@ -139,11 +141,21 @@ def _has_lost_a_peer(error: BaseException) -> bool:
     return library and _LOST_PEER.search(str(error)) is not None
 
 
+def _peer(reason: str) -> str:
+    """The node whose address a library's error gives."""
+    if (found := _ADDRESS.search(reason)) is None:
+        return "another rank"
+    try:
+        return f"{socket.gethostbyaddr(found[1])[0]} ({found[1]})"
+    except OSError:
+        return found[1]
+
+
 def _say_why(error: BaseException, run_dir: Path | None, lost_peer: bool = False) -> None:
     written, reason = _write_traceback(error, run_dir), _reason(error)
     if lost_peer:
         reason = (
-            f"on {socket.gethostname()}: the connection to another rank was lost, and none has said why within "
+            f"on {socket.gethostname()}: the connection to {_peer(reason)} was lost, and no rank has said why within "
             f"{LOST_PEER_S:.0f} s: is its node gone, or the network between? ({reason.splitlines()[0]})"
         )
     lines = [f"[rank {os.environ['RANK']}] error: {reason}"]

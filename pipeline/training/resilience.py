@@ -166,6 +166,7 @@ class Watchdog:
         store = dist.distributed_c10d._get_default_store().clone()
         rank, seen, since = dist.get_rank(), -1, time.monotonic()
         pause = min(5.0, self.timeout_s / 4)
+        self._publish(store)
         while not self._done.wait(pause):
             moves = self._moves
             if moves != seen:

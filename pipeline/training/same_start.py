@@ -151,7 +151,13 @@ def check_clocks(topology: Topology) -> None:
     times = sorted(everyone)
     middle = times[len(times) // 2][0]
     worst, host = max(everyone, key=lambda found: abs(found[0] - middle))
+    told = (
+        f"the clock of {host} is {abs(worst - middle):.0f} s {'ahead of' if worst > middle else 'behind'} the others'"
+    )
+    hosts = sorted({host for _, host in everyone})
+    if len(hosts) == 2:  # nobody can say which of them is right
+        told = f"the clocks of {' and '.join(hosts)} differ by {abs(worst - middle):.0f} s"
     raise ValueError(
-        f"the clock of {host} is {abs(worst - middle):.0f} s {'ahead of' if worst > middle else 'behind'} the others' "
-        f"(at most {CLOCK_BOUND_S:.0f} s are allowed): torchrun would take nodes for lost; set it right (chrony, NTP)"
+        f"{told} (at most {CLOCK_BOUND_S:.0f} s are allowed): torchrun would take nodes for lost; set them right "
+        "(chrony, NTP)"
     )

@@ -28,6 +28,7 @@ COMMANDS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scan
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
 PATIENCE_S = 240
 """For a busy machine."""
+SMALL_DISK = "256k"
 
 # Preemption by partition: `urgent` takes the nodes of `debug` (a minute of grace) and `abrupt` (none).
 CONFIGURATION = """\
@@ -104,6 +105,13 @@ def wait_for(condition: Callable[[], Found], what: str, patience_s: float = PATI
     return found
 
 
+def _is_daemon(process: psutil.Process) -> bool:
+    try:
+        return process.name() == "slurmd"
+    except psutil.NoSuchProcess:
+        return True
+
+
 class Node:
     """One machine: a process with its namespaces."""
 
@@ -163,6 +171,10 @@ class Lab:
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(dir=self.folder))
         table = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in HOSTS.items())]
         (self.folder / "hosts").write_text("\n".join(table) + "\n")
+        self.small_disk = self.folder / "small"
+        """Full with `SMALL_DISK`. The nodes see it, this machine and nodes that are booted again do not."""
+        self.small_disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "lab", str(self.small_disk)], check=True)
         self.controller = Node("ctl", self.folder, "slurmctld", "-D")
         self.controller.run("ip", "link", "add", "switch", "type", "bridge")
         self.controller.run("ip", "addr", "add", f"{HOSTS['ctl']}/24", "dev", "switch")
@@ -171,6 +183,8 @@ class Lab:
         self.nodes: dict[str, Node] = {}
         for name in NODES:
             self.boot(name)
+        # Every node has taken a copy of the mount along.
+        subprocess.run(["umount", str(self.small_disk)], check=True)
         self.await_nodes()
 
     def boot(self, name: str) -> None:
@@ -181,6 +195,8 @@ class Lab:
         subprocess.run(["ip", "link", "add", *ends], check=True)
         self.controller.run("ip", "link", "set", cable, "master", "switch")
         self.controller.run("ip", "link", "set", cable, "up")
+        # A node that comes again has its old one: others remember it for a minute.
+        node.run("ip", "link", "set", "eth0", "address", f"02:00:00:00:00:0{NODES.index(name) + 1}")
         node.run("ip", "addr", "add", f"{HOSTS[name]}/24", "dev", "eth0")
         node.run("ip", "link", "set", "eth0", "up")
         node.start_daemon()
@@ -193,9 +209,14 @@ class Lab:
         self.controller.run("ip", "link", "set", f"to-{name}", "master", "switch")
 
     def await_nodes(self) -> None:
-        """Until all nodes have nothing to do."""
+        """Until all nodes have nothing to do, and nothing is left on them: the srun which a lost node's job leaves
+        behind goes on to end its step, and that of the requeued job has the same number."""
+
+        def left() -> list[psutil.Process]:
+            return [process for node in self.nodes.values() for process in node.processes() if not _is_daemon(process)]
+
         # `idle` alone would do with one node.
-        wait_for(lambda: self._idle_nodes() == len(NODES), "all of Slurm's nodes")
+        wait_for(lambda: self._idle_nodes() == len(NODES) and not left(), "all of Slurm's nodes")
 
     def _idle_nodes(self) -> int:
         found = subprocess.run(

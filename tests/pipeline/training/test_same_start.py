@@ -97,9 +97,12 @@ def test_a_clock_that_is_wrong_is_named(rank, monkeypatch):
     monkeypatch.setattr(same_start.time, "time", lambda: now)
 
     def gather(everyone, own):
-        everyone[:] = [(now, "n1"), (now + 61, "n7"), own]
+        everyone[:] = [(now, "n1"), (now + 61, "n7"), own][: len(everyone)]
 
     monkeypatch.setattr(same_start.dist, "all_gather_object", gather)
     check_clocks(Together([0.0], [now + 5, -now]))
     with pytest.raises(ValueError, match="the clock of n7 is 61 s ahead of the others'"):
+        check_clocks(Together([0.0], [now + 61, -now]))
+    monkeypatch.setattr(same_start.dist, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="the clocks of n1 and n7 differ by 61 s"):
         check_clocks(Together([0.0], [now + 61, -now]))

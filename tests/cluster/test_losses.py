@@ -1,0 +1,123 @@
+"""What takes minutes to be noticed, or a limit to be reached: on a real Slurm, not on every run of the tests."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+
+from tests.cluster.jobs import Job
+from tests.cluster.lab import wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
+
+SILENT = r"error: HangError: no progress for \d+ s, .*; no sign of life from rank \d on n2: is the node gone"
+CLOSED = r"error: on n1: the connection to n2 \(10.77.0.2\) was lost, and no rank has said why within 10 s: is its node"
+
+
+def goes_back(job: Job, reason: str) -> None:
+    """The one that is there says who is not, and the job goes back into the queue."""
+    wait_for(lambda: re.search(reason, job.text()), f"the survivor's word: {job.text()[-2000:]}")
+    wait_for(lambda: job.facts()["Restarts"] == "1", f"job {job.id} in the queue: {job.text()[-2000:]}")
+
+
+def test_a_full_disk_ends_the_run_with_the_files_name(job, lab):
+    full = job("job", f"run_dir={lab.small_disk}/run")
+    full.submit()
+    assert full.await_end() == ("FAILED", "2:0"), full.text()
+    told = rf"rank \d could not write the checkpoint in {lab.small_disk}/run/\S+ \[Errno 28\] No space left on device"
+    assert re.search(told, full.text()), full.text()
+    assert "Traceback" not in full.text() and "requeueing" not in full.text()
+
+
+def test_a_lost_node_is_named_and_the_run_goes_on_when_there_is_one_again(job, calm, lab):
+    """All that ran on it ends at once, Slurm's daemon too. Its kernel closes the connections, as in a reboot."""
+    lost = job("job", "resilience.hang_timeout_s=8")
+    lost.submit()
+    lost.await_checkpoint()
+    lab.nodes["n2"].stop()
+    goes_back(lost, CLOSED)
+    lab.boot("n2")
+    lab.await_nodes()
+    lost.await_requeue()
+    lost.finish_as(calm)
+
+
+def test_a_cut_link_is_named_and_the_run_goes_on_when_it_is_mended(job, calm, lab):
+    """Nothing says that the node is away, as when its power fails."""
+    cut = job("job", "resilience.hang_timeout_s=8")
+    cut.submit()
+    cut.await_checkpoint()
+    lab.cut("n2")
+    goes_back(cut, SILENT)
+    lab.mend("n2")
+    lab.await_nodes()
+    cut.await_requeue()
+    cut.finish_as(calm)
+
+
+def test_the_time_limit_is_reached_the_run_saves_and_goes_on(job, calm, lab):
+    """Slurm's own signal, at most a minute early. The ranks are held until then, for steps are fast here."""
+    long = job()
+    long.submit("--time=2", "--signal=B:USR1@45", STOP_LEAD="45")
+    long.await_checkpoint()
+    held = [rank for node in ("n1", "n2") for rank in long.ranks_on(node)]
+    for rank in held:
+        rank.send_signal(signal.SIGSTOP)
+    long.await_text("USR1 received, all ranks save and leave")
+    for rank in held:
+        rank.send_signal(signal.SIGCONT)
+    long.await_requeue()
+    assert "stopping after step" in long.text() and "TIME LIMIT" not in long.text()
+    lab.run("scontrol", "update", f"JobId={long.id}", "TimeLimit=20")
+    long.finish_as(calm)
+
+
+def test_a_save_that_takes_longer_than_the_lead_is_ended_and_says_what_to_change(job):
+    """The ranks are held for the whole of it."""
+    slow = job()
+    slow.submit(STOP_LEAD="40")
+    slow.await_checkpoint()
+    for node in ("n1", "n2"):
+        for rank in slow.ranks_on(node):
+            rank.send_signal(signal.SIGSTOP)
+    slow.signal("USR1", "--batch")
+    slow.await_text("the ranks have not left within 10 s: they are ended, without saving")
+    slow.await_requeue()
+    assert "--signal=B:USR1@SECONDS with STOP_LEAD=SECONDS" in slow.text()
+
+
+def test_nodes_that_do_not_hold_the_layout_are_refused(job):
+    few = job("job", "parallel.pipeline=4")
+    few.submit()
+    assert few.await_end() == ("FAILED", "2:0"), few.text()
+    assert "2 process(es) cannot hold parallel.tensor = 1 x parallel.pipeline = 4" in few.text(), few.text()
+
+
+SKEWED = """\
+import datetime, os, runpy, sys
+os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+import torch.distributed.elastic.rendezvous.dynamic_rendezvous as rendezvous
+
+class Skewed(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime.now(tz) + datetime.timedelta(seconds=61)
+
+rendezvous.datetime = Skewed
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def test_clocks_that_differ_by_a_minute_are_told(job, tmp_path):
+    """For the launcher's rendezvous and for its ranks alike."""
+    (tmp_path / "skewed.py").write_text(SKEWED)
+    (tmp_path / "sitecustomize.py").write_text("import time\nright = time.time\ntime.time = lambda: right() + 61\n")
+    odd = job()
+    shift = f"export PYTHONPATH={tmp_path}:$PYTHONPATH"
+    odd.submit(PYTHON=odd.python_with("n2", shift, f'set -- {tmp_path}/skewed.py "$@"'))
+    assert odd.await_end() == ("FAILED", "2:0"), odd.text()
+    assert "error: the clocks of n1 and n2 differ by 61 s" in odd.text(), odd.text()
+    assert "Traceback" not in odd.text()
