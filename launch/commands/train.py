@@ -43,8 +43,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--dry-run",
         action="store_true",
         help="make the largest step twice, and a save, on all processes of the run; print every rank's peak of memory "
-        "beside the plan's, and begin nothing: no window or checkpoint is read (--resume changes nothing), the run folder "
-        "is not touched. Exit code 2 where the memory does not suffice",
+        "beside the plan's, and begin nothing: no window or checkpoint is read (--resume changes nothing), the run "
+        "folder is not touched. Exit code 2 where the memory does not suffice",
     )
     parser.set_defaults(run=run, heeds_signals=True)
 
