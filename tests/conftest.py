@@ -12,6 +12,7 @@ TOGETHER = ("cluster", "distributed")
 """Folders whose tests share what is dear to start: a Slurm, pools of processes."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items):
     """What one of several test processes takes at a time (`make test`): a file, or one of those folders."""
     for item in items:
