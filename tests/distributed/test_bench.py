@@ -49,7 +49,8 @@ def peaks(pools, method, *lengths):
 
 
 def test_window_recomputation_is_flat_and_the_others_are_not(pools):
-    plain, layer, window = (peaks(pools, method, 4, 16) for method in ("plain", "layer", "window"))
+    plain, window = (peaks(pools, method, 4, 16) for method in ("plain", "window"))
+    layer = peaks(pools, "layer", 16, 64)  # long enough for the half MiB that functions take at a time not to count
     assert plain[1] > 3.9 * plain[0]
     assert layer[1] > 3.8 * layer[0]
     assert window[0] == plain[0]  # one chunk is the whole window
