@@ -25,7 +25,7 @@ capacity: $(VENV)/.installed-base
 # Two processes at a time: one has tests/distributed, the other the rest (tests/conftest.py). JOBS=0 runs all in one.
 JOBS ?= 2
 test: $(VENV)/.installed-all
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n $(JOBS) --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-all
 	$(BIN)/pytest -m slow

@@ -1,7 +1,6 @@
 """Shared by all tests."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +11,18 @@ TOGETHER = ("cluster", "distributed")
 """Folders whose tests share what is dear to start: a Slurm, pools of processes."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """What one of several test processes takes at a time (`make test`): a file, or one of those folders."""
-    for item in items:
-        path = item.path.relative_to(Path(__file__).parent)
-        item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in TOGETHER else str(path)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            folder = path.removeprefix("tests/").partition("/")[0]
+            return folder if folder in TOGETHER else path
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
