@@ -128,5 +128,6 @@ def train_and_listen(folder: str, data: str, overrides: list[str], steps: int, u
         for _ in range(steps):
             trainer.train_step()
     finish(trainer)
-    last = json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "loss/train" in line)  # the very last one says how the run ended
     return {"printed": " ".join(printed.getvalue().split()), "last": last}

@@ -15,7 +15,10 @@ import torch.distributed as dist
 
 from launch.cli import main
 from launch.commands.planned import ASSUMED_VOCAB
+from model import device
 from model.layers.norm import RMSNorm
+from model.rules import convolution, deltanet, normalized
+from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_pairs
 from pipeline.accounting import update_peak
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.accounting.live_bytes import LiveBytes
@@ -85,12 +88,28 @@ def measured_bytes(settings: str) -> tuple[int, int]:
     """Rank, and the bytes at the peak of the same passes, with real tensors in real processes."""
     config = small(BYTES + settings)
     topology = initialize(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=60)
-    with LiveBytes() as live:
+    with whole_tensors(), LiveBytes() as live:
         run = TracedRun(config, dist.get_world_size(), VOCAB, topology, live, update=False)
         run.microbatches = 2
         live.forget_peak()
         run.step(Ledger("cpu"), statistics=False, observer=lambda operation: None)
     return dist.get_rank(), live.peak
+
+
+def _scan_at_once(initial: torch.Tensor, blocks: Blocks, reset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset)
+
+
+@contextlib.contextmanager
+def whole_tensors() -> Iterator[None]:
+    """What a CPU takes in blocks, to keep it in its cache, it takes at once, as the traced device does."""
+    with (
+        mock.patch.object(device, "CACHE_BLOCK_BYTES", 2**60),
+        mock.patch.object(convolution, "CACHE_BLOCK_BYTES", 2**60),
+        mock.patch.object(deltanet, "scan_blocks", _scan_at_once),
+        mock.patch.object(normalized, "scan_blocks", _scan_at_once),
+    ):
+        yield
 
 
 BUCKET = 10**4
@@ -122,7 +141,7 @@ def measured_step(settings: str) -> tuple[int, int]:
     config = small(BYTES + settings)
     topology = initialize(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=60)
     # DeepSpeed keeps shapes as tensors without memory.
-    with small_buckets(), LiveBytes("cpu") as live:
+    with small_buckets(), whole_tensors(), LiveBytes("cpu") as live:
         run = TracedRun(config, dist.get_world_size(), VOCAB, topology, live, update=True)
         live.forget_peak()
         run.step(Ledger("cpu"), statistics=False, observer=lambda operation: None)
