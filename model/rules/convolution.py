@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from model.config import LayerShape
-from model.device import CACHE_BLOCK_BYTES
+from model.device import cache_rows
 from model.rules.base import MemoryRule, Reads, RuleParameter, Tokens
 from model.rules.state import State, extended_state
 
@@ -251,11 +251,9 @@ def _time_first(like: Tensor, b: int, t: int, n: int, parts: int, s: int, d: int
 
 
 def _blocks(x: Tensor) -> list[tuple[int, int]]:
-    """First and last token (exclusive) of the blocks in which `[..., s, d]` is convolved, for the reason of
-    `cache_blocks`; a tail reaches into one block before."""
-    length = rows = x.shape[-2]
-    if x.device.type == "cpu":
-        rows = max(WIDTH, length * CACHE_BLOCK_BYTES // (x.numel() * x.element_size()))
+    """First and last token (exclusive) of the blocks in which `[..., s, d]` is convolved: `cache_rows`, and as
+    many as a tail reaches into one block before."""
+    length, rows = x.shape[-2], max(WIDTH, cache_rows(x, -2))
     return [(first, min(first + rows, length)) for first in range(0, length, rows)]
 
 

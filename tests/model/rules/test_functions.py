@@ -198,7 +198,7 @@ def plain_convolution(x, tails, taps):
 @pytest.mark.parametrize("s", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("probes", [None, torch.tensor([[2], [1]])])
 def test_convolutions_of_a_window(monkeypatch, s, probes, silu):
-    monkeypatch.setattr("model.rules.convolution.CACHE_BLOCK_BYTES", 1)  # 9 tokens: blocks of 4, 4 and 1
+    monkeypatch.setattr("model.device.CACHE_BLOCK_BYTES", 1)  # 9 tokens: blocks of 4, 4 and 1
     q = draw(B, T + (probes is not None), N, R, s, D)
     k, v, initial = draw(B, T, N, s, D), draw(B, T, N, s, D), draw(B, N, R + 2, WIDTH - 1, D)
     taps, reads = draw(N, R + 2, D, WIDTH), Reads(probes, detach=False)

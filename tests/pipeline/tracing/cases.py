@@ -17,7 +17,7 @@ from launch.cli import main
 from launch.commands.planned import ASSUMED_VOCAB
 from model import device
 from model.layers.norm import RMSNorm
-from model.rules import convolution, deltanet, normalized
+from model.rules import deltanet, normalized
 from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_pairs
 from pipeline.accounting import update_peak
 from pipeline.accounting.footprint import per_rank_bytes
@@ -105,7 +105,6 @@ def whole_tensors() -> Iterator[None]:
     """What a CPU takes in blocks, to keep it in its cache, it takes at once, as the traced device does."""
     with (
         mock.patch.object(device, "CACHE_BLOCK_BYTES", 2**60),
-        mock.patch.object(convolution, "CACHE_BLOCK_BYTES", 2**60),
         mock.patch.object(deltanet, "scan_blocks", _scan_at_once),
         mock.patch.object(normalized, "scan_blocks", _scan_at_once),
     ):
