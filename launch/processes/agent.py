@@ -24,7 +24,7 @@ from launch.processes.claims import CLAIM_FOLDER
 from launch.processes.first_failure import FirstFailure
 from launch.processes.meeting import MeetingWatch, RunEnded, check_endpoint, check_names, is_range
 from launch.processes.passing import SignalPasser
-from launch.processes.worker import FOLLOWED, INTERRUPTED, STOPPED_MARK
+from launch.processes.worker import FOLLOWED, INTERRUPTED, marked_end
 from launch.processes.world import LOOPBACK, check_port
 from pipeline.training.stopping import JOB_FOLDER, PASSED_ON, STOPPED
 
@@ -127,7 +127,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
                 f"the nodes cannot meet at {endpoint}: is the address right, is the port closed or another program's, "
                 f"were all {args.nnodes} node(s) started, do their clocks agree? ({reason})"
             ) from error
-        return STOPPED if Path(logs, STOPPED_MARK).exists() else 0
+        return marked_end(Path(logs))
 
 
 def _elasticity(config: LaunchConfig, logs: Path, elastic: bool) -> AbstractContextManager[None]:

@@ -43,7 +43,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.launcher import api
 
 from launch.processes.meeting import RunEnded
-from launch.processes.worker import INTERRUPTED, NOT_NEEDED, REGROUPED_MARK, STOPPED_MARK
+from launch.processes.worker import INTERRUPTED, NOT_NEEDED, REGROUPED_MARK, STOPPED_MARK, mark_end, marked_end
 from pipeline.training.elastic import (
     ACTIVE,
     ATTEMPT,
@@ -224,11 +224,9 @@ class ElasticAgent(LocalElasticAgent):
     def run(self, role: str = "default") -> RunResult:
         result = super().run(role)
         failed = [failure.exitcode for failure in result.failures.values()]
-        self._rendezvous_handler.tell_end(max(failed, default=0) if result.is_failed() else self._good_code())
+        rendezvous = self._rendezvous_handler
+        rendezvous.tell_end(max(failed, default=0) if result.is_failed() else marked_end(rendezvous.logs))
         return result
-
-    def _good_code(self) -> int:
-        return STOPPED if (self._rendezvous_handler.logs / STOPPED_MARK).exists() else 0
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         for name in (NODES, ACTIVE, NOT_NEEDED, REGROUPED_MARK, STOPPED_MARK):
@@ -245,13 +243,12 @@ class ElasticAgent(LocalElasticAgent):
             if rendezvous.look() and self._is_idle() and (code := rendezvous.end_code()) is not None:
                 if code not in (0, STOPPED):
                     raise RunEnded(code)
-                for mark in (NOT_NEEDED, *([STOPPED_MARK] if code else [])):
-                    (rendezvous.logs / mark).touch()
+                mark_end(rendezvous.logs, code)
         elif result.state is WorkerState.SUCCEEDED:
             if (rendezvous.logs / REGROUPED_MARK).exists():
                 rendezvous.changed = True
                 return RunResult(WorkerState.HEALTHY)
-            rendezvous.tell_end(self._good_code())
+            rendezvous.tell_end(marked_end(rendezvous.logs))
         elif result.state is WorkerState.FAILED:
             if any(failure.exitcode in FINAL for failure in result.failures.values()):
                 self._remaining_restarts = 0

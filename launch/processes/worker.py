@@ -35,6 +35,8 @@ INTERRUPTED = 130
 STOPPED_MARK, REGROUPED_MARK, NOT_NEEDED = "stopped", "regrouped", "not-needed"
 """Files in the launcher's folder: the ranks were told to stop; they have saved, to be started again on more nodes;
 those that wait in reserve may leave."""
+_MARKS = {0: (NOT_NEEDED,), STOPPED: (NOT_NEEDED, STOPPED_MARK), REGROUP: (NOT_NEEDED, REGROUPED_MARK)}
+"""What a rank's code leaves there."""
 LOOKS_PER_S = 1000
 """Of all ranks together, for another one's claim: the nodes share the disk on which it is."""
 LOST_PEER_S = 10.0
@@ -86,13 +88,22 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
 def told(code: int) -> int:
     """The exit code for a rank that returns `code`. torchrun takes every one but 0 for a failure: of a run that was
     told to stop, or makes room for more nodes, our launcher is told besides."""
-    marks = {STOPPED: STOPPED_MARK, REGROUP: REGROUPED_MARK}
-    if "TORCHELASTIC_RUN_ID" not in os.environ or code not in (0, *marks):
+    if "TORCHELASTIC_RUN_ID" not in os.environ or code not in _MARKS:
         return code
     if folder := os.environ.get(CLAIM_FOLDER):
-        for mark in (NOT_NEEDED, *([marks[code]] if code else [])):
-            Path(folder, mark).touch()
+        mark_end(Path(folder), code)
     return 0
+
+
+def mark_end(launcher: Path, code: int) -> None:
+    """Tell in the launcher's folder how its ranks have ended without a failure: 0, `STOPPED` or `REGROUP`."""
+    for mark in _MARKS[code]:
+        (launcher / mark).touch()
+
+
+def marked_end(launcher: Path) -> int:
+    """The exit code of a launcher whose ranks have ended without a failure: 0 or `STOPPED`."""
+    return STOPPED if (launcher / STOPPED_MARK).exists() else 0
 
 
 class _Rank:
