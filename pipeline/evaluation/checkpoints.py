@@ -15,6 +15,7 @@ from pipeline.evaluation.report import Results, write_json
 from pipeline.evaluation.training_curves import Series, evaluation_curves
 from pipeline.parallel.topology import on_main
 from pipeline.reporting.console import make_console
+from pipeline.reporting.evaluation_metrics import told
 
 CURVE = "curve.json"
 
@@ -72,5 +73,5 @@ def _report(results: Sequence[Results], folder: Path) -> None:
     write_json(folder / CURVE, {"run": results[0]["run"], "by_step": by_step})
     console = make_console()
     for step, values in by_step.items():
-        console.print(f"step {step:,}: {'; '.join(scalars.told(values))}", markup=False, soft_wrap=True)
+        console.print(f"step {step:,}: {'; '.join(told(values))}", markup=False, soft_wrap=True)
     console.print(f"curve in {folder}", markup=False, soft_wrap=True)

@@ -13,8 +13,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.evaluation import scalars
 from pipeline.figures import quiet, save_figure
+from pipeline.reporting.evaluation_metrics import SHORT_WAYS, parse
 from pipeline.reporting.metrics import RESERVED_NAMES, layer_metric, layer_name, read_metrics
 
 SMOOTH_FROM_POINTS = 60
@@ -72,9 +72,9 @@ def evaluation_curves(path: str | Path, series: Series) -> None:
 def _evaluations(series: Series) -> list[Panel]:
     losses, right = {}, {}
     for name, points in series.items():
-        if found := scalars.parse(name):
+        if found := parse(name):
             curves = losses if found.is_loss else right
-            curves[f"{found.what}, {scalars.SHORT_WAYS[found.way]}"] = points
+            curves[f"{found.what}, {SHORT_WAYS[found.way]}"] = points
     if len(right) > LEGEND_UP_TO:
         right = {name: points for name, points in right.items() if name.endswith(", on")}
     return [

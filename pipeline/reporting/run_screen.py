@@ -6,7 +6,6 @@ In a pipe the same text comes out plain; where not even UTF-8 can be shown, draw
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -18,6 +17,7 @@ from rich.text import Text
 from data.files import printable
 from pipeline.reporting.console import format_bytes, format_count, format_duration
 from pipeline.reporting.diagnosis import COLLAPSED, CONSTANT, MANY, MIN_STEPS, STILL, UNUSED
+from pipeline.reporting.evaluation_metrics import parse
 from pipeline.reporting.run_view import CURVES, RunView
 
 CURVE_WIDTH = 32
@@ -147,10 +147,8 @@ def _evaluation(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
         group, _, rest = name.partition("/")
         if group != "evaluation" or rest == "seconds" or "/loss_by_segment_" in rest:
             continue
-        if task := re.fullmatch(r"task_([^/]+)/(.+)", rest):
-            rows.setdefault(task[2], {})[task[1]] = value
-        elif loss := re.fullmatch(r"(.+)/loss_([^/]+)", rest):
-            rows.setdefault(f"loss of {loss[1]}", {})[loss[2]] = value
+        if found := parse(name):
+            rows.setdefault(f"loss of {found.what}" if found.is_loss else found.what, {})[found.way] = value
         else:
             rows.setdefault(rest, {})[""] = value
     return rows

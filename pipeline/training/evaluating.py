@@ -24,6 +24,7 @@ from pipeline.evaluation.work import Work, own_sets
 from pipeline.inference.streaming import Interrupted, Streamer
 from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.topology import Topology, on_main
+from pipeline.reporting.evaluation_metrics import loss_metric, told
 from pipeline.reporting.metrics import METRICS_FILE, metric_lines
 from pipeline.training.monitor import Monitor
 from pipeline.training.resilience import Watchdog
@@ -128,10 +129,10 @@ class Evaluation:
         """The metric that tells which evaluation was the best."""
         if not self.work.held_out:
             return None
-        return scalars.loss_metric(scalars.file_name(str(self.work.held_out[0][0].path)), "on")
+        return loss_metric(scalars.file_name(str(self.work.held_out[0][0].path)), "on")
 
     def _told(self, step: int, values: dict[str, float], seconds: float) -> str:
-        parts = scalars.told(values)
+        parts = told(values)
         losses = {done: loss for done, loss in self.done.items() if loss is not None and math.isfinite(loss)}
         if losses:
             best = min(losses, key=losses.get)

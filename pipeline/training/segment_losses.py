@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.lanes.loader import WindowBatch
+from pipeline.evaluation.scalars import span_name
 
 SEGMENT_BUCKETS = 20
 """Loss by segment index: 0, 1, 2-3, 4-7, ... (powers of two); the last bucket takes the rest."""
@@ -23,10 +24,8 @@ def segment_bucket(index: Tensor) -> Tensor:
 
 def bucket_name(bucket: int) -> str:
     """`0`, `1`, `2-3`, `4-7`, ..."""
-    if bucket < 2:
-        return str(bucket)
-    first = 2 ** (bucket - 1)
-    return f"{first}-{2 * first - 1}" if bucket < SEGMENT_BUCKETS - 1 else f"{first}+"
+    first, last = (2 ** (bucket - 1), 2**bucket) if bucket else (0, 1)
+    return span_name((first, last)) if bucket < SEGMENT_BUCKETS - 1 else f"{first}+"
 
 
 class LossBySegment:
