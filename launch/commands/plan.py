@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pipeline.accounting.planner import Prediction, Rates
     from pipeline.config.schema import Config
 
-TIGHT = 0.1
-"""Of a device's memory, left over: less may go to what the estimate leaves out."""
 DRAWN_MICROBATCHES = 8
 """Of a longer step only the first microbatches are drawn: the rest repeats them."""
 
@@ -146,7 +144,7 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
 
     model, train, parallel = config.model, config.train, config.parallel
     count = parameter_count(model, vocab)
-    tokens = train.lanes * train.segments_per_window * model.segment_length
+    tokens = derived.tokens_per_step(config)
     flops = train_flops_per_token(model, vocab)
     again = derived.recomputes_logits(config, world, vocab)
     executed = train_flops_per_token(model, vocab, recompute=config.bptt.recompute, recompute_logits=again)
@@ -226,20 +224,17 @@ def _print_trace(config: Config, world: int, vocab: int) -> None:
 
 
 def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rates: Rates) -> None:
-    from pipeline.accounting.flops import train_flops_per_token
     from pipeline.accounting.footprint import per_rank_bytes
-    from pipeline.accounting.planner import predict_step
+    from pipeline.accounting.planner import model_flops_per_s, predict_step
+    from pipeline.config.derived import tokens_per_step
     from pipeline.reporting.console import format_bytes, format_duration, print_table
 
     world, train, device = args.world_size, config.train, ACCELERATORS[args.gpu]
     peak = device.tflops[train.precision]
     largest = max(per_rank_bytes(config, world, vocab), key=lambda needs: needs.total)
     step = predict_step(config, world, vocab, rates)
-    tokens = train.lanes * train.segments_per_window * config.model.segment_length
-    per_s = tokens / step.step_s
-    # The questions of probes are work, too, but no tokens of the run.
-    work = 1 + train.probes_per_window / train.segments_per_window
-    mfu = train_flops_per_token(config.model, vocab) * work * per_s / (world * peak * 1e12)
+    per_s = tokens_per_step(config) / step.step_s
+    mfu = model_flops_per_s(config, vocab, step.step_s) / (world * peak * 1e12)
     run_s = step.step_s * train.steps
 
     def sent(per_stage: list[int]) -> str:
@@ -294,13 +289,14 @@ def _exposure(step: Prediction) -> list[tuple[str, str]]:
 
 def memory_verdict(needed: int, available: int) -> str:
     """Whether a rank fits, and by how much."""
+    from pipeline.accounting.search import SPARE
     from pipeline.reporting.console import format_bytes
 
     left = available - needed
     if left < 0:
         return f"DOES NOT FIT: {format_bytes(needed)} of {format_bytes(available)}, {format_bytes(-left)} too much"
     numbers = f"{format_bytes(needed)} of {format_bytes(available)}, {format_bytes(left)} left"
-    if left < TIGHT * available:
+    if left < SPARE * available:
         return f"TIGHT: {numbers}; communication buffers and the allocator need some of that"
     return f"fits: {numbers}"
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from launch.commands.planned import planned_rates, planned_vocabulary, told_rates
 from pipeline.accounting.devices import ACCELERATORS
+from pipeline.config.derived import data_parallel_size, tokens_per_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.accounting.planner import Rates
+    from pipeline.accounting.planner import Prediction, Rates
     from pipeline.accounting.search import Found, Layout
     from pipeline.config.schema import Config
 
@@ -39,26 +40,25 @@ def run_search(args: argparse.Namespace) -> int:
     vocab, vocab_source = planned_vocabulary(config)
     rates, device = planned_rates(config, args), ACCELERATORS[args.gpu]
     found = search(config, args.world_size, vocab, device.memory_bytes, rates, args.gpus_per_node)
-    tokens = args.tokens or config.train.steps * _tokens_per_step(config)
+    tokens = args.tokens or config.train.steps * tokens_per_step(config)
+    saved = _checkpoint(config, args, vocab)
     if found.fitting:
         _print_fitting(config, args, vocab, found, tokens)
+        _print_checkpoint(args, *saved)
+        best = found.fitting[0]
+        print(f"the first one: infini plan {args.config} --world-size {args.world_size} {' '.join(best.settings)}")
     if found.too_large:
         _print_too_large(args, found)
-    saved_bytes, stall_s, write_s = _checkpoint(config, args, vocab)
     print(f"\nvocabulary: {vocab:,} tokens ({vocab_source})")
     print(f"taken: {told_rates(args, rates)}")
     if args.json:
         written = as_json(config, args, vocab, rates, found, tokens)
-        written["checkpoint"] = {"bytes": saved_bytes, "stall_s": stall_s, "write_s": write_s}
+        written["checkpoint"] = dict(zip(("bytes", "stall_s", "write_s"), saved, strict=True))
         write_whole(args.json, json.dumps(written, indent=2) + "\n")
         print(f"written: {args.json}")
     if not found.fitting:
         _refuse(config, args, vocab, found)
     return 0
-
-
-def _tokens_per_step(config: Config) -> int:
-    return config.train.lanes * config.train.segments_per_window * config.model.segment_length
 
 
 def _checkpoint(config: Config, args: argparse.Namespace, vocab: int) -> tuple[int, float, float]:
@@ -72,8 +72,6 @@ def _checkpoint(config: Config, args: argparse.Namespace, vocab: int) -> tuple[i
 
 def told_layout(layout: Layout, world_size: int) -> str:
     """Tensor x pipeline x data."""
-    from pipeline.config.derived import data_parallel_size
-
     parallel = layout.config.parallel
     return f"{parallel.tensor} x {parallel.pipeline} x {data_parallel_size(layout.config, world_size)}"
 
@@ -96,21 +94,20 @@ HEADER = ("tensor x pipeline x data", "ZeRO", "chunks", "recompute", "lanes", "m
 
 
 def _print_fitting(config: Config, args: argparse.Namespace, vocab: int, found: Found, tokens: float) -> None:
-    from pipeline.accounting.search import SPARE, model_flops_per_s
-    from pipeline.reporting.console import format_bytes, format_duration, print_table
+    from pipeline.accounting.search import SPARE
+    from pipeline.reporting.console import print_table
 
     world, device = args.world_size, ACCELERATORS[args.gpu]
-    peak = world * device.tflops[config.train.precision] * 1e12
     rows = []
     for layout in found.fitting[:SHOWN]:
         step = layout.prediction
-        per_s = _tokens_per_step(config) / step.step_s
+        per_s, mfu, days = _speed(config, args, vocab, tokens, step)
         rows.append(
             [
                 *_row(layout, world),
                 f"{per_s:,.0f}",
-                f"{100 * model_flops_per_s(config, vocab, step.step_s) / peak:.1f} %",
-                f"{tokens / per_s / 86400:,.2f}",
+                f"{100 * mfu:.1f} %",
+                f"{days:,.2f}",
                 f"{100 * step.bubble_share:.1f} %",
                 f"{100 * step.data_s / step.step_s:.1f} %",
             ]
@@ -122,16 +119,29 @@ def _print_fitting(config: Config, args: argparse.Namespace, vocab: int, found: 
         rows,
         header=(*HEADER, "tokens/s", "MFU", "days", "bubbles", "exposed"),
     )
-    saved, stall_s, write_s = _checkpoint(config, args, vocab)
-    print(f"\ndays: for {tokens:,.0f} tokens, {_tokens_per_step(config):,} a step")
+    print(f"\ndays: for {tokens:,.0f} tokens, {tokens_per_step(config):,} a step")
     print("exposed: the share of a step that waits for data-parallel traffic")
+
+
+def _speed(
+    config: Config, args: argparse.Namespace, vocab: int, tokens: float, step: Prediction
+) -> tuple[float, float, float]:
+    """Tokens per second, model FLOPs as a share of the data sheet's peak, and days that `tokens` take."""
+    from pipeline.accounting.planner import model_flops_per_s
+
+    peak = args.world_size * ACCELERATORS[args.gpu].tflops[config.train.precision] * 1e12
+    per_s = tokens_per_step(config) / step.step_s
+    return per_s, model_flops_per_s(config, vocab, step.step_s) / peak, tokens / per_s / 86400
+
+
+def _print_checkpoint(args: argparse.Namespace, saved: int, stall_s: float, write_s: float) -> None:
+    from pipeline.reporting.console import format_bytes, format_duration
+
     print(
         f"checkpoint: {format_bytes(saved)}; training waits {stall_s:.1f} s for the copy to host memory (ASSUMED "
         f"{HOST_COPY_GB:g} GB/s a device), writing takes {format_duration(write_s)} behind it (--disk {args.disk:g} "
         "GB/s a node)"
     )
-    best = found.fitting[0]
-    print(f"the first one: infini plan {args.config} --world-size {world} {' '.join(best.settings)}")
 
 
 def _print_too_large(args: argparse.Namespace, found: Found) -> None:
@@ -177,10 +187,9 @@ def as_json(
     config: Config, args: argparse.Namespace, vocab: int, rates: Rates, found: Found, tokens: float
 ) -> dict[str, Any]:
     """Everything that a search has found; bytes, seconds and tokens in full."""
-    from pipeline.accounting.search import SPARE, model_flops_per_s
+    from pipeline.accounting.search import SPARE
 
     device = ACCELERATORS[args.gpu]
-    peak = args.world_size * device.tflops[config.train.precision] * 1e12
 
     def all_of(layouts: Sequence[Layout]) -> list[dict[str, Any]]:
         rows = []
@@ -191,12 +200,12 @@ def as_json(
                 "stage": layout.largest.stage,
             }
             if step := layout.prediction:
-                per_s = _tokens_per_step(config) / step.step_s
+                per_s, mfu, days = _speed(config, args, vocab, tokens, step)
                 row |= {
                     "tokens_per_s": per_s,
                     "step_s": step.step_s,
-                    "mfu": model_flops_per_s(config, vocab, step.step_s) / peak,
-                    "days": tokens / per_s / 86400,
+                    "mfu": mfu,
+                    "days": days,
                     "bubble_share": step.bubble_share,
                     "exposed_s": step.data_s,
                 }
@@ -209,7 +218,7 @@ def as_json(
         "devices": args.world_size,
         "gpu": args.gpu,
         "tokens": tokens,
-        "tokens_per_step": _tokens_per_step(config),
+        "tokens_per_step": tokens_per_step(config),
         "variants": found.variants,
         "assumptions": {
             "flops_per_s": rates.flops_per_s,

@@ -26,7 +26,13 @@ from pipeline.accounting.communication import (
     tensor_bytes,
 )
 from pipeline.accounting.exposure import LastBackward, exposed_s
-from pipeline.accounting.flops import embedding_rows, forward_flops_per_token, layer_parameters, parameter_count
+from pipeline.accounting.flops import (
+    embedding_rows,
+    forward_flops_per_token,
+    layer_parameters,
+    parameter_count,
+    train_flops_per_token,
+)
 from pipeline.accounting.footprint import RankBytes, per_rank_bytes
 from pipeline.config.derived import (
     lanes_per_microbatch,
@@ -193,6 +199,13 @@ def launches_per_layer(config: Config) -> dict[Kind, int]:
     attention = forward - LAUNCHES_BESIDE_ATTENTION
     again = {"none": 0, "selective": attention, "layer": forward, "window": 0}[config.bptt.recompute]
     return {Kind.FORWARD: forward, Kind.REPLAY: forward, Kind.BACKWARD: backward + again}
+
+
+def model_flops_per_s(config: Config, vocab: int, step_s: float) -> float:
+    """FLOPs that the model needs, per second, for steps of `step_s`; the questions of probes are work, too."""
+    train = config.train
+    segments = train.segments_per_window + train.probes_per_window
+    return train_flops_per_token(config.model, vocab) * train.lanes * segments * config.model.segment_length / step_s
 
 
 def message_bytes(config: Config, tokens: int) -> int:

@@ -17,7 +17,6 @@ from pipeline.accounting.flops import (
     forward_flops_per_token,
     memory_state_bytes,
     parameter_count,
-    train_flops_per_token,
 )
 from pipeline.accounting.footprint import OPTIMIZER_COPIES, RankBytes, per_rank_bytes
 from pipeline.accounting.planner import (
@@ -36,7 +35,8 @@ from pipeline.schedule.operations import Kind
 PLAYED = 3
 """Variants of every layout that are simulated."""
 SPARE = 0.1
-"""Of a device's memory, for what the estimate leaves out: the allocator, communication, kernels. Less is no fit."""
+"""Of a device's memory, for what the estimate leaves out: the allocator, communication, kernels. Less is no fit here,
+and tight in a plan."""
 
 
 class NoLayoutError(ValueError):
@@ -48,10 +48,15 @@ class Layout:
     """One way to spread the run."""
 
     config: Config
-    largest: RankBytes
-    """Of the stage whose ranks need most."""
+    needs: list[RankBytes]
+    """By stage."""
     prediction: Prediction | None = None
     """Of layouts that fit."""
+
+    @property
+    def largest(self) -> RankBytes:
+        """Of the stage whose ranks need most."""
+        return max(self.needs, key=lambda needs: needs.total)
 
     @property
     def settings(self) -> list[str]:
@@ -95,16 +100,15 @@ def search(config: Config, world_size: int, vocab: int, memory_bytes: int, rates
     layouts: dict[tuple[int, int, int], list[Layout]] = {}
     for variant in _variants(config, world_size, vocab, gpus_per_node):
         parallel = variant.parallel
-        largest = max(per_rank_bytes(variant, world_size, vocab), key=lambda needs: needs.total)
         key = parallel.tensor, parallel.pipeline, parallel.zero_stage
-        layouts.setdefault(key, []).append(Layout(variant, largest))
+        layouts.setdefault(key, []).append(Layout(variant, per_rank_bytes(variant, world_size, vocab)))
     fitting, too_large = [], []
     for variants in layouts.values():
         fits = [x for x in variants if x.largest.total <= (1 - SPARE) * memory_bytes]
         if not fits:
             too_large.append(min(variants, key=lambda x: x.largest.total))
             continue
-        fits.sort(key=lambda x: (quick_step_s(x.config, world_size, vocab, rates), x.largest.total))
+        fits.sort(key=lambda x: (quick_step_s(x.config, world_size, vocab, rates, x.needs), x.largest.total))
         played = [replace(x, prediction=predict_step(x.config, world_size, vocab, rates)) for x in fits[:PLAYED]]
         fitting.append(min(played, key=lambda x: (x.prediction.step_s, x.largest.total)))
     return Found(
@@ -123,7 +127,7 @@ def smallest_bytes(config: Config, world_size: int, vocab: int, gpus_per_node: i
     return min(max(needs.total for needs in per_rank_bytes(x, world_size, vocab)) for x in variants)
 
 
-def quick_step_s(config: Config, world_size: int, vocab: int, rates: Rates) -> float:
+def quick_step_s(config: Config, world_size: int, vocab: int, rates: Rates, needs: list[RankBytes]) -> float:
     """About how long a step takes: the slowest stage's chunks one after the other, a chunk of every other stage to fill
     and to drain the pipeline, and then the data-parallel traffic that a stage has not done when the first one ends."""
     costs = estimated_costs(config, world_size, vocab, rates)
@@ -136,7 +140,6 @@ def quick_step_s(config: Config, world_size: int, vocab: int, rates: Rates) -> f
     ]
     chunks = microbatches_per_step(config, world_size) * config.bptt.chunks_per_window
     pipeline_s = chunks * max(chunk) + sum(chunk) - max(chunk)
-    needs = per_rank_bytes(config, world_size, vocab)
     exposed_s, earlier_s = 0.0, 0.0
     for stage, own in zip(needs, costs.compute_s, strict=True):
         reduction_s = reduction_bytes(config, world_size, stage.gradients) / rates.link_bytes_per_s
@@ -152,13 +155,6 @@ def checkpoint_bytes(config: Config, vocab: int) -> int:
     parameters = parameter_count(config.model, vocab)["total"]
     memory = config.train.lanes * memory_state_bytes(config.model, config.train.precision)
     return OPTIMIZER_COPIES * wide * parameters + memory
-
-
-def model_flops_per_s(config: Config, vocab: int, step_s: float) -> float:
-    """FLOPs that the model needs, per second, for steps of `step_s`; the questions of probes are work, too."""
-    train = config.train
-    segments = train.segments_per_window + train.probes_per_window
-    return train_flops_per_token(config.model, vocab) * train.lanes * segments * config.model.segment_length / step_s
 
 
 def _variants(config: Config, world_size: int, vocab: int, gpus_per_node: int) -> Iterator[Config]:

@@ -45,10 +45,14 @@ def lanes_per_microbatch(config: Config, world_size: int) -> int:
     return lanes_per_rank(config, world_size) if config.parallel.pipeline == 1 else 1
 
 
+def tokens_per_step(config: Config) -> int:
+    """Of all lanes, padding included; probes are no tokens of the run."""
+    return config.train.lanes * config.train.segments_per_window * config.model.segment_length
+
+
 def gate_count(config: Config) -> int:
     """Write gates in one step of the whole job: layers x key/value heads x tokens."""
-    model, train = config.model, config.train
-    return model.num_layers * layer_shape(model).groups * train.lanes * train.segments_per_window * model.segment_length
+    return config.model.num_layers * layer_shape(config.model).groups * tokens_per_step(config)
 
 
 def number_bytes(config: Config) -> int:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 
+from pipeline.config.derived import tokens_per_step
 from pipeline.config.schema import Config
 from pipeline.reporting.console import format_bytes, format_count, format_duration
 from pipeline.reporting.metrics import layer_metric
@@ -79,11 +80,10 @@ def _speed(config: Config | None, metrics: Metrics) -> list[tuple[str, str]]:
     told = [f"{name} {100 * share:.3g} %" for name, share in shares if share is not None]
     rows = [("tokens per second", ", ".join([f"{per_s:,.0f}", *told]))]
     if config is not None:
-        train = config.train
         # Not speed/step_s, which in the first version was the optimizer's part.
-        step_s = train.lanes * train.segments_per_window * config.model.segment_length / per_s
+        step_s = tokens_per_step(config) / per_s
         rows.append(("seconds per step", f"{step_s:.3g}"))
-        if left := max(train.steps - metrics["step"], 0):
+        if left := max(config.train.steps - metrics["step"], 0):
             rows.append(("time left at this pace", format_duration(left * step_s)))
     return rows
 

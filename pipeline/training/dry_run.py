@@ -25,6 +25,7 @@ import torch.distributed as dist
 from model.device import device_memory_bytes, device_memory_peaks
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.checkpoint.writer import take_snapshot
+from pipeline.config.derived import tokens_per_step
 from pipeline.config.schema import Config
 from pipeline.parallel.memory_statistics import gather_statistics
 from pipeline.parallel.setup import vocabulary, written_for
@@ -229,8 +230,7 @@ def report(config: Config, found: DryRun) -> None:
         rows,
         header=("rank", "stage", "planned", "steps", "difference", "with save", "taken" if on_device else "process"),
     )
-    train = config.train
-    tokens = train.lanes * train.segments_per_window * config.model.segment_length
+    tokens = tokens_per_step(config)
     print(
         f"step {STEPS} took {format_duration(found.step_s)}: {tokens / found.step_s:,.0f} tokens/s; "
         f"the save took {format_duration(found.save_s)}"

@@ -17,11 +17,6 @@ from pipeline.parallel.topology import Topology
 from pipeline.reporting.logits import told_logits
 
 
-def tokens_per_step(config: Config) -> int:
-    """Of all lanes, padding included."""
-    return config.train.lanes * config.train.segments_per_window * config.model.segment_length
-
-
 def derived_rows(
     config: Config, topology: Topology, vocab_size: int, *, peak_flops: float, sheet: str
 ) -> dict[str, str]:
@@ -33,7 +28,7 @@ def derived_rows(
         sheet: the same by the devices' data sheets, in words.
     """
     train, parallel, model, world = config.train, config.parallel, config.model, dist.get_world_size()
-    tokens = tokens_per_step(config)
+    tokens = derived.tokens_per_step(config)
     count = parameter_count(model, vocab_size)
     flops = train_flops_per_token(model, vocab_size, recompute=config.bptt.recompute)
     largest = max(per_rank_bytes(config, world, vocab_size), key=lambda rank: rank.total)

@@ -31,7 +31,7 @@ from pipeline.reporting.metrics import MetricsWriter, Start, layer_name
 from pipeline.reporting.throughput import ThroughputMeter
 from pipeline.reporting.wandb_run import WandbRun
 from pipeline.schedule.operations import Operation
-from pipeline.training.introduction import derived_rows, tokens_per_step, told_sheet
+from pipeline.training.introduction import derived_rows, told_sheet
 from pipeline.training.profiling import ProfileWindow
 from pipeline.training.rank_times import NUMBERS, OwnTime, StragglerWatch, find_slowest, slots
 from pipeline.training.segment_losses import LossBySegment
@@ -142,7 +142,7 @@ class Monitor:
         start = Start(
             name=config.name,
             steps=config.train.steps,
-            tokens_per_step=tokens_per_step(config),
+            tokens_per_step=derived.tokens_per_step(config),
             hosts=hosts,
             layout=rows["layout"],
             memory=config.model.memory,
@@ -249,7 +249,7 @@ class Monitor:
             if totals["probe_answers"]:
                 values["loss/probe"] = totals["probe_loss"] / totals["probe_answers"]
             if self.config.model.memory.write_gate != "none":
-                steps = seen / (train.lanes * train.segments_per_window * self.config.model.segment_length)
+                steps = seen / derived.tokens_per_step(self.config)
                 values["memory/write_gate"] = totals["gate"] / (steps * derived.gate_count(self.config))
         values |= {f"loss_by_segment/{bucket}": loss for bucket, loss in by_segment.items()}
         self.writer.scalars(step, values)

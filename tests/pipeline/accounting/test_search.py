@@ -70,7 +70,8 @@ def test_the_first_layout_is_the_fastest_of_all_that_fit(every, memory):
 
 def test_the_closed_form_is_near_the_simulated_step(every):
     for config, _, step in every:
-        assert quick_step_s(config, 4, VOCAB, RATES) == pytest.approx(step.step_s, rel=0.2)
+        needs = per_rank_bytes(config, 4, VOCAB)
+        assert quick_step_s(config, 4, VOCAB, RATES, needs) == pytest.approx(step.step_s, rel=0.2)
 
 
 def test_layers_are_balanced_against_the_output_matrix(monkeypatch):
