@@ -17,12 +17,10 @@ from pathlib import Path
 
 import psutil
 
-from data.files import FileError, read_text, write_whole
 from launch.processes.world import attempt_id
-from pipeline.training.elastic import CLAIM_FOLDER
+from pipeline.training.elastic import CLAIM_FOLDER, tell_launcher, told_by_ranks
 
 WATCH_INTERVAL_S = 1.0
-_RUN_FOLDER = "run-folder"
 GRACE_S = 3.0
 """A rank that is still blocked this long after another one's failure is ended: its collective would never return."""
 
@@ -49,9 +47,7 @@ class Claim:
         else:
             self.folder = self.own = Path(tempfile.gettempdir(), f"infini-{os.getuid()}-{attempt_id()}")
         self.path = _unused(self.folder / f".first-error-{attempt_id()}")
-        if in_launcher:
-            with contextlib.suppress(OSError):
-                write_whole(_pointer(Path(launcher), os.environ), str(self.path.absolute()))
+        tell_launcher(_pointer(os.environ), str(self.path.absolute()))
 
     def take(self) -> bool:
         """True for exactly one of the ranks that call it; for several only where the folder cannot be written."""
@@ -93,29 +89,15 @@ def claim_for(rank: Mapping[str, str], launcher: Path) -> bool | None:
         rank: its environment.
         launcher: the launcher's folder, where the ranks leave the place of their claim as soon as they know it.
     """
+    path = told_by_ranks(launcher, _pointer(rank))
     try:
-        return _make(Path(read_text(_pointer(launcher, rank))))
-    except (OSError, FileError):
+        return None if path is None else _make(Path(path))
+    except OSError:
         return None
 
 
-def tell_run_folder(run_dir: Path) -> None:
-    """Tell the launcher, where there is one, where its ranks' errors are kept."""
-    if launcher := os.environ.get(CLAIM_FOLDER):
-        with contextlib.suppress(OSError):
-            write_whole(Path(launcher, _RUN_FOLDER), str(run_dir.absolute()))
-
-
-def told_run_folder(launcher: Path) -> Path | None:
-    """What the ranks have told; None while none has."""
-    try:
-        return Path(read_text(launcher / _RUN_FOLDER))
-    except (OSError, FileError):
-        return None
-
-
-def _pointer(launcher: Path, rank: Mapping[str, str]) -> Path:
-    return launcher / f"claim-{rank.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+def _pointer(rank: Mapping[str, str]) -> str:
+    return f"claim-{rank.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _make(path: Path) -> bool:

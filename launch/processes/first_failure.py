@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.processes.claims import GRACE_S, WATCH_INTERVAL_S, claim_for, told_run_folder
+from launch.processes.claims import GRACE_S, WATCH_INTERVAL_S, claim_for
 from launch.processes.passing import SignalPasser
 from launch.processes.worker import FOLLOWED
 from pipeline.reporting.console_file import ConsoleFile
+from pipeline.training.elastic import RUN_FOLDER, told_by_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import PContext
@@ -82,6 +83,6 @@ class FirstFailure:
                 how += "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
             text = f"rank {rank['RANK']} on {socket.gethostname()} {how}"
             print(f"infini: error: {text}", file=sys.stderr, flush=True)
-            if run_dir := told_run_folder(self._logs):
-                ConsoleFile(run_dir).write(f"error: {text}")
+            if run_dir := told_by_ranks(self._logs, RUN_FOLDER):
+                ConsoleFile(Path(run_dir)).write(f"error: {text}")
             return

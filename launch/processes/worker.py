@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from launch.processes.claims import CLAIM_FOLDER, GRACE_S, WATCH_INTERVAL_S, Claim, tell_run_folder
+from launch.processes.claims import CLAIM_FOLDER, GRACE_S, WATCH_INTERVAL_S, Claim
 from launch.processes.quiet import quiet_libraries
 from pipeline.reporting.console_file import ConsoleFile
-from pipeline.training.elastic import REGROUP
+from pipeline.training.elastic import REGROUP, RUN_FOLDER, tell_launcher
 from pipeline.training.stopping import STOPPED
 
 Result = TypeVar("Result")
@@ -72,7 +72,7 @@ def run_rank(function: Callable[[], Result], run_dir: Path | None) -> Result:
                 ConsoleFile(written.parent).write(f"error: {_reason(error)}")
             raise
     if run_dir is not None:
-        tell_run_folder(run_dir)
+        tell_launcher(RUN_FOLDER, str(run_dir.absolute()))
     rank = _Rank(run_dir)
     done = threading.Event()
     threading.Thread(target=rank.watch, args=(done,), name="failure-watch", daemon=True).start()

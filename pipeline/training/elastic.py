@@ -20,9 +20,9 @@ ATTEMPT = "INFINI_ATTEMPT"
 CLAIM_FOLDER = "INFINI_CLAIM_FOLDER"
 """Environment variable with a folder of the launcher's that nobody else can write, and that goes with the launcher."""
 
-NODES, PROGRESS, SAVED, ACTIVE = "nodes", "progress", "saved", "active"
+NODES, PROGRESS, SAVED, ACTIVE, RUN_FOLDER = "nodes", "progress", "saved", "active", "run-folder"
 """Files there: how many nodes and processes there could be now (by the launcher); how far the run is, the newest
-checkpoint's step, the number of ranks that train (by the ranks)."""
+checkpoint's step, the number of ranks that train, where errors are kept (by the ranks)."""
 REGROUP = 86
 """Exit code of a rank that has saved so that the ranks can be started again on more nodes."""
 LIMIT = 4096
@@ -76,13 +76,12 @@ def launcher_folder() -> Path | None:
 
 
 def tell_launcher(name: str, text: str) -> None:
-    """Leave a word for this node's launcher, by its first rank; does nothing where the number of nodes is fixed."""
-    folder = launcher_folder()
-    if folder is not None and os.environ.get("LOCAL_RANK") == "0":
+    """Leave a word for this node's launcher, where there is one; ranks that say the same may do so at once."""
+    if folder := os.environ.get(CLAIM_FOLDER):
         with contextlib.suppress(OSError):  # it goes on without
-            path = folder / f".{name}"
+            path = Path(folder, f".{name}-{os.getpid()}")
             path.write_text(text)
-            path.rename(folder / name)
+            path.rename(Path(folder, name))
 
 
 def told_by_ranks(folder: Path, name: str) -> str | None:
@@ -94,8 +93,8 @@ def told_by_ranks(folder: Path, name: str) -> str | None:
 
 
 def tell_progress(step: int, tokens: int) -> None:
-    """The step is done."""
-    if launcher_folder() is not None:
+    """The step is done: the node's first rank says so where the number of nodes may change."""
+    if launcher_folder() is not None and os.environ.get("LOCAL_RANK") == "0":
         tell_launcher(PROGRESS, msgspec.json.encode(Reached(step, tokens, time.time())).decode())
 
 
