@@ -112,7 +112,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         # Not the object itself: of a class's attributes only functions are bound.
         close = mock.patch.object(PContext, "close", lambda ranks, *args, **kwargs: first.close(ranks, *args, **kwargs))
         try:
-            with MeetingWatch(endpoint, args.nnodes, Path(logs)), close, _elasticity(config, Path(logs), elastic):
+            with MeetingWatch(endpoint, args.nnodes, Path(logs)), close, _restarting(config, Path(logs), elastic):
                 elastic_launch(config, entrypoint)(*entrypoint_arguments)
         except ChildFailedError as error:
             return _explain(error, first, passer.ending)
@@ -130,13 +130,13 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         return marked_end(Path(logs))
 
 
-def _elasticity(config: LaunchConfig, logs: Path, elastic: bool) -> AbstractContextManager[None]:
-    """What a run whose number of nodes may change needs."""
-    if not elastic:
+def _restarting(config: LaunchConfig, logs: Path, elastic: bool) -> AbstractContextManager[None]:
+    """What a run needs whose ranks may be started again."""
+    if not elastic and config.max_restarts == 0:
         return nullcontext()
-    from launch.processes.elastic import elastic_launch
+    from launch.processes.elastic import elastic_launch, restarting_launch
 
-    return elastic_launch(logs, config.nproc_per_node)
+    return elastic_launch(logs, config.nproc_per_node) if elastic else restarting_launch()
 
 
 def _told_end(end: RunEnded, endpoint: str) -> int:

@@ -1,7 +1,12 @@
-"""Launchers of a run whose number of nodes may change: torchrun's agent and its c10d rendezvous, with what they lack.
+"""Launchers that start their ranks again, also on another number of nodes: torchrun's agent and its c10d rendezvous,
+with what they lack.
+
+- A rank fails with what another start cannot mend (code 2): torchrun starts the ranks again. Here the run ends.
+
+And where the number of nodes may change:
 
 - A rank fails, or a node is lost: torchrun starts the ranks of all nodes again, MAX_RESTARTS times in all. Here so many
-  times without a new checkpoint in between; a failure that another start cannot mend (code 2) ends the run.
+  times without a new checkpoint in between.
 - A node is lost without a word (power, cable): under torchrun the ranks hang until a collective gives up. Here its
   launcher's heartbeat is missed, and the ranks are started again.
 - A node comes: torchrun kills the ranks. Here they finish their step and save before, and only if more of them can
@@ -211,8 +216,19 @@ class ElasticRendezvous(DynamicRendezvousHandler):
         return closed
 
 
-class ElasticAgent(LocalElasticAgent):
-    """torchrun's agent of one node."""
+class RestartingAgent(LocalElasticAgent):
+    """torchrun's agent of one node. A start that was refused is not tried again: the second one would take the folder
+    of another run, for which the first was refused, for its own."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if _is_final(result):
+            self._remaining_restarts = 0
+        return result
+
+
+class ElasticAgent(RestartingAgent):
+    """The same, where the number of nodes may change."""
 
     saved: str | None = None
     """The newest checkpoint at the last failure."""
@@ -250,9 +266,7 @@ class ElasticAgent(LocalElasticAgent):
                 return RunResult(WorkerState.HEALTHY)
             rendezvous.tell_end(marked_end(rendezvous.logs))
         elif result.state is WorkerState.FAILED:
-            if any(failure.exitcode in FINAL for failure in result.failures.values()):
-                self._remaining_restarts = 0
-            elif (saved := told_by_ranks(rendezvous.logs, SAVED)) != self.saved:
+            if not _is_final(result) and (saved := told_by_ranks(rendezvous.logs, SAVED)) != self.saved:
                 self.saved, self._remaining_restarts = saved, worker_group.spec.max_restarts
         return result
 
@@ -265,6 +279,17 @@ class ElasticAgent(LocalElasticAgent):
         if self._rendezvous_handler.missing:  # they do not come
             self._exit_barrier_timeout = 5
         super()._exit_barrier()
+
+
+def _is_final(result: RunResult) -> bool:
+    return any(failure.exitcode in FINAL for failure in result.failures.values())
+
+
+@contextmanager
+def restarting_launch() -> Iterator[None]:
+    """Inside, torchrun's launcher takes `RestartingAgent`."""
+    with mock.patch.object(api, "LocalElasticAgent", RestartingAgent):
+        yield
 
 
 @contextmanager

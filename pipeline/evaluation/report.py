@@ -15,7 +15,7 @@ from pipeline.evaluation import plots, task_report
 from pipeline.evaluation.scalars import by_length, doubling_spans, mean_over, scalars, set_names, span_name
 from pipeline.evaluation.training_curves import training_curves
 from pipeline.reporting.console import format_duration, make_console, print_table
-from pipeline.reporting.dashboard import tag
+from pipeline.reporting.dashboard import read_image, tag
 from pipeline.reporting.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
 RESULTS = "results.json"
@@ -130,7 +130,6 @@ def _by_length(path: Path, results: Results) -> None:
 
 
 def _tensorboard(results: Results, images: dict[str, Path], folder: Path) -> None:
-    from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
     # All evaluations of a run share a folder, so that they make one curve. An earlier one of the same step goes.
@@ -142,8 +141,7 @@ def _tensorboard(results: Results, images: dict[str, Path], folder: Path) -> Non
         for name, value in scalars(results).items():
             writer.add_scalar(tag(name), value, step)
         for name, path in images.items():
-            with Image.open(path) as image:
-                writer.add_image(tag(f"evaluation/{name}"), np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            writer.add_image(tag(f"evaluation/{name}"), read_image(path), step, dataformats="HWC")
 
 
 def exact_match(results: Results, control: str, segments: int) -> float | None:

@@ -100,6 +100,14 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int | fl
     return flat
 
 
+def read_image(path: str | Path) -> np.ndarray:
+    """A PNG file as `[height, width, 3]`, uint8."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
 class Dashboard:
     """A run's event files.
 
@@ -150,10 +158,7 @@ class Dashboard:
     def image(self, step: int, name: str, image: str | Path | np.ndarray) -> None:
         """A PNG file or an array `[height, width, 3]` (uint8, or floats in 0..1)."""
         if not isinstance(image, np.ndarray):
-            from PIL import Image
-
-            with Image.open(image) as opened:
-                image = np.asarray(opened.convert("RGB"))
+            image = read_image(image)
         self._writer.add_image(tag(name), image, step, dataformats="HWC")
 
     def text(self, step: int, name: str, text: str) -> None:

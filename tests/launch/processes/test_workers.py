@@ -209,6 +209,15 @@ def test_ranks_of_an_open_number_of_nodes_start_again_where_that_may_help(tmp_pa
     assert output.count("[rank 1] error: ") == len(attempts)
 
 
+@pytest.mark.parametrize(("mode", "code", "starts"), [("bad-data", 2, 1), ("bug", 1, 2)])
+def test_ranks_of_fixed_nodes_start_again_where_that_may_help(tmp_path, free_port, mode, code, starts):
+    nodes = {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": f"127.0.0.1:{free_port}", "MAX_RESTARTS": "1"}
+    agents = [torchrun(mode, tmp_path, **nodes) for _ in range(2)]
+    results = [finish(agent) for agent in agents]
+    assert {found for found, _ in results} == {code, FOLLOWED}, results
+    assert "".join(output for _, output in results).count("[rank 1] error: ") == starts, results
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
