@@ -24,6 +24,7 @@ from model.layers.segment_cache import SegmentCache, Span
 from model.layers.statistics import MemoryStatistics, once
 from model.precision import COMPUTE_DTYPES, wide_dtype
 from model.rules import build_rule
+from model.rules.context import ContextGroup
 from model.rules.state import Memory, State
 from model.sharding import (
     RULE_PARAMETERS,
@@ -77,12 +78,13 @@ class DecoderLayer(nn.Module):
         tables: RotaryTables,
         *,
         tensor_size: int,
+        context: ContextGroup | None = None,
     ) -> None:
         super().__init__()
         norm = {"dtype": wide_dtype(megatron.params_dtype), "partial_gradient": options.sequence_parallel}
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
         self.attention = InfiniAttention(
-            config, megatron, tables, tensor_size=tensor_size, detach_reads=options.detach_reads
+            config, megatron, tables, tensor_size=tensor_size, detach_reads=options.detach_reads, context=context
         )
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon, **norm)
         self.mlp = GatedMLP(megatron, parallel_linears(config.backend))
@@ -143,6 +145,7 @@ class DecoderStage(nn.Module):
         last_layer: int,
         tensor_rank: int,
         tensor_size: int,
+        context: ContextGroup | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -167,7 +170,7 @@ class DecoderStage(nn.Module):
         # Keyed by the layer's index in the whole model, so that parameter names are the same on every layout.
         self.layers = nn.ModuleDict(
             {
-                str(i): DecoderLayer(config, megatron, options, tables, tensor_size=tensor_size)
+                str(i): DecoderLayer(config, megatron, options, tables, tensor_size=tensor_size, context=context)
                 for i in range(first_layer, last_layer)
             }
         )
@@ -270,7 +273,8 @@ class DecoderStage(nn.Module):
             inputs: tokens `[b, t+p, s]` on the first stage, else hidden states `[s, b*(t+p), h]` (`s/tp` with sequence
                 parallelism) from the stage before. Probes stand behind the segments.
             memory: per layer, what `empty_memory` or an earlier call returned.
-            reset: bool `[b, t]`, True where a document starts.
+            reset: bool `[b, t]`, True where a document starts; where C ranks share a chunk that of the whole chunk,
+                `[b, C t]`, on every rank, while all else is of this rank's t segments.
             labels: `[b, t+p, s]`; without them the last stage computes no loss.
             probes: int64 `[b, p]`, the segment whose starting memory each probe reads.
             memory_off: control for evaluation, see `InfiniAttention.forward`.

@@ -21,6 +21,7 @@ from model.layers.rotary import RotaryTables
 from model.layers.statistics import MemoryStatistics, measure
 from model.precision import wide_dtype, widened
 from model.rules import Tokens, build_rule, empty_state
+from model.rules.context import ContextGroup, own_part
 from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
 from model.rules.state import State, join_state, split_state
 from model.rules.window import remember, write_gate
@@ -50,6 +51,7 @@ class InfiniAttention(nn.Module):
         *,
         tensor_size: int,
         detach_reads: bool = False,
+        context: ContextGroup | None = None,
     ) -> None:
         super().__init__()
         self.shape = layer_shape(config, tensor_size)
@@ -59,6 +61,7 @@ class InfiniAttention(nn.Module):
         self.tables = tables
         self.memory_config = config.memory
         self.detach_reads = detach_reads
+        self.context = context
         self.rule = build_rule(config.memory)
         backend, local = parallel_linears(config.backend), local_linears()
         common = {"config": megatron, "init_method": megatron.init_method, "skip_bias_add": False, "is_expert": False}
@@ -128,12 +131,14 @@ class InfiniAttention(nn.Module):
             hidden: normalised hidden states `[s, b*(t+p), h]` (`[s/tp, ...]` with sequence parallelism): of every lane
                 its t segments and then its p probes.
             memory: memory carried in, for b lanes.
-            reset: bool `[b, t]`, True where a document starts.
+            reset: bool `[b, t]`, True where a document starts; where C ranks share a chunk that of the whole chunk,
+                `[b, C t]`, on every rank.
             probes: int64 `[b, p]`, or None where p is 0: the segment whose starting memory each probe reads. Probes
                 are not written to the memory.
             memory_off: write the memory, but give the local attention all of the output (a control in evaluation).
             statistics: also measure what the memory does.
         """
+        part, reset = own_part(self.context, reset)
         b, t = reset.shape
         segments = t if probes is None else t + probes.shape[1]
         qkv = self.project_in(hidden)
@@ -159,7 +164,7 @@ class InfiniAttention(nn.Module):
             inputs = {name: x[:, :t] for name, x in inputs.items()}
         read, present, memory = remember(
             self.rule,
-            Tokens(q, k, v, gate, inputs, bfloat16=qkv.dtype == torch.bfloat16),
+            Tokens(q, k, v, gate, inputs, bfloat16=qkv.dtype == torch.bfloat16, part=part),
             rule_weights(self),
             memory,
             reset,

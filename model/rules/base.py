@@ -8,9 +8,10 @@ scanned over time. Every rule has the form
 where T_t and C_t come from segment t alone (and, for `delta`, from the normaliser z, which is a prefix sum).
 Pairs (C, T) of neighbouring segments compose (`model.rules.scan`).
 
-A rule is a pure function of its arguments, in float32 (or float64 when the caller's tensors are), without any
-`torch.distributed`: a tensor-parallel rank passes the heads it owns. `model.rules.reference` holds the same rules
-written token by token; the tests compare the two.
+A rule is a pure function of its arguments, in float32 (or float64 when the caller's tensors are). A tensor-parallel
+rank passes the heads it owns. A context-parallel rank passes the segments it owns, and the scans exchange what crosses
+(`model.rules.context`). `model.rules.reference` holds the same rules written token by token; the tests compare the
+two.
 
 Shapes: b lanes, t segments of a window, n key/value heads of this rank, r query heads per key/value head, s tokens of a
 segment, d head dimension.
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from model.config import LayerShape
+from model.rules.context import ContextPart
 from model.rules.state import MatrixState, State, map_state
 
 
@@ -58,6 +60,8 @@ class Tokens(NamedTuple):
     """The rule's `token_inputs`, each `[b, t, n, s]`."""
     bfloat16: bool = False
     """The run computes matrix products in bfloat16: a kernel may, too."""
+    part: ContextPart | None = None
+    """Where these tokens are this rank's part of a chunk; None where they are all of it."""
 
 
 class Reads(NamedTuple):
@@ -86,6 +90,9 @@ class MemoryRule:
     token_inputs: tuple[str, ...] = ()
     """Names of numbers that the rule wants per token and key/value head, each a linear function of the layer's
     normalised input: `parameters` has its `<name>.weight [groups, hidden]` and `<name>.bias [groups]`."""
+
+    composes: ClassVar[bool] = True
+    """A part of a chunk can be summed up in one pair (`model.rules.scan`), so that ranks may share a chunk."""
 
     has_feature_map: ClassVar[bool] = False
     """Queries and keys pass a nonlinear map of the rule's own."""

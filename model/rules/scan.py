@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from model.rules.context import ContextPart
+
 
 class Blocks(NamedTuple):
     """m blocks of c tokens of every segment, each of which does X -> a X + (g L)^T (V + E X)."""
@@ -38,7 +40,9 @@ class Blocks(NamedTuple):
     """a, `[b, t, n, m]`; None for 1."""
 
 
-def scan_blocks(initial: Tensor, blocks: Blocks, reset: Tensor) -> tuple[Tensor, Tensor]:
+def scan_blocks(
+    initial: Tensor, blocks: Blocks, reset: Tensor, part: ContextPart | None = None
+) -> tuple[Tensor, Tensor]:
     """Run X <- a X + (g L)^T (V + E X) over the blocks of all segments of a window; m is a power of two.
 
     Arguments and results are those of `scan_pairs`.
@@ -53,7 +57,7 @@ def block_pairs(blocks: Blocks) -> Tensor:
     return _Pairs.apply(*blocks)
 
 
-def scan_pairs(initial: Tensor, pairs: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+def scan_pairs(initial: Tensor, pairs: Tensor, reset: Tensor, part: ContextPart | None = None) -> tuple[Tensor, Tensor]:
     """Run `X <- T_t (0 where reset_t, else X) + C_t` over the segments of a window.
 
     Args:
@@ -67,7 +71,7 @@ def scan_pairs(initial: Tensor, pairs: Tensor, reset: Tensor) -> tuple[Tensor, T
     return _Scan.apply(initial, pairs, reset, True)
 
 
-def scan_sums(initial: Tensor, writes: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+def scan_sums(initial: Tensor, writes: Tensor, reset: Tensor, part: ContextPart | None = None) -> tuple[Tensor, Tensor]:
     """`scan_pairs` where nothing is taken off: `X <- (0 where reset_t, else X) + C_t`.
 
     Args:
