@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,8 @@ def choose_kernel(asked: str, *, bfloat16: bool, device: str, dim: int) -> Kerne
         obstacle = f"it takes heads of up to {WIDEST_HEAD} numbers, these have {dim}"
     elif version is None:
         obstacle = f"flash-linear-attention is not installed: {INSTALL}"
+    elif triton := _wrong_on_hopper():
+        obstacle = f"with triton {triton} its gradients are wrong on Hopper (fla-core refuses it), 3.7.1 is right"
     if obstacle is None:
         return Kernel("fla", f"flash-linear-attention {version}, {'asked for' if asked == 'fla' else 'found'}")
     if asked == "fla":
@@ -83,6 +86,19 @@ def _fla_version() -> str | None:
         return importlib.metadata.version("fla-core")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _wrong_on_hopper() -> str | None:
+    """The version of Triton where it compiles a kernel of theirs wrongly for the device: fla-core's issue 640, and its
+    check in `fla/ops/common/chunk_o.py`, which comes in the first backward pass."""
+    if torch.version.hip or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    numbers = tuple(int(x) for x in re.findall(r"\d+", version)[:3])
+    return version if (3, 4) <= numbers < (3, 7, 1) else None
 
 
 def scan_by_fla(

@@ -46,6 +46,7 @@ def described() -> dict[str, object]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = torch.__version__  # its build, too
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         found["devices"] = [torch.cuda.get_device_name(i) for i in range(count)]

@@ -25,8 +25,11 @@ ROOT = Path(__file__).parents[3]
 def fla_version(monkeypatch):
     """Pretend that a version of flash-linear-attention is installed, or that none is."""
 
-    def pretend(version: str | None) -> None:
+    def pretend(version: str | None, triton: str = "3.7.1", capability: tuple[int, int] = (9, 0)) -> None:
         monkeypatch.setattr(kernel, "_fla_version", lambda: version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        versions = {"triton": triton}
+        monkeypatch.setattr(kernel.importlib.metadata, "version", versions.__getitem__)
         choose_kernel.cache_clear()
 
     yield pretend
@@ -68,6 +71,23 @@ def test_fla_that_cannot_be_had_is_refused(fla_version, version, changes, remedy
     with pytest.raises(ValueError, match=r"model\.memory\.kernel = fla: ") as refusal:
         choose_kernel("fla", **ON_A_GPU | changes)
     assert remedy in str(refusal.value) and "model.memory.kernel=torch" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "name"),
+    [
+        ("3.3.1", (9, 0), "fla"),
+        ("3.4.0", (9, 0), "torch"),
+        ("3.7.0", (9, 0), "torch"),
+        ("3.7.1", (9, 0), "fla"),
+        ("3.10.0", (9, 0), "fla"),
+        ("3.6.0", (8, 0), "fla"),
+    ],
+)
+def test_a_triton_that_is_wrong_on_hopper_is_not_taken(fla_version, triton, capability, name):
+    fla_version("0.6.0", triton, capability)
+    chosen = choose_kernel("auto", **ON_A_GPU)
+    assert chosen.name == name and (f"triton {triton}" in chosen.reason) == (name == "torch")
 
 
 def test_rules_without_kernels_have_no_choice():
