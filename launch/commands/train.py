@@ -80,8 +80,9 @@ def checked_config(args: argparse.Namespace, world_size: int) -> Config:
         ConfigError: it cannot.
         OSError: the file cannot be read.
     """
+    from pipeline.config.layout import usable_processes
     from pipeline.config.load import load_config
-    from pipeline.config.validate import usable_processes, validate
+    from pipeline.config.validate import validate
     from pipeline.training.elastic import this_attempt
     from pipeline.training.regroup import check_least
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from launch.processes.worker import NOT_NEEDED
+from pipeline.config.layout import usable_processes
 from pipeline.config.schema import Config
-from pipeline.config.validate import usable_processes
 from pipeline.training.elastic import ACTIVE, CLAIM_FOLDER, tell_launcher, this_attempt
 from pipeline.training.regroup import told_idle
 from pipeline.training.stopping import PASSED_ON

@@ -37,7 +37,6 @@ from pipeline.accounting.footprint import RankBytes, per_rank_bytes
 from pipeline.config.derived import (
     lanes_per_microbatch,
     lanes_per_rank,
-    model_parallel_size,
     number_bytes,
     recomputes_logits,
 )
@@ -61,7 +60,7 @@ class BuiltStage:
 
 
 @contextmanager
-def pretended_rank(rank: int, world_size: int, *, tensor: int, pipeline: int):
+def pretended_rank(rank: int, world_size: int, *, tensor: int, pipeline: int, context: int = 1):
     """Be `rank` of `world_size` processes that do not exist, with Megatron's groups; collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -69,7 +68,7 @@ def pretended_rank(rank: int, world_size: int, *, tensor: int, pipeline: int):
     prepare_megatron()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        make_model_parallel(tensor=tensor, pipeline=pipeline, timeout_s=60.0)
+        make_model_parallel(tensor=tensor, pipeline=pipeline, context=context, timeout_s=60.0)
         yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -83,9 +82,10 @@ def build_stages(config: Config, vocab: int) -> list[BuiltStage]:
     bounds = split_layers(config.model.num_layers, parallel.pipeline, parallel.layers_per_stage)
     options = StageOptions(precision=config.train.precision, sequence_parallel=parallel.sequence_parallel)
     for stage, (first, last) in enumerate(bounds):
-        # Data-parallel copies are alike: a world of one copy has the same stages. Its ranks go tensor first.
+        # Replicas over data and context are alike: a world of one has the same stages. Its ranks go tensor first.
         layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
-        with pretended_rank(stage * parallel.tensor, model_parallel_size(config), **layout), torch.device("meta"):
+        world_size = parallel.tensor * parallel.pipeline
+        with pretended_rank(stage * parallel.tensor, world_size, **layout), torch.device("meta"):
             module = DecoderStage(
                 same_function(config.model),  # with what every machine has
                 options,

@@ -179,8 +179,8 @@ def _data_communication(trained: _Trained, repeats: int) -> float:
     own = whole.new_zeros(count // topology.data_size)
 
     def talk() -> None:
-        dist.all_reduce(whole, group=topology.data_group)
-        dist.all_gather_into_tensor(whole, own, group=topology.data_group)
+        dist.all_reduce(whole, group=topology.replica_group)
+        dist.all_gather_into_tensor(whole, own, group=topology.replica_group)
 
     return _median_of(talk, repeats, topology)
 

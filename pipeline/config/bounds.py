@@ -93,6 +93,7 @@ BOUNDS: dict[str, Bound] = {
     "data.sets.*.answer_weight": Bound(0, 1e9),
     "data.prefetch": Bound(1, 1024),
     "parallel.tensor": Bound(1, 1024),
+    "parallel.context": Bound(1, 1 << 16),
     "parallel.pipeline": Bound(1, 2048),
     "parallel.layers_per_stage.*": Bound(1, 2048),
     "parallel.timeout_s": _positive(1e7),

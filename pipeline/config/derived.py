@@ -14,14 +14,26 @@ REDUCTION_BUCKET = 50_000_000
 """Gradients that DeepSpeed reduces at once, in numbers."""
 
 
-def model_parallel_size(config: Config) -> int:
-    """Processes that hold one copy of the model: tensor x pipeline."""
-    return config.parallel.tensor * config.parallel.pipeline
+def processes_per_lane(config: Config) -> int:
+    """Processes that work on a lane together: tensor x context x pipeline."""
+    return config.parallel.tensor * config.parallel.context * config.parallel.pipeline
+
+
+def told_per_lane(config: Config) -> str:
+    """The settings that `processes_per_lane` is the product of, in words; context only where somebody asked for it."""
+    parallel = config.parallel
+    context = f" x parallel.context = {parallel.context}" if parallel.context > 1 else ""
+    return f"parallel.tensor = {parallel.tensor}{context} x parallel.pipeline = {parallel.pipeline}"
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Copies of the model among `world_size` processes."""
-    return world_size // model_parallel_size(config)
+    """Groups of processes, among `world_size`, that have lanes of their own."""
+    return world_size // processes_per_lane(config)
+
+
+def replicas(config: Config, world_size: int) -> int:
+    """Processes that hold the same parameters, among which ZeRO shares the optimizer out: data x context."""
+    return data_parallel_size(config, world_size) * config.parallel.context
 
 
 def lanes_per_rank(config: Config, world_size: int) -> int:
@@ -30,8 +42,9 @@ def lanes_per_rank(config: Config, world_size: int) -> int:
 
 
 def segments_per_chunk(config: Config) -> int:
-    """Segments of a lane that one pass through a stage handles, its probes included."""
-    return (config.train.segments_per_window + config.train.probes_per_window) // config.bptt.chunks_per_window
+    """Segments of a lane that one pass through a stage handles on a rank, its probes included."""
+    parts = config.bptt.chunks_per_window * config.parallel.context
+    return (config.train.segments_per_window + config.train.probes_per_window) // parts
 
 
 def lanes_per_microbatch(config: Config, world_size: int) -> int:

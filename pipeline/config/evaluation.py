@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import same_function
-from pipeline.config.derived import model_parallel_size
+from pipeline.config.derived import processes_per_lane, told_per_lane
 from pipeline.config.load import ConfigError, load_config, stored_config
 from pipeline.config.schema import Config
 from pipeline.config.validate import validate
@@ -16,6 +16,7 @@ from pipeline.config.validate import validate
 OWN_LAYOUT = [
     "parallel.tensor=1",
     "parallel.pipeline=1",
+    "parallel.context=1",
     "parallel.layers_per_stage=null",
     "parallel.sequence_parallel=false",
     "parallel.zero_stage=1",
@@ -63,10 +64,15 @@ def generation_config(
             "parallel.sequence_parallel = True: it splits segments over the ranks, but generation goes on token by "
             "token: leave it out"
         )
-    if world_size > model_parallel_size(config):
+    if config.parallel.context > 1:
         problems.append(
-            f"parallel.tensor = {config.parallel.tensor} x parallel.pipeline = {config.parallel.pipeline} on "
-            f"{world_size} processes: generation has no data parallelism, their product must be the number of processes"
+            f"parallel.context = {config.parallel.context}: it splits what is read over the ranks, but generation goes "
+            "on token by token: leave it out, tensor and pipeline share the model"
+        )
+    elif world_size > processes_per_lane(config):
+        problems.append(
+            f"{told_per_lane(config)} on {world_size} processes: generation has no data parallelism, their product "
+            "must be the number of processes"
         )
     if problems:
         raise ConfigError(problems)
@@ -75,12 +81,12 @@ def generation_config(
 
 
 def _check_layout(config: Config, world_size: int, file: str, overrides: Sequence[str]) -> None:
-    size = model_parallel_size(config)
+    size = processes_per_lane(config)
     if world_size % size:
         raise ConfigError(
             [
-                f"parallel.tensor = {config.parallel.tensor} x parallel.pipeline = {config.parallel.pipeline} on "
-                f"{world_size} process(es): their number must be a multiple of {size}, such as --nproc {size}"
+                f"{told_per_lane(config)} on {world_size} process(es): their number must be a multiple of {size}, such "
+                f"as --nproc {size}"
             ]
         )
     # Data-parallel ranks share documents, not the run's lanes.

@@ -19,10 +19,13 @@ LR_SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 @dataclass
 class ParallelConfig:
-    """How the processes are laid out. Data parallelism takes what tensor and pipeline leave."""
+    """How the processes are laid out. Data parallelism takes what tensor, context and pipeline leave."""
 
     tensor: int = 1
     """Ranks that share every layer (its heads, its MLP, the vocabulary)."""
+    context: int = 1
+    """Ranks that share the segments of every chunk of a window; only the memory's summaries cross between them.
+    Must divide the segments of a chunk."""
     pipeline: int = 1
     """Stages that share the layers."""
     zero_stage: int = 1

@@ -23,6 +23,7 @@ from model.rules import RULES
 from model.rules.kernel import RULES_WITH_KERNELS
 from pipeline.config import derived
 from pipeline.config.bounds import PARAMETERS, TOKENS_PER_STEP, out_of_bounds
+from pipeline.config.layout import divisors, lane_problems, layout_problems, listed, window_problems
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import (
     GRADIENTS,
@@ -84,9 +85,17 @@ def validate(
     """
     problems = [*_numbers(config), *_choices(config)]
     if not problems:  # the rules below divide by these numbers
-        problems += [*_model(config), *_layout(config), *_windows(config), *_optimizer(config), *_memory(config)]
+        problems += [
+            *_model(config),
+            *layout_problems(config),
+            *window_problems(config),
+            *_optimizer(config),
+            *_memory(config),
+        ]
         problems += [*_profile(config, world_size)]
-        problems += [*_lanes(config, world_size), *_timeouts(config, world_size)] if world_size is not None else []
+        problems += (
+            [*lane_problems(config, world_size), *_timeouts(config, world_size)] if world_size is not None else []
+        )
     problems += [*_totals(config)] if not problems else []
     problems += [*_data(config), *_wandb(config)] if data_exists else []
     if problems:
@@ -180,12 +189,12 @@ def _model(config: Config) -> Iterator[str]:
     if heads % groups:
         yield (
             f"model.num_query_groups = {groups}: must divide model.num_attention_heads = {heads}; "
-            f"valid are {_list(_divisors(heads))}"
+            f"valid are {listed(divisors(heads))}"
         )
     if model.kv_channels is None and model.hidden_size % heads:
         yield (
             f"model.num_attention_heads = {heads}: must divide model.hidden_size = {model.hidden_size}, or "
-            f"model.kv_channels must give the dimension of a head; valid are {_list(_divisors(model.hidden_size))}"
+            f"model.kv_channels must give the dimension of a head; valid are {listed(divisors(model.hidden_size))}"
         )
     elif dim % 2:
         yield (
@@ -215,63 +224,13 @@ def _model(config: Config) -> Iterator[str]:
         what = f"model.num_attention_heads = {heads} and model.num_query_groups = {groups}"
         yield (
             f"parallel.tensor = {tensor}: must divide {what}, because a rank owns whole heads and their memory; "
-            f"valid are {_list(_divisors(math.gcd(heads, groups)))}"
+            f"valid are {listed(divisors(math.gcd(heads, groups)))}"
         )
     if model.ffn_hidden_size % tensor:
         yield f"model.ffn_hidden_size = {model.ffn_hidden_size}: must be a multiple of parallel.tensor = {tensor}"
     if model.vocab_size_multiple % tensor:
         multiple = model.vocab_size_multiple
         yield f"model.vocab_size_multiple = {multiple}: must be a multiple of parallel.tensor = {tensor}"
-
-
-def _layout(config: Config) -> Iterator[str]:
-    parallel, layers = config.parallel, config.model.num_layers
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        yield "parallel.sequence_parallel = true: must be false with parallel.tensor = 1, there is nobody to share with"
-    elif parallel.sequence_parallel and config.model.segment_length % parallel.tensor:
-        yield (
-            f"model.segment_length = {config.model.segment_length}: must be a multiple of parallel.tensor = "
-            f"{parallel.tensor} with parallel.sequence_parallel = true"
-        )
-    stages, per_stage = parallel.pipeline, parallel.layers_per_stage
-    if layers < stages:
-        yield f"parallel.pipeline = {stages}: must not be more than model.num_layers = {layers}"
-    elif per_stage is not None and len(per_stage) != stages:
-        yield (
-            f"parallel.layers_per_stage = {per_stage}: must have one entry per pipeline stage, "
-            f"{len(per_stage)} given for parallel.pipeline = {stages}"
-        )
-    elif per_stage is not None and sum(per_stage) != layers:
-        yield (
-            f"parallel.layers_per_stage = {per_stage}: its entries must sum to model.num_layers = {layers}, "
-            f"not {sum(per_stage)}"
-        )
-    if parallel.zero_stage == 3 and stages > 1:
-        yield (
-            f"parallel.zero_stage = 3 with parallel.pipeline = {stages}: must be 1 or 2 with pipeline stages; ZeRO 3 "
-            "gathers weights by collectives in the middle of a layer, and stages waiting for one another deadlock on it"
-        )
-
-
-def _windows(config: Config) -> Iterator[str]:
-    segments, chunks = config.train.segments_per_window, config.bptt.chunks_per_window
-    if segments % chunks:
-        yield (
-            f"bptt.chunks_per_window = {chunks}: must divide train.segments_per_window = {segments}; "
-            f"valid are {_list(_divisors(segments))}"
-        )
-    probes = config.train.probes_per_window
-    if probes < 0 or (probes and (segments % probes or probes % chunks)):
-        valid = [n for n in _divisors(segments) if n % chunks == 0]
-        yield (
-            f"train.probes_per_window = {probes}: must be 0, or divide train.segments_per_window = {segments} and be a "
-            f"multiple of bptt.chunks_per_window = {chunks}; valid are {_list([0, *valid])}"
-        )
-    if config.parallel.schedule == "1f1b" and chunks > 1:
-        yield (
-            f"parallel.schedule = 1f1b moves whole windows: bptt.chunks_per_window must be 1, not {chunks}; "
-            "segment_1f1b moves chunks"
-        )
 
 
 def _optimizer(config: Config) -> Iterator[str]:
@@ -361,37 +320,6 @@ def _wandb(config: Config) -> Iterator[str]:
         )
 
 
-def _lanes(config: Config, world_size: int) -> Iterator[str]:
-    size, lanes = derived.model_parallel_size(config), config.train.lanes
-    if world_size < size or world_size % size:
-        yield (
-            f"{world_size} process(es) cannot hold parallel.tensor = {config.parallel.tensor} x parallel.pipeline = "
-            f"{config.parallel.pipeline}: the number of processes must be a multiple of {size}"
-        )
-        return
-    copies = derived.data_parallel_size(config, world_size)
-    if lanes % copies:
-        yield (
-            f"train.lanes = {lanes}: must be a multiple of the data-parallel size {copies} "
-            f"({world_size} processes / {size} per copy of the model)"
-        )
-        return
-    per_rank, per_pass = derived.lanes_per_rank(config, world_size), derived.lanes_per_microbatch(config, world_size)
-    if per_rank % per_pass:
-        yield (
-            f"train.lanes_per_microbatch = {per_pass}: must divide the {per_rank} lanes of a data-parallel rank "
-            f"(train.lanes = {lanes} / {copies}); valid are {_list(_divisors(per_rank))}"
-        )
-
-
-def usable_processes(config: Config, world_size: int) -> int:
-    """The most of `world_size` processes that can train with this configuration: whole copies of the model, over which
-    the lanes can be shared out; 0 when not even one copy fits. `config` must be valid else."""
-    size = derived.model_parallel_size(config)
-    copies = (n for n in range(world_size // size, 0, -1) if not any(_lanes(config, n * size)))
-    return next(copies, 0) * size
-
-
 def _timeouts(config: Config, world_size: int) -> Iterator[str]:
     hang, collective = config.resilience.hang_timeout_s, config.parallel.timeout_s
     if world_size > 1 and hang > derived.longest_hang_s(config):  # a process alone waits for nobody
@@ -411,11 +339,3 @@ def _data(config: Config) -> Iterator[str]:
                 f"data.sets.{i}.path = {prepared.path}: no prepared set there (manifest.json is missing); "
                 f"make it with `infini prepare SOURCE... --out {prepared.path}`"
             )
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _list(values: list[int]) -> str:
-    return ", ".join(map(str, values))

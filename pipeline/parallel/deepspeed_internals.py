@@ -146,11 +146,11 @@ class Partitions:
     Args:
         engine: whose optimizer it is.
         zero_stage: 1, 2 or 3.
-        data_rank: of this process.
+        replica_rank: of this process among those that hold the same parameters.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, *, zero_stage: int, data_rank: int) -> None:
-        self.zero, self.zero_stage, self.data_rank = engine.optimizer, zero_stage, data_rank
+    def __init__(self, engine: DeepSpeedEngine, *, zero_stage: int, replica_rank: int) -> None:
+        self.zero, self.zero_stage, self.replica_rank = engine.optimizer, zero_stage, replica_rank
 
     def flat(self) -> Sequence[nn.Parameter]:
         """The flat masters, which are what the optimizer inside trains. Under ZeRO 1 and 2 one for each of
@@ -163,7 +163,7 @@ class Partitions:
         zero = self.zero
         if self.zero_stage == 3:
             group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-            start = self.data_rank * padded
+            start = self.replica_rank * padded
             return self.flat()[group], offset, start, min(padded, parameter.ds_numel - start)
         mapping = parameter._hp_mapping
         if mapping is None:

@@ -21,7 +21,7 @@ WIDEST_AXIS = 32
 """Hosts that reduce numbers around one ring."""
 
 
-def make_model_parallel(*, tensor: int, pipeline: int, timeout_s: float) -> None:
+def make_model_parallel(*, tensor: int, pipeline: int, context: int = 1, timeout_s: float) -> None:
     """Make Megatron's groups, of this process alone; those of an earlier layout are forgotten. Not collective."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -29,6 +29,7 @@ def make_model_parallel(*, tensor: int, pipeline: int, timeout_s: float) -> None
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
             distributed_timeout_minutes=timeout_s / 60,
             order=_ORDER,
             # Nobody uses them: what hosts say to one another goes through the groups' own gloo.
@@ -38,12 +39,13 @@ def make_model_parallel(*, tensor: int, pipeline: int, timeout_s: float) -> None
 
 def pipeline_group(timeout_s: float) -> dist.ProcessGroup:
     """A fresh group of this process's pipeline stages, beside Megatron's. All processes ask for it at the same time."""
-    tensor, pipeline = (
+    tensor, context, pipeline = (
         parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    data = dist.get_world_size() // (tensor * pipeline)
-    grid = parallel_state.RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=1, order=_ORDER)
+    data = dist.get_world_size() // (tensor * context * pipeline)
+    grid = parallel_state.RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order=_ORDER)
     timeout = datetime.timedelta(seconds=timeout_s)
     with _own_groups_only():
         made = [dist.new_group(ranks, timeout=timeout) for ranks in grid.get_ranks("pp")]

@@ -1,10 +1,10 @@
 """AdamW behind DeepSpeed's ZeRO, fed by our own schedule.
 
 The schedule calls `torch.autograd.backward` many times per step. Inside `accumulate()` DeepSpeed leaves the gradients
-where they are; at its end they are averaged over data parallelism once. ZeRO 2 therefore saves no gradient memory over
+where they are; at its end they are averaged over data x context once. ZeRO 2 therefore saves no gradient memory over
 ZeRO 1 during the backward passes.
 
-Masters and moments are float32, shared out over data parallelism. Under `train.precision=bf16` the matrices that the
+Masters and moments are float32, shared out over data x context. Under `train.precision=bf16` the matrices that the
 model computes with are bfloat16 copies of them, rounded once per step, when the masters have moved; their gradients are
 summed in float32.
 """
@@ -66,7 +66,7 @@ class Fragment(NamedTuple):
     tensors: dict[str, Tensor]
     """`master`, `exp_avg` and `exp_avg_sq`, one-dimensional views; a parameter that is not trained has no moments."""
     shared: bool = False
-    """All data-parallel ranks hold the same range."""
+    """All replicas hold the same range."""
 
     @property
     def is_second_copy(self) -> bool:
@@ -86,9 +86,12 @@ class _ModelParallelUnit:
     get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
     get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
     get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    # What DeepSpeed calls data parallelism is who holds the same parameters.
+    get_data_parallel_group = staticmethod(lambda: parallel_state.get_data_parallel_group(with_context_parallel=True))
+    get_data_parallel_rank = staticmethod(lambda: parallel_state.get_data_parallel_rank(with_context_parallel=True))
+    get_data_parallel_world_size = staticmethod(
+        lambda: parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    )
 
 
 class ZeroOptimizer:
@@ -142,7 +145,7 @@ class ZeroOptimizer:
             )
         if precision == "bf16":
             sum_in_float32(self.engine)
-        self.partitions = Partitions(self.engine, zero_stage=self.zero_stage, data_rank=topology.data_rank)
+        self.partitions = Partitions(self.engine, zero_stage=self.zero_stage, replica_rank=topology.replica_rank)
         self.norm = GradientNorm(self.partitions, self.kinds, kind_of, topology)
         self.untrained = UntrainedMasters(self.partitions, topology, stage.parameters())
         self.adamw = adamw
@@ -306,7 +309,7 @@ class ZeroOptimizer:
         part = self.partitions.held(parameter).view(-1)
         if self.zero_stage < 3:
             return Fragment(name, parameter, 0, {"master": part}, shared=True)
-        start = self.topology.data_rank * part.numel()  # ZeRO 3 shares out what is not trained too
+        start = self.topology.replica_rank * part.numel()  # ZeRO 3 shares out what is not trained too
         count = max(0, min(part.numel(), self.partitions.count(parameter) - start))
         return Fragment(name, parameter, start, {"master": part[:count]})
 

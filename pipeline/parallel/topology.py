@@ -1,4 +1,4 @@
-"""The process grid: tensor x pipeline x data parallelism on Megatron-core's process groups."""
+"""The process grid: tensor x context x data x pipeline parallelism on Megatron-core's process groups."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ class Topology:
     device: torch.device
     tensor_rank: int
     tensor_size: int
+    context_rank: int
+    """Which part of every chunk's segments is this process's."""
+    context_size: int
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
+    """Which lanes are this process's."""
     data_size: int
     previous_rank: int | None
     """Global rank of the pipeline stage before this one; None on the first."""
@@ -46,7 +50,7 @@ class Topology:
     @property
     def owns_lanes(self) -> bool:
         """Of the processes with the same lanes, the one that saves where they stand."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
+        return self.tensor_rank == self.context_rank == self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -62,13 +66,28 @@ class Topology:
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
+    def context_group(self) -> dist.ProcessGroup:
+        """The processes that share the segments of the same lanes, heads and layers."""
+        return parallel_state.get_context_parallel_group()
+
+    @property
     def model_group(self) -> dist.ProcessGroup:
-        """The processes of one copy of the model."""
+        """The processes of one copy of the model, for one context rank."""
         return parallel_state.get_model_parallel_group()
 
     @property
-    def data_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_data_parallel_group()
+    def replica_group(self) -> dist.ProcessGroup:
+        """The processes that hold the same parameters, data x context; ZeRO shares the optimizer out over them."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    @property
+    def replica_rank(self) -> int:
+        """In `replica_group`: context is the faster axis."""
+        return self.data_rank * self.context_size + self.context_rank
+
+    @property
+    def replicas(self) -> int:
+        return self.data_size * self.context_size
 
     @property
     def embedding_group(self) -> dist.ProcessGroup:
@@ -142,7 +161,9 @@ def _description(error: Exception) -> tuple[type[Exception], str]:
     return RuntimeError, f"{kind.__name__}: {message}"
 
 
-def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[[], None] | None = None) -> Topology:
+def initialize(
+    *, tensor: int, pipeline: int, context: int = 1, timeout_s: float, greet: Callable[[], None] | None = None
+) -> Topology:
     """Join the process group described by torchrun's environment variables and lay out the grid.
 
     Safe to call again with another layout in the same processes (the tests do).
@@ -174,14 +195,14 @@ def initialize(*, tensor: int, pipeline: int, timeout_s: float, greet: Callable[
     if greet is not None:
         greet()
     world = dist.get_world_size()
-    if world % (tensor * pipeline):
+    if world % (size := tensor * context * pipeline):
         raise ValueError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} needs a multiple of {tensor * pipeline} "
-            f"processes; there are {world}"
+            f"parallel.tensor={tensor} x parallel.context={context} x parallel.pipeline={pipeline} needs a multiple of "
+            f"{size} processes; there are {world}"
         )
     first = FirstMessages(dist.distributed_c10d._get_default_store(), dist.get_rank())
     with first.within("the making of the layout's groups", range(world)):
-        make_model_parallel(tensor=tensor, pipeline=pipeline, timeout_s=timeout_s)
+        make_model_parallel(tensor=tensor, pipeline=pipeline, context=context, timeout_s=timeout_s)
         topology = place_in_grid(device, lambda: pipeline_group(timeout_s))
         topology = replace(topology, host_groups=host_groups(timeout_s))
     _open_connections(topology, first)
@@ -217,6 +238,8 @@ def place_in_grid(device: torch.device, new_group: Callable[[], dist.ProcessGrou
         device=device,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         pipeline_rank=position,
         pipeline_size=len(stages),
         data_rank=parallel_state.get_data_parallel_rank(),
@@ -249,7 +272,8 @@ def _open_connections(topology: Topology, first: FirstMessages) -> None:
     groups = {
         "all processes": dist.group.WORLD,
         "parallel.tensor": topology.tensor_group,
-        "data parallelism": topology.data_group,
+        "parallel.context": topology.context_group,
+        "data parallelism": topology.replica_group,
         "the processes that hold one model": topology.model_group,
     }
     if topology.pipeline_size > 1 and (topology.pipeline_rank == 0 or topology.is_last_stage):

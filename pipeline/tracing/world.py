@@ -29,7 +29,8 @@ def pretended_world(config: Config, rank: int, world_size: int) -> Iterator[Topo
     def everyone_alike(objects: list[Any], own: Any, group: dist.ProcessGroup | None = None) -> None:
         objects[:] = [own] * len(objects)
 
-    layout = {"tensor": config.parallel.tensor, "pipeline": config.parallel.pipeline}
+    parallel = config.parallel
+    layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
     with pretended_rank(rank, world_size, **layout), pretended_accelerator() as device:
         with (
             warnings.catch_warnings(),
@@ -47,7 +48,8 @@ def group_labels(topology: Topology) -> dict[str, str]:
         "all": dist.group.WORLD,
         "model": parallel_state.get_model_parallel_group(),
         "embedding": parallel_state.get_embedding_group(check_initialized=False),
-        "data": topology.data_group,
+        "data": topology.replica_group,
+        "context": topology.context_group,
         "tensor": topology.tensor_group,
         "pipeline, forward": topology.forward_group,
         "pipeline, backward": topology.backward_group,

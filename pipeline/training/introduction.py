@@ -36,7 +36,8 @@ def derived_rows(
     kernel = memory_kernel(model, train.precision, topology.device.type)
     kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}
     return {
-        "layout": f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {topology.data_size}, "
+        "layout": f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data "
+        f"{topology.data_size}, "
         f"ZeRO {parallel.zero_stage}, {world} processes on {topology.device.type}",
         "precision": train.precision,
         "memory": f"{model.memory.rule}, write gate {model.memory.write_gate}, mix gate {model.memory.mix_gate}, "

@@ -5,27 +5,27 @@ from __future__ import annotations
 import time
 
 from pipeline.config import derived
+from pipeline.config.layout import usable_processes
 from pipeline.config.schema import Config
-from pipeline.config.validate import usable_processes
 from pipeline.training.elastic import NODES, Attempt, launcher_folder, told_by_ranks
 
 
 def check_least(config: Config, attempt: Attempt, processes_per_node: int) -> None:
     """Raises: ValueError: the least number of nodes cannot hold one copy of the model."""
-    size = derived.model_parallel_size(config)
+    size = derived.processes_per_lane(config)
     if attempt.min_nodes * processes_per_node < size:
         raise ValueError(
             f"NNODES={attempt.min_nodes}:{attempt.max_nodes}: {attempt.min_nodes} node(s) of {processes_per_node} "
-            f"process(es) cannot hold parallel.tensor = {config.parallel.tensor} x parallel.pipeline = "
-            f"{config.parallel.pipeline}: the least number of nodes must be {-(-size // processes_per_node)}"
+            f"process(es) cannot hold {derived.told_per_lane(config)}: the least number of nodes must be "
+            f"{-(-size // processes_per_node)}"
         )
 
 
 def told_idle(config: Config, world_size: int, usable: int) -> str:
     """What is to be said of processes that have nothing to do."""
-    size = derived.model_parallel_size(config)
+    size = derived.processes_per_lane(config)
     return (
-        f"{world_size - usable} of {world_size} processes wait: parallel.tensor x parallel.pipeline = {size} and "
+        f"{world_size - usable} of {world_size} processes wait: {size} for {derived.told_per_lane(config)} and "
         f"train.lanes = {config.train.lanes} make {usable // size} data-parallel rank(s) of them at the most; the "
         "others step in when a node is lost"
     )

@@ -26,7 +26,9 @@ def make_all(rank: int, world: int, tensor: int, pipeline: int) -> tuple[list[li
 
     with mock.patch.object(dist, "new_group", counting), pretended_rank(rank, world, tensor=tensor, pipeline=pipeline):
         topology = place_in_grid("cpu", lambda: pipeline_group(60.0))
-        names = [group.group_name for group in (topology.forward_group, topology.backward_group, topology.data_group)]
+        names = [
+            group.group_name for group in (topology.forward_group, topology.backward_group, topology.replica_group)
+        ]
         names.append(str(dist.distributed_c10d._world.group_count))
     return made, names
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from pipeline.config.layout import usable_processes
 from pipeline.config.load import load_config
-from pipeline.config.validate import usable_processes
 from pipeline.training import elastic
 from pipeline.training.elastic import ATTEMPT, CLAIM_FOLDER, NODES, Attempt, Reached
 from pipeline.training.regroup import Regroup, check_least, recovery
