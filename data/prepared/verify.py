@@ -55,10 +55,16 @@ class Problem:
     """Names the file, and what is wrong with it."""
 
 
-def verify_set(path: Path | str, advance: Callable[[int], None] = lambda _: None) -> list[Problem]:
+def verify_set(
+    path: Path | str,
+    advance: Callable[[int], None] = lambda _: None,
+    seen: Callable[[str, int, DocumentRecord], None] = lambda *_: None,
+) -> list[Problem]:
     """All problems of the prepared set at `path`; an empty list means that every byte is as written.
 
-    `advance` is told the shard bytes that are done.
+    Args:
+        advance: is told the shard bytes that are done.
+        seen: is told (split, document, what its metadata say), once for every document of a set that is intact so far.
     """
     path = Path(path)
     try:
@@ -77,7 +83,7 @@ def verify_set(path: Path | str, advance: Callable[[int], None] = lambda _: None
         for file in sorted(path.glob(f"{split}-*.tar")):
             if file.name not in known:
                 problems.append(Problem("shard-unknown", f"{file} is not in the manifest"))
-    return problems or _check_opening(path, manifest)
+    return problems or _check_opening(path, manifest, seen)
 
 
 def _check_tokenizer(path: Path, recorded: TokenizerEntry) -> list[Problem]:
@@ -176,13 +182,13 @@ def _what_changed(file: Path, shard: ShardEntry, dtype: np.dtype) -> str:
     return "its documents' tokens match their hashes, so only names or metadata differ"
 
 
-def _check_opening(path: Path, manifest: Manifest) -> list[Problem]:
+def _check_opening(path: Path, manifest: Manifest, seen: Callable[[str, int, DocumentRecord], None]) -> list[Problem]:
     """Files that are intact, but do not belong together: a manifest from another set, for instance."""
     for split in manifest.splits:
         try:
             prepared = PreparedSet(path, split)
             for i in range(len(prepared)):
-                prepared.metadata(i)
+                seen(split, i, prepared.metadata(i))
             prepared.close()
         except ValueError as error:
             return [Problem("manifest", f"{path}: manifest, index and shards do not belong together: {error}")]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.arguments import positive_int
 from launch.commands.prepare import left_out
+from launch.commands.progress import progress
 
 if TYPE_CHECKING:
     from data.prepared.manifest import Manifest
+    from data.prepared.shards import DocumentRecord
 
 _BAR_CHARACTERS = 40
 _SHARDS_SHOWN = 20
@@ -23,6 +28,7 @@ _LANES_SHOWN = 32
 _EXCERPTS = 3
 _EXCERPT_TOKENS = 200
 _EXCERPT_CHARACTERS = 160
+_METADATA = "reading metadata"
 
 DAMAGED = 1
 """Exit code when the folder is not what was written."""
@@ -34,8 +40,8 @@ class FolderKind:
 
     name: str
     recognises: Callable[[Path], bool]
-    inspect: Callable[[Path, bool], int]
-    """(folder, verify) -> exit code."""
+    inspect: Callable[[Path, argparse.Namespace], int]
+    """(folder, options) -> exit code."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,6 +53,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("folder", metavar="DIR", help=f"one of: {', '.join(kind.name for kind in KINDS)}")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="only show, do not read every byte")
+    a_set = parser.add_argument_group("of a prepared set")
+    segment = a_set.add_mutually_exclusive_group()
+    segment.add_argument(
+        "--segment-length", type=positive_int, metavar="S", help="show the padding of segments of S tokens"
+    )
+    segment.add_argument("--config", metavar="CONFIG", help="the same for the segments of a run's configuration")
+    a_set.add_argument("--plot", metavar="FILE.png", help="draw lengths, padding and the sources' shares")
     parser.set_defaults(run=run)
 
 
@@ -56,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{folder} {'is not a folder' if os.path.lexists(folder) else 'does not exist'}")
     for kind in KINDS:
         if kind.recognises(folder):
-            return kind.inspect(folder, args.verify)
+            given = [name for name in ("segment_length", "config", "plot") if getattr(args, name) is not None]
+            if given and kind.recognises is not _is_prepared_set:
+                raise ValueError(f"--{given[0].replace('_', '-')} is about prepared sets, and {folder} is {kind.name}")
+            return kind.inspect(folder, args)
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and any(k.recognises(path) for k in KINDS))
     raise ValueError(
         f"{folder} is nothing that can be inspected; valid is: {', '.join(kind.name for kind in KINDS)}"
@@ -71,13 +87,17 @@ def _is_prepared_set(folder: Path) -> bool:
     )
 
 
-def _inspect_prepared_set(folder: Path, verify: bool) -> int:
+def _inspect_prepared_set(folder: Path, args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from data.prepared.manifest import load_manifest
+    from data.prepared.shards import PreparedSet
+    from data.prepared.survey import DocumentHashes
     from data.prepared.verify import KINDS as PROBLEMS
     from data.prepared.verify import verify_set
+    from launch.commands.survey import chosen_segments, draw_survey, print_padding, print_repeats, print_sources
 
+    segments = chosen_segments(args.segment_length, args.config)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     try:
         manifest = load_manifest(folder)
@@ -85,17 +105,41 @@ def _inspect_prepared_set(folder: Path, verify: bool) -> int:
         console.print(f"DAMAGED  {PROBLEMS['manifest']}: {error}")
         return DAMAGED
     _print_manifest(console, folder, manifest)
+    lengths = {}
     for split in manifest.splits:
         _print_excerpts(console, folder, split)
-    if not verify:
-        console.print("\nnot verified (--no-verify)")
+        with contextlib.suppress(ValueError, OSError):  # said by what verifies, or by the excerpts
+            prepared = PreparedSet(folder, split)
+            lengths[split] = prepared.lengths
+            prepared.close()
+    if lengths:
+        print_padding(console, lengths, segments)
+    if not args.verify:
+        console.print("\nnot verified, and documents not compared with each other (--no-verify)")
+        if args.plot and lengths:
+            draw_survey(Path(args.plot), str(folder), lengths, None, segments)
         return 0
-    from rich.progress import Progress
-
+    hashes = DocumentHashes(manifest)
     total = sum(shard.bytes for summary in manifest.splits.values() for shard in summary.shards)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("verifying", total=total)
-        problems = verify_set(folder, lambda done: progress.advance(task, done))
+    documents = sum(summary.documents for summary in manifest.splits.values())
+    done: Counter[str] = Counter()
+
+    def advance(amount: int) -> None:
+        done["bytes"] += amount
+        shown_progress("verifying", done["bytes"], total, 0)
+
+    def seen(split: str, number: int, record: DocumentRecord) -> None:
+        done["documents"] += 1
+        shown_progress(_METADATA, done["documents"], documents, 0)
+        hashes.add(split, number, record)
+
+    with progress({_METADATA: (1, "documents")}) as shown_progress:
+        problems = verify_set(folder, advance, seen)
+    if not problems:
+        print_sources(console, lengths, hashes, segments)
+        print_repeats(console, lengths, hashes)
+    if args.plot and lengths:
+        draw_survey(Path(args.plot), str(folder), lengths, None if problems else hashes, segments)
     console.print()
     for problem in problems:
         console.print(f"DAMAGED  {PROBLEMS[problem.kind]} [{problem.kind}]: {problem.message}")
@@ -122,10 +166,11 @@ def _print_manifest(console: Any, folder: Path, manifest: Manifest) -> None:
         f"{begin}end token {tokenizer.eos_id}, "
         f"hash {tokenizer.hash[:12]}"
     )
+    tokens = max(sum(source.tokens for source in manifest.sources), 1)
     for source in manifest.sources[:_SOURCES_SHOWN]:
         console.print(
             f"  source: {printable(source.spec[:_SPEC_CHARACTERS])}: "
-            f"{source.documents:,} documents, {source.tokens:,} tokens{left_out(source)}"
+            f"{source.documents:,} documents, {source.tokens:,} tokens ({source.tokens / tokens:.1%}){left_out(source)}"
         )
         for message in source.bad[:_BAD_SHOWN]:
             console.print(f"    left out: {printable(message[:_SPEC_CHARACTERS])}")
@@ -196,7 +241,8 @@ def _is_checkpoint(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("checkpoint.json", "rank_*.safetensors", "rank_*.json"))
 
 
-def _inspect_checkpoint(folder: Path, verify: bool) -> int:
+def _inspect_checkpoint(folder: Path, args: argparse.Namespace) -> int:
+    verify = args.verify
     from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
@@ -264,7 +310,8 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
 
 
-def _inspect_run(folder: Path, verify: bool) -> int:
+def _inspect_run(folder: Path, args: argparse.Namespace) -> int:
+    verify = args.verify
     from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()

@@ -6,15 +6,14 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from launch.arguments import count, number, seed
+from launch.commands.progress import progress
 from launch.commands.terminal import visible
 
 if TYPE_CHECKING:
-    from data.preparation.prepare import Prepared, Report
+    from data.preparation.prepare import Prepared
     from data.prepared.manifest import Manifest, SourceEntry
 
 _SOURCES = """\
@@ -43,8 +42,6 @@ example:
   infini prepare python:torch,numpy passkey:500,length=512..16K --tokenizer train:4096 --out sets/demo
 
 A set is complete when its manifest.json is there. After an interruption run the same command again."""
-
-_PLAIN_INTERVAL_S = 10.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -150,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     )
     processes = len(os.sched_getaffinity(0)) if args.processes is None else args.processes
     started = time.perf_counter()
-    with _progress() as report:
+    with progress() as report:
         prepared = prepare(
             args.sources, args.out, options, processes=processes, overwrite=args.overwrite, report=report, say=_note
         )
@@ -169,63 +166,6 @@ def _size(option: str, text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """A bar with rate and time left in a terminal, a line every ten seconds elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    started: dict[str, float] = {}
-    if not console.is_terminal:
-        printed = time.perf_counter()
-
-        def report_line(phase: str, done: int, total: int, tokens: int) -> None:
-            nonlocal printed
-            now = time.perf_counter()
-            # A phase that cannot tell how far it is says so at once, and nothing more.
-            printed = printed if total or phase in started else float("-inf")
-            began = started.setdefault(phase, now)
-            if now - printed >= _PLAIN_INTERVAL_S:
-                printed = now
-                left = (now - began) * (total - done) / done if done else 0.0
-                if not total:
-                    console.print(f"{phase} ...", highlight=False)
-                    return
-                console.print(
-                    f"{phase}  {done / 1e6:,.1f}/{total / 1e6:,.1f} MB  {tokens:,} tokens  {left:,.0f} s left",
-                    highlight=False,
-                )
-
-        yield report_line
-        return
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        tasks: dict[str, Any] = {}
-
-        def report_bar(phase: str, done: int, total: int, tokens: int) -> None:
-            if phase not in tasks:
-                started[phase] = time.perf_counter()
-                for before in progress.tasks:
-                    if before.total is None:  # it could not tell how far it was, but it is over
-                        progress.update(before.id, total=1, completed=1)
-                tasks[phase] = progress.add_task(phase, total=total or None, rate="")
-            if not total:
-                return
-            elapsed = max(time.perf_counter() - started[phase], 1e-3)
-            rate = f"{done / 1e6 / elapsed:,.1f} MB/s" + (f", {tokens / elapsed:,.0f} tokens/s" if tokens else "")
-            progress.update(tasks[phase], completed=min(done, total), rate=rate)
-
-        yield report_bar
 
 
 def _print_summary(out: str, prepared: Prepared, elapsed_s: float) -> None:

@@ -12,7 +12,7 @@ from data.preparation.options import PrepareOptions
 from data.prepared.shards import PreparedSet
 from data.synthetic import TASKS
 from launch import cli
-from launch.commands import prepare
+from launch.commands import progress
 
 
 def test_the_stated_defaults_are_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_training_a_tokenizer_says_what_it_does(tmp_path: Path, capsys: pytest.C
         (reading, 550, 550),
         (training, 0, 0),
     ]
-    with prepare._progress() as report:
+    with progress.progress() as report:
         report(training, 0, 0, 0)
         report(training, 0, 0, 0)
     assert capsys.readouterr().err == f"{training} ...\n"
@@ -127,7 +127,7 @@ def test_a_bar_that_cannot_tell_how_far_it_is_ends_with_the_next(monkeypatch: py
     add = Progress.add_task
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     monkeypatch.setattr(Progress, "add_task", lambda self, *a, **k: (shown.append(self), add(self, *a, **k))[1])
-    with prepare._progress() as report:
+    with progress.progress() as report:
         report("training", 0, 0, 0)
         assert shown[0].tasks[0].total is None and not shown[0].finished
         report("encoding", 5, 5, 1)
@@ -136,8 +136,8 @@ def test_a_bar_that_cannot_tell_how_far_it_is_ends_with_the_next(monkeypatch: py
 
 def test_progress_lines_tell_the_rest(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("launch.commands.prepare.time.perf_counter", lambda: now)
-    with prepare._progress() as report:
+    monkeypatch.setattr("launch.commands.progress.time.perf_counter", lambda: now)
+    with progress.progress() as report:
         report("encoding", 0, 40_000_000, 0)
         now = 120.0
         report("encoding", 10_000_000, 40_000_000, 3_000_000)
