@@ -42,7 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="make the largest step twice, and a save, on all processes of the run; print every rank's peak of memory "
+        help="make the largest step twice, an evaluation where evaluate.interval is set, and a save, on all processes "
+        "of the run; print every rank's peak of memory "
         "beside the plan's, and begin nothing: no window or checkpoint is read (--resume changes nothing), the run "
         "folder is not touched. Exit code 2 where the memory does not suffice",
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.checkpoint.folder import SUMMARY, CheckpointError, checkpoint_folders
 from pipeline.evaluation import scalars
-from pipeline.evaluation.evaluate import evaluate_run, join
+from pipeline.evaluation.evaluate import evaluate_checkpoint, join
 from pipeline.evaluation.report import Results, write_json
 from pipeline.evaluation.training_curves import Series, evaluation_curves
 from pipeline.parallel.topology import on_main
@@ -26,7 +26,8 @@ def evaluate_checkpoints(
     """Evaluate every whole checkpoint of a run, and write `curve.json` and `curve.png`; collective.
 
     Args:
-        run_dir, overrides, options: see `evaluate_run`.
+        run_dir, overrides: see `evaluate_run`.
+        options: see `evaluate_checkpoint`.
         out: folder for the curve, and in it a folder for each checkpoint's results; None is `evaluation` in the run's.
 
     Returns:
@@ -37,14 +38,11 @@ def evaluate_checkpoints(
     """
     run_dir = Path(run_dir)
     folder = run_dir / "evaluation" if out is None else Path(out)
-    join(run_dir, overrides)
-    paths = on_main(lambda: whole_checkpoints(run_dir))
-    results = [
-        evaluate_run(
-            run_dir, overrides=overrides, checkpoint=path, out=None if out is None else folder / path.name, **options
-        )
-        for path in paths
-    ]
+    config, topology = join(run_dir, overrides)
+    results = []
+    for path in on_main(lambda: whole_checkpoints(run_dir)):
+        own = None if out is None else folder / path.name
+        results.append(evaluate_checkpoint(config, topology, run_dir, path, overrides=overrides, out=own, **options))
     on_main(lambda: _report(results, folder))
     return results
 

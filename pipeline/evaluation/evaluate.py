@@ -40,15 +40,7 @@ LONGEST_WAIT = datetime.timedelta(days=7)
 
 
 def evaluate_run(
-    run_dir: str | Path,
-    *,
-    overrides: Sequence[str] = (),
-    checkpoint: str | Path | None = None,
-    out: str | Path | None = None,
-    data: Sequence[str] = (),
-    with_synthetic: bool = True,
-    with_perplexity: bool = True,
-    with_passkey: bool = False,
+    run_dir: str | Path, *, overrides: Sequence[str] = (), checkpoint: str | Path | None = None, **options: Any
 ) -> dict[str, Any]:
     """Evaluate a run; collective. `launch.processes.world.join_world` (or torchrun) must have set the environment.
 
@@ -56,6 +48,33 @@ def evaluate_run(
         run_dir: the run's folder.
         overrides: `key=value` settings of the evaluation, such as `evaluate.documents=64` or `parallel.tensor=2`.
         checkpoint: a checkpoint's folder; None takes the run's newest.
+        options: see `evaluate_checkpoint`, which also says what is returned and raised.
+    """
+    run_dir = Path(run_dir)
+    config, topology = join(run_dir, overrides)
+    # One looks for all: a run that is going on moves what is its newest.
+    path = on_main(lambda: find_checkpoint(Path(checkpoint) if checkpoint is not None else run_dir))
+    return evaluate_checkpoint(config, topology, run_dir, path, overrides=overrides, **options)
+
+
+def evaluate_checkpoint(
+    config: Config,
+    topology: Topology,
+    run_dir: Path,
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    data: Sequence[str] = (),
+    with_synthetic: bool = True,
+    with_perplexity: bool = True,
+    with_passkey: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on processes that have joined; collective.
+
+    Args:
+        config, topology: what `join` gives for `run_dir` and `overrides`.
+        path: the checkpoint's folder.
         out: folder for the results; None is `evaluation/<checkpoint>` in the run's folder.
         data: prepared sets whose held-out documents are used in place of the run's own.
         with_synthetic, with_perplexity: leave a part out.
@@ -68,10 +87,6 @@ def evaluate_run(
         ValueError: settings, data or checkpoint do not fit (`ConfigError`, `CheckpointError` and their like).
         OSError: something cannot be read or written.
     """
-    run_dir = Path(run_dir)
-    config, topology = join(run_dir, overrides)
-    # One looks for all: a run that is going on moves what is its newest.
-    path = on_main(lambda: find_checkpoint(Path(checkpoint) if checkpoint is not None else run_dir))
     started = time.perf_counter()
     streamer, reader = open_checkpoint(config, topology, path)
     _check_model(reader, config)

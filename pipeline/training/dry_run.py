@@ -1,8 +1,8 @@
 """A run's largest step, made on the run's own processes before hours are spent: does it fit, and is the plan right?
 
-Twice the step with all lanes full, since Adam's moments come with the first; statistics of the memory in it; and then a
-save. Nothing of the run begins: no window is read, the run folder is not touched, and the checkpoint goes to a hidden
-folder beside it, on the same disk, which is removed.
+Twice the step with all lanes full, since Adam's moments come with the first; statistics of the memory in it; then an
+evaluation, where the run makes some, and a save. Nothing of the run begins: no window is read, the run folder is not
+touched, and the checkpoint goes to a hidden folder beside it, on the same disk, which is removed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from pipeline.config.schema import Config
 from pipeline.parallel.memory_statistics import gather_statistics
 from pipeline.parallel.setup import vocabulary, written_for
 from pipeline.parallel.topology import Topology, on_main, shutdown
-from pipeline.reporting.console import format_bytes, format_duration, print_table
+from pipeline.reporting.console import format_bytes, format_duration, print_table, progress
 from pipeline.training.batches import full_batch
 from pipeline.training.trainer import Trainer, enter
 
@@ -54,6 +54,8 @@ class RankPeak(NamedTuple):
     planned: int
     steps: int
     """At the peak of the steps."""
+    evaluation: int
+    """At the peak with an evaluation, where the run makes some; else that of the steps."""
     save: int
     """At the peak of everything, the save included."""
     taken: int
@@ -73,6 +75,8 @@ class DryRun(NamedTuple):
     peaks: list[RankPeak]
     step_s: float
     """Of the last step, on the slowest rank."""
+    evaluation_s: float
+    """0 where the run makes none."""
     save_s: float
 
 
@@ -102,6 +106,8 @@ def measure(config: Config, topology: Topology) -> DryRun:
     try:
         step_s = _take_steps(trainer, meter)
         steps = meter.peak()
+        evaluation_s = _evaluate(trainer, meter)
+        evaluation = steps if trainer.evaluation is None else meter.peak()
         save_s = _save(trainer, meter)
     finally:
         if topology.is_main:  # no collective: an exception may be on its way
@@ -113,14 +119,15 @@ def measure(config: Config, topology: Topology) -> DryRun:
         stage=topology.pipeline_rank,
         planned=planned,
         steps=steps,
+        evaluation=evaluation,
         save=meter.peak(),
         taken=meter.taken,
         available=meter.available,
     )
-    everyone: list[tuple[RankPeak, float, float]] = [(own, step_s, save_s)] * dist.get_world_size()
+    everyone: list[tuple[RankPeak, float, float, float]] = [(own, step_s, evaluation_s, save_s)] * dist.get_world_size()
     dist.all_gather_object(everyone, everyone[0])
-    peaks, steps_s, saves_s = zip(*everyone, strict=True)
-    return DryRun(list(peaks), max(steps_s), max(saves_s))
+    peaks, *seconds = zip(*everyone, strict=True)
+    return DryRun(list(peaks), *map(max, seconds))
 
 
 def _beside(run_dir: Path) -> Path:
@@ -149,6 +156,22 @@ def _take_steps(trainer: Trainer, meter: _Meter) -> float:
             )
         trainer.memory.value = result.memory
     return time.perf_counter() - start
+
+
+def _evaluate(trainer: Trainer, meter: _Meter) -> float:
+    """An evaluation as the run makes them; seconds of it."""
+    if trainer.evaluation is None:
+        return 0.0
+    start = time.perf_counter()
+    with meter.explaining("an evaluation (evaluate.interval)"):
+        trainer.evaluation.rehearse(trainer.optimizer, lambda total: _shown_evaluation(total, trainer.topology))
+    return time.perf_counter() - start
+
+
+def _shown_evaluation(total: int, topology: Topology) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    if topology.is_main:
+        return progress(total, "evaluating, tokens")
+    return contextlib.nullcontext(lambda tokens: None)
 
 
 def _save(trainer: Trainer, meter: _Meter) -> float:
@@ -211,6 +234,8 @@ class _Meter:
 def report(config: Config, found: DryRun) -> None:
     """Print what a dry run found."""
     on_device = found.peaks[0].available is not None
+    interval = config.evaluate.interval
+    besides = "" if interval is None else ", an evaluation"
     shown = _shown(found.peaks)
     rows = [
         [
@@ -219,6 +244,7 @@ def report(config: Config, found: DryRun) -> None:
             format_bytes(peak.planned),
             format_bytes(peak.steps),
             f"{100 * (peak.ratio - 1):+.1f} %",
+            *([] if interval is None else [format_bytes(peak.evaluation)]),
             format_bytes(peak.save),
             format_bytes(peak.taken) + (f" of {format_bytes(peak.available)}" if on_device else ""),
         ]
@@ -226,15 +252,24 @@ def report(config: Config, found: DryRun) -> None:
     ]
     which = "" if len(shown) == len(found.peaks) else f", the fullest of every stage of {len(found.peaks):,} ranks"
     print_table(
-        f"{config.name}: {STEPS} of the largest steps, and a save{which}",
+        f"{config.name}: {STEPS} of the largest steps{besides}, and a save{which}",
         rows,
-        header=("rank", "stage", "planned", "steps", "difference", "with save", "taken" if on_device else "process"),
+        header=(
+            *("rank", "stage", "planned", "steps", "difference"),
+            *([] if interval is None else ["with evaluation"]),
+            *("with save", "taken" if on_device else "process"),
+        ),
     )
     tokens = tokens_per_step(config)
     print(
         f"step {STEPS} took {format_duration(found.step_s)}: {tokens / found.step_s:,.0f} tokens/s; "
         f"the save took {format_duration(found.save_s)}"
     )
+    if interval is not None:
+        print(
+            f"the evaluation took {format_duration(found.evaluation_s)}; one every {interval:,} steps takes "
+            f"{100 * found.evaluation_s / (interval * found.step_s):.3g} % of the steps' time besides"
+        )
     off = [peak for peak in found.peaks if abs(peak.ratio - 1) > TOLERANCE]
     if off:
         worst = max(off, key=lambda peak: max(peak.ratio, 1 / max(peak.ratio, 1e-9)))

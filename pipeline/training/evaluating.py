@@ -20,7 +20,7 @@ from data.tokenizer.tokenizer import load_tokenizer
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 from pipeline.evaluation import scalars
-from pipeline.evaluation.work import Work, own_sets
+from pipeline.evaluation.work import Shown, Work, own_sets
 from pipeline.inference.streaming import Interrupted, Streamer
 from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.topology import Topology, on_main
@@ -123,6 +123,11 @@ class Evaluation:
         self.done[step] = values.get(self._loss_name)
         monitor.evaluated(step, values | {SECONDS: seconds}, self._told(step, values, seconds))
         return True
+
+    def rehearse(self, optimizer: ZeroOptimizer, shown: Shown) -> None:
+        """Evaluate, and keep nothing of it; collective."""
+        with optimizer.whole_parameters():
+            self.work.measure(Streamer(optimizer.stage, self.topology), shown)
 
     @property
     def _loss_name(self) -> str | None:

@@ -47,8 +47,8 @@ class SpikeError(RuntimeError):
 
 
 def train(config: Config, resume: str | None) -> int:
-    """Train as one of the processes of a run; returns the exit code: 0, or before the last step `stopping.STOPPED`, or
-    `REGROUP` where more nodes are there.
+    """Train as one of the processes of a run; returns the exit code: 0, or `stopping.STOPPED` before everything is
+    done, or `REGROUP` where more nodes are there.
 
     Args:
         config: validated configuration.
@@ -85,7 +85,7 @@ def _train(config: Config, topology: Topology, resume: str | None) -> int:
     stopping.ignore()
     trainer.watchdog.stop()
     shutdown()
-    if trainer.progress.step >= config.train.steps:
+    if trainer.is_done:
         return 0
     return REGROUP if trainer.regrouping else stopping.STOPPED
 
@@ -190,6 +190,12 @@ class Trainer:
         for note in notes:
             self.monitor.message(note)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do: no step, nor the evaluation behind the last one."""
+        step = self.progress.step
+        return step >= self.config.train.steps and not (self.evaluation is not None and self.evaluation.is_due(step))
+
     def close(self) -> None:
         """End the background work of a run that ended well."""
         self.saver.close()
@@ -246,8 +252,9 @@ class Trainer:
             reasons: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(reasons, reason)
             first = next(r for r in reasons if r)
-            self.monitor.stopping(first)
-            tell_job(stopping.JOB_STOPPED, first)
+            if not self.is_done:
+                self.monitor.stopping(first)
+                tell_job(stopping.JOB_STOPPED, first)
             on_main(stop.clear_file)
         elif not regroup and self.evaluation is not None and self.evaluation.is_due(self.progress.step):
             done = self.evaluation.run(self.progress.step, self.optimizer, self.monitor, self.watchdog, asked)

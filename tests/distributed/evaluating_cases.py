@@ -47,6 +47,8 @@ def evaluate_checkpoints(run: str, **arguments: Any) -> list[dict[str, Any]]:
     """`infini evaluate --all-checkpoints` with the same batches."""
     with (
         mock.patch.object(streaming, "WINDOW_TOKENS", FEW_TOKENS),
-        mock.patch.object(evaluate, "initialize", join),
+        mock.patch.object(evaluate, "initialize", side_effect=join) as joined,
     ):
-        return checkpoints.evaluate_checkpoints(run, **arguments)
+        results = checkpoints.evaluate_checkpoints(run, **arguments)
+    assert joined.call_count == 1  # however many checkpoints there are
+    return results

@@ -36,7 +36,8 @@ def train(
         stop_at: (rank, step, signal or path): during this step that rank gets the signal, or makes that file.
 
     Returns:
-        Error and printed text; steps, windows and the lanes' state; on rank 0 weights, moments and memory.
+        Error and printed text; steps, whether all is done, windows and the lanes' state; on rank 0 weights, moments and
+        memory.
     """
     trainer = make_trainer(folder, data, overrides)
     printed, error = io.StringIO(), None
@@ -78,6 +79,7 @@ def train(
     tensors = full_weights(trainer) | full_memory(trainer)
     state = {
         "step": trainer.progress.step,
+        "done": trainer.is_done,
         "windows": trainer.progress.windows,
         "lanes": trainer.loader.state_dict()["lanes"],
     }

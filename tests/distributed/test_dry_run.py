@@ -31,7 +31,10 @@ LAYOUTS = {
         2,
         ["parallel.pipeline=2", "bptt.chunks_per_window=2", "bptt.recompute=window", "train.probes_per_window=2"],
     ),
-    "zero 3": (2, ["parallel.zero_stage=3"]),
+    "zero 3, evaluation": (
+        2,
+        ["parallel.zero_stage=3", "evaluate.interval=2", "evaluate.documents=2", "evaluate.max_segments=2"],
+    ),
 }
 
 
@@ -43,11 +46,16 @@ def test_every_rank_is_measured_and_nothing_is_left(pools, data, tmp_path, name)
     assert [rank["error"] for rank in ranks] == [None] * world
     peaks = ranks[0]["peaks"]
     assert [peak["rank"] for peak in peaks] == list(range(world))
-    assert all(0 < peak["planned"] and peak["steps"] <= peak["save"] <= peak["taken"] for peak in peaks)
+    assert all(
+        0 < peak["planned"] and peak["steps"] <= peak["evaluation"] <= peak["save"] <= peak["taken"] for peak in peaks
+    )
     # The save is a whole one: masters and both moments of every parameter, and the memory of every lane.
     kinds = {tensor.split("/")[0] for rank in ranks for tensors in rank["saved"] for tensor in tensors}
     assert kinds >= {"master", "exp_avg", "exp_avg_sq", "memory"}
     assert "THE PLAN IS OFF" in ranks[0]["printed"]  # next to Python and its libraries the tiny model is nothing
+    evaluates = "evaluate.interval=2" in settings
+    assert ("one every 2 steps takes" in ranks[0]["printed"]) == evaluates
+    assert all((peak["evaluation"] > peak["steps"]) <= evaluates for peak in peaks)
     assert "nothing of it was begun" in ranks[0]["printed"]
     assert list(tmp_path.iterdir()) == []
 

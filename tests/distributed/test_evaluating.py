@@ -97,6 +97,15 @@ def test_nothing_of_the_run_changes(pools, data, tmp_path, layout):
     assert (on / "evaluation" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_done(pools, data, tmp_path):
+    """All its steps are: it says that it was stopped, and whoever goes on with it evaluates and is done."""
+    arguments = {"folder": str(tmp_path / "run"), "data": data, "overrides": [*RUN, "train.steps=2", *EVALUATION]}
+    (stopped,) = pools.run(1, evaluating_cases.train, **arguments, stop_in_window=3)
+    assert (stopped["step"], stopped["done"]) == (2, False) and evaluated(tmp_path / "run") == {}
+    (resumed,) = pools.run(1, evaluating_cases.train, **arguments, resume="latest")
+    assert (resumed["step"], resumed["done"]) == (2, True) and list(evaluated(tmp_path / "run")) == [2]
+
+
 def test_a_random_number_would_show(pools, data, tmp_path):
     for name in ("without", "with"):
         overrides = [*RUN, "train.steps=3", *(EVALUATION if name == "with" else [])]
