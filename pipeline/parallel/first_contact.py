@@ -25,6 +25,7 @@ import psutil
 import torch.distributed as dist
 
 from data.files import some
+from pipeline.parallel.naming import ranks_named, ranks_on_hosts
 
 SAY_EVERY_S = 30.0
 """Between two lines about who has not come."""
@@ -142,12 +143,12 @@ def _await_all(store: dist.Store, world: int, timeout_s: float) -> None:
         now = time.monotonic()
         if now - began > timeout_s:
             raise ValueError(
-                f"{_ranks(missing)} of {world} have not come within {timeout_s:g} s: look at what their nodes say"
+                f"{ranks_named(missing)} of {world} have not come within {timeout_s:g} s: look at what their nodes say"
             )
         if now - said > SAY_EVERY_S:
             said = now
             print(
-                f"infini: waiting for {_ranks(missing)} of {world}, for {now - began:.0f} s",
+                f"infini: waiting for {ranks_named(missing)} of {world}, for {now - began:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
@@ -245,19 +246,8 @@ def _what_hangs(store: dist.Store, key: str, name: str, ranks: Sequence[int]) ->
     except RuntimeError as error:
         return f"{told}the place where the processes meet is gone ({error})"
     if missing := [rank for rank in ranks if rank not in here]:
-        return f"{told}{_ranks(missing)} not there: look at what that node says; here are {_placed(here)}"
+        return f"{told}{ranks_named(missing)} not there: look at what that node says; here are {ranks_on_hosts(here)}"
     return (
-        f"{told}all of it are there, {_placed(here)}: is the network up between these nodes, and is {INTERFACE} or "
-        "NCCL_SOCKET_IFNAME the interface that they share?"
+        f"{told}all of it are there, {ranks_on_hosts(here)}: is the network up between these nodes, and is "
+        f"{INTERFACE} or NCCL_SOCKET_IFNAME the interface that they share?"
     )
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    return f"rank{'s' * (len(numbers) > 1)} {some(map(str, numbers), 8)}"
-
-
-def _placed(hosts: dict[int, str]) -> str:
-    places: dict[str, list[int]] = {}
-    for rank, host in hosts.items():
-        places.setdefault(host, []).append(rank)
-    return some([f"{_ranks(ranks)} on {host}" for host, ranks in places.items()], 8)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from data.files import some
 from data.lanes.loader import WindowBatch
+from pipeline.parallel.naming import ranks_named
 from pipeline.parallel.topology import Topology
 
 SHOWN = 4
@@ -65,7 +66,7 @@ def different_windows(windows: list[RankWindow]) -> str:
     for lane, found in list(different.items())[:SHOWN]:
         # The reading of the most ranks first: it is the likelier one.
         groups = sorted(found.values(), key=lambda group: (-len(group), group[0][0]))
-        told = [f"{_ranks([rank for rank, _ in group])} read {some(group[0][1], SHOWN)}" for group in groups]
+        told = [f"{ranks_named([rank for rank, _ in group])} read {some(group[0][1], SHOWN)}" for group in groups]
         same_names = len({tuple(group[0][1]) for group in groups}) == 1
         lines.append(f"lane {lane}: {', '.join(told)}" + (" with other contents" if same_names else ""))
     if len(different) > SHOWN:
@@ -76,7 +77,3 @@ def different_windows(windows: list[RankWindow]) -> str:
         + ". Is the prepared set the same on all nodes, and can all of them read it? With data.skip_bad_documents a "
         "process leaves out what it cannot read"
     )
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + some(map(str, ranks), SHOWN)

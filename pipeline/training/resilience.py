@@ -19,8 +19,9 @@ from typing import NamedTuple, TypeVar
 import psutil
 import torch.distributed as dist
 
-from data.files import some, write_whole
+from data.files import write_whole
 from pipeline.config.schema import ResilienceConfig
+from pipeline.parallel.naming import ranks_on_hosts
 from pipeline.training import stopping
 
 Result = TypeVar("Result")
@@ -217,10 +218,8 @@ class Watchdog:
             now = self._published(store)
         except (RuntimeError, LookupError) as error:
             return f"where the other ranks are is not known ({error})"
-        if silent := [rank for rank in before if before[rank].beat == now[rank].beat]:
-            names = some([f"{rank} on {now[rank].host}" for rank in silent], 8)
-            ranks = f"rank{'s' * (len(silent) > 1)} {names}"
-            return f"no sign of life from {ranks}: is the node gone, or the network to it?"
+        if silent := {rank: now[rank].host for rank in before if before[rank].beat == now[rank].beat}:
+            return f"no sign of life from {ranks_on_hosts(silent)}: is the node gone, or the network to it?"
         return late_ranks(list(now.values()))
 
     def _published(self, store: dist.Store) -> dict[int, _Progress]:
@@ -252,12 +251,12 @@ class _Progress(NamedTuple):
 def late_ranks(progress: list[_Progress]) -> str:
     """Which ranks are furthest behind, and where. Where all are in one phase, its operations tell them apart."""
     least = min(found.count for found in progress)
-    places: dict[str, list[str]] = {}
+    places: dict[str, dict[int, str]] = {}
     for rank, found in enumerate(progress):
         if found.count == least:
-            places.setdefault(str(found), []).append(f"{rank} on {found.host}")
+            places.setdefault(str(found), {})[rank] = found.host
     late = sum(map(len, places.values())) < len(progress)
-    told = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} in {place}" for place, ranks in places.items()]
+    told = [f"{ranks_on_hosts(hosts)} in {place}" for place, hosts in places.items()]
     return ("late: " if late else "all ranks are in the same phase: ") + "; ".join(told)
 
 

@@ -30,9 +30,12 @@ def test_equal_names_with_other_contents():
 
 def test_a_long_list_is_cut_with_a_count():
     many = [
-        RankWindow(rank, list(range(9)), [rank // 6] * 9, [[f"{rank // 6}:{i}" for i in range(7)]] * 9)
-        for rank in range(7)
+        RankWindow(rank, list(range(9)), [rank // 10] * 9, [[f"{rank // 10}:{i}" for i in range(7)]] * 9)
+        for rank in range(11)
     ]
     message = different_windows(many)
-    assert "lane 0: ranks 0, 1, 2, 3 and 2 more read 0:0, 0:1, 0:2, 0:3 and 3 more, rank 6 read 1:0" in message
+    assert (
+        "lane 0: ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more read 0:0, 0:1, 0:2, 0:3 and 3 more, rank 10 read 1:0"
+        in message
+    )
     assert "lane 3" in message and "lane 4" not in message and "; and 5 more lanes" in message

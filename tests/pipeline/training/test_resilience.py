@@ -74,11 +74,11 @@ def test_late_ranks_are_named_with_their_operations():
 
     waiting, working = "wait for hidden states, microbatch 0, chunk 1", "forward, microbatch 0, chunk 1"
     assert late_ranks([at(20, "data"), at(21, "forward_backward", waiting), at(20, "data")]) == (
-        "late: ranks 0 on n1, 2 on n1 in data of step 7"
+        "late: ranks 0, 2 on n1 in data of step 7"
     )
     assert late_ranks([at(21, "forward_backward", o) for o in (working, waiting, waiting)]) == (
         f"all ranks are in the same phase: rank 0 on n1 in forward_backward of step 7 ({working}); "
-        f"ranks 1 on n1, 2 on n1 in forward_backward of step 7 ({waiting})"
+        f"ranks 1, 2 on n1 in forward_backward of step 7 ({waiting})"
     )
 
 
