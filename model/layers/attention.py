@@ -150,7 +150,7 @@ class InfiniAttention(nn.Module):
         else:
             before = self.tables.before(hidden.device, self.memory_dtype)
             local, context = sliding_attention(
-                heads, qkv[:, :, :, -2], before, context, reset, probes, detach=self.detach_reads
+                heads, qkv[:, :, :, -2], before, context, reset, probes, detach=self.detach_reads, part=part
             )
         if self.rule is None:
             return AttentionResult(self.project_out(join_heads(local, b * segments)), context, None, None)

@@ -22,6 +22,7 @@ from model.layers.heads import Heads
 from model.layers.rotary import Table, rotate
 from model.layers.sdpa import attention_kernel
 from model.rules.base import Reads
+from model.rules.context import ContextPart, shift
 from model.rules.state import LocalContext
 
 
@@ -40,6 +41,7 @@ def sliding_attention(
     probes: Tensor | None,
     *,
     detach: bool,
+    part: ContextPart | None = None,
 ) -> tuple[Tensor, LocalContext]:
     """Causal attention to the segment and to the one before it.
 
@@ -51,29 +53,39 @@ def sliding_attention(
         reset: bool `[b, t]`, True where a document starts.
         probes: int64 `[b, p]` or None: each sees what segment `probes[b, j]` sees.
         detach: let no gradient into previous segments.
+        part: the segments are this rank's part of a chunk, before which stands the left neighbour's last one.
 
     Returns:
         The attention `[b*(t+p)*n, r, s, d]`, and the context carried out.
     """
     b, t = reset.shape
     s, _, n, _ = key.shape
-    seen = torch.cat([context.local_seen[:, :1, 0] > 0, torch.ones_like(reset[:, 1:])], dim=1) & ~reset
+    seen = context.local_seen[:, :1, 0] > 0
+    if part is not None and part.context.rank > 0:  # a segment of the left neighbour's is before the first one
+        seen = torch.ones_like(seen)
+    seen = torch.cat([seen, torch.ones_like(reset[:, 1:])], dim=1) & ~reset
     with_probes = Reads(probes, detach).chosen
 
-    def before(x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        """What stands before each segment and probe, `[b*(t+p)*n, 1, s, d]`, and what the last segment leaves behind,
-        of `[b*(t+p), n, s, d]`."""
-        own = x.unflatten(0, (b, -1))[:, :t]
-        previous = torch.cat([carried.to(x.dtype).unsqueeze(1), own[:, :-1]], dim=1)
+    keys, values = (
+        x.unflatten(0, (b, -1))[:, :t] for x in (key.permute(1, 2, 0, 3), heads.value.view(-1, n, s, key.shape[3]))
+    )
+    carried = context[:2]
+    if part is None:
+        first = [x.to(keys.dtype) for x in carried]
+        # A copy: a view would keep all of a layer's keys and values alive until the chunk goes back, recomputed or not.
+        last = [x[:, -1].to(carried[0].dtype, copy=True) for x in (keys, values)]
+    else:
+        first, last = shift(torch.stack([keys[:, -1], values[:, -1]]), torch.stack(carried), part.context)
+
+    def before(own: Tensor, first: Tensor) -> Tensor:
+        """What stands before each segment and probe, `[b*(t+p)*n, 1, s, d]`, of `[b, t, n, s, d]`."""
+        previous = torch.cat([first.unsqueeze(1), own[:, :-1]], dim=1)
         # Not a product with 0: what is cleared may have overflowed.
         previous = previous.where(seen[:, :, None, None, None], 0)
         previous = previous.detach() if detach else previous
-        # A copy: a view would keep all of a layer's keys and values alive until the chunk goes back, recomputed or not.
-        left = own[:, -1].to(carried.dtype, copy=True)
-        return with_probes(previous).flatten(0, 2).unsqueeze(1), left
+        return with_probes(previous).flatten(0, 2).unsqueeze(1)
 
-    key_before, last_key = before(key.permute(1, 2, 0, 3), context.local_key)
-    value_before, last_value = before(heads.value.view(-1, n, s, key.shape[3]), context.local_value)
+    key_before, value_before = before(keys, first[0]), before(values, first[1])
     with attention_kernel(heads.query):
         wide = F.scaled_dot_product_attention(
             heads.query,
@@ -86,7 +98,7 @@ def sliding_attention(
     # well, and taken where nothing is before it.
     alone = segment_attention(heads.query, heads.key, heads.value)
     local = torch.where(with_probes(seen).repeat_interleave(n).view(-1, 1, 1, 1), wide, alone)
-    return local, LocalContext(last_key, last_value, torch.ones_like(context.local_seen))
+    return local, LocalContext(*last, torch.ones_like(context.local_seen))
 
 
 def put_before(

@@ -16,7 +16,7 @@ begin as the plain sum of 4 tokens: places that follow the same tokens match, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from model.config import LayerShape
 from model.device import cache_rows
 from model.rules.base import MemoryRule, Reads, RuleParameter, Tokens
+from model.rules.context import send_around
 from model.rules.state import State, extended_state
 
 WIDTH = 4
@@ -114,7 +115,7 @@ class ConvolvedRule(MemoryRule):
     ) -> tuple[Tokens, Tensor, Tensor]:
         """The tokens behind the convolutions, and the tails before every segment and behind the last one."""
         taps = _taps(weights, tail)
-        q, k, v, before, after = _Convolution.apply(*tokens[:3], tail, taps, reset, reads, self.silu)
+        q, k, v, before, after = _Convolution.apply(*tokens[:3], tail, taps, reset, reads, self.silu, tokens.part)
         return tokens._replace(q=q, k=k, v=v), before, after
 
 
@@ -146,11 +147,12 @@ class _Convolution(Function):
     """All convolutions of a window at once: y_i = sum_j w_j x_{i - 3 + j}, through segment borders inside a document.
 
     The tokens of a segment stand in a buffer behind the 3 before them. Backward: dx_i = sum_j w_j dy_{i + 3 - j},
-    dw_j = sum_i dy_i x_{i - 3 + j}; what a tail gets goes to the tokens that it was copied from.
+    dw_j = sum_i dy_i x_{i - 3 + j}; what a tail gets goes to the tokens that it was copied from. Where ranks share a
+    chunk, the first tail is the left neighbour's last one (`model.rules.context.send_around`).
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, initial, taps, reset, reads, silu):
+    def forward(ctx, q, k, v, initial, taps, reset, reads, silu, part):
         """Convolved q `[b, t + p, n, r, s, d]`, k and v `[b, t, n, s, d]`; the tails before every segment
         `[b, t, n, r + 2, 3, d]`, without gradient, and behind the last one."""
         b, segments, n, r, s, d = q.shape
@@ -159,7 +161,15 @@ class _Convolution(Function):
         own, tails = padded[..., WIDTH - 1 :, :], padded[..., : WIDTH - 1, :]
         own[:, :, :, :r], own[:, :t, :, r], own[:, :t, :, r + 1] = q, k, v
         clear = _per_tail(reset, initial)
-        tails[:, 0] = initial.masked_fill(clear[:, 0], 0)
+        context = None if part is None else part.context
+        left = initial
+        if context is not None:
+            own_last = initial.new_empty(initial.shape)
+            for place, segment, tokens, lost in _last_tokens(t, s, clear):
+                own_last[..., place, :] = own[:, segment, ..., tokens, :].masked_fill(lost, 0)
+            received = send_around(own_last, context)
+            left, carried_out = (initial, received) if context.rank == 0 else (received, initial.clone())
+        tails[:, 0] = left.masked_fill(clear[:, 0], 0)
         for before, after in _neighbours(t, s):
             tails[:, after] = padded[:, before, ..., -(WIDTH - 1) :, :]
             # Not a product with 0: what is cleared may have overflowed.
@@ -176,9 +186,10 @@ class _Convolution(Function):
             if silu:
                 torch.ops.aten.silu.out(block, out=activated[..., first:last, :])
         ctx.set_materialize_grads(False)
-        ctx.reads, ctx.silu, ctx.shapes, ctx.dtype = reads, silu, (q.shape, t), q.dtype
+        ctx.reads, ctx.silu, ctx.shapes, ctx.dtype, ctx.context = reads, silu, (q.shape, t), q.dtype, context
         ctx.save_for_backward(padded, weights, clear, convolved if silu else None, reads.probes)
-        last, before = padded[:, t - 1, ..., -(WIDTH - 1) :, :].clone(), tails[:, :t]
+        last = padded[:, t - 1, ..., -(WIDTH - 1) :, :].clone() if context is None else carried_out
+        before = tails[:, :t]
         ctx.mark_non_differentiable(before)
         return activated[:, :, :, :r], activated[:, :t, :, r], activated[:, :t, :, r + 1], before, last
 
@@ -220,19 +231,28 @@ class _Convolution(Function):
         if segments > t:
             lane = torch.arange(b, device=probes.device).unsqueeze(1)
             of_tails.index_put_((lane, probes), of_tails[:, t:], accumulate=True)
-        if of_last is not None:
+        if of_last is not None and ctx.context is None:
             found[:, t - 1, ..., -(WIDTH - 1) :, :].add_(of_last)
         for before, after in reversed(_neighbours(t, s)):
             passed = of_tails[:, after].masked_fill_(clear[:, after], 0)
             found[:, before, ..., -(WIDTH - 1) :, :].add_(passed)
         of_initial = of_tails[:, 0].masked_fill(clear[:, 0], 0)
-        own = found[..., WIDTH - 1 :, :].to(ctx.dtype)
+        own = found[..., WIDTH - 1 :, :]
+        if ctx.context is not None:
+            of_last = torch.zeros_like(of_initial) if of_last is None else of_last
+            first = ctx.context.rank == 0
+            of_own_last = send_around(of_last if first else of_initial, ctx.context, back=True)
+            of_initial = of_initial if first else of_last
+            for place, segment, tokens, lost in _last_tokens(t, s, clear):
+                own[:, segment, ..., tokens, :].add_(of_own_last[..., place, :].masked_fill(lost, 0))
+        own = own.to(ctx.dtype)
         return (
             own[:, :, :, :r],
             own[:, :t, :, r],
             own[:, :t, :, r + 1],
             of_initial,
             of_taps,
+            None,
             None,
             None,
             None,
@@ -263,6 +283,17 @@ def _neighbours(t: int, s: int) -> list[tuple[slice, slice]]:
     if s >= WIDTH - 1:
         return [(slice(t - 1), slice(1, t))] if t > 1 else []
     return [(slice(i, i + 1), slice(i + 1, i + 2)) for i in range(t - 1)]
+
+
+def _last_tokens(t: int, s: int, clear: Tensor) -> Iterator[tuple[slice, int, slice, Tensor]]:
+    """Where the last tokens of t segments stand, which must have as many: places in a tail, the segment and tokens of
+    it, and whether a document starts between them and the end (broadcasts over tails)."""
+    assert t * s >= WIDTH - 1, "a part is shorter than a tail"
+    step = min(s, WIDTH - 1)
+    for end in range(WIDTH - 1, 0, -step):
+        segment = t - 1 - (WIDTH - 1 - end) // step
+        size = min(step, end)
+        yield slice(end - size, end), segment, slice(s - size, s), clear[:, segment + 1 :].any(dim=1)
 
 
 def _per_tail(of_segments: Tensor, tail: Tensor) -> Tensor:

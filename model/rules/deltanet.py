@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.config import LayerShape
 from model.rules.base import MemoryRule, Tokens
+from model.rules.context import ContextPart
 from model.rules.delta_blocks import block_length, solve_blocks
 from model.rules.feature_maps import unit_length_of
 from model.rules.kernel import choose_kernel, scan_by_fla
@@ -23,7 +24,13 @@ from model.rules.state import MatrixState
 
 
 def scan_delta_rule(
-    key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None, initial: Tensor, reset: Tensor
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    log_decay: Tensor | None,
+    initial: Tensor,
+    reset: Tensor,
+    part: ContextPart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run `M <- a (M - g k (k^T M)) + g k v^T` over all tokens of a window.
 
@@ -31,11 +38,12 @@ def scan_delta_rule(
         key, value, gate, log_decay: see `solve_blocks`.
         initial: M carried in, `[b, n, d, d]`.
         reset: bool `[b, t]`, True where a document starts.
+        part: see `scan_pairs`.
 
     Returns:
         M before every segment `[b, t, n, d, d]`, after its reset, and M carried out `[b, n, d, d]`.
     """
-    return scan_blocks(initial, solve_blocks(key, value, gate, log_decay), reset)
+    return scan_blocks(initial, solve_blocks(key, value, gate, log_decay), reset, part)
 
 
 class DeltaNetRule(MemoryRule):
@@ -63,7 +71,7 @@ class DeltaNetRule(MemoryRule):
         device, dim = tokens.k.device.type, tokens.k.shape[-1]
         kernel = choose_kernel(self.kernel, bfloat16=tokens.bfloat16, device=device, dim=dim)
         scan = scan_by_fla if kernel.name == "fla" else scan_delta_rule
-        before, after = scan(tokens.k, tokens.v, tokens.gate, log_decay, state.M, reset)
+        before, after = scan(tokens.k, tokens.v, tokens.gate, log_decay, state.M, reset, tokens.part)
         return MatrixState(before), MatrixState(after)
 
     def look(self, query: Tensor, state: MatrixState) -> Tensor:

@@ -6,7 +6,7 @@ backward pass is bfloat16, too. States at segment borders must be float32: they 
 are. So a segment is a sequence of its own, and all segments of a window are one call. Over a segment the rule is
 affine, M -> T M + W. With the values [v, 0] and the initial state [0, I], the final state is [W, T]; the float32 scan
 over segments is that of every rule, and with it resets, the state carried in, and their gradients. A window of one
-segment starts from its state at once, at half the width.
+segment that no other rank shares starts from its state at once, at half the width.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from model.config import KERNELS, ModelConfig, layer_shape
+from model.rules.context import ContextPart
 from model.rules.scan import scan_pairs
 
 RULES_WITH_KERNELS = ("deltanet", "gated_deltanet")
@@ -108,6 +109,7 @@ def scan_by_fla(
     log_decay: Tensor | None,
     initial: Tensor,
     reset: Tensor,
+    part: ContextPart | None = None,
     *,
     products: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor]:
@@ -121,7 +123,7 @@ def scan_by_fla(
     gate = torch.ones_like(key[..., 0]) if gate is None else gate
     log_decay = torch.zeros_like(key[..., 0]) if log_decay is None else log_decay
     key, value = key.to(products), value.to(products)
-    if t == 1:
+    if t == 1 and part is None:
         start = initial.masked_fill(reset.view(b, 1, 1, 1), 0)
         end = _final_states(key[:, 0], value[:, 0], gate[:, 0], log_decay[:, 0], start)
         return start.unsqueeze(1), end
@@ -129,7 +131,7 @@ def scan_by_fla(
     empty_and_unit = torch.cat([torch.zeros_like(unit), unit], dim=-1).expand(b * t, n, d, 2 * d)
     value = torch.cat([value, torch.zeros_like(value)], dim=-1)
     ends = _final_states(*(x.flatten(0, 1) for x in (key, value, gate, log_decay)), empty_and_unit)
-    return scan_pairs(initial, ends.unflatten(0, (b, t)), reset)
+    return scan_pairs(initial, ends.unflatten(0, (b, t)), reset, part)
 
 
 def _final_states(key: Tensor, value: Tensor, gate: Tensor, log_decay: Tensor, initial: Tensor) -> Tensor:

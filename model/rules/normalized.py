@@ -58,15 +58,15 @@ class NormalizedRule(MemoryRule):
     ) -> tuple[NormalizedState, NormalizedState]:
         key, gate = tokens.k, tokens.gate
         sums = key.sum(dim=-2) if gate is None else (gate.unsqueeze(-2) @ key).squeeze(-2)
-        z, z_after = scan_sums(state.z, sums, reset)
+        z, z_after = scan_sums(state.z, sums, reset, tokens.part)
         if self.delta:
             right = _Stored.apply(key, tokens.v, z, self.epsilon)
             # A segment is one block: what it takes off is what was stored before it.
             left, gate, right = (None if x is None else x.unsqueeze(3) for x in (key, gate, right))
-            M, M_after = scan_blocks(state.M, Blocks(left, gate, right, None), reset)
+            M, M_after = scan_blocks(state.M, Blocks(left, gate, right, None), reset, tokens.part)
         else:
             written = key if gate is None else key * gate.unsqueeze(-1)
-            M, M_after = scan_sums(state.M, written.mT @ tokens.v.to(key.dtype), reset)
+            M, M_after = scan_sums(state.M, written.mT @ tokens.v.to(key.dtype), reset, tokens.part)
         return NormalizedState(M, z), NormalizedState(M_after, z_after)
 
     def look(self, query: Tensor, state: NormalizedState) -> Tensor:

@@ -1,9 +1,9 @@
 """The scan over time that all rules share, and the composition of neighbours that a scan may be split by.
 
 What a piece of text does to a memory is a pair: X -> T X + C, the transition T `[d, d]` and the write C `[d, e]`. Pairs
-of neighbours compose to one pair, (T2, C2) after (T1, C1) being (T2 T1, T2 C1 + C2): blocks of a segment to a segment
-here, segments to what a context-parallel rank passes on. A pair is one tensor `[..., d, e + d]`, C in front of T, so
-that one product makes or composes both.
+of neighbours compose to one pair, (T2, C2) after (T1, C1) being (T2 T1, T2 C1 + C2): blocks of a segment to a segment,
+and segments to what a context-parallel rank passes on (`model.rules.context`). A pair is one tensor
+`[..., d, e + d]`, C in front of T, so that one product makes or composes both.
 
 A pair is a product itself where a block of tokens writes what differs from what is stored, X -> a X + U^T (V + E X):
 T = a I + U^T E, C = U^T V. A device that works on many blocks at once makes all pairs and composes them. A CPU, which
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from model.rules.context import ContextPart
+from model.rules.context import ContextPart, over_states, pass_back, pass_on
 
 
 class Blocks(NamedTuple):
@@ -48,8 +48,8 @@ def scan_blocks(
     Arguments and results are those of `scan_pairs`.
     """
     if initial.device.type == "cpu":
-        return _BlockScan.apply(initial, *blocks, reset)
-    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset)
+        return _BlockScan.apply(initial, *blocks, reset, part)
+    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset, part)
 
 
 def block_pairs(blocks: Blocks) -> Tensor:
@@ -64,11 +64,13 @@ def scan_pairs(initial: Tensor, pairs: Tensor, reset: Tensor, part: ContextPart 
         initial: `[b, n, d, e]`, the state carried in.
         pairs: `[b, t, n, d, e + d]`, C_t in front of T_t.
         reset: bool `[b, t]`, True where the state is cleared before segment t.
+        part: the segments are this rank's part of a chunk; `initial` is what the chunk starts with, on every rank.
 
     Returns:
-        What every segment reads `[b, t, n, d, e]`, after its reset, and the state carried out `[b, n, d, e]`.
+        What every segment reads `[b, t, n, d, e]`, after its reset, and the state carried out `[b, n, d, e]`: with a
+        `part` what the chunk ends with, on every rank.
     """
-    return _Scan.apply(initial, pairs, reset, True)
+    return _Scan.apply(initial, pairs, reset, True, part)
 
 
 def scan_sums(initial: Tensor, writes: Tensor, reset: Tensor, part: ContextPart | None = None) -> tuple[Tensor, Tensor]:
@@ -78,7 +80,7 @@ def scan_sums(initial: Tensor, writes: Tensor, reset: Tensor, part: ContextPart 
         initial: `[b, n, ...]`.
         writes: C_t, `[b, t, n, ...]`.
     """
-    return _Scan.apply(initial, writes, reset, False)
+    return _Scan.apply(initial, writes, reset, False, part)
 
 
 def compose_neighbours(pairs: Tensor) -> Tensor:
@@ -93,24 +95,35 @@ class _Scan(Function):
     """Gradients, from the last segment to the first, with G the gradient of the state that a segment leaves behind:
 
     dC_t = G,   dT_t = G X_t^T,   G <- (0 where reset_t, else T_t^T G + dX_t)
+
+    A part of a chunk is gone through twice each way: for its pair, or the G of its first state; then from what the
+    other ranks say.
     """
 
     @staticmethod
-    def forward(ctx, initial: Tensor, pairs: Tensor, reset: Tensor, has_transition: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, initial: Tensor, pairs: Tensor, reset: Tensor, has_transition: bool, part: ContextPart | None
+    ) -> tuple[Tensor, Tensor]:
         columns, segments = initial.shape[-1], pairs.shape[1]
-        clear = _per_state(reset, initial)
-        states, state = [], initial
+        clear = over_states(reset, initial)
+        states, state, end, transition_of_part = [], initial, None, None
+        if part is not None:
+            own = _pair_of_segments(pairs, clear, columns)
+            state, end = pass_on(initial, own, part)
+            transition_of_part = own[..., columns:].clone() if has_transition else None
         for t in range(segments):
             # Not a product with 0: what is cleared may have overflowed.
             states.append(state.masked_fill(clear[t], 0))
-            if has_transition:
+            if end is not None and t == segments - 1:
+                state = end
+            elif has_transition:
                 write, transition = _flat(pairs[:, t, ..., :columns]), _flat(pairs[:, t, ..., columns:])
                 state = torch.baddbmm(write, transition, _flat(states[t])).view(initial.shape)
             else:
                 state = states[t] + pairs[:, t]
         before = torch.stack(states) if segments > 1 else states[0].unsqueeze(0)
-        ctx.has_transition = has_transition
-        ctx.save_for_backward(clear, *((before, pairs) if has_transition else ()))
+        ctx.has_transition, ctx.part = has_transition, part
+        ctx.save_for_backward(clear, *((before, pairs, transition_of_part) if has_transition else ()))
         return before.transpose(0, 1), state
 
     @staticmethod
@@ -121,18 +134,31 @@ class _Scan(Function):
         wide = after.shape[-1] + after.shape[-2] if ctx.has_transition else columns
         found = after.new_empty(segments, *after.shape[:-1], wide)  # of the pairs
         writes = found[..., :columns]
+
+        def pass_through(first: int) -> Tensor:
+            """G of the state that segment 0 starts with, from `writes[first]` of the one that `first` leaves behind."""
+            for t in reversed(range(first + 1)):
+                into = writes[t - 1] if t else torch.empty_like(after)
+                if ctx.has_transition:
+                    transition = _flat(saved[1][:, t, ..., columns:])
+                    torch.baddbmm(_flat(before[:, t]), transition.mT, _flat(writes[t]), out=_flat(into))
+                else:
+                    torch.add(before[:, t], writes[t], out=into)
+                into.masked_fill_(clear[t], 0)
+            return into
+
+        if ctx.part is not None:
+            of_start = before[:, -1].masked_fill(clear[-1], 0)
+            if segments > 1:
+                writes[-2] = of_start
+                of_start = pass_through(segments - 2)
+            transition = saved[2] if ctx.has_transition else None
+            after, of_initial = pass_back(of_start, transition, after, ctx.part)
         writes[-1] = after
-        for t in reversed(range(segments)):
-            into = writes[t - 1] if t else torch.empty_like(after)
-            if ctx.has_transition:
-                transition = _flat(saved[1][:, t, ..., columns:])
-                torch.baddbmm(_flat(before[:, t]), transition.mT, _flat(writes[t]), out=_flat(into))
-            else:
-                torch.add(before[:, t], writes[t], out=into)
-            into.masked_fill_(clear[t], 0)
+        of_start = pass_through(segments - 1)
         if ctx.has_transition:
             torch.bmm(writes.flatten(0, 2), saved[0].flatten(0, 2).mT, out=found[..., columns:].flatten(0, 2))
-        return into, found.transpose(0, 1), None, None
+        return of_start if ctx.part is None else of_initial, found.transpose(0, 1), None, None, None
 
 
 class _Pairs(Function):
@@ -168,16 +194,23 @@ class _BlockScan(Function):
     """With R = V + E X of a block, and G the gradient of the X that it leaves behind, from the last one to the first:
 
     dR = U G,   dU = R G^T,   dE = dR X^T,   da = the sum of G X,   G <- a G + E^T dR
+
+    A part of a chunk is gone through twice, as in `_Scan`.
     """
 
     @staticmethod
-    def forward(ctx, initial, left, gate, right, decay, reset):
+    def forward(ctx, initial, left, gate, right, decay, reset, part):
         b, t, n, m, c, d = left.shape
         columns = initial.shape[-1]
-        clear = _per_state(reset, initial)
+        clear = over_states(reset, initial)
+        start, end, transition = initial, None, None
+        if part is not None:
+            own = _pair_of_blocks(left, gate, right, decay, clear, columns)
+            start, end = pass_on(initial, own, part)
+            transition = own[..., columns:].clone()
         states = initial.new_empty(t * m + 1, b * n, d, columns)
         rest = initial.new_empty(t * m, b * n, c, columns)
-        states[0] = initial.flatten(0, 1)
+        states[0] = start.flatten(0, 1)
         for i, (left_part, gate_part, right_part, decay_part) in enumerate(_in_turn(left, gate, right, decay)):
             state = states[i]
             if i % m == 0:
@@ -186,18 +219,22 @@ class _BlockScan(Function):
             torch.baddbmm(right_part[..., :columns], right_part[..., columns:], state, out=rest[i])
             kept = state if decay_part is None else state * decay_part
             torch.baddbmm(kept, _written(left_part, gate_part).mT, rest[i], out=states[i + 1])
-        ctx.save_for_backward(left, gate, right, decay, clear, states, rest)
+        ctx.part = part
+        ctx.save_for_backward(left, gate, right, decay, clear, states, rest, transition)
         before = states[:-1].view(t, m, *initial.shape)[:, 0].transpose(0, 1)
-        return before, states[-1].view(initial.shape)
+        return before, states[-1].view(initial.shape) if end is None else end
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_before: Tensor, of_after: Tensor):
-        left, gate, right, decay, clear, states, rest = ctx.saved_tensors
+        left, gate, right, decay, clear, states, rest, transition = ctx.saved_tensors
         b, t, n, m = left.shape[:4]
         columns = of_after.shape[-1]
         found = [None if x is None else torch.empty_like(x) for x in (left, gate, right, decay)]
         steps = zip(_in_turn(left, gate, right, decay), _in_turn(*found, joined=False), strict=True)
+        if ctx.part is not None:
+            of_start = _of_start(left, gate, right, decay, clear, of_before)
+            of_after, of_initial = pass_back(of_start, transition, of_after, ctx.part)
         gradient = of_after.flatten(0, 1)
         for i, (parts, places) in reversed(list(enumerate(steps))):
             left_part, gate_part, right_part, decay_part = parts
@@ -217,7 +254,8 @@ class _BlockScan(Function):
             gradient = torch.baddbmm(gradient, stored.mT, of_rest)
             if i % m == 0:
                 gradient.view(of_after.shape).add_(of_before[:, i // m]).masked_fill_(clear[i // m], 0)
-        return gradient.view(of_after.shape), *found, None
+        of_start = gradient.view(of_after.shape)
+        return of_start if ctx.part is None else of_initial, *found, None, None
 
 
 def _in_turn(
@@ -269,9 +307,53 @@ class _Compose(Function):
         return found
 
 
-def _per_state(of_segments: Tensor, state: Tensor) -> Tensor:
-    """`[b, t]` as `[t, b, 1, ...]`, which broadcasts over the states `[t, b, n, ...]`."""
-    return of_segments.t().reshape(*reversed(of_segments.shape), *(1,) * (state.dim() - 1))
+def _pair_of_segments(pairs: Tensor, clear: Tensor, columns: int) -> Tensor:
+    """The pair of all segments, after their resets, `[b, n, d, e + d]`; their sum where there are no transitions."""
+    own = pairs[:, 0].clone()
+    own[..., columns:].masked_fill_(clear[0], 0)
+    for t in range(1, pairs.shape[1]):
+        own.masked_fill_(clear[t], 0)
+        write, transition = pairs[:, t, ..., :columns], pairs[:, t, ..., columns:]
+        if transition.shape[-1]:
+            own = transition @ own
+            own[..., :columns].add_(write)
+        else:
+            own.add_(write)
+    return own
+
+
+def _pair_of_blocks(left, gate, right, decay, clear: Tensor, columns: int) -> Tensor:
+    """`_pair_of_segments` of `Blocks`: their steps from [0 | I]."""
+    b, _, n, m, _, d = left.shape
+    own = left.new_zeros(b, n, d, columns + d)
+    own[..., columns:].diagonal(dim1=-2, dim2=-1).fill_(1)
+    own = own.flatten(0, 1)
+    for i, (left_part, gate_part, right_part, decay_part) in enumerate(_in_turn(left, gate, right, decay)):
+        if i % m == 0:
+            own.view(b, n, d, -1).masked_fill_(clear[i // m], 0)
+        rest = torch.bmm(right_part[..., columns:], own)
+        rest[..., :columns].add_(right_part[..., :columns])
+        kept = own if decay_part is None else own * decay_part
+        own = torch.baddbmm(kept, _written(left_part, gate_part).mT, rest)
+    return own.view(b, n, d, -1)
+
+
+def _of_start(left, gate, right, decay, clear: Tensor, of_before: Tensor) -> Tensor:
+    """Gradient of the state that the first of all blocks starts with, where what the last one leaves behind has none;
+    `of_before` is that of the states before every segment."""
+    m, columns = left.shape[3], of_before.shape[-1]
+    gradient = torch.zeros_like(of_before[:, 0]).flatten(0, 1)
+    # Nothing reaches the last segment's blocks.
+    reached = list(enumerate(_in_turn(left, gate, right, decay)))
+    for i, (left_part, gate_part, right_part, decay_part) in reversed(reached):
+        if i < len(reached) - m:
+            of_rest = torch.bmm(_written(left_part, gate_part), gradient)
+            kept = gradient if decay_part is None else gradient * decay_part
+            gradient = torch.baddbmm(kept, right_part[..., columns:].mT, of_rest)
+        if i % m == 0:
+            gradient = (gradient.view(of_before[:, 0].shape) + of_before[:, i // m]).masked_fill_(clear[i // m], 0)
+            gradient = gradient.flatten(0, 1)
+    return gradient.view(of_before[:, 0].shape)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def small_config(
     return ModelConfig(**settings | changes, memory=memory)
 
 
-def small_stage(config: ModelConfig, *, first=0, last=None, scramble=True, **options) -> DecoderStage:
+def small_stage(config: ModelConfig, *, first=0, last=None, scramble=True, context=None, **options) -> DecoderStage:
     """A stage of one process. Scrambled weights are far from their initial values: nothing is near zero or one."""
     stage = DecoderStage(
         config,
@@ -33,6 +33,7 @@ def small_stage(config: ModelConfig, *, first=0, last=None, scramble=True, **opt
         last_layer=config.num_layers if last is None else last,
         tensor_rank=0,
         tensor_size=1,
+        context=context,
     )
     stage.initialize(0)
     if scramble:

@@ -202,7 +202,7 @@ def test_convolutions_of_a_window(monkeypatch, s, probes, silu):
     q = draw(B, T + (probes is not None), N, R, s, D)
     k, v, initial = draw(B, T, N, s, D), draw(B, T, N, s, D), draw(B, N, R + 2, WIDTH - 1, D)
     taps, reads = draw(N, R + 2, D, WIDTH), Reads(probes, detach=False)
-    *found, tails, last = _Convolution.apply(q, k, v, initial, taps, RESET, reads, silu)
+    *found, tails, last = _Convolution.apply(q, k, v, initial, taps, RESET, reads, silu, None)
     for part, (x, y) in enumerate(((q[:, :T, :, 0], found[0][:, :T, :, 0]), (k, found[1]), (v, found[2]))):
         part = 0 if part == 0 else R + part - 1
         before = torch.stack([tails[:, :T, 1, part]], dim=0)[0]
@@ -217,7 +217,7 @@ def test_convolutions_of_a_window(monkeypatch, s, probes, silu):
     assert last.shape == initial.shape
 
     def outputs(q, k, v, initial, taps):
-        *convolved, _, last = _Convolution.apply(q, k, v, initial, taps, RESET, reads, silu)
+        *convolved, _, last = _Convolution.apply(q, k, v, initial, taps, RESET, reads, silu, None)
         return *convolved, last
 
     assert gradcheck(outputs, (q, k, v, initial, taps))

@@ -1,0 +1,68 @@
+"""Segments shared by 2 and 4 ranks: outputs, gradients and memory of one rank, in float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from tests.distributed import context_cases
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-10
+RULES = ("linear", "delta", "deltanet", "gated_deltanet")
+AROUND = ("", "+sliding", "+convolution", "+sliding+convolution")
+
+
+def grid(rule: str) -> list[dict[str, Any]]:
+    """All write gates and surroundings of a rule, with probes, detached reads and `skip_empty` in turn."""
+    cases = []
+    for i, (gate, around) in enumerate(itertools.product(("none", "hard", "sigmoid"), AROUND)):
+        model = {"rule": rule + around, "gate": gate, "skip_empty": i % 3 > 0, "mix": ("head", "token")[i % 2]}
+        cases.append({"model": model, "probes": (0, 8, 4)[i % 3], "options": {"detach_reads": i % 4 == 2 or i == 8}})
+    return cases
+
+
+def chunked(rule: str) -> list[dict[str, Any]]:
+    """Chunks, with the ways to compute again what was not kept; and pairs of blocks, as a GPU makes them."""
+    model = {"rule": rule + "+sliding+convolution", "gate": "sigmoid"}
+    cases = [
+        {"model": model, "chunks": 2},
+        {"model": model, "chunks": 2, "probes": 8, "replay": True},
+        {"model": model, "chunks": 2, "probes": 8, "options": {"recompute": "selective"}},
+        {"model": model, "chunks": 2, "options": {"recompute": "layer"}},
+    ]
+    return cases + [{"model": model, "pairs": True, "chunks": chunks} for chunks in (1, 2)]
+
+
+OTHERS = [
+    {"model": {"rule": "none"}},
+    {"model": {"rule": "none+sliding"}, "chunks": 2},
+    {"model": {"rule": "none+sliding"}, "options": {"detach_reads": True}},
+    # Segments shorter than a convolution's tail, and so long that they have several blocks.
+    *({"model": {"rule": "deltanet+convolution", "segment_length": length}} for length in (2, 3)),
+    *({"model": {"rule": rule, "segment_length": 128}, "probes": 4} for rule in ("deltanet", "gated_deltanet")),
+    {"model": {"rule": "gated_deltanet", "segment_length": 128}, "pairs": True},
+    {"model": {"rule": "delta", "qkv_bias": True, "qk_norm": True, "floor": 0.1, "beta": -1.0}},
+]
+
+
+def assert_same(cases: list[dict[str, Any]], per_rank: list[list[dict[str, float]]]) -> None:
+    for rank, found in enumerate(per_rank):
+        for case, distances in zip(cases, found, strict=True):
+            far = {name: f"{x:.1e}" for name, x in distances.items() if not x <= TOLERANCE}
+            assert not far, f"rank {rank}, {case}: {far}"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_a_window_are_one(pools, ranks, rule):
+    cases = grid(rule) + chunked(rule)
+    assert_same(cases, pools.run(ranks, context_cases.compare, cases=cases))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_other_surroundings(pools, ranks):
+    assert_same(OTHERS, pools.run(ranks, context_cases.compare, cases=OTHERS))
