@@ -121,6 +121,9 @@ class ModelConfig:
     backend: str = "local"
     """Whose parallel linear layers carry the attention's and the MLP's matrices: `local`, Megatron's own, or `te`,
     NVIDIA's Transformer Engine (CUDA; see `model.backend`). Parameters, names and checkpoints are the same."""
+    compile: bool = False
+    """Have PyTorch's compiler make the element-wise pieces of training passes (see `model.compiling`). The function is
+    the same; `false` is the reference."""
 
 
 class LayerShape(NamedTuple):
@@ -150,9 +153,9 @@ def layer_shape(config: ModelConfig, tensor_size: int = 1) -> LayerShape:
 
 
 def same_function(config: ModelConfig) -> ModelConfig:
-    """`config` without what says only how it is computed, `backend` and `memory.kernel`: models that differ in nothing
-    else have the same weights and are the same function, so a checkpoint goes on with others of these."""
-    return replace(config, backend="local", memory=replace(config.memory, kernel="auto"))
+    """`config` without what says only how it is computed, `backend`, `compile` and `memory.kernel`: models that differ
+    in nothing else have the same weights and are the same function, so a checkpoint goes on with others of these."""
+    return replace(config, backend="local", compile=False, memory=replace(config.memory, kernel="auto"))
 
 
 def saved_shape(model: Mapping[str, Any]) -> LayerShape:

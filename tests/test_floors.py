@@ -20,7 +20,7 @@ FLOORS = (
     ("data.lanes", "data.synthetic", "model.sharding"),
     ("data.preparation", "model.layers"),
     ("model.decoder",),
-    ("model.huggingface",),
+    ("model.compiling", "model.huggingface"),
     ("pipeline.figures", "pipeline.config"),
     ("pipeline.parallel",),
     ("pipeline.schedule",),

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HELP = "tokens/s of a training window: every memory rule against no memory, transformers' Llama and installed peers"
 PEERS = ("transformers", "infini-transformer-pytorch", "recurrent-memory-transformer-pytorch")
+COMPILED = " compiled"
+"""Behind the name of a model that is."""
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 QUICK = {"hidden": 32, "layers": 2, "heads": 2, "ffn": 86, "vocab": 64, "tokens": 64, "segment_lengths": [16]}
 """Sizes of `--quick`; it also runs two rounds."""
@@ -59,6 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="settings of this model (`infini config --help-keys`), plain included",
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="every model of this code a second time, with model.compile=true"
     )
     parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="in which all run (%(default)s)")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="of all models (%(default)s)")
@@ -116,9 +121,11 @@ def _contestants(
     from pipeline.benchmarks.contestants import PLAIN, own_config, own_model, peer_model, weight_products
 
     device = topology.device
-    found = [
-        own_model(rule, own_config(sizes, rule, args.precision, args.set), topology) for rule in (PLAIN, *args.rules)
-    ]
+    found = []
+    for rule in (PLAIN, *args.rules):
+        for suffix, more in (("", []), (COMPILED, ["model.compile=true"]))[: 1 + args.compiled]:
+            config = own_config(sizes, rule, args.precision, [*args.set, *more])
+            found.append(own_model(rule + suffix, config, topology))
     found += [peer_model(name, sizes, dtype, device, seed=0) for name in peers]
     found.append(weight_products(sizes, dtype, device))
     return {contestant.name: contestant for contestant in found}
@@ -142,6 +149,10 @@ def _introduce(args: argparse.Namespace, note: Note, device: torch.device, peers
         "products`, the products with the weight matrices alone, forward and backward, at these shapes and in the same "
         "rounds. Processors: processor time in wall time; below the number of threads, something else held them."
     )
+    if args.compiled:
+        note.text(
+            f"`{COMPILED.strip()}` is the same code with `model.compile: true`. The round of warm-up compiles it."
+        )
     if peers:
         note.text("\n".join(["Peers:", "", *(f"- `{name}`: {PEERS[name].does}" for name in peers)]))
     if absent := [name for name in args.against if name not in peers]:

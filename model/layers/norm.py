@@ -28,9 +28,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, dtype=dtype))
         self.weight.partial_gradient = partial_gradient  # read by the gradient synchronisation
         self.epsilon = epsilon
+        self.function = rms_norm  # or what the compiler makes of it
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.epsilon)
+        return self.function(x, self.weight, self.epsilon)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -43,6 +44,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         weight: `[d]`, or with more dims, which are the last ones of x.
     """
     return _RMSNorm.apply(x, weight, epsilon)
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`rms_norm` for the compiler."""
+    wide = x.to(weight.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon) * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

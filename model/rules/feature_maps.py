@@ -59,6 +59,26 @@ def unit_length_of(q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Ten
     return _Mapped.apply(q, k, dtype, False)
 
 
+def plain_phi_of(q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`phi_of` for the compiler."""
+
+    def mapped(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp()).contiguous()
+
+    return mapped(q), None if k is None else mapped(k)
+
+
+def plain_unit_length_of(q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`unit_length_of` for the compiler."""
+
+    def mapped(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)).contiguous()
+
+    return mapped(q), None if k is None else mapped(k)
+
+
 class _Mapped(Function):
     """phi: dx = min(phi, 1) dy. Unit length: dx = (dy - y (y dy)) / |x|."""
 

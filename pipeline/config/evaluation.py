@@ -22,6 +22,7 @@ OWN_LAYOUT = [
     "parallel.zero_stage=1",
     "resilience.hang_timeout_s=0",
     "model.backend=local",
+    "model.compile=false",
     "model.memory.kernel=auto",
 ]
 """What an evaluation does not take from the run: a checkpoint can be read on any layout and any machine, and nothing

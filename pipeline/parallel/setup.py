@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.prepared.shards import PreparedSet
+from model.compiling import compile_pieces
 from model.config import same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.rules.kernel import memory_kernel
@@ -26,7 +27,7 @@ def build_stage(config: Config, topology: Topology, vocab_size: int, *, drawn: b
         drawn: with its initial values; else whoever calls gives all parameters their values.
 
     Raises:
-        ValueError: a backend or a kernel is asked for that this machine does not have.
+        ValueError: a backend, a kernel or a compiler is asked for that this machine does not have.
     """
     memory_kernel(config.model, config.train.precision, topology.device.type)
     layers = split_layers(config.model.num_layers, topology.pipeline_size, config.parallel.layers_per_stage)
@@ -49,7 +50,10 @@ def build_stage(config: Config, topology: Topology, vocab_size: int, *, drawn: b
     )
     if drawn:
         stage.initialize(config.train.seed)
-    return stage.to(topology.device)
+    stage.to(topology.device)
+    if config.model.compile:
+        compile_pieces(stage, topology.device)
+    return stage
 
 
 def vocabulary(config: Config) -> int:

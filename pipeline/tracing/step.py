@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -163,6 +163,11 @@ def trace_step(
     )
 
 
+def _as_written(config: Config) -> Config:
+    """`config` without the compiler, which makes nothing for a device that does not exist."""
+    return replace(config, model=replace(config.model, compile=False))
+
+
 class TracedRun:
     """The parts of a run that a step needs, in a pretended world."""
 
@@ -174,7 +179,7 @@ class TracedRun:
         self.microbatches = microbatches_per_step(config, world_size)
         live.label = PARAMETERS
         with topology.device:
-            self.stage = build_stage(config, topology, vocab)
+            self.stage = build_stage(_as_written(config), topology, vocab)
         live.forget_peak()  # initial values are drawn on the CPU
         self.parameter_count = sum(p.numel() for p in self.stage.parameters())
         self.optimizer: ZeroOptimizer | None = None

@@ -6,6 +6,7 @@ import math
 
 import torch.distributed as dist
 
+from model.compiling import COMPILED
 from model.device import rounds_to_tf32
 from model.rules.kernel import memory_kernel
 from pipeline.accounting.devices import known_as
@@ -35,6 +36,7 @@ def derived_rows(
     lanes_per_rank, per_microbatch = derived.lanes_per_rank(config, world), derived.lanes_per_microbatch(config, world)
     kernel = memory_kernel(model, train.precision, topology.device.type)
     kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}
+    compiled = {"compiled": f"{COMPILED}; evaluation and generation are not"} if model.compile else {}
     return {
         "layout": f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data "
         f"{topology.data_size}, "
@@ -44,6 +46,7 @@ def derived_rows(
         f"local context {model.local_context}, "
         f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
         **kernels,
+        **compiled,
         "logits": told_logits(config, world, vocab_size),
         "parameters": f"{count['total']:,}",
         "tokens per step": f"{tokens:,} = {train.lanes} lanes x {train.segments_per_window} segments x "

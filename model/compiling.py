@@ -1,0 +1,98 @@
+"""`model.compile`: which pieces of a stage PyTorch's compiler makes, and how.
+
+Compiled are functions of many element-wise passes that stand between the matrix products of a layer: the norms of the
+residual stream, the MLP's product, and what queries and keys pass on their way to the memory. Each is given to the
+compiler in its plain form (`plain_...` beside the function), forward and backward; the form written by hand is the
+reference, and what runs without the setting. Whole layers are not compiled: Megatron's linear layers break the graph,
+and the scan of a window is products one after another, which no compiler fuses. Gradients of buffers that are written
+part by part (heads, convolutions, what a block takes off the memory) came out 4 to 40 times as slow on a CPU.
+
+Only a pass with a graph runs compiled. Evaluation, generation and the first of two passes of `bptt.recompute=window`
+have none: their shapes change from call to call, and each would be compiled anew. Tensors keep their shapes in
+training, so that a piece is compiled when it is first met, and never again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.layers.attention import InfiniAttention
+from model.layers.mlp import GatedMLP, plain_silu_product
+from model.layers.norm import RMSNorm, plain_rms_norm
+from model.rules.convolution import ConvolvedRule
+from model.rules.feature_maps import plain_phi_of, plain_unit_length_of
+
+COMPILED = "norms of the residual stream, the MLP's product, the memory's map of queries and keys"
+"""In words, for the start of a run."""
+
+
+class Piece:
+    """A function that runs compiled where there is a graph, and as it is written where there is none.
+
+    Args:
+        written: the function.
+        plain: the same in operations that the compiler can go back through.
+    """
+
+    def __init__(self, written: Callable, plain: FunctionType) -> None:
+        self.written = written
+        # What is compiled belongs to a code object, and so does the count of its shapes, which the compiler bounds: a
+        # stage has its own.
+        own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__)
+        self.compiled = torch.compile(own, fullgraph=True, dynamic=False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self.compiled if torch.is_grad_enabled() else self.written)(*arguments)
+
+
+def compile_pieces(stage: nn.Module, device: torch.device) -> None:
+    """Have the compiler make the pieces of a stage that is on `device`, each when it first runs.
+
+    Raises:
+        ValueError: the compiler does not work on this machine.
+    """
+    check_compiler(device)
+    pieces: dict[FunctionType, Piece] = {}
+
+    def piece(written: Callable, plain: FunctionType) -> Piece:
+        if plain not in pieces:
+            pieces[plain] = Piece(written, plain)
+        return pieces[plain]
+
+    for module in stage.modules():
+        if isinstance(module, RMSNorm):
+            module.function = piece(module.function, plain_rms_norm)
+        elif isinstance(module, GatedMLP):
+            module.product = piece(module.product, plain_silu_product)
+        elif isinstance(module, InfiniAttention) and module.rule is not None:
+            rule = module.rule.rule if isinstance(module.rule, ConvolvedRule) else module.rule
+            rule.features = piece(rule.features, plain_phi_of if rule.has_feature_map else plain_unit_length_of)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile something small, as the pieces will be.
+
+    Raises:
+        ValueError: it cannot be done, with the compiler's reason.
+    """
+    # Helpers of its own would outlive a rank that is killed, and a handful of small kernels needs none.
+    torch._inductor.config.compile_threads = 1
+    x = torch.ones(2, device=device, requires_grad=True)
+    try:
+        Piece(torch.exp, _trial).compiled(x).sum().backward()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model.compile = true: PyTorch's compiler does not work here, on {device.type} "
+            f"({type(error).__name__}: {reason}); it needs a C++ compiler (CXX, or g++), on CUDA also triton. "
+            "Or model.compile=false"
+        ) from error
+
+
+def _trial(x: torch.Tensor) -> torch.Tensor:
+    return x.exp() + 1
