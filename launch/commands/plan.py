@@ -49,8 +49,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="try all layouts (tensor, pipeline, data, ZeRO stage, chunks, recomputation, lanes per microbatch) in "
-        "place of the configuration's own: those that fit the device, the fastest first",
+        help="try all layouts (tensor, context, pipeline, data, ZeRO stage, chunks, recomputation, lanes per "
+        "microbatch) in place of the configuration's own: those that fit the device, the fastest first",
     )
     parser.add_argument(
         "--tokens",
@@ -152,7 +152,7 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
     return [
         (
             "layout",
-            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+            f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data "
             f"{derived.data_parallel_size(config, world)} = {world} processes, ZeRO {parallel.zero_stage}, "
             f"{train.precision}",
         ),
@@ -249,6 +249,7 @@ def _print_prediction(config: Config, args: argparse.Namespace, vocab: int, rate
         ),
         ("memory", memory_verdict(largest.total, device.memory_bytes) + f" (stage {largest.stage})"),
         ("sent per rank and step, tensor", sent(step.tensor_sent)),
+        ("sent per rank and step, context", sent(step.context_sent)),
         ("sent per rank and step, pipeline", sent(step.pipeline_sent)),
         ("sent per rank and step, data", sent(step.data_sent)),
         (

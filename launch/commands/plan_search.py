@@ -71,9 +71,10 @@ def _checkpoint(config: Config, args: argparse.Namespace, vocab: int) -> tuple[i
 
 
 def told_layout(layout: Layout, world_size: int) -> str:
-    """Tensor x pipeline x data."""
+    """Tensor x context x pipeline x data."""
     parallel = layout.config.parallel
-    return f"{parallel.tensor} x {parallel.pipeline} x {data_parallel_size(layout.config, world_size)}"
+    data = data_parallel_size(layout.config, world_size)
+    return f"{parallel.tensor} x {parallel.context} x {parallel.pipeline} x {data}"
 
 
 def _row(layout: Layout, world_size: int) -> list[str]:
@@ -90,7 +91,7 @@ def _row(layout: Layout, world_size: int) -> list[str]:
     ]
 
 
-HEADER = ("tensor x pipeline x data", "ZeRO", "chunks", "recompute", "lanes", "memory")
+HEADER = ("tensor x context x pipeline x data", "ZeRO", "chunks", "recompute", "lanes", "memory")
 
 
 def _print_fitting(config: Config, args: argparse.Namespace, vocab: int, found: Found, tokens: float) -> None:
@@ -120,7 +121,7 @@ def _print_fitting(config: Config, args: argparse.Namespace, vocab: int, found: 
         header=(*HEADER, "tokens/s", "MFU", "days", "bubbles", "exposed"),
     )
     print(f"\ndays: for {tokens:,.0f} tokens, {tokens_per_step(config):,} a step")
-    print("exposed: the share of a step that waits for data-parallel traffic")
+    print("exposed: the share of a step that waits for traffic between replicas")
 
 
 def _speed(
@@ -177,7 +178,7 @@ def _refuse(config: Config, args: argparse.Namespace, vocab: int, found: Found) 
     )
     remedy = f"{enough:,} devices would do" if enough else "more devices alone do not help"
     raise NoLayoutError(
-        f"nothing fits {args.world_size:,} x {args.gpu}: tensor x pipeline x data "
+        f"nothing fits {args.world_size:,} x {args.gpu}: tensor x context x pipeline x data "
         f"{told_layout(closest, args.world_size)} comes closest, with {format_bytes(closest.largest.total)} on a rank "
         f"of stage {closest.largest.stage} where {format_bytes(limit)} may be taken; {remedy}"
     )
@@ -223,7 +224,7 @@ def as_json(
         "assumptions": {
             "flops_per_s": rates.flops_per_s,
             "link_bytes_per_s": rates.link_bytes_per_s,
-            "tensor_bytes_per_s": rates.tensor_bytes_per_s,
+            "node_bytes_per_s": rates.node_bytes_per_s,
             "kernel_start_s": rates.start_s,
             "device_bytes": device.memory_bytes,
             "spare": SPARE,

@@ -65,9 +65,14 @@ def planned_rates(config: Config, args: argparse.Namespace) -> Rates:
     tflops = args.tflops or ASSUMED_SHARE * device.tflops[config.train.precision]
     one_node = args.world_size <= args.gpus_per_node
     link = args.link or (device.node_link_gb_per_s if one_node else BETWEEN_NODES_GB)
-    inside = args.search or config.parallel.tensor <= args.gpus_per_node  # a search never leaves the node
-    tensor_link = device.node_link_gb_per_s if inside else link
-    return Rates(tflops * 1e12, link * 1e9, tensor_link * 1e9, args.launch_us * 1e-6)
+
+    return Rates(
+        flops_per_s=tflops * 1e12,
+        link_bytes_per_s=link * 1e9,
+        node_bytes_per_s=device.node_link_gb_per_s * 1e9,
+        start_s=args.launch_us * 1e-6,
+        gpus_per_node=args.gpus_per_node,
+    )
 
 
 def planned_vocabulary(config: Config) -> tuple[int, str]:
@@ -90,8 +95,8 @@ def told_rates(args: argparse.Namespace, rates: Rates) -> str:
     link = "--link" if args.link else "ASSUMED"
     return (
         f"{rates.flops_per_s / 1e12:,.4g} TFLOP/s while computing ({source}); "
-        f"{rates.link_bytes_per_s / 1e9:g} GB/s between stages and data-parallel ranks ({link}), "
-        f"{rates.tensor_bytes_per_s / 1e9:g} GB/s between tensor-parallel ranks; {1e6 * rates.start_s:g} us to start a "
+        f"{rates.link_bytes_per_s / 1e9:g} GB/s between stages, replicas and nodes ({link}), "
+        f"{rates.node_bytes_per_s / 1e9:g} GB/s inside a node; {1e6 * rates.start_s:g} us to start a "
         "kernel (--launch-us); only transfers between stages hide behind computation; the optimizer's own work, "
         "reading data and saving take no time"
     )

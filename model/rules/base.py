@@ -178,6 +178,15 @@ class MemoryRule:
         """FLOPs of a forward pass in one layer, by the conventions of `pipeline.accounting.flops`."""
         raise NotImplementedError
 
+    def exchanges(self, layer: LayerShape) -> list[int]:
+        """Numbers per lane that a context-parallel rank tells the others for one layer, by exchange, each way: the pair
+        of its segments (`model.rules.context`)."""
+        return [2 * layer.groups * layer.dim**2]
+
+    def halo(self, layer: LayerShape) -> int:
+        """Numbers per lane that a context-parallel rank sends to the next one and no exchange has, each way."""
+        return 0
+
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
         """What autograd keeps in one layer of a rank, see `pipeline.accounting.footprint`.
 

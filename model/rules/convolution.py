@@ -100,6 +100,12 @@ class ConvolvedRule(MemoryRule):
     def flops_per_token(self, layer: LayerShape) -> int:
         return self.rule.flops_per_token(layer) + 2 * WIDTH * (layer.heads + 2 * layer.groups) * layer.dim
 
+    def exchanges(self, layer: LayerShape) -> list[int]:
+        return self.rule.exchanges(layer)
+
+    def halo(self, layer: LayerShape) -> int:
+        return (WIDTH - 1) * (layer.heads + 2 * layer.groups) * layer.dim
+
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
         per_token, per_segment = self.rule.saved_bytes(layer, length, m, c, gated=gated)
         # q, k, v with their tails in front, and what is convolved where SiLU or the rule asks for it again.

@@ -80,6 +80,10 @@ class NormalizedRule(MemoryRule):
         writes = 2 if self.delta else 1  # delta also multiplies by what is stored
         return 2 * layer.heads * layer.dim**2 + writes * 2 * layer.groups * layer.dim**2
 
+    def exchanges(self, layer: LayerShape) -> list[int]:
+        of_normaliser, of_matrix = layer.groups * layer.dim, layer.groups * layer.dim**2
+        return [of_normaliser, 2 * of_matrix if self.delta else of_matrix]
+
     def saved_bytes(self, layer: LayerShape, length: int, m: int, c: int, *, gated: bool) -> tuple[int, int]:
         _, n, g, d = layer
         # phi of queries and keys, the reads and their divisors.

@@ -14,9 +14,18 @@ memory's gates, which read float32):
 
 `window` runs forwards again. The embedding and the output matrix add theirs on the first and the last stage.
 
-Data parallelism. DeepSpeed's ZeRO 1 and 2 reduce all gradients for all and gather the parameters after the step; ZeRO 3
-scatters the gradients and gathers every parameter for every forward and backward of a chunk (at most: what it keeps in
-between is not gathered again).
+Context parallelism. Per layer, chunk and lane, whatever the chunk's length; C ranks, each with n query heads and g
+key/value heads of dimension d (`docs/context_parallel.md`):
+
+    to all, each way       (C - 1) 2 g d^2 m for the memory, half of it for `linear`
+                           (C - 1) g d m for the normaliser of `linear` and `delta`
+    to the next, each way  2 S g d e with a sliding context, 3 (n + 2 g) d m with short convolutions
+
+`selective` and `layer` send what goes forward again on the way back, `window` runs forwards again.
+
+Replicas, which hold the same parameters: data x context parallelism. DeepSpeed's ZeRO 1 and 2 reduce all gradients for
+all and gather the parameters after the step; ZeRO 3 scatters the gradients and gathers every parameter for every
+forward and backward of a chunk (at most: what it keeps in between is not gathered again).
 
 Left out, since small: what the loss, the norms' gradients, a tied embedding's second copy and statistics exchange.
 """
@@ -25,21 +34,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.config import layer_shape
 from model.rules import build_rule
 from pipeline.accounting.footprint import RankBytes
 from pipeline.config.derived import (
-    data_parallel_size,
     lanes_per_microbatch,
     lanes_per_rank,
     number_bytes,
+    replicas,
     segments_per_chunk,
 )
 from pipeline.config.schema import Config
 
 
 @dataclass(frozen=True)
-class TensorBytes:
-    """What one rank sends to its tensor-parallel neighbours for one chunk."""
+class ChunkBytes:
+    """What one rank sends for one chunk to those that compute it with it."""
 
     forward: int
     backward: int
@@ -57,7 +67,7 @@ def chunks_per_step(config: Config, world_size: int) -> int:
     return windows * config.bptt.chunks_per_window
 
 
-def tensor_bytes(config: Config, world_size: int, *, layers: int, is_first: bool, is_last: bool) -> TensorBytes:
+def tensor_bytes(config: Config, world_size: int, *, layers: int, is_first: bool, is_last: bool) -> ChunkBytes:
     """See the module's table, for a stage of `layers` layers."""
     ranks, split = config.parallel.tensor, config.parallel.sequence_parallel
     memory, e = config.model.memory, number_bytes(config)
@@ -79,18 +89,50 @@ def tensor_bytes(config: Config, world_size: int, *, layers: int, is_first: bool
         if holds:
             per_number = [a + b for a, b in zip(per_number, own, strict=True)]
     sent = [chunk_tokens(config, world_size) * config.model.hidden_size * n * (ranks - 1) // ranks for n in per_number]
-    return TensorBytes(*sent)
+    return ChunkBytes(*sent)
+
+
+def context_bytes(config: Config, world_size: int, *, layers: int) -> ChunkBytes:
+    """What one rank sends to its context-parallel neighbours for one chunk, see the module's table; the same however
+    long the chunk is.
+
+    Args:
+        layers: of the stage.
+    """
+    ranks, model = config.parallel.context, config.model
+    if ranks == 1:
+        return ChunkBytes(0, 0)
+    e = number_bytes(config)
+    m = max(e, 4)
+    layer, rule = layer_shape(model, config.parallel.tensor), build_rule(model.memory)
+    sent = 2 * model.segment_length * layer.groups * layer.dim * e if model.local_context == "sliding" else 0
+    if rule is not None:
+        sent += m * ((ranks - 1) * sum(rule.exchanges(layer)) + rule.halo(layer))
+    again = config.bptt.recompute in ("selective", "layer")
+    times = layers * lanes_per_microbatch(config, world_size)
+    return ChunkBytes(times * sent, times * sent * (1 + again))
+
+
+def context_messages(config: Config) -> int:
+    """Exchanges and messages to the next rank in one layer's forward pass, one after the other; as many go back."""
+    if config.parallel.context == 1:
+        return 0
+    rule, sliding = build_rule(config.model.memory), config.model.local_context == "sliding"
+    if rule is None:
+        return sliding
+    layer = layer_shape(config.model, config.parallel.tensor)
+    return len(rule.exchanges(layer)) + (rule.halo(layer) > 0) + sliding
 
 
 def reduction_bytes(config: Config, world_size: int, gradients: int) -> int:
-    """What one rank sends to its data-parallel neighbours to sum `gradients` bytes of gradients."""
-    ranks = data_parallel_size(config, world_size)
+    """What one rank sends to the other replicas to sum `gradients` bytes of gradients."""
+    ranks = replicas(config, world_size)
     return (1 if config.parallel.zero_stage == 3 else 2) * gradients * (ranks - 1) // ranks
 
 
 def gathering_bytes(config: Config, world_size: int, needs: RankBytes) -> int:
-    """What one rank of a stage sends to its data-parallel neighbours in a step for them to have its parameters."""
-    ranks, times = data_parallel_size(config, world_size), 1
+    """What one rank of a stage sends to the other replicas in a step for them to have its parameters."""
+    ranks, times = replicas(config, world_size), 1
     if config.parallel.zero_stage == 3:
         passes = 3 if config.bptt.recompute == "window" else 2
         times = passes * chunks_per_step(config, world_size)
@@ -98,5 +140,5 @@ def gathering_bytes(config: Config, world_size: int, needs: RankBytes) -> int:
 
 
 def data_bytes(config: Config, world_size: int, needs: RankBytes) -> int:
-    """What one rank of a stage sends to its data-parallel neighbours in a step."""
+    """What one rank of a stage sends to the other replicas in a step."""
     return reduction_bytes(config, world_size, needs.gradients) + gathering_bytes(config, world_size, needs)

@@ -2,13 +2,13 @@
 
 Weights. Under bf16 the matrices are bfloat16 and their gradients are summed in float32: 2 + 4 bytes a parameter; what
 norms, gates and memory rules own is float32, 4 + 4 bytes, as all parameters are under fp32 (8 + 8 under fp64). The
-float32 masters and Adam's two moments, 12 bytes a parameter, are shared out over the data-parallel ranks. Gradients are
-shared out at no ZeRO stage: our schedule feeds them under `coalesce_grad_reduction`, which keeps them whole to the end
-of the step, so stage 2 saves nothing over stage 1 here. Stage 3 shares out the parameters and gathers at least a layer
-(or embedding) at a time.
+float32 masters and Adam's two moments, 12 bytes a parameter, are shared out over the ranks that hold the same
+parameters, data x context. Gradients are shared out at no ZeRO stage: our schedule feeds them under
+`coalesce_grad_reduction`, which keeps them whole to the end of the step, so stage 2 saves nothing over stage 1 here.
+Stage 3 shares out the parameters and gathers at least a layer (or embedding) at a time.
 
 Memory state. That of each lane of the rank in the layers of the stage, twice: the one from before a step is kept until
-the step is accepted.
+the step is accepted. Context-parallel ranks hold the same states.
 
 Activations. Those of a chunk are in `pipeline.accounting.activations`. Stage i of P holds chunks_per_window + P - 1 - i
 chunks (never more than a step has).
@@ -45,10 +45,10 @@ from pipeline.accounting.activations import Chunk, chunk_bytes, lane_state_bytes
 from pipeline.accounting.flops import embedding_rows, layer_parameters
 from pipeline.accounting.update_peak import Groups, update_peak, zero3_buffers
 from pipeline.config.derived import (
-    data_parallel_size,
     lanes_per_microbatch,
     lanes_per_rank,
     number_bytes,
+    replicas,
 )
 from pipeline.config.schema import Config
 from pipeline.schedule.operations import expected_peak_live_chunks
@@ -118,7 +118,7 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
     model, parallel = config.model, config.parallel
     e = number_bytes(config)
     number = max(e, 4)
-    replicas = data_parallel_size(config, world_size)
+    sharers = replicas(config, world_size)
 
     of_layer = layer_parameters(model, parallel.tensor)
     layer = sum(of_layer.values())
@@ -131,7 +131,7 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
     wide = layers * wide_of_layer + is_last * model.hidden_size
     whole = held = parameters * e + wide * (number - e)
     if parallel.zero_stage == 3:
-        held = -(-whole // replicas) + max(layer * e + wide_of_layer * (number - e), embedding * e)
+        held = -(-whole // sharers) + max(layer * e + wide_of_layer * (number - e), embedding * e)
 
     chunk = chunk_bytes(config, world_size, vocab, layers, is_last)
     live_chunks = expected_peak_live_chunks(
@@ -149,14 +149,14 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         parameters=held,
         whole_parameters=whole,
         gradients=parameters * number,
-        optimizer=-(-parameters // replicas) * OPTIMIZER_COPIES * number,
-        buffers=number * zero3_buffers(parameters, replicas) if parallel.zero_stage == 3 else 0,
+        optimizer=-(-parameters // sharers) * OPTIMIZER_COPIES * number,
+        buffers=number * zero3_buffers(parameters, sharers) if parallel.zero_stage == 3 else 0,
         memory_state=2 * lanes_per_rank(config, world_size) * lane_state_bytes(config, layers),
         live_chunks=live_chunks,
         chunk_activations=chunk.kept,
         recompute_activations=chunk.once,
         passes=_passes_peak(config, world_size, chunk, live_chunks, embedding, parameters, is_first, is_last),
-        update=number * update_peak(groups, replicas, parallel.zero_stage),
+        update=number * update_peak(groups, sharers, parallel.zero_stage),
     )
 
 

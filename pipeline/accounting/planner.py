@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,14 @@ from model.device import prepare_megatron
 from model.sharding import full_shape, partition_of
 from pipeline.accounting.communication import (
     chunk_tokens,
+    context_bytes,
+    context_messages,
     data_bytes,
     gathering_bytes,
     reduction_bytes,
     tensor_bytes,
 )
+from pipeline.accounting.devices import GPUS_PER_NODE
 from pipeline.accounting.exposure import LastBackward, exposed_s
 from pipeline.accounting.flops import (
     embedding_rows,
@@ -134,16 +137,22 @@ class Rates:
 
     flops_per_s: float
     link_bytes_per_s: float
-    """Between stages and between data-parallel ranks, each way."""
-    tensor_bytes_per_s: float = math.inf
-    """Between tensor-parallel ranks, each way."""
+    """Between stages and between replicas, each way."""
+    node_bytes_per_s: float = math.inf
+    """Between the devices of a node, each way."""
     start_s: float = 0.0
     """For the host to start a kernel: a device whose kernels are shorter waits for it."""
+    gpus_per_node: int = GPUS_PER_NODE
+
+    def among(self, ranks: int) -> float:
+        """Bytes per second between so many neighbours in the grid, whose fastest axis is tensor parallelism and whose
+        next one is context parallelism."""
+        return self.node_bytes_per_s if ranks <= self.gpus_per_node else self.link_bytes_per_s
 
 
 def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -> Costs:
-    """Costs of one chunk by the FLOP formulas and the bytes of tensor parallelism, which nothing hides here; or the
-    time in which the host starts its kernels, where that is longer.
+    """Costs of one chunk by the FLOP formulas and the bytes of tensor and context parallelism, which nothing hides
+    here; or the time in which the host starts its kernels, where that is longer.
 
     A backward costs two forwards and what recomputation (of logits, too) runs again. With window recomputation the
     output matrix is left to the replay (of all chunks: that the last chunk of a window may go without replay is not
@@ -159,6 +168,7 @@ def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -
         "window": 0.0,
     }[config.bptt.recompute]
     tokens = chunk_tokens(config, world_size)
+    tensor_rate, context_rate = rates.among(parallel.tensor), rates.among(parallel.tensor * parallel.context)
     per_stage = []
     for stage, (first, last) in enumerate(split_layers(model.num_layers, parallel.pipeline, parallel.layers_per_stage)):
         share = (last - first) / model.num_layers
@@ -168,7 +178,12 @@ def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -
         seconds = tokens / parallel.tensor / rates.flops_per_s
         ends = {"is_first": stage == 0, "is_last": stage == parallel.pipeline - 1}
         sent = tensor_bytes(config, world_size, layers=last - first, **ends)
-        forward_s, backward_s = (n / rates.tensor_bytes_per_s for n in (sent.forward, sent.backward))
+        summaries = context_bytes(config, world_size, layers=last - first)
+        waiting_s = (last - first) * context_messages(config) * LATENCY_S
+        forward_s, backward_s = (
+            of_tensor / tensor_rate + of_context / context_rate + waiting_s
+            for of_tensor, of_context in zip(astuple(sent), astuple(summaries), strict=True)
+        )
         without_output = config.bptt.recompute == "window"
         computed = {
             Kind.FORWARD: (layers + (0.0 if without_output else output)) * seconds + forward_s,
@@ -226,9 +241,10 @@ class Prediction:
     """One step, by arithmetic."""
 
     pipeline_s: float
-    """Forward and backward passes of all microbatches, bubbles and tensor-parallel communication included."""
+    """Forward and backward passes of all microbatches, bubbles and what tensor- and context-parallel ranks tell one
+    another included."""
     reduction_s: float
-    """For which the step then waits for gradients to be summed over data-parallel ranks."""
+    """For which the step then waits for gradients to be summed over replicas."""
     overlapped_reduction_s: float
     """The same, if every layer's were on their way while the last chunk goes back through the layers below it."""
     gathering_s: float
@@ -236,6 +252,7 @@ class Prediction:
     bubble_share: float
     tensor_sent: list[int]
     """Per stage, bytes that one rank sends in a step."""
+    context_sent: list[int]
     pipeline_sent: list[int]
     data_sent: list[int]
 
@@ -245,7 +262,7 @@ class Prediction:
 
     @property
     def data_s(self) -> float:
-        """Waiting for data-parallel ranks, as it is: nothing is hidden."""
+        """Waiting for the other replicas, as it is: nothing is hidden."""
         return self.reduction_s + self.gathering_s
 
 
@@ -259,12 +276,15 @@ def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> P
     timeline = simulate_step(config, costs, microbatches_per_step(config, world_size))
     needs = per_rank_bytes(config, world_size, vocab)
     sent = [data_bytes(config, world_size, stage) for stage in needs]
-    tensor = []
+    tensor, context = [], []
     for stage, events in zip(needs, timeline.events, strict=True):
         ends = {"is_first": stage.stage == 0, "is_last": stage.stage == len(needs) - 1}
-        own = tensor_bytes(config, world_size, layers=stage.layers, **ends)
-        bytes_of = {Kind.FORWARD: own.forward, Kind.REPLAY: own.forward, Kind.BACKWARD: own.backward}
-        tensor.append(sum(bytes_of.get(event.operation.kind, 0) for event in events))
+        for sums, own in (
+            (tensor, tensor_bytes(config, world_size, layers=stage.layers, **ends)),
+            (context, context_bytes(config, world_size, layers=stage.layers)),
+        ):
+            bytes_of = {Kind.FORWARD: own.forward, Kind.REPLAY: own.forward, Kind.BACKWARD: own.backward}
+            sums.append(sum(bytes_of.get(event.operation.kind, 0) for event in events))
     last = [_last_backward(config, world_size, vocab, rates, costs, timeline, stage) for stage in needs]
     return Prediction(
         pipeline_s=timeline.makespan_s,
@@ -273,6 +293,7 @@ def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> P
         gathering_s=max(gathering_bytes(config, world_size, stage) for stage in needs) / rates.link_bytes_per_s,
         bubble_share=timeline.bubble_share,
         tensor_sent=tensor,
+        context_sent=context,
         pipeline_sent=[timeline.messages_sent(stage.stage) * costs.message_bytes for stage in needs],
         data_sent=sent,
     )

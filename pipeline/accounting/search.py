@@ -1,13 +1,14 @@
 """Which layouts of a configuration's run fit so many devices, and how fast each would be: arithmetic, nothing is built.
 
-A layout is tensor x pipeline x data and a ZeRO stage; each has variants, by how windows are cut into chunks, what is
-computed again, and how many lanes a microbatch has. What the run trains on stays: lanes, window and precision. Memory
-decides first. What fits is ordered by a closed form of the schedule's length, and the first variants of every layout
-are then played operation by operation (`pipeline.accounting.planner.predict_step`).
+A layout is tensor x context x pipeline x data and a ZeRO stage; each has variants, by how windows are cut into chunks,
+what is computed again, and how many lanes a microbatch has. What the run trains on stays: lanes, window and precision.
+Memory decides first. What fits is ordered by a closed form of the schedule's length, and the first variants of every
+layout are then played operation by operation (`pipeline.accounting.planner.predict_step`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -65,6 +66,7 @@ class Layout:
         split = parallel.layers_per_stage
         return [
             f"parallel.tensor={parallel.tensor}",
+            f"parallel.context={parallel.context}",
             f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}",
             f"parallel.pipeline={parallel.pipeline}",
             f"parallel.layers_per_stage={'null' if split is None else '[' + ','.join(map(str, split)) + ']'}",
@@ -97,10 +99,10 @@ def search(config: Config, world_size: int, vocab: int, memory_bytes: int, rates
     Raises:
         NoLayoutError: no layout can run on so many devices; the message has the reasons.
     """
-    layouts: dict[tuple[int, int, int], list[Layout]] = {}
+    layouts: dict[tuple[int, int, int, int], list[Layout]] = {}
     for variant in _variants(config, world_size, vocab, gpus_per_node):
         parallel = variant.parallel
-        key = parallel.tensor, parallel.pipeline, parallel.zero_stage
+        key = parallel.tensor, parallel.context, parallel.pipeline, parallel.zero_stage
         layouts.setdefault(key, []).append(Layout(variant, per_rank_bytes(variant, world_size, vocab)))
     fitting, too_large = [], []
     for variants in layouts.values():
@@ -165,30 +167,39 @@ def _variants(config: Config, world_size: int, vocab: int, gpus_per_node: int) -
     """
     reasons: Counter[str] = Counter()
     some = False
-    for tensor in _divisors(gpus_per_node):
-        for pipeline in _divisors(world_size // tensor) if world_size % tensor == 0 else ():
-            for zero_stage in (1, 3) if pipeline == 1 else (1,):  # 2 saves nothing over 1 here
-                for split in _splits(config, pipeline, vocab):
-                    parallel = replace(
-                        config.parallel,
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        layers_per_stage=split,
-                        zero_stage=zero_stage,
-                        sequence_parallel=tensor > 1,
-                    )
-                    layout = replace(config, parallel=parallel)
-                    for variant in _windows(layout, world_size):
-                        try:
-                            validate(variant, world_size, data_exists=False)
-                        except ConfigError as problem:
-                            reasons[str(problem).splitlines()[-1].strip()] += 1
-                            continue
-                        some = True
-                        yield variant
+    for tensor, context, pipeline in _grids(config, world_size, gpus_per_node):
+        for zero_stage in (1, 3) if pipeline == 1 else (1,):  # 2 saves nothing over 1 here
+            for split in _splits(config, pipeline, vocab):
+                parallel = replace(
+                    config.parallel,
+                    tensor=tensor,
+                    context=context,
+                    pipeline=pipeline,
+                    layers_per_stage=split,
+                    zero_stage=zero_stage,
+                    sequence_parallel=tensor > 1,
+                )
+                layout = replace(config, parallel=parallel)
+                for variant in _windows(layout, world_size):
+                    try:
+                        validate(variant, world_size, data_exists=False)
+                    except ConfigError as problem:
+                        reasons[str(problem).splitlines()[-1].strip()] += 1
+                        continue
+                    some = True
+                    yield variant
     if not some:
         told = "; ".join(reason for reason, _ in reasons.most_common(3))
         raise NoLayoutError(f"no layout of {world_size:,} devices can run this configuration: {told}")
+
+
+def _grids(config: Config, world_size: int, gpus_per_node: int) -> Iterator[tuple[int, int, int]]:
+    """Tensor, context and pipeline sizes; tensor parallelism stays inside a node, and a context-parallel rank has a
+    segment of every window at least."""
+    for tensor in _divisors(math.gcd(gpus_per_node, world_size)):
+        for context in _divisors(math.gcd(world_size // tensor, config.train.segments_per_window)):
+            for pipeline in _divisors(world_size // tensor // context):
+                yield tensor, context, pipeline
 
 
 def _windows(layout: Config, world_size: int) -> Iterator[Config]:
@@ -197,7 +208,7 @@ def _windows(layout: Config, world_size: int) -> Iterator[Config]:
     if lanes % copies:
         yield layout
         return
-    for chunks in _divisors(layout.train.segments_per_window):
+    for chunks in _divisors(layout.train.segments_per_window // layout.parallel.context):
         for recompute in RECOMPUTE:
             for together in _divisors(lanes_per_rank(layout, world_size)):
                 yield replace(

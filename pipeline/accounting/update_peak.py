@@ -10,7 +10,7 @@ parameter, with a bucket of `REDUCTION_BUCKET` numbers:
 4. The bucket is given back. The optimizer takes one group after the other: its share in a flat copy (one gradient alone
    is taken as it is) and two temporaries of AdamW of that size. The buffer stays until the last group is flat.
 
-The first data-parallel rank has the most: its buffer is there while nearly all gradients still are. ZeRO 3 keeps the
+The first replica has the most: its buffer is there while nearly all gradients still are. ZeRO 3 keeps the
 bucket and its share of the sums all the time, and frees gradients as it goes.
 """
 
@@ -66,7 +66,7 @@ def _optimizer_peak(groups: Groups, shares: Sequence[int]) -> int:
 
 @dataclass
 class _Reduction:
-    """The first three of the module's points, for the first data-parallel rank."""
+    """The first three of the module's points, for the first replica."""
 
     groups: Groups
     shares: Sequence[int]

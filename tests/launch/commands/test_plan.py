@@ -36,7 +36,7 @@ def test_llama3_8b_with_its_schedule(capsys, tmp_path):
     png = tmp_path / "timeline.png"
     code, out, _ = plan(capsys, CONFIGS / "llama3_8b.yaml", "--world-size", 64, "--png", png)
     assert code == 0
-    assert "tensor 8 x pipeline 4 x data 2 = 64 processes" in out
+    assert "tensor 8 x context 1 x pipeline 4 x data 2 = 64 processes" in out
     # Meta's 8,030,261,248 and one beta for each of 32 heads in 32 layers.
     assert "parameters 8,030,262,272, all stages built and counted; 1,024 of them for the memory" in out
     assert "tokens per step 1,048,576 = 128 lanes x 4 segments x 2048 tokens" in out
@@ -104,7 +104,7 @@ def test_links_inside_a_node_are_the_devices_own(capsys):
     for world, link, expected in ((8, [], 450e9), (16, [], 50e9), (8, ["--link", "25"], 25e9)):
         args = parser.parse_args(["plan", "x", "--world-size", str(world), *link])
         rates = planned_rates(load_config(None, list(model)), args)
-        assert (rates.link_bytes_per_s, rates.tensor_bytes_per_s) == (expected, 450e9)
+        assert (rates.link_bytes_per_s, rates.node_bytes_per_s) == (expected, 450e9)
         assert rates.flops_per_s == pytest.approx(0.4 * 67e12)  # float32 is the default
 
 
@@ -256,7 +256,7 @@ def test_a_search_that_finds_nothing_says_what_comes_closest(capsys, small):
     code, out, err = plan(capsys, small, "--search", "--nodes", 1, "--gpus-per-node", 1, *arguments)
     assert code == 2
     assert "layouts do not fit in any variant" in out
-    assert "nothing fits 1 x A100-40: tensor x pipeline x data 1 x 1 x 1 comes closest, with" in err
+    assert "nothing fits 1 x A100-40: tensor x context x pipeline x data 1 x 1 x 1 x 1 comes closest, with" in err
     assert "devices would do" in err
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from model.config import MemoryConfig, ModelConfig
 from model.decoder import DecoderStage, StageOptions
-from pipeline.accounting.communication import data_bytes, tensor_bytes
+from pipeline.accounting.communication import context_bytes, context_messages, data_bytes, tensor_bytes
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.accounting.planner import pretended_rank
 from pipeline.config.schema import BpttConfig, Config, ParallelConfig, TrainConfig
@@ -114,3 +114,27 @@ def test_bfloat16_matrices_are_gathered_at_half_the_bytes():
     assert needs.gradients == 4 * needs.parameter_count == 4 * sum(p.numel() for p in parameters)
     assert 2 * needs.parameter_count < needs.parameters < 2.05 * needs.parameter_count
     assert data_bytes(config, 4, needs) == (2 * needs.gradients + needs.parameters) * 3 // 4
+
+
+@pytest.mark.parametrize("rule", ["none", "linear", "delta", "gated_deltanet"])
+def test_context_parallel_bytes_do_not_grow_with_the_window(rule):
+    config = Config(
+        model=ModelConfig(vocab_size=128, num_layers=2, memory=MemoryConfig(rule)),
+        parallel=ParallelConfig(context=8),
+        train=TrainConfig(lanes=2, segments_per_window=16),
+    )
+    found = []
+    for segments in (16, 256):
+        config.train.segments_per_window = segments
+        found.append(context_bytes(config, 8, layers=2))
+    assert found[0] == found[1]
+    heads, dim = config.model.num_attention_heads, config.model.hidden_size // config.model.num_attention_heads
+    square, sums = 4 * heads * dim**2, 4 * heads * dim
+    numbers = {"none": 0, "linear": square + sums, "delta": 2 * square + sums, "gated_deltanet": 2 * square}[rule]
+    halo = 4 * 3 * 3 * heads * dim if rule == "gated_deltanet" else 0  # of its convolutions, to the next rank
+    each_way = 2 * 2 * (7 * numbers + halo)  # two lanes, two layers
+    assert (found[0].forward, found[0].backward) == (each_way, each_way)
+    config.bptt.recompute = "layer"
+    assert context_bytes(config, 8, layers=2).backward == 2 * each_way
+    config.parallel.context = 1
+    assert context_bytes(config, 8, layers=2).forward == context_messages(config) == 0

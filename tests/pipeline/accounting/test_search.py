@@ -28,9 +28,9 @@ RATES = Rates(20e12, 25e9, 100e9, 2e-6)
 def everything(world: int):
     """All that `search` may find, by asking `validate` about every combination of numbers."""
     base, numbers = load_config(None, SETTINGS), (1, 2, 4, 8)
-    layouts = itertools.product(numbers, numbers, (1, 3), (1, 2, 4), RECOMPUTE, numbers)
-    for tensor, pipeline, zero, chunks, recompute, lanes in layouts:
-        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, zero_stage=zero, sequence_parallel=tensor > 1)
+    layouts = itertools.product(numbers, numbers, numbers, (1, 3), (1, 2, 4), RECOMPUTE, numbers)
+    for tensor, context, pipeline, zero, chunks, recompute, lanes in layouts:
+        parallel = ParallelConfig(tensor, context, pipeline, zero_stage=zero, sequence_parallel=tensor > 1)
         bptt = replace(base.bptt, chunks_per_window=chunks, recompute=recompute)
         config = replace(base, parallel=parallel, bptt=bptt, train=replace(base.train, lanes_per_microbatch=lanes))
         with contextlib.suppress(ConfigError):
@@ -89,6 +89,6 @@ def test_what_no_layout_can_run_is_refused_with_the_reason():
 
 def test_a_start_of_a_kernel_takes_what_the_host_takes():
     config = load_config(None, [*SETTINGS, "bptt.recompute=none"])
-    slow = Rates(RATES.flops_per_s, RATES.link_bytes_per_s, RATES.tensor_bytes_per_s, 1e-3)
+    slow = Rates(RATES.flops_per_s, RATES.link_bytes_per_s, RATES.node_bytes_per_s, 1e-3)
     # 8 layers, 8 lanes in one microbatch, 64 + 84 kernels of the delta rule.
     assert predict_step(config, 1, VOCAB, slow).pipeline_s == pytest.approx(8 * (64 + 84) * 1e-3)
