@@ -13,8 +13,8 @@ from typing import Any
 from data.config import DataConfig
 from data.files import some
 from data.lanes.prefetch import Prefetcher
-from data.lanes.schedule import LaneCursor, LaneSchedule, Run, WeightedSet
-from data.lanes.window import WindowBatch, WindowBuilder
+from data.lanes.schedule import LaneCursor, LaneSchedule, WeightedSet
+from data.lanes.window import WHOLE, WindowBatch, WindowBuilder, WindowPart
 from data.prepared.shards import BadDocumentError, PreparedSet
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class LaneLoader:
         segments_per_window: T.
         segment_length: S, in tokens.
         probes_per_window: P, of which T is a multiple; 0 for none.
+        part: which of a window's segments are this process's; only those are read. With `skip_bad_documents` all of a
+            window is read, since the processes that share it must leave out the same documents.
         prefetch: windows prepared ahead in a background thread; 0 reads in `next_batch`.
         finish: what is done with a window where it was read, in that thread; None for nothing.
 
@@ -59,6 +61,7 @@ class LaneLoader:
         segment_length: int,
         seed: int,
         probes_per_window: int = 0,
+        part: WindowPart = WHOLE,
         stagger: bool = True,
         prefetch: int = 2,
         skip_bad_documents: bool = False,
@@ -72,6 +75,12 @@ class LaneLoader:
                 f"probes_per_window must be 0 or divide segments_per_window ({segments_per_window}), "
                 f"got {probes_per_window}"
             )
+        parts = part.chunks * part.size
+        if segments_per_window % parts or probes_per_window % parts:
+            raise ValueError(
+                f"{part.size} part(s) of each of {part.chunks} chunk(s) must divide segments_per_window "
+                f"({segments_per_window}) and probes_per_window ({probes_per_window})"
+            )
         if probes_per_window and not any(entry.set.has_questions for entry in sets):
             raise ValueError(
                 "probes_per_window: no document of the prepared sets has questions "
@@ -84,7 +93,7 @@ class LaneLoader:
         self._sets = sets
         self._schedule = LaneSchedule(sets, lanes=lanes, segment_length=segment_length, seed=seed, stagger=stagger)
         self._lane_ids = range(first_lane, last_lane)
-        if first_lane == 0:  # one process says it
+        if first_lane == part.rank == 0:  # not everybody says it
             for entry in sets:
                 if short := int((entry.set.lengths < 2).sum()):
                     logger.warning(
@@ -94,6 +103,7 @@ class LaneLoader:
         self._segments = segments_per_window
         self._segment_length = segment_length
         self._probes = probes_per_window
+        self._part = part
         self._depth = prefetch
         self._skip_bad_documents = skip_bad_documents
         self._finish = finish
@@ -217,7 +227,15 @@ class LaneLoader:
 
     def _read_window(self) -> tuple[WindowBatch, list[LaneCursor]]:
         """Read the window behind `_ahead`. Lanes move on only when the whole window has been read."""
-        window = WindowBuilder(self._sets, len(self._lane_ids), self._segments, self._segment_length, self._probes)
+        window = WindowBuilder(
+            self._sets,
+            len(self._lane_ids),
+            self._segments,
+            self._segment_length,
+            self._probes,
+            self._part,
+            read_all=self._skip_bad_documents,
+        )
         cursors = [
             self._read_lane(window, row, lane, cursor)
             for row, (lane, cursor) in enumerate(zip(self._lane_ids, self._ahead, strict=True))
@@ -228,7 +246,6 @@ class LaneLoader:
 
     def _read_lane(self, window: WindowBuilder, row: int, lane: int, cursor: LaneCursor) -> LaneCursor:
         at = failures = 0
-        runs: list[tuple[int, Run]] = []
         begin = cursor
         while at < self._segments:
             run, after, dropped = self._schedule.next_run(lane, cursor, self._segments - at)
@@ -248,10 +265,9 @@ class LaneLoader:
             else:
                 failures = 0
                 cursor = after
-                runs.append((at, run))
                 at += run.segments
         if self._probes:
-            window.ask(row, runs, self._schedule.probe_bits(lane, begin))
+            window.ask(row, self._schedule.probe_bits(lane, begin))
         return cursor
 
 
@@ -265,6 +281,7 @@ def build_loader(
     segment_length: int,
     seed: int,
     probes_per_window: int = 0,
+    part: WindowPart = WHOLE,
     split: str = "train",
     finish: Callable[[WindowBatch], WindowBatch] | None = None,
 ) -> LaneLoader:
@@ -283,6 +300,7 @@ def build_loader(
         segment_length=segment_length,
         seed=seed,
         probes_per_window=probes_per_window,
+        part=part,
         stagger=config.stagger,
         prefetch=config.prefetch,
         skip_bad_documents=config.skip_bad_documents,

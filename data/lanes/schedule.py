@@ -95,6 +95,12 @@ class Run:
     from_beginning: bool
     """The lane entered the document at its beginning."""
 
+    def part(self, first: int, segments: int, segment_length: int) -> Run:
+        """Some of the segments, from the `first` one on."""
+        labels = min(self.labels - first * segment_length, segments * segment_length)
+        starts = self.starts and first == 0
+        return replace(self, first_segment=self.first_segment + first, segments=segments, labels=labels, starts=starts)
+
 
 class LaneSchedule:
     """The streams of `lanes` lanes over `sets`, in segments of `segment_length` tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,32 @@ from data.lanes.schedule import Run, WeightedSet, draw
 from data.prepared.questions import Question, askable
 
 
+class WindowPart(NamedTuple):
+    """Which segments of a window of W a process has: of each of its chunks the same one of equal parts, one behind the
+    other. The probes that read these segments are its own as well."""
+
+    chunks: int = 1
+    """Of a window."""
+    rank: int = 0
+    size: int = 1
+    """Parts of a chunk."""
+
+    def spans(self, segments: int) -> list[range]:
+        """The process's segments of a window of `segments`, chunk by chunk."""
+        chunk, part = segments // self.chunks, segments // (self.chunks * self.size)
+        firsts = range(self.rank * part, segments, chunk)
+        return [range(first, first + part) for first in firsts]
+
+
+WHOLE = WindowPart()
+
+
 @dataclass
 class ProbeBatch:
-    """The probes of a window: P read-only segments per lane, evenly spread over the window.
+    """The probes of a window: read-only segments, evenly spread over the window; of a lane P that are this process's.
 
-    Probe j reads the memory that a segment of the j-th of P equal parts of the window starts with. A lane without a
-    question there has weight 0 and padding.
+    Probe j of a window with as many reads the memory that a segment of the j-th equal part of the window starts with. A
+    lane without a question there has weight 0 and padding.
     """
 
     tokens: torch.Tensor
@@ -27,12 +48,15 @@ class ProbeBatch:
     loss_weight: torch.Tensor
     """float32 [B, P, S]: the set's answer weight on answers, else 0: the text is trained on where it stands."""
     segment: torch.Tensor
-    """int64 [B, P]: segment of the window, 0 to T - 1, whose starting memory the probe reads."""
+    """int64 [B, P]: which of the process's segments, 0 to T - 1, it is whose starting memory the probe reads."""
 
 
 @dataclass
 class WindowBatch:
-    """One window of every lane of this rank: B lanes, T segments, S tokens per segment."""
+    """One window of every lane of this process: B lanes, its T segments of the window's W, S tokens per segment.
+
+    T is W, unless several processes share a window (`WindowPart`).
+    """
 
     tokens: torch.Tensor
     """int64 [B, T, S]; eos on padding."""
@@ -43,7 +67,7 @@ class WindowBatch:
     answer_mask: torch.Tensor
     """bool [B, T, S]: the label is an answer token. Where loss_weight is 0 it cannot be known, see `LaneLoader`."""
     reset: torch.Tensor
-    """bool [B, T]: a document starts (or is entered) at this segment."""
+    """bool [B, W]: a document starts (or is entered) at this segment of the whole window."""
     position_in_document: torch.Tensor
     """int64 [B, T]: token offset of the segment's first token in its document."""
     lane_ids: torch.Tensor
@@ -51,17 +75,24 @@ class WindowBatch:
     padded_tokens: int
     """Positions with padding, of B * T * S."""
     documents: list[list[str]]
-    """Per lane the names of the documents in the window, in order."""
+    """Per lane the names of the documents in the whole window, in order."""
     probes: ProbeBatch | None = None
     weight: float = 0.0
     """Sum of all loss weights, those of the probes included: the host knows it without asking a device."""
     digests: list[int] = field(default_factory=list)
     """Per lane 48 bits of a hash over all of the above: equal windows have equal ones. Empty where nobody compares."""
+    outlines: list[int] = field(default_factory=list)
+    """Per lane 48 bits of a hash over what the parts of a window have in common: which documents, and where."""
 
     @property
     def digest(self) -> int:
         """All lanes' digests in one of 48 bits: a float64 holds it exactly."""
         return _digest(np.array(self.digests, dtype=np.int64))
+
+    @property
+    def outline(self) -> int:
+        """All lanes' outlines in one, likewise."""
+        return _digest(np.array(self.outlines, dtype=np.int64))
 
 
 def _digest(*parts: np.ndarray | bytes) -> int:
@@ -73,34 +104,77 @@ def _digest(*parts: np.ndarray | bytes) -> int:
 
 
 class WindowBuilder:
-    """The arrays of one window while they are filled: [B, T * S] per position and [B, T] per segment."""
+    """The arrays of one window while they are filled: [B, T * S] per position and [B, T] per segment.
 
-    def __init__(self, sets: list[WeightedSet], lanes: int, segments: int, segment_length: int, probes: int) -> None:
+    Args:
+        lanes: B.
+        segments: W, of the whole window; `part` says which are this process's.
+        probes: of the whole window, per lane.
+        read_all: also read what other parts have: all processes then meet the same damage.
+    """
+
+    def __init__(
+        self,
+        sets: list[WeightedSet],
+        lanes: int,
+        segments: int,
+        segment_length: int,
+        probes: int,
+        part: WindowPart = WHOLE,
+        *,
+        read_all: bool = False,
+    ) -> None:
         self._sets = sets
-        self._shape = (lanes, segments, segment_length)
-        positions = (lanes, segments * segment_length)
+        self._spans = part.spans(segments)
+        self._read_all = read_all
+        own = segments // part.size
+        self._shape = (lanes, own, segment_length)
+        positions = (lanes, own * segment_length)
         eos = sets[0].set.eos_id
         self._tokens = np.full(positions, eos, dtype=np.int64)
         self._labels = np.full(positions, eos, dtype=np.int64)
         self._loss_weight = np.zeros(positions, dtype=np.float32)
         self._answer_mask = np.zeros(positions, dtype=bool)
         self._reset = np.zeros((lanes, segments), dtype=bool)
-        self._position = np.zeros((lanes, segments), dtype=np.int64)
+        self._position = np.zeros((lanes, own), dtype=np.int64)
         self._documents: list[list[str]] = [[] for _ in range(lanes)]
+        self._runs: list[list[tuple[int, Run]]] = [[] for _ in range(lanes)]
         self._filled = 0
-        self._probes = ProbeBuilder(sets, lanes, segments, segment_length, probes) if probes else None
+        self._probes = ProbeBuilder(sets, lanes, segments, segment_length, probes, self._spans) if probes else None
 
-    def ask(self, row: int, runs: list[tuple[int, Run]], bits: np.random.PCG64) -> None:
-        """Put questions to the documents of lane `row`, whose runs begin at the segments given with them."""
+    def ask(self, row: int, bits: np.random.PCG64) -> None:
+        """Put questions to the documents of lane `row`, which have all been read."""
         assert self._probes is not None
-        self._probes.fill(row, runs, bits)
+        self._probes.fill(row, self._runs[row], bits)
 
     def read(self, row: int, at: int, run: Run) -> None:
         """Put `run` at segment `at` of lane `row`; nothing is changed when the document cannot be read."""
-        source = self._sets[run.set]
-        length = self._shape[2]
+        source, length = self._sets[run.set], self._shape[2]
+
+        def text(part: Run) -> np.ndarray:
+            first = part.first_segment * length
+            return source.set.read(part.document, first, first + part.labels + 1)
+
+        whole = text(run) if self._read_all else None
+        pieces, place = [], 0
+        for span in self._spans:
+            start, stop = max(at, span.start), min(at + run.segments, span.stop)
+            if start < stop:
+                part = run.part(start - at, stop - start, length)
+                first = (start - at) * length
+                tokens = text(part) if whole is None else whole[first : first + part.labels + 1]
+                pieces.append((place + start - span.start, part, tokens))
+            place += len(span)
+        for piece in pieces:
+            self._put(row, *piece)
+        self._reset[row, at] = run.starts
+        self._documents[row].append(source.set.document_name(run.document))
+        self._runs[row].append((at, run))
+
+    def _put(self, row: int, at: int, run: Run, text: np.ndarray) -> None:
+        """Put a run at the `at`-th of the process's own segments."""
+        source, length = self._sets[run.set], self._shape[2]
         first = run.first_segment * length
-        text = source.set.read(run.document, first, first + run.labels + 1)
         start, stop = at * length, at * length + run.labels
         self._tokens[row, start:stop] = text[:-1]
         self._labels[row, start:stop] = text[1:]
@@ -112,9 +186,7 @@ class WindowBuilder:
             if left < right:
                 self._answer_mask[row, left:right] = True
                 self._loss_weight[row, left:right] = source.answer_weight if run.from_beginning else 0
-        self._reset[row, at] = run.starts
         self._position[row, at : at + run.segments] = first + length * np.arange(run.segments)
-        self._documents[row].append(source.set.document_name(run.document))
         self._filled += run.labels
 
     def batch(self, lane_ids: range) -> WindowBatch:
@@ -131,6 +203,7 @@ class WindowBuilder:
             probes=self._probes.batch() if self._probes else None,
             weight=float(self._loss_weight.sum(dtype=np.float64)) + (self._probes.weight if self._probes else 0.0),
             digests=[self._lane_digest(row, lane) for row, lane in enumerate(lane_ids)],
+            outlines=[self._lane_outline(row, lane) for row, lane in enumerate(lane_ids)],
         )
 
     def _lane_digest(self, row: int, lane: int) -> int:
@@ -140,36 +213,62 @@ class WindowBuilder:
         names = "\0".join([str(lane), *self._documents[row]])
         return _digest(names.encode("utf-8", "surrogateescape"), *(array[row] for array in arrays))
 
+    def _lane_outline(self, row: int, lane: int) -> int:
+        names = "\0".join([str(lane), *self._documents[row]])
+        runs = np.array([(at, run.first_segment, run.labels) for at, run in self._runs[row]], dtype=np.int64)
+        return _digest(names.encode("utf-8", "surrogateescape"), self._reset[row], runs)
+
 
 class ProbeBuilder:
-    """The arrays of a window's probes while they are filled: [B, P, S]."""
+    """The arrays of a window's probes while they are filled: [B, P, S].
 
-    def __init__(self, sets: list[WeightedSet], lanes: int, segments: int, segment_length: int, probes: int) -> None:
+    Args:
+        probes: of the whole window; the process has those that read segments of its `spans`.
+    """
+
+    def __init__(
+        self,
+        sets: list[WeightedSet],
+        lanes: int,
+        segments: int,
+        segment_length: int,
+        probes: int,
+        spans: list[range],
+    ) -> None:
         self._sets = sets
         self._stride = segments // probes
-        shape = (lanes, probes, segment_length)
+        self._all = probes
+        self._own_segments = {segment: i for i, segment in enumerate(s for span in spans for s in span)}
+        self._own = [segment // self._stride for segment in self._own_segments if segment % self._stride == 0]
+        own = len(self._own)
+        shape = (lanes, own, segment_length)
         eos = sets[0].set.eos_id
         self._tokens = np.full(shape, eos, dtype=np.int64)
         self._labels = np.full(shape, eos, dtype=np.int64)
         self._loss_weight = np.zeros(shape, dtype=np.float32)
         # Where nothing can be asked the memory does not matter; the index must stay inside the probe's part.
-        self._segment = np.broadcast_to(self._stride * np.arange(probes), (lanes, probes)).copy()
+        self._segment = np.broadcast_to(self._stride * np.arange(own), (lanes, own)).copy()
 
     def fill(self, row: int, runs: list[tuple[int, Run]], bits: np.random.PCG64) -> None:
+        """Put questions to the documents of lane `row`, whose runs begin at the segments given with them."""
         length = self._tokens.shape[2]
-        candidates: list[list[tuple[int, Run, int, Question]]] = [[] for _ in self._tokens[row]]
+        candidates: list[list[tuple[int, Run, int, Question]]] = [[] for _ in self._own]
         for at, run in runs:
             if not run.from_beginning:  # what is asked for may stand before the entry
                 continue
             questions = self._sets[run.set].set.questions(run.document)
             for i in range(run.segments):
+                segment = self._own_segments.get(at + i)
+                if segment is None:
+                    continue
                 first = (run.first_segment + i) * length
-                candidates[(at + i) // self._stride] += [
-                    (at + i, run, first, question) for question in questions if askable(question, first, length)
+                candidates[segment // self._stride] += [
+                    (segment, run, first, question) for question in questions if askable(question, first, length)
                 ]
-        for probe, (choices, draws) in enumerate(zip(candidates, bits.random_raw(len(candidates)), strict=True)):
+        draws = bits.random_raw(self._all)
+        for i, (probe, choices) in enumerate(zip(self._own, candidates, strict=True)):
             if choices:
-                self._put(row, probe, *choices[draw(int(draws), len(choices))])
+                self._put(row, i, *choices[draw(int(draws[probe]), len(choices))])
 
     def _put(self, row: int, probe: int, segment: int, run: Run, first: int, question: Question) -> None:
         source, length = self._sets[run.set], self._tokens.shape[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from model.rules import has_convolution
+from model.rules import build_rule, has_convolution
 from model.rules.convolution import WIDTH
 from pipeline.config import derived
 from pipeline.config.schema import Config
@@ -48,6 +48,11 @@ def window_problems(config: Config) -> Iterator[str]:
         yield (
             f"bptt.chunks_per_window = {chunks}: must divide train.segments_per_window = {segments}; "
             f"valid are {listed(divisors(segments))}"
+        )
+    elif context > 1 and (rule := build_rule(config.model.memory)) is not None and not rule.composes:
+        yield (
+            f"parallel.context = {context}: must be 1 with model.memory.rule = {config.model.memory.rule}, whose "
+            "segments cannot be summed up for the ranks behind"
         )
     elif segments // chunks % context:
         yield (

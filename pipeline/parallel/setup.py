@@ -47,6 +47,7 @@ def build_stage(config: Config, topology: Topology, vocab_size: int, *, drawn: b
         last_layer=last,
         tensor_rank=topology.tensor_rank,
         tensor_size=topology.tensor_size,
+        context=topology.context,
     )
     if drawn:
         stage.initialize(config.train.seed)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from model.device import default_device, distributed_backend, prepare_megatron
+from model.rules.context import ContextGroup
 from pipeline.parallel.first_contact import FirstMessages, meet
 from pipeline.parallel.groups import host_groups, make_model_parallel, pipeline_group
 
@@ -69,6 +70,13 @@ class Topology:
     def context_group(self) -> dist.ProcessGroup:
         """The processes that share the segments of the same lanes, heads and layers."""
         return parallel_state.get_context_parallel_group()
+
+    @property
+    def context(self) -> ContextGroup | None:
+        """What a stage exchanges its memory's summaries in; None where this process has all segments of its lanes."""
+        if self.context_size == 1:
+            return None
+        return ContextGroup(self.context_group, self.context_rank, self.context_size)
 
     @property
     def model_group(self) -> dist.ProcessGroup:
