@@ -25,6 +25,8 @@ class WindowPart(NamedTuple):
 
     def spans(self, segments: int) -> list[range]:
         """The process's segments of a window of `segments`, chunk by chunk."""
+        if self.size == 1:
+            return [range(segments)]
         chunk, part = segments // self.chunks, segments // (self.chunks * self.size)
         firsts = range(self.rank * part, segments, chunk)
         return [range(first, first + part) for first in firsts]

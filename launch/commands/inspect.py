@@ -259,7 +259,8 @@ def _inspect_checkpoint(folder: Path, args: argparse.Namespace) -> int:
         "step": f"{summary.step:,} ({summary.optimizer_steps:,} of them applied)",
         "tokens": f"{summary.tokens:,}",
         "run": config.name,
-        "written for": f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
+        "written for": f"tensor {layout.tensor} x context {layout.context} x pipeline {layout.pipeline} x data "
+        f"{layout.data}, "
         f"ZeRO {layout.zero_stage}, {layout.world_size} processes; any other layout can read it",
         "model": f"{model.num_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads, "
         f"{found.parameters:,} parameters, vocabulary {summary.vocab_size:,}",

@@ -97,7 +97,7 @@ class SavedOptimizer:
             # The first stage writes a tied embedding.
             if fragment.is_second_copy or (partition.dim is None and topology.tensor_rank > 0):
                 continue
-            if fragment.shared and topology.data_rank > 0:
+            if fragment.shared and topology.replica_rank > 0:
                 continue
             split = partition.dim is not None
             for kind, tensor in fragment.tensors.items():
@@ -136,6 +136,7 @@ class SavedOptimizer:
 
 class CarriedMemory:
     """The memory that this process's lanes carry from step to step, in this stage's layers and on this rank's heads.
+    Context ranks carry the same; the first one saves it, with what the last one's tokens leave to the next window.
 
     Args:
         value: as training begins.
@@ -146,8 +147,11 @@ class CarriedMemory:
     def __init__(self, value: Memory, layers: list[str], topology: Topology, lane_range: tuple[int, int]) -> None:
         self.value, self.layers = value, layers
         self.tensor_rank, self.first_lane = topology.tensor_rank, lane_range[0]
+        self.is_first_copy = topology.context_rank == 0
 
     def own_tensors(self) -> Iterator[OwnTensor]:
+        if not self.is_first_copy:
+            return
         for key, tensor in named_tensors(self.layers, self.value):
             entry = {
                 "key": key,

@@ -35,6 +35,7 @@ class Layout(msgspec.Struct, frozen=True):
     data: Rank
     zero_stage: Rank
     world_size: Rank
+    context: Rank = 1
 
 
 class Source(msgspec.Struct, frozen=True):

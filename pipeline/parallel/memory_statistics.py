@@ -18,7 +18,8 @@ def gather_statistics(
     pickled one is put back on the device it came from, which is another process's.
 
     Args:
-        statistics: of this rank's layers and heads, at least one. Those of data-parallel rank 0 are taken.
+        statistics: of this rank's layers and heads, at least one. Those of data-parallel rank 0 are taken; over its
+            context ranks, as over chunks, they are averaged.
         layers: of the whole model.
     """
     shapes = [x.shape for x in next(iter(statistics.values()))]  # first dim by head, the same on all ranks
@@ -27,7 +28,7 @@ def gather_statistics(
     measured_layers = torch.zeros(layers, device=topology.device)
     if topology.data_rank == 0:
         for layer, measured in statistics.items():
-            table[layer, topology.tensor_rank] = torch.cat([x.flatten() for x in measured])
+            table[layer, topology.tensor_rank] = torch.cat([x.flatten() for x in measured]) / topology.context_size
             measured_layers[layer] = 1
     for part in (table, measured_layers):
         dist.all_reduce(part)

@@ -125,6 +125,7 @@ def written_for(config: Config, topology: Topology, vocab_size: int, tokenizer_s
         "layout": {
             "tensor": topology.tensor_size,
             "pipeline": topology.pipeline_size,
+            "context": topology.context_size,
             "data": topology.data_size,
             "zero_stage": config.parallel.zero_stage,
             "world_size": dist.get_world_size(),

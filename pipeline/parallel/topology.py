@@ -115,6 +115,12 @@ class Topology:
             dist.all_reduce(tensor, op=op, group=part)
         return tensor.tolist()
 
+    def largest_of_lane(self, value: float) -> float:
+        """The largest value of the processes that work on this one's lanes; collective over them, from host to host."""
+        for group in (self.model_group, self.context_group):
+            (value,) = self.all_reduce([value], op=dist.ReduceOp.MAX, group=group)
+        return value
+
     def over_stages(self, own: Any) -> list[Any]:
         """What each pipeline stage of this model copy has, the first one's first; collective. Copies have the same, so
         that nothing travels through the whole world."""

@@ -30,7 +30,7 @@ class StepResult:
     """What one step's forward and backward passes leave behind; the gradients are in the parameters."""
 
     token_loss: Tensor | None
-    """Cross entropy `[B, T, S]` of this rank's lanes; on the last stage only."""
+    """Cross entropy `[B, T, S]` of this rank's lanes and segments; on the last stage only."""
     probe_loss: Tensor | None
     """The same of the probes, `[B, P, S]`; None without probes."""
     token_correct: Tensor | None
@@ -130,7 +130,7 @@ class Executor:
 
         Args:
             operations: from `pipeline.schedule.operations`; without backwards it is an evaluation and no graph is kept.
-            batch: this rank's lanes; every stage gets the same one.
+            batch: this rank's lanes and, of each chunk, its segments; every stage gets the same one.
             memory: memory carried in, per layer, all of this rank's lanes.
             lanes_per_microbatch: whose windows are one microbatch of the schedule.
             loss_scale: factor of the weighted sum of token losses in the objective.

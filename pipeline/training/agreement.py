@@ -1,8 +1,8 @@
-"""Do the processes of one model copy train on the same windows? Each of them reads its own.
+"""Do the processes that share the work on a lane train on the same windows? Each of them reads its own.
 
-Tensor-parallel ranks and pipeline stages with the same lanes get tokens, resets and labels from the prepared set, every
-one for itself. A document that one of them alone cannot read, or another version of a file on one node, would train a
-model that exists nowhere, without a word.
+Tensor-parallel ranks and pipeline stages with the same lanes and segments get tokens, resets and labels from the
+prepared set, every one for itself, and context ranks get parts of the same window. A document that one of them alone
+cannot read, or another version of a file on one node, would train a model that exists nowhere, without a word.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class RankWindow(NamedTuple):
     """What a process has read for a step."""
 
     rank: int
+    part: int
+    """Context rank: which part of every chunk it has."""
     lanes: list[int]
+    outlines: list[int]
     digests: list[int]
     documents: list[list[str]]
     """Per lane, the names in order."""
@@ -42,28 +45,46 @@ def agreed_weight(batch: WindowBatch, topology: Topology, *, step: int) -> float
     Raises:
         DifferentWindowsError: the same on all processes.
     """
-    # Three numbers for each data-parallel rank, which all its processes put in: the largest is everybody's, and so is
-    # the least, if the windows are equal.
-    values = [-math.inf] * (3 * topology.data_size)
-    values[3 * topology.data_rank : 3 * topology.data_rank + 3] = [batch.weight, batch.digest, -batch.digest]
-    reduced = topology.all_reduce(values, op=dist.ReduceOp.MAX)
-    if any(most != -least for most, least in zip(reduced[1::3], reduced[2::3], strict=True)):
-        own = RankWindow(dist.get_rank(), batch.lane_ids.tolist(), batch.digests, batch.documents)
+    # Places for the numbers of each part of each block of lanes, and of each block of lanes, which all its processes
+    # put in: the largest is everybody's, and so is the least, if the windows are equal.
+    weights, digests = [-math.inf] * topology.replicas, [-math.inf] * (2 * topology.replicas)
+    outlines = [-math.inf] * (2 * topology.data_size)
+    weights[topology.replica_rank] = batch.weight
+    digests[2 * topology.replica_rank : 2 * topology.replica_rank + 2] = [batch.digest, -batch.digest]
+    outlines[2 * topology.data_rank : 2 * topology.data_rank + 2] = [batch.outline, -batch.outline]
+    reduced = topology.all_reduce([*weights, *digests, *outlines], op=dist.ReduceOp.MAX)
+    compared = reduced[len(weights) :]
+    if any(most != -least for most, least in zip(compared[::2], compared[1::2], strict=True)):
+        own = RankWindow(
+            dist.get_rank(),
+            topology.context_rank,
+            batch.lane_ids.tolist(),
+            batch.outlines,
+            batch.digests,
+            batch.documents,
+        )
         everyone: list[RankWindow] = [own] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
         raise DifferentWindowsError(f"step {step}: {different_windows(everyone)}")
-    return sum(reduced[0::3])
+    return sum(reduced[: len(weights)])
 
 
 def different_windows(windows: list[RankWindow]) -> str:
     """What is different between the windows of processes with the same lanes, for a message."""
-    readings: dict[int, dict[int, list[tuple[int, list[str]]]]] = {}
+    outlines: dict[int, dict[int, list[tuple[int, list[str]]]]] = {}
+    parts: dict[tuple[int, int], dict[int, list[tuple[int, list[str]]]]] = {}
     for window in windows:
-        for lane, digest, documents in zip(window.lanes, window.digests, window.documents, strict=True):
-            readings.setdefault(lane, {}).setdefault(digest, []).append((window.rank, documents))
-    different = {lane: found for lane, found in sorted(readings.items()) if len(found) > 1}
+        lanes = zip(window.lanes, window.outlines, window.digests, window.documents, strict=True)
+        for lane, outline, digest, documents in lanes:
+            outlines.setdefault(lane, {}).setdefault(outline, []).append((window.rank, documents))
+            parts.setdefault((lane, window.part), {}).setdefault(digest, []).append((window.rank, documents))
+    # Other documents make all parts of a window different; else a part may differ alone.
+    different = {lane: found for lane, found in sorted(outlines.items()) if len(found) > 1}
+    for (lane, _), found in sorted(parts.items()):
+        if len(found) > 1:
+            different.setdefault(lane, found)
     lines = []
-    for lane, found in list(different.items())[:SHOWN]:
+    for lane, found in sorted(different.items())[:SHOWN]:
         # The reading of the most ranks first: it is the likelier one.
         groups = sorted(found.values(), key=lambda group: (-len(group), group[0][0]))
         told = [f"{ranks_named([rank for rank, _ in group])} read {some(group[0][1], SHOWN)}" for group in groups]

@@ -50,7 +50,8 @@ def full_batch(config: Config, lanes: int, device: torch.device) -> WindowBatch:
     """A window of `lanes` lanes in which every token and every probe counts, on `device`: the largest that a step can
     get. It says nothing: all tokens are the first one, in the middle of a document."""
     train, length = config.train, config.model.segment_length
-    segments, probes = train.segments_per_window, train.probes_per_window
+    context = config.parallel.context
+    segments, probes = train.segments_per_window // context, train.probes_per_window // context
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(lanes, *shape, dtype=dtype, device=device)
@@ -64,7 +65,7 @@ def full_batch(config: Config, lanes: int, device: torch.device) -> WindowBatch:
         labels=zeros(segments, length),
         loss_weight=ones(segments, length),
         answer_mask=zeros(segments, length, dtype=torch.bool),
-        reset=zeros(segments, dtype=torch.bool),
+        reset=zeros(train.segments_per_window, dtype=torch.bool),
         position_in_document=zeros(segments),
         lane_ids=zeros(),
         padded_tokens=0,
@@ -72,4 +73,5 @@ def full_batch(config: Config, lanes: int, device: torch.device) -> WindowBatch:
         probes=asked if probes else None,
         weight=float(lanes * (segments + probes) * length),
         digests=[0] * lanes,
+        outlines=[0] * lanes,
     )

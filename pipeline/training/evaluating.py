@@ -159,7 +159,7 @@ class _Question:
         if self.windows % WINDOWS_BETWEEN_QUESTIONS:
             return False
         own = self.reason() is not None or self.store.check([self.key])
-        if not self.topology.all_reduce([float(own)], op=dist.ReduceOp.MAX, group=self.topology.model_group)[0]:
+        if not self.topology.largest_of_lane(float(own)):
             return False
         self.store.set(self.key, "")  # for the other copies, which nobody else may have told
         return True

@@ -131,7 +131,8 @@ class Monitor:
         dist.all_gather_object(hosts, socket.gethostname())
         if not self.is_main:
             return
-        self.stragglers = StragglerWatch(config.metrics.straggler_bound, hosts, config.parallel.tensor)
+        sharing = self.topology.tensor_size * self.topology.context_size
+        self.stragglers = StragglerWatch(config.metrics.straggler_bound, hosts, sharing)
         sheet = told_sheet(name, self.sheet_flops, config.train.precision)
         rows = derived_rows(config, self.topology, self.vocab_size, peak_flops=self.peak_flops, sheet=sheet)
         if self.step:
@@ -210,8 +211,8 @@ class Monitor:
         largest, of_ranks = gathered[: len(memory)], gathered[len(memory) :]
         skipped = None
         if self.config.data.skip_bad_documents:
-            # The processes of a model's parts read the same lanes.
-            copies = topology.tensor_size * topology.pipeline_size
+            # The processes that work on a lane together leave out the same.
+            copies = topology.tensor_size * topology.context_size * topology.pipeline_size
             skipped = topology.all_reduce([float(record.skipped_documents)])[0] / copies
         still, stillness = self.stillness.at_interval(rate)
         totals, measured = self.interval, self.own_steps > 0

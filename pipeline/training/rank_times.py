@@ -2,8 +2,8 @@
 
 All ranks of a step end it together, since they wait for one another. What tells them apart is the time that a rank does
 not wait: for its window from the disk, and in the forward and backward passes between two transfers. Ranks of one
-pipeline stage have the same work and are compared. A tensor-parallel group waits inside its layers and is slow as a
-whole; a run with one copy of the model has nobody to compare with.
+pipeline stage have the same work and are compared. Tensor- and context-parallel ranks wait for one another inside
+their layers and are slow as a whole; where no others are, there is nobody to compare with.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class StragglerWatch:
     Args:
         bound: times the median of the others; more is slow.
         hosts: by rank.
-        tensor_size: ranks that work on every layer together.
+        sharing: ranks with consecutive numbers that work on every layer together.
     """
 
-    def __init__(self, bound: float, hosts: list[str], tensor_size: int) -> None:
-        self.bound, self.hosts, self.tensor_size = bound, hosts, tensor_size
+    def __init__(self, bound: float, hosts: list[str], sharing: int) -> None:
+        self.bound, self.hosts, self.sharing = bound, hosts, sharing
         self._seen: tuple[int, int] = (-1, 0)
         """A rank, and the intervals in a row in which it was slow."""
         self._named: int | None = None
@@ -105,8 +105,8 @@ class StragglerWatch:
         if not slow or slowest.rank == self._named or self._seen[1] < PATIENCE:
             return None
         self._named = slowest.rank
-        first = slowest.rank - slowest.rank % self.tensor_size
-        group = "" if self.tensor_size == 1 else f" (or another of ranks {first} to {first + self.tensor_size - 1})"
+        first = slowest.rank - slowest.rank % self.sharing
+        group = "" if self.sharing == 1 else f" (or another of ranks {first} to {first + self.sharing - 1})"
         return (
             f"RANK {slowest.rank} ON {self.hosts[slowest.rank]} IS SLOW{group}: it works {slowest.own_s:.3g} s a step "
             f"({slowest.data_s:.3g} s of that it waits for data), {slowest.slowdown:.2f} times the median of the other "

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data.lanes.loader import WindowBatch, build_loader
+from data.lanes.window import WindowPart
 from model.rules.state import Memory, clear_lanes
 from pipeline.checkpoint.loading import open_newest
 from pipeline.checkpoint.reader import CheckpointReader
@@ -69,6 +70,7 @@ def enter(config: Config) -> Topology:
     topology = initialize(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
+        context=config.parallel.context,
         timeout_s=config.parallel.timeout_s,
         greet=lambda: check_same_start(config),
     )
@@ -108,6 +110,7 @@ class Trainer:
             segment_length=config.model.segment_length,
             seed=config.train.seed,
             probes_per_window=config.train.probes_per_window,
+            part=WindowPart(config.bptt.chunks_per_window, topology.context_rank, topology.context_size),
             finish=pinned_for(topology.device),
         )
         self.evaluation = Evaluation(config, topology) if config.evaluate.interval is not None else None
@@ -358,11 +361,11 @@ class Trainer:
         config, topology = self.config, self.topology
         self.optimizer.backbone_frozen = self.progress.step < config.train.freeze_backbone_steps
         weight = agreed_weight(batch, topology, step=self.progress.step + 1)
-        # DeepSpeed averages over data parallelism; the factor makes the average a sum over all lanes.
-        scale = topology.data_size / max(weight, 1e-30)
+        # DeepSpeed averages over data x context; the factor makes the average a sum over all lanes and their parts.
+        scale = topology.replicas / max(weight, 1e-30)
         penalised = self.progress.step >= config.train.write_gate_penalty_from
         penalty = config.train.write_gate_penalty if penalised else 0.0
-        gate_scale = penalty * topology.data_size / derived.gate_count(config)
+        gate_scale = penalty * topology.replicas / derived.gate_count(config)
         with self.optimizer.accumulate():
             return self.executor.run(
                 self.schedule,

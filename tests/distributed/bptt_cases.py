@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from data.lanes.window import ProbeBatch, WindowBatch
+from data.lanes.window import ProbeBatch, WindowBatch, WindowPart
 from model.config import layer_shape
 from model.layers import loss
 from model.sharding import partition_of
@@ -79,6 +79,26 @@ def random_batch(config, first_lane: int, last_lane: int) -> WindowBatch:
     )
 
 
+def cut(batch: WindowBatch, part: WindowPart) -> WindowBatch:
+    """What one of several processes that share a window has of it."""
+    segments, probes = batch.tokens.shape[1], batch.probes
+    own = [segment for span in part.spans(segments) for segment in span]
+    batch = dataclasses.replace(
+        batch, **{name: getattr(batch, name)[:, own] for name in ("tokens", "labels", "loss_weight")}
+    )
+    if probes is None or part.size == 1:
+        return batch
+    asked = [probe for span in part.spans(probes.segment.shape[1]) for probe in span]
+    place = torch.full((segments,), -1)
+    place[own] = torch.arange(len(own))
+    probes = ProbeBatch(
+        *(getattr(probes, name)[:, asked] for name in ("tokens", "labels", "loss_weight")),
+        segment=place[probes.segment[:, asked]],
+    )
+    assert probes.segment.min() >= 0
+    return dataclasses.replace(batch, probes=probes)
+
+
 def carried_memory(config, stage, first_lane: int, last_lane: int) -> list:
     """A memory that was written to before: drawn per layer for all lanes and heads, then cut to this rank's."""
     result = []
@@ -105,7 +125,8 @@ def carried_memory(config, stage, first_lane: int, last_lane: int) -> list:
 
 def prepare(overrides: list[str]) -> tuple[Any, Topology, Any, WindowBatch, list]:
     config = load(overrides)
-    topology = join(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=60)
+    parallel = config.parallel
+    topology = join(tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context, timeout_s=60)
     stage = build_stage(config, topology, VOCAB)
     lanes = topology.lanes(config.train.lanes)
     return config, topology, stage, random_batch(config, *lanes), carried_memory(config, stage, *lanes)
@@ -114,7 +135,7 @@ def prepare(overrides: list[str]) -> tuple[Any, Topology, Any, WindowBatch, list
 def collect(stage, topology: Topology, loss: Tensor | None, memory: list) -> dict[str, Any]:
     """What the test puts together from all ranks."""
     return {
-        "place": (topology.data_rank, topology.pipeline_rank, topology.tensor_rank),
+        "place": (topology.data_rank, topology.context_rank, topology.pipeline_rank, topology.tensor_rank),
         "loss": loss,
         "gradients": {
             name: (p.grad, partition_of(p), getattr(p, "partial_gradient", False))
@@ -164,16 +185,21 @@ def by_schedule(overrides: list[str], chunk_counts: list[int]) -> list[dict[str,
         stage.zero_grad(set_to_none=True)
         shape = {"stages": topology.pipeline_size, "stage": topology.pipeline_rank}
         shape |= {"microbatches": lanes // per_microbatch, "chunks": chunks, "replay": replay}
+        part = WindowPart(chunks, topology.context_rank, topology.context_size)
         done = Executor(stage, topology, chunks=chunks, carry_gradient=config.bptt.gradient == "full").run(
             build_schedule(**shape),
-            batch,
+            cut(batch, part),
             memory,
             lanes_per_microbatch=per_microbatch,
             loss_scale=1 / 100,
             gate_scale=GATE_SCALE,
         )
         assert done.peak_live_chunks == expected_peak_live_chunks(**shape)
-        results.append(collect(stage, topology, done.token_loss, done.memory))
+        losses = done.token_loss
+        if losses is not None:  # in their places in the window, which the parts' sum then has
+            losses = torch.zeros(batch.tokens.shape, dtype=losses.dtype)
+            losses[:, [segment for span in part.spans(losses.shape[1]) for segment in span]] = done.token_loss
+        results.append(collect(stage, topology, losses, done.memory))
     return results
 
 

@@ -58,8 +58,9 @@ def make_trainer(folder: str, data: str, overrides: list[str]) -> Trainer:
     sets = [f"data.sets=[{{path: {data}, answer_weight: 3.0}}]"]
     config = load_config(None, [*TINY, *sets, f"run_dir={folder}", *overrides])
     validate(config, dist.get_world_size() if dist.is_initialized() else None)
+    parallel = config.parallel
     topology = join(
-        tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=config.parallel.timeout_s
+        tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context, timeout_s=parallel.timeout_s
     )
     return Trainer(config, topology)
 
@@ -105,7 +106,9 @@ def full_memory(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The memory carried by all lanes, heads and layers, whole, on every rank."""
     place = (trainer.topology.data_rank, trainer.topology.tensor_rank)
     mine = [
-        (name, *place, tensor.clone()) for name, tensor in named_tensors(trainer.stage.layers, trainer.memory.value)
+        (name, *place, tensor.clone())
+        for name, tensor in named_tensors(trainer.stage.layers, trainer.memory.value)
+        if trainer.topology.context_rank == 0
     ]
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)

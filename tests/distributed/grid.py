@@ -11,14 +11,14 @@ from megatron.core import parallel_state
 
 from pipeline.parallel.topology import Topology, initialize
 
-_known: dict[tuple[int, int], tuple[Topology, dict[str, object]]] = {}
+_known: dict[tuple[int, int, int], tuple[Topology, dict[str, object]]] = {}
 
 
-def join(*, tensor: int, pipeline: int, timeout_s: float) -> Topology:
+def join(*, tensor: int, pipeline: int, context: int = 1, timeout_s: float) -> Topology:
     """As `initialize`, with the groups of an earlier call for the same layout."""
-    layout = (tensor, pipeline)
+    layout = (tensor, pipeline, context)
     if layout not in _known:
-        topology = initialize(tensor=tensor, pipeline=pipeline, timeout_s=timeout_s)
+        topology = initialize(tensor=tensor, pipeline=pipeline, context=context, timeout_s=timeout_s)
         _known[layout] = topology, dict(_megatron_state())
     topology, state = _known[layout]
     vars(parallel_state).update(state)
