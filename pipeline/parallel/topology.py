@@ -102,6 +102,16 @@ class Topology:
         """First and last stage, which hold the two copies of a tied embedding."""
         return parallel_state.get_embedding_group()
 
+    def named_groups(self) -> dict[str, dist.ProcessGroup]:
+        """Groups that every process is in one of each, by their names in messages."""
+        return {
+            "all processes": dist.group.WORLD,
+            "parallel.tensor": self.tensor_group,
+            "parallel.context": self.context_group,
+            "data parallelism": self.replica_group,
+            "the processes that hold one model": self.model_group,
+        }
+
     def lanes(self, total: int) -> tuple[int, int]:
         """First and last (exclusive) global lane of this data-parallel rank: a contiguous block."""
         size = total // self.data_size
@@ -283,13 +293,7 @@ def _open_connections(topology: Topology, first: FirstMessages) -> None:
             if target is not None:
                 dist.send(token, target, group=group)
             token.item()  # a device is behind its host
-    groups = {
-        "all processes": dist.group.WORLD,
-        "parallel.tensor": topology.tensor_group,
-        "parallel.context": topology.context_group,
-        "data parallelism": topology.replica_group,
-        "the processes that hold one model": topology.model_group,
-    }
+    groups = topology.named_groups()
     if topology.pipeline_size > 1 and (topology.pipeline_rank == 0 or topology.is_last_stage):
         groups["the first and the last stage"] = topology.embedding_group
     for name, group in groups.items():

@@ -27,6 +27,7 @@ from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.checkpoint.writer import take_snapshot
 from pipeline.config.derived import tokens_per_step
 from pipeline.config.schema import Config
+from pipeline.parallel.links import link_notes
 from pipeline.parallel.memory_statistics import gather_statistics
 from pipeline.parallel.setup import vocabulary, written_for
 from pipeline.parallel.topology import Topology, on_main, shutdown
@@ -88,6 +89,8 @@ def dry_run(config: Config) -> int:
         OSError: the checkpoint cannot be written.
     """
     topology = enter(config)
+    for note in link_notes(topology):
+        print(note)
     found = measure(config, topology)
     if topology.is_main:
         report(config, found)

@@ -20,6 +20,7 @@ from pipeline.checkpoint.run_state import CarriedMemory, Parts, Progress, Random
 from pipeline.checkpoint.writer import CheckpointSaver, take_snapshot
 from pipeline.config import derived
 from pipeline.config.schema import Config
+from pipeline.parallel.links import link_notes
 from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
 from pipeline.parallel.setup import build_stage, check_same_run, vocabulary, written_for
 from pipeline.parallel.topology import Topology, initialize, on_main, shutdown
@@ -169,6 +170,7 @@ class Trainer:
             ConfigError: a new run would overwrite an old one, or the checkpoint does not fit the configuration.
             CheckpointError: the checkpoint asked for is missing or damaged.
         """
+        measured = link_notes(self.topology)
         notes, resumed = begin(
             self.config,
             self.topology,
@@ -190,7 +192,7 @@ class Trainer:
         if self.evaluation is not None:
             self.evaluation.begin(self.run_dir, self.progress.step)
             notes += self.evaluation.notes
-        for note in notes:
+        for note in [*measured, *notes]:
             self.monitor.message(note)
 
     @property

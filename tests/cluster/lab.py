@@ -2,7 +2,8 @@
 
     switch (in `ctl`): 10.77.0.10       slurmctld
       |-- n1 10.77.0.1                  slurmd
-      `-- n2 10.77.0.2                  slurmd
+      |-- n2 10.77.0.2                  slurmd
+      `-- n3 10.77.0.3                  for tests of launchers alone, while one has it
 
 Nothing of it outlives the test session, however that ends: a node is a process that reads from a pipe which the session
 holds, and what runs in its process namespace ends with it.
@@ -15,13 +16,14 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 
-HOSTS = {"ctl": "10.77.0.10", "n1": "10.77.0.1", "n2": "10.77.0.2"}
+HOSTS = {"ctl": "10.77.0.10", "n1": "10.77.0.1", "n2": "10.77.0.2", "n3": "10.77.0.3"}
 NODES = ("n1", "n2")
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "ip", "nsenter", "unshare")
 """Debian: slurm-wlm, iproute2, util-linux."""
@@ -190,20 +192,41 @@ class Lab:
     def boot(self, name: str) -> None:
         """Bring up a node that is not there, or no longer."""
         node = self.nodes[name] = Node(name, self.folder, "slurmd", "-D")
+        self._connect(node)
+        node.start_daemon()
+
+    @contextmanager
+    def guest(self, name: str) -> Iterator[Node]:
+        """One more node, of which Slurm knows nothing."""
+        node = Node(name, self.folder, "sleep", "infinity")
+        try:
+            self._connect(node)
+            node.start_daemon()
+            yield node
+        finally:
+            node.stop()
+
+    def _connect(self, node: Node) -> None:
+        name = node.name
         cable = f"to-{name}"
         ends = [cable, "netns", str(self.controller.pid), "type", "veth", "peer", "eth0", "netns", str(node.pid)]
         subprocess.run(["ip", "link", "add", *ends], check=True)
         self.controller.run("ip", "link", "set", cable, "master", "switch")
         self.controller.run("ip", "link", "set", cable, "up")
         # A node that comes again has its old one: others remember it for a minute.
-        node.run("ip", "link", "set", "eth0", "address", f"02:00:00:00:00:0{NODES.index(name) + 1}")
+        node.run("ip", "link", "set", "eth0", "address", f"02:00:00:00:00:0{HOSTS[name][-1]}")
         node.run("ip", "addr", "add", f"{HOSTS[name]}/24", "dev", "eth0")
         node.run("ip", "link", "set", "eth0", "up")
-        node.start_daemon()
 
     def cut(self, name: str) -> None:
         """Pull a node's cable at the switch: to both sides it looks as if the other had fallen silent."""
         self.controller.run("ip", "link", "set", f"to-{name}", "nomaster")
+
+    def slow_down(self, node: Node, rate: str) -> None:
+        """So much, as tc counts, a node sends and gets from now on."""
+        limit = ["root", "tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"]
+        node.run("tc", "qdisc", "add", "dev", "eth0", *limit)
+        self.controller.run("tc", "qdisc", "add", "dev", f"to-{node.name}", *limit)
 
     def mend(self, name: str) -> None:
         self.controller.run("ip", "link", "set", f"to-{name}", "master", "switch")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.cluster.lab import NAMESPACES, Lab
+from tests.cluster.lab import NAMESPACES, Lab, Node
 from tests.distributed.runs import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -18,14 +18,25 @@ SCRIPT = f"bash {ROOT}/launch/torchrun.sh greet"
 PROGRAM = "import os; print('rank', os.environ['RANK'])"
 
 
-def launch(lab: Lab, node: str, *before: str, **settings: str) -> subprocess.Popen:
+MEASURE = """
+from launch.processes.quiet import quiet_libraries
+quiet_libraries()
+from pipeline.parallel.links import link_notes
+from pipeline.parallel.topology import initialize, shutdown
+print(*link_notes(initialize(tensor=1, pipeline=1, timeout_s=60)), sep="\\n", flush=True)
+shutdown()
+"""
+
+
+def launch(lab: Lab, node: str | Node, *before: str, program: str = PROGRAM, **settings: str) -> subprocess.Popen:
     """`launch/torchrun.sh` on a node, after commands of the shell there."""
+    node = lab.nodes[node] if isinstance(node, str) else node
     script = [*before, f"exec {SCRIPT}"]
     environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PYTHONPATH": str(lab.folder)}
     environment |= {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": ENDPOINT, "MODULE": "greeting"} | settings
-    (lab.folder / "greeting.py").write_text(PROGRAM)
+    (lab.folder / "greeting.py").write_text(program)
     return subprocess.Popen(
-        ["nsenter", "--target", str(lab.nodes[node].pid), *NAMESPACES, "bash", "-c", "\n".join(script)],
+        ["nsenter", "--target", str(node.pid), *NAMESPACES, "bash", "-c", "\n".join(script)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -81,3 +92,16 @@ def test_another_program_at_the_place_to_meet_is_told(lab, answer):
         assert code == 2, found
         assert output.startswith(f"infini: error: another program listens at the place to meet, {ENDPOINT}, "), output
         assert output.count("\n") == 1
+
+
+def test_a_node_with_a_slow_link_is_named(lab):
+    """Of three, one that sends and gets 20 Mbit/s; the others, as fast as this machine copies."""
+    with lab.guest("n3") as third:
+        lab.slow_down(third, "20mbit")
+        settings = {"program": MEASURE, "NNODES": "3", "RDZV_ID": "links"}
+        found = finish(*(launch(lab, node, **settings) for node in ("n1", "n2", third)))
+    assert [code for code, _ in found] == [0, 0, 0], found
+    usual, slow = "".join(output for _, output in found).split("\n", 1)
+    assert usual.startswith("links between 3 nodes: ")
+    assert slow.startswith("SLOW, the links between nodes: rank ") and " on n3, 0.00" in slow, found
+    assert " on n1" not in slow and " on n2" not in slow
