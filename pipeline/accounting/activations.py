@@ -20,6 +20,7 @@ dimension d and an MLP width f, autograd keeps per layer and token
                 + h c                                      write gate
                 + h c + 3 n m                              mix gate per token
     states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
+                with context parallelism g d^2 m per lane: what a rank's segments do to a state (all but linear)
 
 and the last stage 2 h e for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
 (`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one microbatch's lanes x segments_per_window /
@@ -78,6 +79,8 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int,
     mlp = tokens * e * 3 * model.ffn_hidden_size // tensor
     norm_and_mlp = tokens * e * 2 * hidden + mlp
     attention = tokens * hidden * 2 * e + _attention_bytes(model, tensor, hidden, e, m, segments)
+    if config.parallel.context > 1:
+        attention += lanes * m * _own_transition(model, tensor)
     columns = embedding_rows(model, vocab)
     logits_again = is_last and recomputes_logits(config, world_size, columns)
     of_loss = 0
@@ -106,6 +109,13 @@ def lane_state_bytes(config: Config, layers: int) -> int:
 def _hidden_between_matrices(config: Config) -> int:
     """Numbers of the residual stream that a rank holds per token."""
     return config.model.hidden_size // (config.parallel.tensor if config.parallel.sequence_parallel else 1)
+
+
+def _own_transition(model: ModelConfig, tensor: int) -> int:
+    """Numbers per lane that a context-parallel rank keeps of the pair that it has sent."""
+    rule, layer = build_rule(model.memory), layer_shape(model, tensor)
+    square = layer.groups * layer.dim**2
+    return square if rule is not None and max(rule.exchanges(layer)) > square else 0
 
 
 def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: int, segments: int) -> int:

@@ -18,6 +18,7 @@ from launch.commands.planned import ASSUMED_VOCAB
 from model import device
 from model.layers.norm import RMSNorm
 from model.rules import deltanet, normalized
+from model.rules.context import ContextPart
 from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_pairs
 from pipeline.accounting import update_peak
 from pipeline.accounting.footprint import per_rank_bytes
@@ -31,7 +32,7 @@ from pipeline.inference.sampling import Sampling, choose
 from pipeline.inference.streaming import Streamer
 from pipeline.parallel import optimizer
 from pipeline.parallel.setup import build_stage
-from pipeline.parallel.topology import initialize
+from pipeline.parallel.topology import Topology, initialize
 from pipeline.tracing.evaluation import trace_evaluation
 from pipeline.tracing.host_reads import listed
 from pipeline.tracing.ledger import Ledger
@@ -84,10 +85,15 @@ def traced_bytes(world: int, rank: int, settings: str) -> dict[str, int]:
     return trace_step(small(BYTES + settings), world, rank, VOCAB, update=False, microbatches=2).at_peak
 
 
+def _join(config: Config) -> Topology:
+    parallel = config.parallel
+    return initialize(tensor=parallel.tensor, context=parallel.context, pipeline=parallel.pipeline, timeout_s=60)
+
+
 def measured_bytes(settings: str) -> tuple[int, int]:
     """Rank, and the bytes at the peak of the same passes, with real tensors in real processes."""
     config = small(BYTES + settings)
-    topology = initialize(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=60)
+    topology = _join(config)
     with whole_tensors(), LiveBytes() as live:
         run = TracedRun(config, dist.get_world_size(), VOCAB, topology, live, update=False)
         run.microbatches = 2
@@ -96,8 +102,10 @@ def measured_bytes(settings: str) -> tuple[int, int]:
     return dist.get_rank(), live.peak
 
 
-def _scan_at_once(initial: torch.Tensor, blocks: Blocks, reset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset)
+def _scan_at_once(
+    initial: torch.Tensor, blocks: Blocks, reset: torch.Tensor, part: ContextPart | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset, part)
 
 
 @contextlib.contextmanager
@@ -138,7 +146,7 @@ def planned_and_traced_step(world: int, rank: int, settings: str) -> tuple[int, 
 def measured_step(settings: str) -> tuple[int, int]:
     """Rank, and the bytes at the peak of the same step with real tensors in real processes."""
     config = small(BYTES + settings)
-    topology = initialize(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, timeout_s=60)
+    topology = _join(config)
     # DeepSpeed keeps shapes as tensors without memory.
     with small_buckets(), whole_tensors(), LiveBytes("cpu") as live:
         run = TracedRun(config, dist.get_world_size(), VOCAB, topology, live, update=True)
