@@ -79,7 +79,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import PContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
@@ -123,6 +123,11 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
                 print(f"infini: error: the launcher at {endpoint} has ended, or its node is lost", file=sys.stderr)
                 return FOLLOWED
             reason = (str(error) or type(error).__name__).splitlines()[0]
+            if isinstance(error, RendezvousTimeoutError):
+                raise ValueError(
+                    f"not all of {args.nnodes} nodes have come to {endpoint} in time (RDZV_CONF=join_timeout=SECONDS "
+                    "gives more): were all started with the same RDZV_ENDPOINT and RDZV_ID, do their clocks agree?"
+                ) from error
             raise ValueError(
                 f"the nodes cannot meet at {endpoint}: is the address right, is the port closed or another program's, "
                 f"were all {args.nnodes} node(s) started, do their clocks agree? ({reason})"

@@ -152,8 +152,8 @@ class Job:
                 return first_reason(codes) or max(codes)
             if leave_by and now > leave_by:
                 say(
-                    f"the ranks have not left within {self.lead_s - SPARE_S} s: they are ended, without saving; where "
-                    "that is a save's time, give more: --signal=B:USR1@SECONDS with STOP_LEAD=SECONDS"
+                    f"the ranks have not left within {self.lead_s - SPARE_S} s: they are ended, without saving; if a "
+                    "save takes so long, give more: --signal=B:USR1@SECONDS with STOP_LEAD=SECONDS"
                 )
                 end(step)
                 return STOPPED

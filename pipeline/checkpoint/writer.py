@@ -8,6 +8,7 @@ the checkpoint its name and move `latest`. At most one save is in flight.
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -284,7 +285,9 @@ def _try(action: Callable[[], object], folder: Path) -> str | None:
     try:
         action()
     except OSError as error:
-        return f"rank {dist.get_rank()} could not write the checkpoint in {folder}: {error}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = ": make room there, or keep fewer checkpoints (checkpoint.keep, checkpoint.keep_every)" if full else ""
+        return f"rank {dist.get_rank()} could not write the checkpoint in {folder}: {error}{remedy}"
     return None
 
 

@@ -53,7 +53,7 @@ def check_same_start(config: Config) -> None:
         first_host, first = json.loads(store.get(KEY))
         raise ValueError(
             f"rank {dist.get_rank()} on {host} is not started like rank 0 on {first_host}: "
-            f"{some(differences(own, first), 4)}"
+            f"{some(differences(own, first), 4)}; all nodes must have the same settings, code and libraries"
         )
 
 

@@ -411,6 +411,11 @@ class Trainer:
         report = self.saver.finished()
         if report is None:
             return
+        if report.error is not None:
+            self.save_again, self.saved_step = True, None
+            self.failed_saves += 1
+            if self.failed_saves == self.config.checkpoint.attempts:
+                raise OSError(f"{report.error} ({self.failed_saves} attempts in a row)")
         self.monitor.saved(report)
         for note in report.notes:
             self.monitor.message(note)
@@ -419,11 +424,6 @@ class Trainer:
             self.rollbacks = 0
             tell_job(stopping.JOB_SAVED, str(report.step))
             tell_launcher(SAVED, str(report.step))
-            return
-        self.save_again, self.saved_step = True, None
-        self.failed_saves += 1
-        if self.failed_saves == self.config.checkpoint.attempts:
-            raise OSError(f"{report.error} ({self.failed_saves} attempts in a row)")
 
     def load(self, reader: CheckpointReader) -> None:
         """Go on from a checkpoint; collective."""

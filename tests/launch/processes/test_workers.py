@@ -190,6 +190,13 @@ def test_two_agents_are_two_nodes_and_tell_one_reason(tmp_path, free_port, mode,
     assert results[1][1] == "infini: error: the ranks of this node left because a rank elsewhere failed\n"
 
 
+def test_nodes_that_do_not_come_are_told(tmp_path, free_port):
+    nodes = {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": f"127.0.0.1:{free_port}", "RDZV_CONF": "join_timeout=2"}
+    code, output = finish(torchrun("fine", tmp_path, **nodes))
+    assert code == 2 and output.count("\n") == 1, output
+    assert output.startswith(f"infini: error: not all of 2 nodes have come to 127.0.0.1:{free_port} in time")
+
+
 def test_two_numbered_nodes(tmp_path, free_port):
     nodes = {"NNODES": "2", "NPROC": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     agents = [torchrun("fine", tmp_path, NODE_RANK=str(rank), **nodes) for rank in range(2)]
