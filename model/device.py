@@ -5,6 +5,8 @@ GPU paths are written here and nowhere else; they have not been run on a GPU yet
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
 from collections.abc import Iterator
 
@@ -32,6 +34,39 @@ def cache_blocks(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, 
         return
     for first in range(0, length, rows):
         yield tuple(None if x is None else x[first : first + rows] for x in tensors)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of malloc.h."""
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """From now on this process keeps blocks of up to 32 MiB that are freed, for the next step, where it computes on a
+    CPU and glibc allocates; nothing where the environment sets glibc's allocator.
+
+    By itself glibc gives the heap's free end back, and the system clears its pages again: 18,000 to 27,000 page faults,
+    40 ms of 2,400, in a step of gated_deltanet with 17 million parameters. 32 MiB is the largest that glibc takes.
+    """
+    set_by_user = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    if device.type == "cpu" and not set_by_user:
+        _set_heap(trim=-1, mmap=32 << 20)  # -1: never
+
+
+def give_memory_back() -> None:
+    """From now on this process gives every larger block back to the system when it is freed, where glibc allocates.
+
+    glibc does so from 128 KiB on at first, and raises that to 32 MiB as it goes; what is freed later stays in the heap,
+    in pieces. A resident set then says how the heap is broken up (by 4 %, differently at every look, of a process that
+    holds the same tensors), and its peak grows with the number of looks. The price is time: pages are cleared again.
+    """
+    _set_heap(trim=128 << 10, mmap=128 << 10)
+
+
+def _set_heap(*, trim: int, mmap: int) -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, trim)
+        libc.mallopt(M_MMAP_THRESHOLD, mmap)
 
 
 def default_device(local_rank: int = 0) -> torch.device:

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     import torch
 
     from launch.commands.bench_bars import draw_bars
-    from model.device import device_name
+    from model.device import device_name, keep_freed_memory
     from pipeline.benchmarks import contestants
     from pipeline.benchmarks.alternating import run_rounds
     from pipeline.benchmarks.contestants import PRODUCTS
@@ -92,6 +92,7 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     be_alone()
     topology = initialize(tensor=1, pipeline=1, timeout_s=600)
     note.device = device_name(topology.device)
+    keep_freed_memory(topology.device)  # as a run does
     peers = [name for name in args.against if contestants.PEERS[name].installed]
     dtype = getattr(torch, PRECISIONS[args.precision])
     _introduce(args, note, topology.device, peers)

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import torch
 
+from model.device import give_memory_back
 from model.rules.state import Memory
 from pipeline.benchmarks import generate
 from pipeline.benchmarks.alternating import Spread, spread, wait_for
 from pipeline.benchmarks.contestants import PLAIN, Sizes, llama, own_config
-from pipeline.benchmarks.measuring import Progress, give_memory_back, peak_rss_bytes, tracked_peak
+from pipeline.benchmarks.measuring import Progress, peak_rss_bytes, tracked_peak
 from pipeline.benchmarks.repeated_step import Step, random_batch
 from pipeline.parallel.topology import initialize
 from pipeline.training.batches import to_device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import multiprocessing
 import pickle
@@ -49,23 +48,6 @@ def timed(function: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
 def peak_rss_bytes() -> int:
     """Largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names of malloc.h."""
-
-
-def give_memory_back() -> None:
-    """From now on this process gives every larger block back to the system when it is freed, where glibc allocates.
-
-    glibc does so from 128 KiB on at first, and raises that to 32 MiB as it goes; what is freed later stays in the heap,
-    in pieces. A resident set then says how the heap is broken up (by 4 %, differently at every look, of a process that
-    holds the same tensors), and its peak grows with the number of looks. The price is time: pages are cleared again.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            libc.mallopt(option, 128 << 10)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

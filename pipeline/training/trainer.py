@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from data.lanes.loader import WindowBatch, build_loader
 from data.lanes.window import WindowPart
+from model.device import keep_freed_memory
 from model.rules.state import Memory, clear_lanes
 from pipeline.checkpoint.loading import open_newest
 from pipeline.checkpoint.reader import CheckpointReader
@@ -80,6 +81,7 @@ def enter(config: Config) -> Topology:
 
 
 def _train(config: Config, topology: Topology, resume: str | None) -> int:
+    keep_freed_memory(topology.device)
     trainer = Trainer(config, topology)
     trainer.watchdog.start()
     trainer.start(resume)
