@@ -308,11 +308,11 @@ class _Compose(Function):
 
 
 def _pair_of_segments(pairs: Tensor, clear: Tensor, columns: int) -> Tensor:
-    """The pair of all segments, after their resets, `[b, n, d, e + d]`; their sum where there are no transitions."""
-    own = pairs[:, 0].clone()
-    own[..., columns:].masked_fill_(clear[0], 0)
+    """The pair of all segments, `[b, n, d, e + d]`; their sum where there are no transitions. Where a reset lies
+    between, of what is behind it: that nothing passes through is said by `ContextPart.cleared`."""
+    own = pairs[:, 0]
     for t in range(1, pairs.shape[1]):
-        own.masked_fill_(clear[t], 0)
+        own = own.masked_fill(clear[t], 0)
         write, transition = pairs[:, t, ..., :columns], pairs[:, t, ..., columns:]
         if transition.shape[-1]:
             own = transition @ own

@@ -6,6 +6,10 @@ Every rank computes the whole window by itself first, in one graph, and returns 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+import sys
+import types
 from typing import Any
 from unittest import mock
 
@@ -14,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.rules import deltanet, normalized
-from model.rules.context import ContextGroup
-from model.rules.scan import block_pairs, compose_neighbours, scan_pairs
+from model.rules.context import ContextGroup, own_part
+from model.rules.kernel import Kernel, scan_by_fla
+from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_blocks, scan_pairs, scan_sums
 from model.rules.state import map_memory, memory_tensors
 from tests.distributed.grid import join
 from tests.model.build import random_memory, random_tokens, small_config, small_stage
+from tests.model.rules.test_kernel import documented
 
 SEGMENTS = 8
 GATE_SCALE = 0.3
@@ -118,8 +124,8 @@ def compare(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Of every case the relative distance of all that ranks compute together from what one computes alone.
 
     Args:
-        cases: `model` (of `small_config`), and optional `probes`, `chunks`, `replay`, `options` (of the stage), `pairs`
-            (make pairs, as a GPU does).
+        cases: `model` (of `small_config`), and optional `probes`, `chunks`, `replay`, `options` (of the stage), `form`
+            (one of `FORMS`).
     """
     join(tensor=1, pipeline=1, timeout_s=60)
     context = ContextGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
@@ -133,13 +139,13 @@ def _compare(
     chunks: int = 1,
     replay: bool = False,
     options: dict[str, Any] | None = None,
-    pairs: bool = False,
+    form: str = "in turn",
 ) -> dict[str, float]:
     config = small_config(**model)
     alone, shared = (small_stage(config, context=c, **options or {}) for c in (None, context))
     window = Window(alone, resets(), probes)
     expected = window.run(alone, None)
-    with by_pairs() if pairs else contextlib.nullcontext():
+    with FORMS[form]():
         found = window.run(shared, context, chunks=chunks, replay=replay)
     assert found.keys() == expected.keys()
     distances = {}
@@ -179,3 +185,112 @@ def by_pairs():
 
     with mock.patch.object(deltanet, "scan_blocks", scan), mock.patch.object(normalized, "scan_blocks", scan):
         yield
+
+
+@contextlib.contextmanager
+def by_kernel():
+    """Write the delta rules as with flash-linear-attention, whose function is computed token by token."""
+    module = types.ModuleType("fla.ops.gated_delta_rule")
+    module.chunk_gated_delta_rule = documented
+    modules = {"fla": types.ModuleType("fla"), "fla.ops": types.ModuleType("fla.ops"), module.__name__: module}
+    scan = functools.partial(scan_by_fla, products=torch.float64)
+    with (
+        mock.patch.dict(sys.modules, modules),
+        mock.patch.object(deltanet, "choose_kernel", lambda *_, **__: Kernel("fla", "for the test")),
+        mock.patch.object(deltanet, "scan_by_fla", scan),
+    ):
+        yield
+
+
+FORMS = {"in turn": contextlib.nullcontext, "pairs": by_pairs, "kernel": by_kernel}
+"""How a window is written: block after block as on a CPU, or by one of the forms for a GPU."""
+
+
+def scans() -> dict[str, float]:
+    """Of the scans themselves, with random gradients everywhere, the largest relative distance from one process."""
+    join(tensor=1, pipeline=1, timeout_s=60)
+    context = ContextGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    reset = resets()
+    part, own_reset = own_part(context, reset)
+    (b, t), n, d, m, c = own_reset.shape, 2, 3, 2, 4
+    own = slice(context.rank * t, (context.rank + 1) * t)
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def blocks(gate: bool, decay: bool) -> list[Tensor | None]:
+        shape = (b, SEGMENTS, n, m, c)
+        found = [random(*shape, d), random(*shape) if gate else None, random(*shape, d + 1 + d) / 3]
+        return [*found, random(*shape[:-1]) if decay else None]
+
+    def by_blocks(initial: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+        *given, reset, part = given
+        return scan_blocks(initial, Blocks(*given), reset, part)
+
+    matrix, vector = random(b, n, d, d + 1), random(b, n, d)
+    kinds = {
+        "pairs": (scan_pairs, [matrix, random(b, SEGMENTS, n, d, d + 1 + d)]),
+        "sums": (scan_sums, [vector, random(b, SEGMENTS, n, d)]),
+        "sums of matrices": (scan_sums, [matrix, random(b, SEGMENTS, n, d, d + 1)]),
+    }
+    for gate, decay in itertools.product((False, True), repeat=2):
+        kinds[f"blocks {gate} {decay}"] = (by_blocks, [matrix, *blocks(gate, decay)])
+    distances = {}
+    for name, (scan, (initial, *written)) in kinds.items():
+        weights, of_end = random(b, SEGMENTS, *initial.shape[1:]), random(*initial.shape)
+        of_one = _scanned(scan, [initial, *written], reset, None, weights, of_end)
+        shared = [initial, *(None if x is None else x[:, own] for x in written)]
+        of_ranks = _scanned(scan, shared, own_reset, part, weights[:, own], of_end)
+        for i, (found, expected) in enumerate(zip(of_ranks, of_one, strict=True)):
+            expected = expected[:, own] if expected.shape[1] == SEGMENTS else expected  # or of a state: n is not 8
+            distances[f"{name} {i}"] = ((found - expected).norm() / expected.norm()).item()
+    return distances
+
+
+def _scanned(scan, inputs: list[Tensor | None], reset: Tensor, part, weights: Tensor, of_end: Tensor):
+    """States, the one carried out, and the gradients of all inputs."""
+    leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
+    before, after = scan(*leaves, reset, part)
+    given = [x for x in leaves if x is not None]
+    return [before, after, *torch.autograd.grad([before, after], given, [weights, of_end])]
+
+
+def overflow(blocks: bool) -> None:
+    """What has overflowed before a reset reaches no rank whose part is behind it, in either direction.
+
+    Lane 0 is cleared where the second rank's part starts, lane 1 inside of it; the first rank's writes are infinite, as
+    is what lane 2 carries in, which is cleared at once.
+    """
+    join(tensor=1, pipeline=1, timeout_s=60)
+    context = ContextGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    t, d, m, c = 2, 3, 2, 2
+    reset = torch.zeros(3, t * context.size, dtype=torch.bool)
+    reset[0, t] = reset[1, t + 1] = reset[2, 0] = True
+    part, own = own_part(context, reset)
+    generator = torch.Generator().manual_seed(context.rank)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    initial = torch.zeros(3, 1, d, d, dtype=torch.float64)
+    initial[2] = torch.inf
+    left, right, pairs = random(3, t, 1, m, c, d), random(3, t, 1, m, c, 2 * d), random(3, t, 1, d, 2 * d)
+    if context.rank == 0:
+        right[:2, ..., :d] = pairs[:2, ..., :d] = torch.inf
+    leaves = [x.requires_grad_() for x in ((initial, left, right) if blocks else (initial, pairs))]
+    if blocks:
+        before, after = scan_blocks(initial, Blocks(left, None, right, None), own, part)
+    else:
+        before, after = scan_pairs(initial, pairs, own, part)
+    assert after.isfinite().all() and before[2].isfinite().all()
+    behind = before[:2, 1:] if context.rank == 1 else before[:2]
+    assert behind.isfinite().all() or context.rank == 0
+    # What lies behind the resets, and nothing else, has a loss.
+    loss = after.sum() + (behind.sum() if context.rank else 0) + before[2].sum()
+    of_initial, *others = torch.autograd.grad(loss, leaves)
+    assert of_initial.eq(0).all()
+    if context.rank:
+        assert all(x[0].isfinite().all() and x[2].isfinite().all() for x in others)
+    else:
+        assert others[-1][:2, ..., :d].eq(0).all()

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from model.rules import RULES
+from model.rules.kernel import RULES_WITH_KERNELS
 from tests.distributed import context_cases
 
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-10
-RULES = ("linear", "delta", "deltanet", "gated_deltanet")
+WITH_MEMORY = tuple(name for name in RULES if name != "none")
 AROUND = ("", "+sliding", "+convolution", "+sliding+convolution")
 
 
@@ -26,15 +28,16 @@ def grid(rule: str) -> list[dict[str, Any]]:
 
 
 def chunked(rule: str) -> list[dict[str, Any]]:
-    """Chunks, with the ways to compute again what was not kept; and pairs of blocks, as a GPU makes them."""
-    model = {"rule": rule + "+sliding+convolution", "gate": "sigmoid"}
+    """Chunks, with the ways to compute again what was not kept; and the forms for a GPU."""
+    model = {"rule": rule + "+sliding+convolution", "gate": "sigmoid", "skip_empty": False}
     cases = [
         {"model": model, "chunks": 2},
         {"model": model, "chunks": 2, "probes": 8, "replay": True},
         {"model": model, "chunks": 2, "probes": 8, "options": {"recompute": "selective"}},
         {"model": model, "chunks": 2, "options": {"recompute": "layer"}},
     ]
-    return cases + [{"model": model, "pairs": True, "chunks": chunks} for chunks in (1, 2)]
+    forms = ("pairs", "kernel") if rule in RULES_WITH_KERNELS else ("pairs",)
+    return cases + [{"model": model, "form": form, "chunks": chunks} for form in forms for chunks in (1, 2)]
 
 
 OTHERS = [
@@ -44,7 +47,7 @@ OTHERS = [
     # Segments shorter than a convolution's tail, and so long that they have several blocks.
     *({"model": {"rule": "deltanet+convolution", "segment_length": length}} for length in (2, 3)),
     *({"model": {"rule": rule, "segment_length": 128}, "probes": 4} for rule in ("deltanet", "gated_deltanet")),
-    {"model": {"rule": "gated_deltanet", "segment_length": 128}, "pairs": True},
+    {"model": {"rule": "gated_deltanet", "segment_length": 128}, "form": "pairs"},
     {"model": {"rule": "delta", "qkv_bias": True, "qk_norm": True, "floor": 0.1, "beta": -1.0}},
 ]
 
@@ -56,7 +59,7 @@ def assert_same(cases: list[dict[str, Any]], per_rank: list[list[dict[str, float
             assert not far, f"rank {rank}, {case}: {far}"
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", WITH_MEMORY)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_that_share_a_window_are_one(pools, ranks, rule):
     cases = grid(rule) + chunked(rule)
@@ -66,3 +69,16 @@ def test_ranks_that_share_a_window_are_one(pools, ranks, rule):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_other_surroundings(pools, ranks):
     assert_same(OTHERS, pools.run(ranks, context_cases.compare, cases=OTHERS))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_scans_alone(pools, ranks):
+    """With a gradient of every state: what is cleared is empty, and most rules give its reads none."""
+    for found in pools.run(ranks, context_cases.scans):
+        assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_overflowed_before_a_reset_reaches_nobody_behind_it(pools, ranks, blocks):
+    pools.run(ranks, context_cases.overflow, blocks=blocks)
