@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data.config import DataConfig
-from data.files import some
+from data.files import is_store, some
 from data.lanes.prefetch import Prefetcher
 from data.lanes.schedule import LaneCursor, LaneSchedule, WeightedSet
 from data.lanes.window import WHOLE, WindowBatch, WindowBuilder, WindowPart
@@ -91,6 +91,7 @@ class LaneLoader:
         if not 0 <= first_lane < last_lane <= lanes:
             raise ValueError(f"lanes [{first_lane}, {last_lane}) are not a part of lanes [0, {lanes})")
         self._sets = sets
+        self._in_stores = any(is_store(entry.set.path) for entry in sets)
         self._schedule = LaneSchedule(sets, lanes=lanes, segment_length=segment_length, seed=seed, stagger=stagger)
         self._lane_ids = range(first_lane, last_lane)
         if first_lane == part.rank == 0:  # not everybody says it
@@ -227,6 +228,8 @@ class LaneLoader:
 
     def _read_window(self) -> tuple[WindowBatch, list[LaneCursor]]:
         """Read the window behind `_ahead`. Lanes move on only when the whole window has been read."""
+        if self._in_stores:
+            self._announce()
         window = WindowBuilder(
             self._sets,
             len(self._lane_ids),
@@ -243,6 +246,22 @@ class LaneLoader:
         self._ahead = cursors
         batch = window.batch(self._lane_ids)
         return (self._finish(batch) if self._finish else batch), cursors
+
+    def _announce(self) -> None:
+        """Tell the sets what the window behind `_ahead` will read of them: stores fetch it side by side."""
+        length = self._segment_length
+        spans = WHOLE.spans(self._segments) if self._skip_bad_documents else self._part.spans(self._segments)
+        for lane, cursor in zip(self._lane_ids, self._ahead, strict=True):
+            at = 0
+            while at < self._segments:
+                run, cursor, _ = self._schedule.next_run(lane, cursor, self._segments - at)
+                for span in spans:
+                    start, stop = max(span.start, at), min(span.stop, at + run.segments)
+                    if start < stop:
+                        own = run.part(start - at, stop - start, length)
+                        first = own.first_segment * length
+                        self._sets[run.set].set.announce(run.document, first, first + own.labels + 1)
+                at += run.segments
 
     def _read_lane(self, window: WindowBuilder, row: int, lane: int, cursor: LaneCursor) -> LaneCursor:
         at = failures = 0

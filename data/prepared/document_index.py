@@ -7,7 +7,6 @@ to deceive: what is said of a document must lie inside of it, and documents insi
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.files import FileError, inside, open_regular, shown
+from data.files import FileError, Place, inside, open_regular, shown
 from data.prepared.manifest import SplitEntry, index_name
 from data.prepared.questions import COLUMN_TYPE
 
@@ -43,7 +42,7 @@ def document_key(number: int) -> str:
     return f"{number:08d}"
 
 
-def read_index(path: Path, split: str, entry: SplitEntry) -> pa.Table:
+def read_index(path: Place, split: str, entry: SplitEntry) -> pa.Table:
     """The index of one split, one row per document.
 
     Args:
@@ -74,7 +73,7 @@ def read_index(path: Path, split: str, entry: SplitEntry) -> pa.Table:
         raise FileError(f"{file} is damaged: {shown(str(error), 200)}") from error
 
 
-def _check_sizes(file: Path, metadata: pq.FileMetaData, entry: SplitEntry) -> None:
+def _check_sizes(file: Place, metadata: pq.FileMetaData, entry: SplitEntry) -> None:
     """Refuse what would unpack to more than an index of this split can have, before it is unpacked."""
     if metadata.num_rows != entry.documents:
         raise FileError(
@@ -104,7 +103,7 @@ class CheckedIndex:
         ValueError: index and manifest disagree, or a document, answer or question lies where it cannot.
     """
 
-    def __init__(self, file: Path, table: pa.Table, entry: SplitEntry, itemsize: int, vocab_size: int) -> None:
+    def __init__(self, file: Place, table: pa.Table, entry: SplitEntry, itemsize: int, vocab_size: int) -> None:
         self._file, self._entry, self._itemsize = file, entry, itemsize
         for name in table.column_names:
             if table[name].null_count:

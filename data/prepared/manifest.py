@@ -13,10 +13,23 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from data.files import FileError, convert, decode_json, inside, read_bytes, sealed, shown, write_whole
+from data.files import (
+    FileError,
+    Place,
+    convert,
+    decode_json,
+    inside,
+    place,
+    read_bytes,
+    sealed,
+    shown,
+    write_whole,
+)
 from data.tokenizer.info import Sha256, TokenizerEntry
 
 MANIFEST = "manifest.json"
+PART = "part.json"
+"""Stands in its place in a part that is to be joined (`data.preparation.parts`)."""
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
 """Version 3 added the seal."""
@@ -120,13 +133,13 @@ def index_name(split: str) -> str:
     return f"{split}.index.parquet"
 
 
-def load_manifest(path: Path | str) -> Manifest:
+def load_manifest(path: Place | str) -> Manifest:
     """Read and check `manifest.json` of the prepared set at `path`.
 
     Raises:
         ValueError: the folder holds no complete set, one of another format, or the manifest was changed.
     """
-    path = Path(path)
+    path = place(path)
     file = path / MANIFEST
     try:
         contents = read_bytes(inside(path, MANIFEST, str(path)))

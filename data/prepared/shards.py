@@ -12,19 +12,30 @@ and the same for `valid`. Tokens are uint16 where the vocabulary allows it, else
 
 from __future__ import annotations
 
-import os
-import stat
 import tarfile
 import threading
 from collections import OrderedDict
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from data.files import FileError, decode_json, inside, open_regular, read_json, shown
+from data.files import (
+    FileError,
+    Place,
+    Ranges,
+    StoreError,
+    StorePath,
+    decode_json,
+    inside,
+    is_there,
+    open_ranges,
+    place,
+    read_json,
+    shown,
+    sizes_of,
+)
 from data.prepared.document_index import TAR_BLOCK, CheckedIndex, document_key, read_index
-from data.prepared.manifest import MANIFEST, Count, Manifest, ShardEntry, index_name, load_manifest
+from data.prepared.manifest import MANIFEST, Count, Manifest, index_name, load_manifest
 from data.prepared.questions import Question, from_rows
 from data.tokenizer.info import INFO, Sha256, TokenId, TokenizerInfo
 
@@ -64,14 +75,17 @@ class PreparedSet:
     Opening reads the manifest and the index and looks at the shards' sizes, not into the shards. Hashes are checked
     by `infini inspect`. Safe to use from several threads.
 
+    Args:
+        manifest: what a folder without one holds, for a part that is to be joined.
+
     Raises:
         ValueError: no such set or split, a shard is missing or has another size, or index and manifest disagree.
     """
 
-    def __init__(self, path: Path | str, split: str = "train") -> None:
-        self.path = Path(path)
+    def __init__(self, path: Place | str, split: str = "train", *, manifest: Manifest | None = None) -> None:
+        self.path = place(path)
         self.split = split
-        self.manifest: Manifest = load_manifest(self.path)
+        self.manifest: Manifest = load_manifest(self.path) if manifest is None else manifest
         entry = self.manifest.splits.get(split)
         if entry is None:
             raise ValueError(f"{self.path} has no split {split!r}; it has {', '.join(sorted(self.manifest.splits))}")
@@ -82,19 +96,20 @@ class PreparedSet:
         self.begin_ids: tuple[int, ...] = tokenizer.begin_ids
         self._check_tokenizer()
         self._dtype = token_dtype(self.vocab_size)
-        self._shards = [self._find_shard(shard) for shard in entry.shards]
+        self._entries = entry.shards
+        self._shards = self._find_shards()
         table = read_index(self.path, split, entry)
         file = self.path / index_name(split)
         self._index = CheckedIndex(file, table, entry, self._dtype.itemsize, self.vocab_size)
         self.lengths: np.ndarray = self._index.lengths
 
         self._lock = threading.Lock()
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[int, Ranges] = OrderedDict()
 
     def _check_tokenizer(self) -> None:
         """The tokenizer beside the shards is the manifest's; its own contents are `infini inspect`'s matter."""
         name = f"tokenizer/{INFO}"
-        if not os.path.lexists(self.path / name):
+        if not is_there(self.path / name):
             return  # nothing here needs it
         info = read_json(inside(self.path, name, str(self.path)), TokenizerInfo)
         for field, there in msgspec.structs.asdict(info).items():
@@ -103,20 +118,20 @@ class PreparedSet:
                     f"{self.path / name} says {field} {there}, where {MANIFEST} says {here}: one is another set's"
                 )
 
-    def _find_shard(self, shard: ShardEntry) -> Path:
-        file = inside(self.path, shard.name, str(self.path / MANIFEST))
-        try:
-            found = file.stat()
-        except FileNotFoundError:
-            raise ValueError(f"shard {file} is missing") from None
-        if not stat.S_ISREG(found.st_mode):
-            raise FileError(f"shard {file} is not a file")
-        if found.st_size != shard.bytes:
-            raise ValueError(
-                f"shard {file} has {found.st_size:,} bytes where the manifest says {shard.bytes:,} "
-                f"(`infini inspect {self.path}` tells what is wrong)"
-            )
-        return file
+    def _find_shards(self) -> list[Place]:
+        """Where the shards lie, all of them there and of the right size."""
+        where = str(self.path / MANIFEST)
+        sizes = sizes_of(self.path, (shard.name for shard in self._entries), where)
+        for shard in self._entries:
+            file, size = self.path / shard.name, sizes[shard.name]
+            if size is None:
+                raise ValueError(f"shard {file} is missing")
+            if size != shard.bytes:
+                raise ValueError(
+                    f"shard {file} has {size:,} bytes where the manifest says {shard.bytes:,} "
+                    f"(`infini inspect {self.path}` tells what is wrong)"
+                )
+        return [self.path / shard.name for shard in self._entries]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -146,20 +161,14 @@ class PreparedSet:
         Raises:
             IndexError: the span is not inside the document.
             BadDocumentError: the shard cannot be read there, or what is there are not tokens of this vocabulary.
+            StoreError: the store does not answer: that is no document's fault.
         """
         length = int(self.lengths[i])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise IndexError(f"tokens [{start}, {stop}) of {self.document_name(i)}, which has {length}")
-        size = (stop - start) * self._dtype.itemsize
-        try:
-            data = self._pread(
-                int(self._index.shard[i]), size, int(self._index.offset[i]) + start * self._dtype.itemsize
-            )
-        except OSError as error:
-            raise BadDocumentError(f"document {self.document_name(i)} cannot be read: {error}") from error
-        if len(data) != size:
-            raise BadDocumentError(f"document {self.document_name(i)} ends early: its shard is truncated")
+        size, offset, useful = self._span(i, start, stop)
+        data = self._raw(f"document {self.document_name(i)}", i, size, offset, useful)
         tokens = np.frombuffer(data, dtype=self._dtype).astype(np.int64)
         if size and tokens.max() >= self.vocab_size:
             raise BadDocumentError(
@@ -168,25 +177,25 @@ class PreparedSet:
             )
         return tokens
 
+    def announce(self, i: int, start: int, stop: int) -> None:
+        """Tokens [start, stop) of document `i` will be read soon: a store fetches them beside other work."""
+        if isinstance(self.path, StorePath):
+            self._ranges(int(self._index.shard[i])).announce(*self._span(i, start, stop))
+
+    def _span(self, i: int, start: int, stop: int) -> tuple[int, int, int]:
+        """Bytes of a document's tokens: how many, where in its shard, and how many from there to its end."""
+        itemsize, length = self._dtype.itemsize, int(self.lengths[i])
+        return (stop - start) * itemsize, int(self._index.offset[i]) + start * itemsize, (length - start) * itemsize
+
     def metadata(self, i: int) -> DocumentRecord:
         """The `.json` member of document `i`, which stands before its tokens.
 
         Raises:
             BadDocumentError: it cannot be read, or says something else than the index.
         """
-        shard, offset = int(self._index.shard[i]), int(self._index.offset[i])
-        where = f"metadata of {self.document_name(i)}"
-        begin = 0
-        if i and self._index.shard[i - 1] == shard:
-            end = int(self._index.offset[i - 1]) + int(self.lengths[i - 1]) * self._dtype.itemsize
-            begin = -(-end // TAR_BLOCK) * TAR_BLOCK
+        where = self._metadata_of(i)
         try:
-            header = tarfile.TarInfo.frombuf(self._pread(shard, TAR_BLOCK, begin), "utf-8", "surrogateescape")
-            if header.name != f"{document_key(i)}.json" or not 0 <= header.size <= offset - begin - 2 * TAR_BLOCK:
-                raise BadDocumentError(f"{where} are not where the index says")
-            record = decode_json(self._pread(shard, header.size, begin + TAR_BLOCK), DocumentRecord, where)
-        except (tarfile.TarError, OSError) as error:
-            raise BadDocumentError(f"{where} cannot be read: {error}") from error
+            record = decode_json(self.metadata_text(i), DocumentRecord, where)
         except FileError as error:
             raise BadDocumentError(str(error)) from error
         questions = [Question(question.tokens, question.answer, question.after) for question in record.questions]
@@ -201,20 +210,85 @@ class PreparedSet:
                 raise BadDocumentError(f"{where} say {name} {shown(there)}, where the index says {shown(here)}")
         return record
 
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+    def metadata_text(self, i: int) -> bytes:
+        """The `.json` member of document `i` as it lies there.
+
+        Raises:
+            BadDocumentError: it is not where the index says.
+        """
+        begin, size = self._metadata_span(i)
+        return self._raw(self._metadata_of(i), i, size, begin)
+
+    def metadata_bytes(self, i: int) -> int:
+        """How many bytes it has.
+
+        Raises:
+            BadDocumentError: as `metadata_text`.
+        """
+        return self._metadata_span(i)[1]
+
+    def token_bytes(self, i: int) -> bytes:
+        """The tokens of document `i` as they lie there.
+
+        Raises:
+            BadDocumentError: as `read`.
+        """
+        size, offset, _ = self._span(i, 0, int(self.lengths[i]))
+        return self._raw(f"document {self.document_name(i)}", i, size, offset)
+
+    def _metadata_of(self, i: int) -> str:
+        return f"metadata of {self.document_name(i)}"
+
+    def _metadata_span(self, i: int) -> tuple[int, int]:
+        """Where the `.json` member's contents begin in the shard, and how many bytes they have."""
+        shard, offset = int(self._index.shard[i]), int(self._index.offset[i])
+        begin = 0
+        if i and self._index.shard[i - 1] == shard:
+            end = int(self._index.offset[i - 1]) + int(self.lengths[i - 1]) * self._dtype.itemsize
+            begin = -(-end // TAR_BLOCK) * TAR_BLOCK
+        where = self._metadata_of(i)
+        try:
+            header = tarfile.TarInfo.frombuf(self._raw(where, i, TAR_BLOCK, begin), "utf-8", "surrogateescape")
+        except tarfile.TarError as error:
+            raise BadDocumentError(f"{where} cannot be read: {error}") from error
+        if header.name != f"{document_key(i)}.json" or not 0 <= header.size <= offset - begin - 2 * TAR_BLOCK:
+            raise BadDocumentError(f"{where} are not where the index says")
+        return begin + TAR_BLOCK, header.size
+
+    def _raw(self, where: str, i: int, size: int, offset: int, useful: int = 0) -> bytes:
+        try:
+            data = self._pread(int(self._index.shard[i]), size, offset, useful)
+        except StoreError:
+            raise
+        except OSError as error:
+            raise BadDocumentError(f"{where} cannot be read: {error}") from error
+        if len(data) != size:
+            raise BadDocumentError(f"{where} ends early: its shard is truncated")
+        return data
+
+    def _pread(self, shard: int, size: int, offset: int, useful: int = 0) -> bytes:
+        if isinstance(self.path, StorePath):  # which several threads may ask at a time
+            return self._ranges(shard).pread(size, offset, useful)
         # One lock for the cache and the read: a file must not be closed under a reading thread, and a segment comes
         # from the page cache in microseconds.
         with self._lock:
-            descriptor = self._files.pop(shard, None)
-            if descriptor is None:
-                if len(self._files) >= _OPEN_SHARDS:
-                    os.close(self._files.popitem(last=False)[1])
-                with open_regular(self._shards[shard]) as file:
-                    descriptor = os.dup(file.fileno())
-            self._files[shard] = descriptor
-            return os.pread(descriptor, size, offset)
+            return self._open(shard).pread(size, offset)
+
+    def _ranges(self, shard: int) -> Ranges:
+        with self._lock:
+            return self._open(shard)
+
+    def _open(self, shard: int) -> Ranges:
+        """The shard's file, opened where it is not; needs the lock."""
+        file = self._files.pop(shard, None)
+        if file is None:
+            if len(self._files) >= _OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+            file = open_ranges(self._shards[shard], self._entries[shard].bytes)
+        self._files[shard] = file
+        return file
 
     def close(self) -> None:
         with self._lock:
             while self._files:
-                os.close(self._files.popitem()[1])
+                self._files.popitem()[1].close()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from data.files import decode_json, inside, open_regular, shown
+from data.files import Place, StoreError, decode_json, inside, open_regular, place, shown, size_of
 from data.prepared.document_index import read_index
 from data.prepared.manifest import (
     MANIFEST,
@@ -56,7 +54,7 @@ class Problem:
 
 
 def verify_set(
-    path: Path | str,
+    path: Place | str,
     advance: Callable[[int], None] = lambda _: None,
     seen: Callable[[str, int, DocumentRecord], None] = lambda *_: None,
 ) -> list[Problem]:
@@ -66,7 +64,7 @@ def verify_set(
         advance: is told the shard bytes that are done.
         seen: is told (split, document, what its metadata say), once for every document of a set that is intact so far.
     """
-    path = Path(path)
+    path = place(path)
     try:
         manifest = load_manifest(path)
     except ValueError as error:
@@ -86,9 +84,11 @@ def verify_set(
     return problems or _check_opening(path, manifest, seen)
 
 
-def _check_tokenizer(path: Path, recorded: TokenizerEntry) -> list[Problem]:
+def _check_tokenizer(path: Place, recorded: TokenizerEntry) -> list[Problem]:
     try:
         tokenizer = load_tokenizer(path)
+    except StoreError:
+        raise
     except (ValueError, OSError) as error:
         return [Problem("tokenizer-missing", str(error))]
     if tokenizer.entry != recorded:
@@ -102,25 +102,27 @@ def _check_tokenizer(path: Path, recorded: TokenizerEntry) -> list[Problem]:
     return []
 
 
-def _check_index(path: Path, split: str, entry: SplitEntry) -> list[Problem]:
+def _check_index(path: Place, split: str, entry: SplitEntry) -> list[Problem]:
     file = path / index_name(split)
     if not file.exists():
         return [Problem("index-missing", f"{file} is missing")]
     try:
         read_index(path, split, entry)
+    except StoreError:
+        raise
     except (ValueError, OSError) as error:
         return [Problem("index-changed", str(error))]
     return []
 
 
-def _check_shard(path: Path, shard: ShardEntry, dtype: np.dtype, advance: Callable[[int], None]) -> Problem | None:
+def _check_shard(path: Place, shard: ShardEntry, dtype: np.dtype, advance: Callable[[int], None]) -> Problem | None:
     file = path / shard.name
     if not file.exists():
         return Problem("shard-missing", f"{file} is missing")
     digest = hashlib.sha256()
     try:
-        with open_regular(inside(path, shard.name, str(path / MANIFEST))) as stream:
-            size = os.fstat(stream.fileno()).st_size
+        size = size_of(inside(path, shard.name, str(path / MANIFEST)))
+        with open_regular(file) as stream:
             if size > 2 * shard.bytes + _READ_BYTES:  # not a little more: reading all of it could take for ever
                 written = f"where {shard.bytes:,} were written"
                 return Problem("shard-changed", f"{file} was changed after indexing: it has {size:,} bytes, {written}")
@@ -128,6 +130,8 @@ def _check_shard(path: Path, shard: ShardEntry, dtype: np.dtype, advance: Callab
                 digest.update(data)
                 advance(len(data))
             size = stream.tell()
+    except StoreError:
+        raise
     except (ValueError, OSError) as error:
         return Problem("shard-changed", str(error))
     if digest.hexdigest() == shard.sha256:
@@ -137,26 +141,26 @@ def _check_shard(path: Path, shard: ShardEntry, dtype: np.dtype, advance: Callab
     return Problem("shard-changed", f"{file} was changed after indexing: {_what_changed(file, shard, dtype)}")
 
 
-def _ends_like_a_tar(file: Path) -> bool:
+def _ends_like_a_tar(file: Place) -> bool:
     """A tar ends with two blocks of zeros, at a block border; a copy that broke off hardly ever does."""
-    size = file.stat().st_size
+    size = size_of(file)
     if size % _BLOCK or size < 2 * _BLOCK:
         return False
     try:
-        with tarfile.open(file, "r:") as tar:
+        with open_regular(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             end = max((member.offset_data + -(-member.size // _BLOCK) * _BLOCK for member in tar), default=0)
     except (tarfile.TarError, OSError, EOFError):
         return False
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         stream.seek(end)
         return stream.read(2 * _BLOCK) == bytes(2 * _BLOCK)
 
 
-def _what_changed(file: Path, shard: ShardEntry, dtype: np.dtype) -> str:
+def _what_changed(file: Place, shard: ShardEntry, dtype: np.dtype) -> str:
     """The documents whose tokens are not those their metadata tell, as far as the tar can be read."""
     wrong, documents, tokens = [], 0, 0
     try:
-        with tarfile.open(file, "r:") as tar:
+        with open_regular(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             recorded = ""
             for member in tar:
                 key, _, extension = member.name.rpartition(".")
@@ -182,7 +186,7 @@ def _what_changed(file: Path, shard: ShardEntry, dtype: np.dtype) -> str:
     return "its documents' tokens match their hashes, so only names or metadata differ"
 
 
-def _check_opening(path: Path, manifest: Manifest, seen: Callable[[str, int, DocumentRecord], None]) -> list[Problem]:
+def _check_opening(path: Place, manifest: Manifest, seen: Callable[[str, int, DocumentRecord], None]) -> list[Problem]:
     """Files that are intact, but do not belong together: a manifest from another set, for instance."""
     for split in manifest.splits:
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from data.files import FileError, inside, read_bytes, read_json, write_whole
+from data.files import FileError, Place, inside, is_there, place, read_bytes, read_json, write_whole
 from data.tokenizer.info import INFO, TokenizerEntry, TokenizerInfo
 from data.tokenizer.library import TOKENIZER_LIMIT, library, open_backend
 from data.tokenizer.special_tokens import TOKENIZER_FILES, TOKENIZER_JSON, begin_tokens, end_token
@@ -247,20 +246,20 @@ def _beside(work: Callable[[], None], beat: Callable[[], None]) -> None:
         raise failed[0]
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
+def load_tokenizer(path: Place | str) -> Tokenizer:
     """The tokenizer of a prepared set, a run or an import, or of a folder with a Hugging Face `tokenizer.json`.
 
     Raises:
         ValueError: there is none, it is damaged, or its end token is not known.
         OSError: it cannot be read.
     """
-    path = Path(path)
-    name = f"tokenizer/{INFO}" if os.path.lexists(path / "tokenizer" / INFO) else INFO
-    if os.path.lexists(path / name):
+    path = place(path)
+    name = f"tokenizer/{INFO}" if is_there(path / "tokenizer" / INFO) else INFO
+    if is_there(path / name):
         return _load_own(path, path / name)
     found = {name: path / name for name in TOKENIZER_FILES if (path / name).exists()}
     if TOKENIZER_JSON not in found:
-        there = "holds no tokenizer" if os.path.lexists(path) else "does not exist"
+        there = "holds no tokenizer" if is_there(path) else "does not exist"
         raise FileError(f"{path} {there}: a tokenizer's folder is a prepared set or one with {TOKENIZER_JSON}")
     return tokenizer_of_files({name: read_bytes(file, TOKENIZER_LIMIT) for name, file in found.items()}, str(path))
 
@@ -281,11 +280,11 @@ def tokenizer_of_files(files: Mapping[str, bytes], where: str) -> Tokenizer:
     return Tokenizer("hf", eos_id, definition, begin_tokens(backend, eos_id, where), where=where, backend=backend)
 
 
-def _load_own(root: Path, file: Path) -> Tokenizer:
+def _load_own(root: Place, file: Place) -> Tokenizer:
     """A tokenizer that `Tokenizer.save` wrote into `file`'s folder; its files lie inside of `root`."""
 
-    def own(name: str) -> Path:
-        return inside(root, (file.parent / name).relative_to(root).as_posix(), str(root))
+    def own(name: str) -> Place:
+        return inside(root, str(file.parent / name)[len(str(root)) + 1 :], str(root))
 
     info = read_json(own(file.name), TokenizerInfo)
     definition = b"" if info.kind == "byte" else read_bytes(own(TOKENIZER_JSON), TOKENIZER_LIMIT)

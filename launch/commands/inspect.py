@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from launch.commands.prepare import left_out
 from launch.commands.progress import progress
 
 if TYPE_CHECKING:
+    from data.files import Place
     from data.prepared.manifest import Manifest
     from data.prepared.shards import DocumentRecord
 
@@ -64,9 +64,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = Path(args.folder)
+    from data.files import StorePath, is_there, place
+
+    folder = place(args.folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} {'is not a folder' if os.path.lexists(folder) else 'does not exist'}")
+        raise ValueError(f"{folder} {'is not a folder' if is_there(folder) else 'does not exist'}")
+    if isinstance(folder, StorePath):
+        if not _is_prepared_set(folder):
+            raise ValueError(f"{folder} is no prepared set: nothing else is read from a store")
+        return _inspect_prepared_set(folder, args)
     for kind in KINDS:
         if kind.recognises(folder):
             given = [name for name in ("segment_length", "config", "plot") if getattr(args, name) is not None]
@@ -80,14 +86,14 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def _is_prepared_set(folder: Path) -> bool:
+def _is_prepared_set(folder: Place) -> bool:
     # Any one of its files will do: a set whose manifest was lost is recognised and reported, not passed over.
     return any(
         any(folder.glob(pattern)) for pattern in ("manifest.json", "*.index.parquet", "train-*.tar", ".building")
     )
 
 
-def _inspect_prepared_set(folder: Path, args: argparse.Namespace) -> int:
+def _inspect_prepared_set(folder: Place, args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from data.prepared.manifest import load_manifest
@@ -153,7 +159,7 @@ def _inspect_prepared_set(folder: Path, args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_manifest(console: Any, folder: Path, manifest: Manifest) -> None:
+def _print_manifest(console: Any, folder: Place, manifest: Manifest) -> None:
     from rich.table import Table
 
     from data.files import printable, shown
@@ -214,7 +220,7 @@ def histogram_lines(histogram: list[tuple[int, int]]) -> list[str]:
     return lines
 
 
-def _print_excerpts(console: Any, folder: Path, split: str) -> None:
+def _print_excerpts(console: Any, folder: Place, split: str) -> None:
     from data.files import printable, shown
     from data.prepared.shards import PreparedSet
     from data.tokenizer.tokenizer import load_tokenizer

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.files import place
 from pipeline.accounting.devices import ACCELERATORS
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def planned_vocabulary(config: Config) -> tuple[int, str]:
     """The size of the vocabulary, and where it is known from."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size, "model.vocab_size"
-    found = [entry.path for entry in config.data.sets if Path(entry.path, "manifest.json").is_file()]
+    found = [entry.path for entry in config.data.sets if (place(entry.path) / "manifest.json").is_file()]
     if found:
         from data.prepared.shards import PreparedSet
 

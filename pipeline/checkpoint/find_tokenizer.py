@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data.files import Place, place
 from data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pipeline.checkpoint.folder import SUMMARY
 from pipeline.checkpoint.reader import CheckpointReader
@@ -25,8 +26,10 @@ def find_tokenizer(
         ValueError: there is none, or it is another than the one that the model was trained with.
     """
     run_dir = reader.folder.parent.parent
-    places = [run_dir, *(Path(entry.path) for entry in config.data.sets)]
-    places = [place for place in places if (place / "tokenizer").is_dir()] if given is None else [Path(given)]
+    # Sets may lie in a store: it is not asked where the run's own tokenizer, which is known by its hash, is there.
+    known = (run_dir / "tokenizer").is_dir() and reader.summary.tokenizer_sha256 is not None
+    places = [run_dir, *(place(entry.path) for entry in config.data.sets if not known)]
+    places = [found for found in places if (found / "tokenizer").is_dir()] if given is None else [place(given)]
     if not places:
         raise ConfigError(
             [
@@ -34,29 +37,29 @@ def find_tokenizer(
                 "the folder of a tokenizer or of a prepared set with --tokenizer"
             ]
         )
-    place = places[0]
-    tokenizer = load_tokenizer(place)
+    chosen = places[0]
+    tokenizer = load_tokenizer(chosen)
     if tokenizer.vocab_size > reader.summary.vocab_size:
         raise ConfigError(
             [
-                f"the tokenizer of {place} has {tokenizer.vocab_size} tokens; the model of {reader.folder} knows "
+                f"the tokenizer of {chosen} has {tokenizer.vocab_size} tokens; the model of {reader.folder} knows "
                 f"{reader.summary.vocab_size}"
             ]
         )
-    notes += check_tokenizer(reader, tokenizer.hash, place)
+    notes += check_tokenizer(reader, tokenizer.hash, chosen)
     if reader.summary.tokenizer_sha256 is None:
         for other in places[1:]:
             if load_tokenizer(other).hash != tokenizer.hash:
                 raise ConfigError(
                     [
-                        f"{place} and {other} hold different tokenizers, and {reader.folder / SUMMARY} does not say "
+                        f"{chosen} and {other} hold different tokenizers, and {reader.folder / SUMMARY} does not say "
                         "which one the model was trained with: choose with --tokenizer"
                     ]
                 )
-    return place / "tokenizer" if (place / "tokenizer").is_dir() else place, tokenizer
+    return chosen / "tokenizer" if (chosen / "tokenizer").is_dir() else chosen, tokenizer
 
 
-def check_tokenizer(reader: CheckpointReader, found: str, place: Path | str) -> list[str]:
+def check_tokenizer(reader: CheckpointReader, found: str, place: Place | str) -> list[str]:
     """Refuse to read a checkpoint's model with other tokens than those it was trained with.
 
     Args:
@@ -85,7 +88,7 @@ def check_tokenizer(reader: CheckpointReader, found: str, place: Path | str) -> 
     return []
 
 
-def check_run_folder(run_dir: Path, found: str, place: Path | str) -> None:
+def check_run_folder(run_dir: Path, found: str, place: Place | str) -> None:
     """Refuse a run whose folder holds another tokenizer than its data was prepared with.
 
     Raises:

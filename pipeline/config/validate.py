@@ -7,8 +7,8 @@ import math
 import operator
 import os
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
+from data.files import is_store, place
 from model.config import (
     BACKENDS,
     KERNELS,
@@ -175,6 +175,8 @@ def _choices(config: Config) -> Iterator[str]:
     for key, text in (("name", config.name), ("run_dir", config.run_dir)):
         if not text.strip():
             yield f"{key} is empty: it must be a name"
+        if is_store(text):
+            yield f"{key} = {text}: a run writes to a disk, which an object store is not; only data.sets may lie in one"
     stop = config.resilience.stop_file
     if not stop or "/" in stop or stop in (".", "..", *RUN_FILES):
         yield (
@@ -334,7 +336,7 @@ def _data(config: Config) -> Iterator[str]:
     if not config.data.sets:
         yield "data.sets is empty: name at least one prepared set (`infini prepare SOURCE... --out DIR` makes one)"
     for i, prepared in enumerate(config.data.sets):
-        if not Path(prepared.path, "manifest.json").is_file():
+        if not (place(prepared.path) / "manifest.json").is_file():
             yield (
                 f"data.sets.{i}.path = {prepared.path}: no prepared set there (manifest.json is missing); "
                 f"make it with `infini prepare SOURCE... --out {prepared.path}`"

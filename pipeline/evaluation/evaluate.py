@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.files import place
 from data.prepared.shards import PreparedSet
 from data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pipeline.checkpoint.find_tokenizer import check_tokenizer
@@ -189,7 +190,7 @@ def _held_out_sets(
     notes.extend(untold)
     hashes = {source.tokenizer_hash: str(source.path) for source in sets}
     path = config.data.sets[0].path if config.data.sets else None
-    if path and Path(path, "manifest.json").is_file():
+    if path and (place(path) / "manifest.json").is_file():
         hashes.setdefault(PreparedSet(path).tokenizer_hash, path)  # of the training data
     if len(hashes) > 1:
         raise ConfigError([f"{' and '.join(hashes.values())} were prepared with different tokenizers"])
@@ -215,7 +216,7 @@ def _memory(streamer: Streamer, documents: list[Document], eos_id: int) -> dict[
 
 def _tokenizer(config: Config, data: Sequence[str], reader: CheckpointReader) -> Tokenizer:
     """The tokenizer of the run's first set, or of the first of `data`."""
-    paths = [entry.path for entry in config.data.sets if Path(entry.path).is_dir()] or list(data)
+    paths = [entry.path for entry in config.data.sets if place(entry.path).is_dir()] or list(data)
     if not paths:
         raise ConfigError(
             [

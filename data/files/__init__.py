@@ -1,4 +1,4 @@
-"""Files of the disk, read and written so that neither can do harm: the floor that every other module stands on.
+"""Files, read and written so that neither can do harm: the floor that every other module stands on.
 
 Reading. A file that came from somewhere else may be damaged, endless, or made to deceive. `read_bytes` opens regular
 files only (a fifo would never answer) and stops at a bound; `read_json` reads against a declared type, so that whoever
@@ -8,6 +8,9 @@ a `FileError` that names the file, and the key where there is one.
 Writing. `writing` and `making_folder` write under a name beside the target that nobody can predict, opened exclusively,
 and rename it when all is on the disk: the old contents or the new ones, never half. Modes follow the umask. Nothing is
 removed that was not made here.
+
+Stores. What is read may also lie in an object store (`s3://bucket/set`, see `data.files.store`): `place` makes a path
+of such a name, and everything here that reads takes it. What is written here goes to the disk.
 """
 
 from __future__ import annotations
@@ -27,69 +30,129 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import msgspec
 
+from data.files.messages import FileError, file_name, is_utf8, printable, shown, some
+from data.files.ranges import DiskRanges, Ranges, StoreRanges
+from data.files.store import StoreError, StorePath, is_store
+
+__all__ = [
+    "FileError",
+    "Place",
+    "Ranges",
+    "StoreError",
+    "StorePath",
+    "convert",
+    "decode_json",
+    "file_name",
+    "inside",
+    "is_store",
+    "is_there",
+    "is_utf8",
+    "making_folder",
+    "open_ranges",
+    "open_regular",
+    "place",
+    "printable",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "sealed",
+    "shown",
+    "size_of",
+    "sizes_of",
+    "some",
+    "sync_folder",
+    "temporary_name",
+    "write_whole",
+    "writing",
+]
+
 T = TypeVar("T")
+Place = Path | StorePath
+"""A file or folder of the disk, or of an object store."""
 
 JSON_LIMIT = 256 << 20
 """Bytes of the largest JSON file that is read: a manifest of a million shards has 200 MB."""
 
 _PARTIAL = ".partial"
-_SHOWN_CHARACTERS = 80
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
-
-
-class FileError(ValueError):
-    """A file that is damaged, of another kind than expected, or too large. The message names it."""
-
-
-def shown(value: object, characters: int = _SHOWN_CHARACTERS) -> str:
-    """`repr(value)` for a message: cut to a length, control characters escaped. Never raises."""
-    try:
-        text = value[: characters + 1] if isinstance(value, str | bytes) else value
-        text = repr(text)
-    except (ValueError, RecursionError):  # an integer of more than 4,300 digits, a list inside itself
-        return f"a {type(value).__name__} too large to show"
-    return text if len(text) <= characters + 2 else f"{text[:characters]}..."
-
-
-def some(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message: the first `most` of them, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with characters that a terminal would obey, or not show, escaped."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def is_utf8(path: Path | str) -> bool:
-    """Whether a path can be written down as it is."""
-    try:
-        os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def file_name(path: Path | str) -> str:
-    """A path as text that can be written everywhere: bytes that are not UTF-8, and control characters, as escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 # Reading
 
 
-def open_regular(path: Path | str) -> BinaryIO:
-    """Open a file for reading; it must be a regular file, or a link to one.
+def place(path: Place | str) -> Place:
+    """What a name stands for: `s3://...` and the like an object store, everything else the disk.
+
+    Raises:
+        ValueError: it looks like a store's name, and is none.
+    """
+    if isinstance(path, StorePath):
+        return path
+    return StorePath(path) if isinstance(path, str) and is_store(path) else Path(path)
+
+
+def is_there(path: Place) -> bool:
+    """Whether there is anything of that name, a link that leads nowhere included."""
+    return path.exists() if isinstance(path, StorePath) else os.path.lexists(path)
+
+
+def size_of(path: Place) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        FileError: it is no file.
+    """
+    if isinstance(path, StorePath):
+        return path.size()
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(f"{path} is {_kind(found.st_mode)}, not a file")
+    return found.st_size
+
+
+def sizes_of(folder: Place, names: Iterable[str], where: str) -> dict[str, int | None]:
+    """Bytes of the files called `names` in `folder`, None for those that are missing.
+
+    A store is asked once for all of them: a set has thousands of shards.
+
+    Raises:
+        FileError: as `inside`, or one is no file.
+    """
+    if isinstance(folder, StorePath):
+        there = folder.sizes()
+        return {inside(folder, name, where).name: there.get(name) for name in names}
+    found: dict[str, int | None] = {}
+    for name in names:
+        try:
+            found[name] = size_of(inside(folder, name, where))
+        except FileNotFoundError:
+            found[name] = None
+    return found
+
+
+def open_ranges(path: Place, size: int) -> Ranges:
+    """A file of `size` bytes to be read at offsets.
+
+    Raises:
+        FileNotFoundError, FileError, OSError: as `open_regular`; of a store's object nobody asks before it is read.
+    """
+    if isinstance(path, StorePath):
+        return StoreRanges(path, size)
+    with open_regular(path) as file:
+        return DiskRanges(os.dup(file.fileno()))
+
+
+def open_regular(path: Place | str) -> BinaryIO:
+    """Open a file for reading; it must be a regular file, or a link to one, or a store's object.
 
     Raises:
         FileNotFoundError: it does not exist.
         FileError: it is a folder, a fifo, a device or a socket.
         OSError: it cannot be opened.
     """
+    if isinstance(path, StorePath):
+        return path.open()
     try:
         # Opening a fifo would wait for somebody who writes into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -106,7 +169,7 @@ def open_regular(path: Path | str) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_bytes(path: Path | str, limit: int = JSON_LIMIT) -> bytes:
+def read_bytes(path: Place | str, limit: int = JSON_LIMIT) -> bytes:
     """The contents of a regular file of at most `limit` bytes.
 
     Raises:
@@ -120,7 +183,7 @@ def read_bytes(path: Path | str, limit: int = JSON_LIMIT) -> bytes:
     return contents
 
 
-def read_text(path: Path | str, limit: int = JSON_LIMIT) -> str:
+def read_text(path: Place | str, limit: int = JSON_LIMIT) -> str:
     """The contents of a regular UTF-8 file.
 
     Raises:
@@ -132,7 +195,7 @@ def read_text(path: Path | str, limit: int = JSON_LIMIT) -> str:
         raise FileError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start:,}") from None
 
 
-def read_json(path: Path | str, kind: type[T], *, limit: int = JSON_LIMIT) -> T:
+def read_json(path: Place | str, kind: type[T], *, limit: int = JSON_LIMIT) -> T:
     """A JSON file as a value of the declared type; see `decode_json`.
 
     Raises:
@@ -194,7 +257,7 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
-def inside(folder: Path, name: str, where: str, *, also: Path | None = None) -> Path:
+def inside(folder: Place, name: str, where: str, *, also: Path | None = None) -> Place:
     """The file called `name` in `folder`, for a name that a file of somebody else's gives.
 
     Args:
@@ -208,6 +271,8 @@ def inside(folder: Path, name: str, where: str, *, also: Path | None = None) -> 
     if not name or name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise FileError(f"{where} names {shown(name)}, which is not the name of a file in {folder}")
     path = folder / name
+    if isinstance(path, StorePath):  # which has no links
+        return path
     try:
         target = path.resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
