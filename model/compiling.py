@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 from model.layers.attention import InfiniAttention
+from model.layers.heads import plain_split_heads
+from model.layers.mixing import plain_mix
 from model.layers.mlp import GatedMLP, plain_silu_product
 from model.layers.norm import RMSNorm, plain_rms_norm
 from model.rules.convolution import ConvolvedRule
@@ -29,6 +31,14 @@ from model.rules.feature_maps import plain_phi_of, plain_unit_length_of
 
 COMPILED = "norms of the residual stream, the MLP's product, the memory's map of queries and keys"
 """In words, for the start of a run."""
+ALSO_COMPILED = "the split into heads, the mixing with the memory"
+WHERE_ALSO = ("cuda",)
+"""Types of devices where these are compiled, too."""
+
+
+def in_words(device: str) -> str:
+    """What is compiled on a type of device."""
+    return f"{COMPILED}, {ALSO_COMPILED}" if device in WHERE_ALSO else COMPILED
 
 
 class Piece:
@@ -69,9 +79,12 @@ def compile_pieces(stage: nn.Module, device: torch.device) -> None:
             module.function = piece(module.function, plain_rms_norm)
         elif isinstance(module, GatedMLP):
             module.product = piece(module.product, plain_silu_product)
-        elif isinstance(module, InfiniAttention) and module.rule is not None:
-            rule = module.rule.rule if isinstance(module.rule, ConvolvedRule) else module.rule
-            rule.features = piece(rule.features, plain_phi_of if rule.has_feature_map else plain_unit_length_of)
+        elif isinstance(module, InfiniAttention):
+            if device.type in WHERE_ALSO:
+                module.split, module.mix = piece(module.split, plain_split_heads), piece(module.mix, plain_mix)
+            if module.rule is not None:
+                rule = module.rule.rule if isinstance(module.rule, ConvolvedRule) else module.rule
+                rule.features = piece(rule.features, plain_phi_of if rule.has_feature_map else plain_unit_length_of)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -63,6 +63,7 @@ class InfiniAttention(nn.Module):
         self.detach_reads = detach_reads
         self.context = context
         self.rule = build_rule(config.memory)
+        self.split, self.mix = split_heads, mix  # or what the compiler makes of them
         backend, local = parallel_linears(config.backend), local_linears()
         common = {"config": megatron, "init_method": megatron.init_method, "skip_bias_add": False, "is_expert": False}
         wide = widened(megatron)
@@ -144,7 +145,7 @@ class InfiniAttention(nn.Module):
         qkv = self.project_in(hidden)
         memory, context = split_state(memory)
         table = self.tables.own(hidden.device, self.memory_dtype)
-        heads = split_heads(qkv, table, memory=self.rule is not None)
+        heads = self.split(qkv, table, self.rule is not None)
         if context is None:
             local = segment_attention(heads.query, heads.key, heads.value)
         else:
@@ -173,7 +174,7 @@ class InfiniAttention(nn.Module):
         )
         read = read.unflatten(2, (self.groups, -1))
         shown = self.shown_share(share, present, memory_off=memory_off)
-        mixed = mix(shown, read, local)
+        mixed = self.mix(shown, read, local)
         measured = measure(share, shown, read, local, gate, memory) if statistics else None
         gate_sum = None if gate is None else gate.sum()
         return AttentionResult(self.project_out(mixed), join_state(memory, context), gate_sum, measured)

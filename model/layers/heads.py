@@ -38,7 +38,7 @@ class Heads(NamedTuple):
     """`[B, n, s, d]`."""
 
 
-def split_heads(qkv: Tensor, table: Table, *, memory: bool) -> Heads:
+def split_heads(qkv: Tensor, table: Table, memory: bool) -> Heads:
     """Split `[s, B, n, r + 2, d]`: of every key/value head its query heads, its key, its value.
 
     Args:
@@ -46,6 +46,20 @@ def split_heads(qkv: Tensor, table: Table, *, memory: bool) -> Heads:
         memory: there is one, which wants queries, keys and values as well.
     """
     return Heads(*_SplitHeads.apply(qkv, *table, memory))
+
+
+def plain_split_heads(qkv: Tensor, table: Table, memory: bool) -> Heads:
+    """`split_heads` for the compiler."""
+    cos, sin = (x.view(-1, 1, 1, 1, qkv.shape[-1]) for x in table)
+    turning = qkv[:, :, :, :-1]
+    first, second = turning.chunk(2, dim=-1)
+    rotated = (turning * cos + torch.cat([second, first], dim=-1) * sin).to(qkv.dtype)
+    local = rotated.flatten(1, 2).permute(1, 2, 0, 3)
+    value = qkv.flatten(1, 2).permute(1, 2, 0, 3)[:, -1:]
+    if not memory:
+        return Heads(local[:, :-1], local[:, -1:], value)
+    own = qkv.permute(1, 2, 3, 0, 4)
+    return Heads(local[:, :-1], local[:, -1:], value, own[:, :, :-2], own[:, :, -2], own[:, :, -1])
 
 
 def join_heads(attended: Tensor, b: int) -> Tensor:

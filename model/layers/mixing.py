@@ -21,6 +21,14 @@ def mix(share: Tensor, read: Tensor, local: Tensor) -> Tensor:
     return _Mix.apply(share, read, local)
 
 
+def plain_mix(share: Tensor, read: Tensor, local: Tensor) -> Tensor:
+    """`mix` for the compiler."""
+    b, t, n, r, s, d = read.shape
+    local = local.view(read.shape)
+    mixed = (local + share * (read - local)).to(local.dtype)
+    return mixed.permute(4, 0, 1, 2, 3, 5).reshape(s, b * t, n * r * d)
+
+
 class _Mix(torch.autograd.Function):
     """With the gradient g: d read = share g, d local = g - share g, d share = the sum of g (read - local) over what the
     share is broadcast over.

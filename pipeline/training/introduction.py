@@ -6,7 +6,7 @@ import math
 
 import torch.distributed as dist
 
-from model.compiling import COMPILED
+from model.compiling import in_words
 from model.device import rounds_to_tf32
 from model.rules.kernel import memory_kernel
 from pipeline.accounting.devices import known_as
@@ -36,7 +36,9 @@ def derived_rows(
     lanes_per_rank, per_microbatch = derived.lanes_per_rank(config, world), derived.lanes_per_microbatch(config, world)
     kernel = memory_kernel(model, train.precision, topology.device.type)
     kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}
-    compiled = {"compiled": f"{COMPILED}; evaluation and generation are not"} if model.compile else {}
+    compiled = (
+        {"compiled": f"{in_words(topology.device.type)}; evaluation and generation are not"} if model.compile else {}
+    )
     return {
         "layout": f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data "
         f"{topology.data_size}, "

@@ -31,9 +31,7 @@ def by_module(tensors):
 def measured(config, precision, weights, device):
     """Loss, memory and gradients by name."""
     prepare_megatron()
-    with device:
-        stage = small_stage(config, scramble=False, precision=precision)
-    stage.to(device)
+    stage = small_stage(config, scramble=False, precision=precision).to(device)
     with torch.no_grad():
         for name, parameter in stage.global_parameters():
             parameter.copy_(weights[name])

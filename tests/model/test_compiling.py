@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from model.compiling import Piece, check_compiler, compile_pieces
+from model.layers.mixing import plain_mix
 from model.rules.feature_maps import phi_of, plain_phi_of
 from model.rules.state import memory_tensors
 from tests.model.build import VOCAB, random_memory, small_config, small_stage
@@ -23,8 +24,10 @@ MODELS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def in_a_folder_of_its_own(tmp_path_factory):
-    """What other tests and programs compiled is not to be found, and nothing is left behind."""
+    """What other tests and programs compiled is not to be found, and nothing is left behind. All pieces are compiled,
+    those of CUDA devices, too."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.compiling.WHERE_ALSO", ("cpu", "cuda"))
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         yield
     torch.compiler.reset()
@@ -97,6 +100,16 @@ def test_damage_to_a_plain_form_would_show(monkeypatch):
         return tuple(1.001 * x for x in plain_phi_of(q, k, dtype))
 
     monkeypatch.setattr("model.compiling.plain_phi_of", damaged)
+    (written, compiled), _ = both(MODELS["delta"])
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(compiled, written, rtol=1e-10, atol=1e-11)
+
+
+def test_damage_to_a_piece_of_cuda_would_show(monkeypatch):
+    def damaged(share, read, local):
+        return plain_mix(1.001 * share, read, local)
+
+    monkeypatch.setattr("model.compiling.plain_mix", damaged)
     (written, compiled), _ = both(MODELS["delta"])
     with pytest.raises(AssertionError):
         torch.testing.assert_close(compiled, written, rtol=1e-10, atol=1e-11)
