@@ -1,4 +1,4 @@
-"""What the ranks run in test_context_scan.py: a float64 stage whose segments they share, against the same stage alone.
+"""What the ranks run in test_context_scan.py: a stage whose segments they share, against the same stage alone.
 
 Every rank computes the whole window by itself first, in one graph, and returns how far it is from that.
 """
@@ -60,7 +60,7 @@ class Window:
         for state in self.memory:
             if "local_seen" in getattr(state, "_fields", ()):
                 state.local_seen.data[::2] = 0
-        self.of_memory = map_memory(self.memory, lambda x: random(*x.shape))
+        self.of_memory = map_memory(self.memory, lambda x: random(*x.shape).to(x.dtype))
 
     def part(self, chunks: int, chunk: int, parts: int, part: int) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Tokens and labels, weights of their losses, and what the probes ask, of a part of a chunk."""
@@ -150,7 +150,7 @@ def _compare(
     assert found.keys() == expected.keys()
     distances = {}
     for name, value in expected.items():
-        value, other = value.detach(), found[name].detach()
+        value, other = value.detach().double(), found[name].detach().double()
         if name == "loss":
             value = torch.cat([_losses(window, value, chunks, i, context) for i in range(chunks)], dim=1)
         elif name == "gate sum" or (name.startswith("d ") and "memory " not in name.split("memory_")[0]):
