@@ -29,12 +29,24 @@ def pretended_world(config: Config, rank: int, world_size: int) -> Iterator[Topo
     def everyone_alike(objects: list[Any], own: Any, group: dist.ProcessGroup | None = None) -> None:
         objects[:] = [own] * len(objects)
 
+    def one_by_one(transfers: list[dist.P2POp]) -> list[dist.Work]:
+        """Without asking the group for its backend on the device, which has none."""
+        return [
+            transfer.op(
+                transfer.tensor,
+                group=transfer.group,
+                **{"group_dst" if transfer.op is dist.isend else "group_src": transfer.group_peer},
+            )
+            for transfer in transfers
+        ]
+
     parallel = config.parallel
     layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
     with pretended_rank(rank, world_size, **layout), pretended_accelerator() as device:
         with (
             warnings.catch_warnings(),
             mock.patch.object(dist, "all_gather_object", everyone_alike),
+            mock.patch.object(dist, "batch_isend_irecv", one_by_one),
             pretending(device),
         ):
             # DeepSpeed looks at the alignment of its buffers, which have no address.

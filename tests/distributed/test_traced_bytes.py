@@ -12,6 +12,7 @@ LAYOUTS = {
     "data, layer": (2, "bptt.recompute=layer model.memory.rule=linear"),
     "tensor, sequence parallel": (2, "parallel.tensor=2 parallel.sequence_parallel=true train.precision=bf16"),
     "pipeline, window, probes": (2, "parallel.pipeline=2 bptt.recompute=window train.probes_per_window=2"),
+    "context": (2, "parallel.context=2 model.memory.rule=gated_deltanet train.segments_per_window=8"),
     "tensor x pipeline": (
         4,
         "parallel.tensor=2 parallel.pipeline=2 model.memory.rule=gated_deltanet bptt.recompute=selective",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from model.config import MemoryConfig, ModelConfig
 from model.decoder import DecoderStage, StageOptions
+from model.rules.context import ContextGroup
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.accounting.planner import pretended_rank
 from pipeline.config.schema import BpttConfig, Config, ParallelConfig, TrainConfig
+from tests.pipeline.tracing.cases import whole_tensors
 from tests.saved_bytes import saved_bytes
 
 TENSOR, LANES, SEGMENTS, LENGTH = 4, 2, 2, 64
@@ -63,3 +66,32 @@ def test_estimate_against_what_autograd_keeps(memory, sequence_parallel, recompu
         measured = saved_bytes(stage, tokens, tokens, torch.zeros(LANES, SEGMENTS, dtype=torch.bool))
     (rank,) = per_rank_bytes(config, world_size=TENSOR)
     assert rank.chunk_activations == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta", "gated_deltanet"])
+def test_a_context_rank_keeps_its_part_of_a_chunk_and_its_own_transition(rule):
+    context, found = 2, {}
+    for ranks in (1, context):
+        config = run_config(MemoryConfig(rule), False, "none", "bf16")
+        config.parallel.tensor, config.parallel.context, config.bptt.recompute_logits = 1, ranks, True
+        config.train.segments_per_window = 4
+        options = StageOptions(precision="bf16", recompute_logits=True)
+        with pretended_rank(0, ranks, tensor=1, pipeline=1, context=ranks):
+            group = ContextGroup(parallel_state.get_context_parallel_group(), 0, ranks) if ranks > 1 else None
+            stage = DecoderStage(
+                config.model,
+                options,
+                vocab_size=512,
+                first_layer=0,
+                last_layer=2,
+                tensor_rank=0,
+                tensor_size=1,
+                context=group,
+            )
+            stage.initialize(seed=0)
+            tokens, reset = torch.zeros(LANES, 4 // ranks, LENGTH, dtype=torch.int64), torch.zeros(LANES, 4)
+            with whole_tensors():
+                found[ranks] = saved_bytes(stage, tokens, tokens, reset.bool())
+        (rank,) = per_rank_bytes(config, world_size=ranks)
+        assert rank.chunk_activations == pytest.approx(found[ranks], rel=0.02)
+    assert found[context] == pytest.approx(found[1] / context, rel=0.03)

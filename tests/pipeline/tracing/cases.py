@@ -23,6 +23,7 @@ from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_pairs
 from pipeline.accounting import update_peak
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.accounting.live_bytes import LiveBytes
+from pipeline.accounting.planner import Rates, predict_step
 from pipeline.checkpoint.run_state import CarriedMemory, Progress, SavedOptimizer
 from pipeline.checkpoint.writer import take_snapshot
 from pipeline.config.load import load_config
@@ -75,6 +76,22 @@ def step(world: int, rank: int, settings: str, *, sabotage: str | None = None) -
         "at_peak": trace.at_peak,
         "peak": trace.peak_bytes,
     }
+
+
+def context_traffic(context: int, settings: list[str]) -> dict[str, tuple[float, int]]:
+    """By settings: what the first rank of a context group sends to it in a traced step, and what a plan says of it."""
+    found = {}
+    for setting in settings:
+        config = small(f"parallel.context={context} model.num_layers=1 {setting}")
+        trace = trace_step(config, context, 0, VOCAB, update=False)
+        sent = 0.0
+        for key, traffic in trace.collectives.items():
+            if key.group == "context":
+                # Of what is gathered, all but the next rank's part goes on; what is received is another one's.
+                share = {"allgather_base": (context - 1) / context, "send": 1, "recv": 0}[key.kind]
+                sent += share * traffic.bytes * trace.microbatches_per_step / trace.microbatches
+        found[setting] = sent, predict_step(config, context, VOCAB, Rates(1.0, 1.0)).context_sent[0]
+    return found
 
 
 BYTES = "model.hidden_size=64 model.ffn_hidden_size=128 model.segment_length=64 train.lanes=4 model.num_layers=4 "

@@ -34,6 +34,12 @@ STEPS = {
     "sliding": (1, 0, "model.local_context=sliding train.probes_per_window=2 train.precision=bf16 +statistics"),
     "sliding, plain": (2, 1, "model.memory.rule=none model.local_context=sliding parallel.tensor=2"),
     "biases, zero 3": (2, 0, "model.qkv_bias=true model.memory.mix_gate=token parallel.zero_stage=3"),
+    "context": (
+        4,
+        1,
+        "parallel.context=4 model.memory.rule=gated_deltanet model.local_context=sliding bptt.chunks_per_window=1 "
+        "train.probes_per_window=4 train.precision=bf16 bptt.recompute=layer +statistics",
+    ),
     "detached": (1, 0, "bptt.gradient=detached bptt.recompute_logits=true train.write_gate_penalty=0.1"),
 }
 
@@ -147,3 +153,24 @@ def test_a_plan_starts_as_many_kernels_as_a_layer(steps):
         forward, backward = LAUNCHES[rule]
         assert traced["forward"] == pytest.approx(forward, rel=0.25), name
         assert traced["backward"] == pytest.approx(backward, rel=0.25), name
+
+
+CONTEXT = [
+    f"{variant} train.segments_per_window={segments}"
+    for variant in (
+        "model.memory.rule=linear bptt.recompute=selective",
+        "model.memory.rule=delta bptt.recompute=window",
+        "model.memory.rule=gated_deltanet bptt.recompute=layer train.precision=bf16",
+        "model.memory.rule=deltanet model.local_context=sliding train.precision=bf16",
+    )
+    for segments in (4, 64)
+]
+
+
+def test_what_context_ranks_exchange_is_planned_to_the_byte_and_does_not_grow_with_the_window(tracing_process):
+    found = tracing_process(cases.context_traffic, context=2, settings=CONTEXT)
+    for setting, (traced, planned) in found.items():
+        assert traced == planned, setting
+    for short, long in zip(CONTEXT[::2], CONTEXT[1::2], strict=True):
+        assert found[short] == found[long], short
+    assert all(traced > 0 for traced, _ in found.values())
