@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -305,6 +306,19 @@ class DecoderStage(nn.Module):
             loss, hits = self._losses(hidden, labels)
             hits = hits if correct else None
         return StageOutput(None, loss, hits, carried, gate_sum, measured)
+
+    @contextmanager
+    def unshared(self) -> Iterator[None]:
+        """Inside, this process runs over whole chunks by itself, whoever shares them in training."""
+        attentions = [layer.attention for layer in self.layers.values()]
+        shared = [attention.context for attention in attentions]
+        try:
+            for attention in attentions:
+                attention.context = None
+            yield
+        finally:
+            for attention, context in zip(attentions, shared, strict=True):
+                attention.context = context
 
     def empty_cache(self, lanes: int, device: torch.device) -> list[SegmentCache]:
         """A current segment without tokens for every layer of the stage, see `extend`."""

@@ -19,6 +19,7 @@ OWN_LAYOUT = [
     "parallel.context=1",
     "parallel.layers_per_stage=null",
     "parallel.sequence_parallel=false",
+    "bptt.chunks_per_window=1",
     "parallel.zero_stage=1",
     "resilience.hang_timeout_s=0",
     "model.backend=local",

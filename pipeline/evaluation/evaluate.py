@@ -112,7 +112,12 @@ def evaluate_checkpoint(
         "checkpoint": str(path),
         "step": reader.summary.step,
         "training_tokens": reader.summary.tokens,
-        "layout": {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size},
+        "layout": {
+            "tensor": topology.tensor_size,
+            "context": topology.context_size,
+            "pipeline": topology.pipeline_size,
+            "data": topology.data_size,
+        },
         "seed": evaluate.seed,
         "config": asdict(config),
         "versions": versions(),
@@ -146,7 +151,8 @@ def join(run_dir: Path, overrides: Sequence[str]) -> tuple[Config, Topology]:
     """The configuration of the evaluation, and the processes in its layout; collective."""
     config = evaluation_config(run_dir, overrides, int(os.environ.get("WORLD_SIZE", "1")))
     parallel = config.parallel
-    return config, initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
+    layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+    return config, initialize(**layout, timeout_s=parallel.timeout_s)
 
 
 @contextmanager

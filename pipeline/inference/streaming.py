@@ -1,5 +1,8 @@
 """Forward passes over whole documents, a window at a time: a document of any length costs the memory of one window.
 
+Context ranks share the segments of a window. What is left of it where their number does not divide it every one of them
+runs by itself, and so they do with a window of fewer segments than ranks.
+
 Documents are the lanes of a batch, all entered at their beginning. The memory is an argument and a result, so a caller
 can keep it, exchange it between documents, or run the same window twice.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -21,7 +24,8 @@ from data.files import some
 from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage
 from model.layers.statistics import MemoryStatistics
-from model.rules.state import Memory
+from model.rules.context import ContextGroup
+from model.rules.state import Memory, memory_tensors
 from pipeline.checkpoint.folder import CheckpointError
 from pipeline.checkpoint.loading import load_weights, open_verified
 from pipeline.checkpoint.reader import CheckpointReader
@@ -132,6 +136,12 @@ def segments_to_read(tokens: Tensor) -> WindowBatch:
     )
 
 
+def some_segments(batch: WindowBatch, first: int, last: int) -> WindowBatch:
+    """Segments [first, last) of a window without probes."""
+    names = ("tokens", "labels", "loss_weight", "answer_mask", "reset", "position_in_document")
+    return replace(batch, **{name: getattr(batch, name)[:, first:last] for name in names})
+
+
 class Interrupted(Exception):
     """Somebody wants no more windows."""
 
@@ -190,8 +200,8 @@ class Streamer:
         return [list(items[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
     def segments_per_window(self, lanes: int) -> int:
-        """Segments of a window that stays within the token limit."""
-        return max(1, self.tokens_per_window // (lanes * self.segment_length))
+        """Segments of a window that stays within the token limit, on each of the ranks that share it."""
+        return max(1, self.tokens_per_window // (lanes * self.segment_length)) * self.topology.context_size
 
     def window(self, documents: Sequence[Document], first: int, segments: int, eos_id: int) -> WindowBatch:
         """See the function `window`."""
@@ -224,26 +234,60 @@ class Streamer:
 
     def _run(self, batch: WindowBatch, memory: Memory, **options: bool) -> Output:
         microbatches = _microbatches(batch.tokens.shape[0], self.topology.pipeline_size)
-        result = self._execute(batch, memory, microbatches, **options)
-        return Output(result.token_loss, result.token_correct, result.memory)
+        context, segments = self.topology.context, batch.tokens.shape[1]
+        if context is None:
+            result = self._execute(batch, memory, microbatches, **options)
+            return Output(result.token_loss, result.token_correct, result.memory)
+        shared = segments - segments % context.size
+        losses, hits = [], []
+        if shared:
+            result = self._execute_shared(some_segments(batch, 0, shared), memory, microbatches, context, **options)
+            losses, hits, memory = [result.token_loss], [result.token_correct], result.memory
+        if shared < segments:
+            result = self._execute(some_segments(batch, shared, segments), memory, microbatches, **options)
+            losses, hits, memory = [*losses, result.token_loss], [*hits, result.token_correct], result.memory
+        return Output(*(None if found[0] is None else torch.cat(found, dim=1) for found in (losses, hits)), memory)
 
     @torch.inference_mode()
-    def _execute(self, batch: WindowBatch, memory: Memory, microbatches: int, **options: bool) -> StepResult:
+    def _execute_shared(
+        self, batch: WindowBatch, memory: Memory, microbatches: int, context: ContextGroup, **options: bool
+    ) -> StepResult:
+        """Run a window whose segments the context ranks share; what it gives is whole, on all of them."""
+        own = batch.tokens.shape[1] // context.size
+        part = some_segments(batch, context.rank * own, (context.rank + 1) * own)
+        result = self._execute(replace(part, reset=batch.reset), memory, microbatches, shared=True, **options)
+        found = []
+        for x in (result.token_loss, result.token_correct):
+            if x is not None:
+                parts = [torch.empty_like(x) for _ in range(context.size)]
+                dist.all_gather(parts, x.contiguous(), group=context.group)
+                x = torch.cat(parts, dim=1)
+            found.append(x)
+        # The first rank's copy counts: the others know nothing of the tokens right before the next window.
+        for x in memory_tensors(result.memory):
+            dist.broadcast(x, group=context.group, group_src=0)
+        return replace(result, token_loss=found[0], token_correct=found[1])
+
+    @torch.inference_mode()
+    def _execute(
+        self, batch: WindowBatch, memory: Memory, microbatches: int, *, shared: bool = False, **options: bool
+    ) -> StepResult:
         if self.interrupted():
             self._agree(interrupted=True)
         lanes = batch.tokens.shape[0]
-        return self.executor.run(
-            build_forward_schedule(
-                stages=self.topology.pipeline_size,
-                stage=self.topology.pipeline_rank,
-                microbatches=microbatches,
-                chunks=1,
-            ),
-            batch,
-            memory,
-            lanes_per_microbatch=lanes // microbatches,
-            **options,
-        )
+        with nullcontext() if shared else self.stage.unshared():
+            return self.executor.run(
+                build_forward_schedule(
+                    stages=self.topology.pipeline_size,
+                    stage=self.topology.pipeline_rank,
+                    microbatches=microbatches,
+                    chunks=1,
+                ),
+                batch,
+                memory,
+                lanes_per_microbatch=lanes // microbatches,
+                **options,
+            )
 
     def add_up(self, sums: np.ndarray) -> np.ndarray:
         """The sum over the data-parallel ranks of what their last stages have, on every process; collective.
@@ -252,7 +296,9 @@ class Streamer:
             Interrupted: one of them ran no further.
         """
         self._agree(interrupted=False)
-        mine = sums if self.topology.is_last_stage and self.topology.tensor_rank == 0 else np.zeros_like(sums)
+        topology = self.topology
+        speaks = topology.is_last_stage and topology.tensor_rank == topology.context_rank == 0
+        mine = sums if speaks else np.zeros_like(sums)
         return np.array(self.topology.all_reduce(mine.flatten().tolist(), group=self.group)).reshape(sums.shape)
 
     def _agree(self, *, interrupted: bool) -> None:

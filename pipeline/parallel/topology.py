@@ -112,6 +112,11 @@ class Topology:
             "the processes that hold one model": self.model_group,
         }
 
+    def for_documents(self) -> Topology:
+        """The grid of an evaluation inside a run: context ranks share no documents, they take others, as data-parallel
+        ranks do."""
+        return replace(self, context_rank=0, context_size=1, data_rank=self.replica_rank, data_size=self.replicas)
+
     def lanes(self, total: int) -> tuple[int, int]:
         """First and last (exclusive) global lane of this data-parallel rank: a contiguous block."""
         size = total // self.data_size
@@ -124,12 +129,6 @@ class Topology:
         for part in self.host_groups if group is None else (group,):
             dist.all_reduce(tensor, op=op, group=part)
         return tensor.tolist()
-
-    def largest_of_lane(self, value: float) -> float:
-        """The largest value of the processes that work on this one's lanes; collective over them, from host to host."""
-        for group in (self.model_group, self.context_group):
-            (value,) = self.all_reduce([value], op=dist.ReduceOp.MAX, group=group)
-        return value
 
     def over_stages(self, own: Any) -> list[Any]:
         """What each pipeline stage of this model copy has, the first one's first; collective. Copies have the same, so

@@ -2,7 +2,7 @@
 
 Nothing of the run changes by it: documents and tasks are read apart from the lanes, their memory is made anew, no
 random number is drawn, and the time does not count as training's. When the run is asked to stop, it ends between two
-windows; what was not evaluated is made up for when the run goes on.
+windows; what was not evaluated is made up for when the run goes on. Context ranks evaluate documents of their own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Evaluation:
 
     def __init__(self, config: Config, topology: Topology) -> None:
         evaluate = config.evaluate
-        self.config, self.topology, self.interval = config, topology, evaluate.interval
+        self.config, self.topology, self.interval = config, topology.for_documents(), evaluate.interval
         self.notes: list[str] = []
         sets = own_sets(config, self.notes) if evaluate.documents else []
         specs = evaluate.tasks if evaluate.interval_tasks is None else evaluate.interval_tasks
@@ -159,7 +159,7 @@ class _Question:
         if self.windows % WINDOWS_BETWEEN_QUESTIONS:
             return False
         own = self.reason() is not None or self.store.check([self.key])
-        if not self.topology.largest_of_lane(float(own)):
+        if not self.topology.all_reduce([float(own)], op=dist.ReduceOp.MAX, group=self.topology.model_group)[0]:
             return False
         self.store.set(self.key, "")  # for the other copies, which nobody else may have told
         return True

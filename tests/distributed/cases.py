@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from data.lanes.window import WindowPart
 from data.prepared.shards import BadDocumentError, PreparedSet
 from model.rules.state import map_memory, named_tensors
 from model.sharding import partition_of, unshard
@@ -145,20 +146,27 @@ def train_steps(
         damage: break the run on purpose, to see that the comparison notices: `gradient` scales one gradient by 1.01.
 
     Returns:
-        Losses, gradient norms and batches (hashes, by lane) of every step; and on rank 0 the final weights, moments and
-        carried memory.
+        Losses, gradient norms and batches (hashes, by lane and segment) of every step; and on rank 0 the final weights,
+        moments and carried memory.
     """
     trainer = make_trainer(folder, data, overrides)
     trainer.start(resume)
     losses, norms = [], []
-    batches: dict[int, list[str]] = {}
+    batches: dict[int, list[dict[int, str]]] = {}
+    context = trainer.topology.context_rank, trainer.topology.context_size
+    own = WindowPart(trainer.config.bptt.chunks_per_window, *context)
     forward_backward, update = trainer.forward_backward, trainer.update
 
     def watched_forward_backward(batch, **kwargs):
+        places = [segment for span in own.spans(batch.reset.shape[1]) for segment in span]
         for row, lane in enumerate(batch.lane_ids.tolist()):
-            parts = (batch.tokens, batch.labels, batch.loss_weight, batch.reset, batch.position_in_document)
-            content = b"".join(part[row].numpy().tobytes() for part in parts)
-            batches.setdefault(lane, []).append(hashlib.sha256(content).hexdigest())
+            hashes = {}
+            for i, segment in enumerate(places):
+                parts = (batch.tokens, batch.labels, batch.loss_weight, batch.position_in_document)
+                content = b"".join(part[row, i].numpy().tobytes() for part in parts)
+                content += batch.reset[row].numpy().tobytes()
+                hashes[segment] = hashlib.sha256(content).hexdigest()
+            batches.setdefault(lane, []).append(hashes)
         return forward_backward(batch, **kwargs)
 
     def watched_update(*arguments):

@@ -1,13 +1,15 @@
 """Ranks of real runs, of which one fails where it is told to: `failing_ranks FOLDER DATA FAULT...`, see `Fault.parse`.
 
-For every fault four processes train (two stages, two data-parallel ranks) in FOLDER/<place>; the results come as JSON
-in FOLDER/results.json. The ranks are forked, so that the libraries are imported once, and no launcher ends them.
+For every fault four processes train (two stages, two data-parallel or context ranks) in FOLDER/<place>; the results
+come as JSON in FOLDER/results.json. The ranks are forked, so that the libraries are imported once, and no launcher ends
+them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -16,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+import model.rules.context
+import model.rules.scan
 import pipeline.checkpoint.writer
 import pipeline.evaluation.evaluate
 import pipeline.training.monitor
@@ -30,6 +34,9 @@ from tests.distributed.cases import TINY
 
 WORLD = 4
 LAYOUT = ["parallel.pipeline=2", "bptt.chunks_per_window=2", "checkpoint.interval=2", "metrics.memory_interval=2"]
+CONTEXT_LAYOUT = [*LAYOUT, "parallel.context=2"]
+"""Where the ranks of a stage exchange what their segments come to: of the places below."""
+IN_EXCHANGE = ("exchange", "exchange_backward", "killed")
 FORWARDS = 4
 """Two windows of two chunks. On the last stage the others' gradients are there when the last one begins."""
 PATIENCE_S = 40
@@ -71,6 +78,8 @@ def fail_at(fault: Fault, folder: Path) -> None:
 
     def fail(*_):
         (folder / "failed-at").write_text(str(time.time()))
+        if fault.place == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise ERRORS.get(fault.place, RuntimeError(f"something is wrong in {fault.place}"))
 
     def failing(function):
@@ -100,6 +109,9 @@ def fail_at(fault: Fault, folder: Path) -> None:
         "save": (pipeline.training.trainer, "take_snapshot"),
         "load": (CheckpointReader, "local_range"),
         "evaluate": (DecoderStage, "forward"),
+        "exchange": (model.rules.context, "_gather"),
+        "exchange_backward": (model.rules.scan, "pass_back"),
+        "killed": (model.rules.context, "_gather"),
     }[fault.place]
     original = getattr(owner, name)
     if fault.place == "backward":
@@ -122,7 +134,8 @@ def work(fault: Fault, run_dir: Path, data: str) -> int:
             run_dir, data=[data], with_synthetic=False, overrides=["parallel.pipeline=2"]
         )
         return 0
-    settings = [*TINY, *LAYOUT, f"data.sets=[{{path: {data}}}]", f"run_dir={run_dir}"]
+    layout = CONTEXT_LAYOUT if fault.place in IN_EXCHANGE else LAYOUT
+    settings = [*TINY, *layout, f"data.sets=[{{path: {data}}}]", f"run_dir={run_dir}"]
     settings += ["train.steps=2", "optimizer.warmup_steps=1"] if fault.place == "none" else []
     return train(load_config(None, settings), "latest" if fault.place == "load" else None)
 

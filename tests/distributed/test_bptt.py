@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -32,30 +33,32 @@ RULES = {
 
 def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
     """Gradients, memory and losses of the whole model from those of the ranks."""
-    sizes = [max(rank["place"][axis] for rank in ranks) + 1 for axis in range(3)]
+    sizes = [max(rank["place"][axis] for rank in ranks) + 1 for axis in range(4)]
     found: dict[str, torch.Tensor] = {}
     at = {rank["place"]: rank for rank in ranks}
-    lanes: dict[tuple, list] = {}
-    for data in range(sizes[0]):
-        for stage in range(sizes[1]):
-            group = [at[data, stage, tensor] for tensor in range(sizes[2])]
-            for name, (_, partition, summed) in group[0]["gradients"].items():
-                parts = [member["gradients"][name][0] for member in group]
-                if partition.dim is not None:
-                    gradient = unshard(parts, partition)
-                elif summed:
-                    gradient = sum(parts)
-                else:
-                    gradient = parts[0]
-                    assert all(torch.equal(gradient, part) for part in parts), name
-                # Sums over data parallelism, and over the two copies of a tied embedding.
-                found[name] = found[name] + gradient if name in found else gradient
-            for layer, field in group[0]["memory"]:
-                parts = [member["memory"][layer, field] for member in group]
-                lanes.setdefault(("memory", layer, field), []).append(torch.cat(parts, dim=1))
-            if group[0]["loss"] is not None:
-                lanes.setdefault(("loss",), []).append(group[0]["loss"])
-    return found | {" ".join(map(str, key)): torch.cat(parts) for key, parts in lanes.items()}
+    lanes: dict[tuple, dict[int, torch.Tensor]] = {}
+    for data, context, stage in itertools.product(*map(range, sizes[:3])):
+        group = [at[data, context, stage, tensor] for tensor in range(sizes[3])]
+        for name, (_, partition, summed) in group[0]["gradients"].items():
+            parts = [member["gradients"][name][0] for member in group]
+            if partition.dim is not None:
+                gradient = unshard(parts, partition)
+            elif summed:
+                gradient = sum(parts)
+            else:
+                gradient = parts[0]
+                assert all(torch.equal(gradient, part) for part in parts), name
+            # Sums over data and context parallelism, and over the two copies of a tied embedding.
+            found[name] = found[name] + gradient if name in found else gradient
+        for layer, field in group[0]["memory"]:
+            carried = torch.cat([member["memory"][layer, field] for member in group], dim=1)
+            own = lanes.setdefault(("memory", layer, field), {}).setdefault(data, carried)
+            # Context ranks carry the same; but what stands before the next window's first token only the first one.
+            assert torch.equal(own, carried) or field not in "Mz", f"{field} of layer {layer} on context rank {context}"
+        if group[0]["loss"] is not None:
+            losses = lanes.setdefault(("loss",), {})
+            losses[data] = losses[data] + group[0]["loss"] if data in losses else group[0]["loss"]
+    return found | {" ".join(map(str, key)): torch.cat(list(parts.values())) for key, parts in lanes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,33 @@ def test_other_layouts_give_the_gradients_of_one_graph(pools, reference, world, 
     settings = [*RULES["delta"], *overrides]
     expected = reference((*RULES["delta"], *(s for s in overrides if s.startswith(("model.", "train.probes")))))
     per_rank = pools.run(world, bptt_cases.by_schedule, overrides=settings, chunk_counts=[1, 4])
+    for ranks in zip(*per_rank, strict=True):
+        assert_same(whole(list(ranks)), expected)
+
+
+CONTEXT = ["parallel.context=2"]
+
+
+@pytest.mark.parametrize(
+    ("world", "rule", "overrides"),
+    [
+        *((2, rule, CONTEXT) for rule in RULES),
+        *((4, rule, ["parallel.context=4", "bptt.recompute=selective"]) for rule in RULES),
+        (2, "deltanet", [*CONTEXT, "bptt.recompute=window"]),
+        (2, "gated_deltanet", [*CONTEXT, "bptt.recompute=layer", "train.lanes_per_microbatch=1"]),
+        (2, "delta", [*CONTEXT, "train.probes_per_window=8", "bptt.recompute=window"]),
+        (4, "gated_deltanet", [*CONTEXT, "parallel.tensor=2", "parallel.sequence_parallel=true"]),
+        (4, "sliding-convolution", [*CONTEXT, "parallel.tensor=2"]),
+        (4, "delta", [*CONTEXT, "parallel.pipeline=2", "model.tie_embeddings=false"]),
+        (4, "sliding-convolution", [*CONTEXT, "parallel.pipeline=2", "bptt.recompute=window"]),
+        (4, "linear", [*CONTEXT, "train.probes_per_window=8"]),  # and two blocks of lanes
+    ],
+)
+def test_parts_of_chunks_give_the_gradients_of_one_graph(pools, reference, world, rule, overrides):
+    """The segments of every chunk over 2 and 4 context ranks."""
+    expected = reference((*RULES[rule], *(s for s in overrides if s.startswith(("model.", "train.probes")))))
+    counts = [1, 2] if "parallel.context=4" in overrides else [1, 4]
+    per_rank = pools.run(world, bptt_cases.by_schedule, overrides=[*RULES[rule], *overrides], chunk_counts=counts)
     for ranks in zip(*per_rank, strict=True):
         assert_same(whole(list(ranks)), expected)
 

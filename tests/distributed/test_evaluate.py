@@ -65,7 +65,9 @@ def test_controls_are_what_they_are_called(pools, run, data):
         assert (np.abs(sums[control][:, 1:] / sums["on"][:, 1:] - 1) > 1e-4).all()
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1"])
+@pytest.mark.parametrize(
+    "layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1", "parallel.context=2"]
+)
 def test_the_layout_does_not_change_the_results(pools, tmp_path, run, single, layout):
     results = pools.run(2, evaluation_cases.evaluate, run=run, overrides=[*SMALL, layout], out=str(tmp_path))
     assert results[0] == results[1]

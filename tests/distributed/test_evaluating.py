@@ -14,11 +14,17 @@ from tests.prepared import write_set
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 LAYOUTS = {
-    "tensor, ZeRO 3": ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.zero_stage=3"],
+    "tensor, context, ZeRO 3": [
+        "parallel.tensor=2",
+        "parallel.sequence_parallel=true",
+        "parallel.context=2",
+        "parallel.zero_stage=3",
+    ],
     "stages, ZeRO 2": ["parallel.pipeline=2", "parallel.zero_stage=2", "bptt.chunks_per_window=2"],
 }
-"""Of four processes: two copies of the model."""
-PRECISIONS = {"tensor, ZeRO 3": "bf16", "stages, ZeRO 2": "fp32"}
+"""Of four processes: two copies of the model. In the run context ranks evaluate other documents; `infini evaluate` is
+told to let them share each."""
+PRECISIONS = {"tensor, context, ZeRO 3": "bf16", "stages, ZeRO 2": "fp32"}
 RUN = ["train.steps=4", "optimizer.warmup_steps=1", "checkpoint.interval=2", "metrics.interval=1"]
 EVALUATION = [
     "evaluate.interval=2",

@@ -45,6 +45,9 @@ FAULTS = [
     "exit:0:2",
     "load:2:0",
     "evaluate:3:0",
+    "exchange:1:2",
+    "exchange_backward:2:2",
+    "killed:3:2",
 ]
 """PLACE:RANK:STEP, see `failing_ranks`. The first is nowhere: the run whose checkpoint the last ones load."""
 
@@ -59,7 +62,7 @@ def faults(data, tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("fault", FAULTS[1:])
+@pytest.mark.parametrize("fault", FAULTS[1:-1])
 def test_a_failing_rank_says_why_and_takes_the_others_along(faults, fault):
     """From every place of a step, out of DeepSpeed's context and out of collectives, without a launcher that kills."""
     place, rank, _ = fault.split(":")
@@ -74,6 +77,18 @@ def test_a_failing_rank_says_why_and_takes_the_others_along(faults, fault):
     codes[int(rank)] = 2 if isinstance(expected, ValueError) else 1
     assert found["codes"] == codes
     assert found["outlived_s"] < 10
+
+
+@pytest.mark.timeout(600)
+def test_the_others_of_a_rank_killed_in_the_exchange_say_so(faults):
+    """No process is left to say why: the first of the others to notice says whom it has lost, and all leave."""
+    found = faults["killed"]
+    told = [line for line in found["output"].splitlines() if "error:" in line.lower()]
+    assert len(told) == 1 and re.match(r"\[rank [012]\] error: on .*: the connection to .* was lost", told[0])
+    assert "is its node gone" in told[0] and "Traceback" not in found["output"]
+    assert found["codes"][3] == -signal.SIGKILL
+    assert sorted(found["codes"][:3])[1:] == [FOLLOWED] * 2 and 0 not in found["codes"]
+    assert found["outlived_s"] < 30
 
 
 # Numbers that are not finite

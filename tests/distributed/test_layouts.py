@@ -50,14 +50,18 @@ MODELS = {
 """What is trained; each is compared with itself on one process."""
 
 
-def row(layout, model, *, chunks=1, recompute="none", marks=(), **settings):
+def row(layout, model, *, context=1, chunks=1, recompute="none", marks=(), **settings):
     """A line of the table. `layout`: tensor, pipeline, data, ZeRO stage."""
-    tensor, pipeline, _, zero = layout
+    tensor, pipeline, data, zero = layout
     overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.zero_stage={zero}"]
     overrides += [f"bptt.chunks_per_window={chunks}", f"bptt.recompute={recompute}"]
+    overrides += [f"parallel.context={context}"] if context > 1 else []
     overrides += [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    name = "-".join([*map(str, layout), model, f"chunks{chunks}", recompute, *(k.split("__")[1] for k in settings)])
-    return pytest.param(layout, model, overrides, id=name, marks=marks)
+    shared = [f"context{context}"] if context > 1 else []
+    name = "-".join(
+        [*map(str, layout), *shared, model, f"chunks{chunks}", recompute, *(k.split("__")[1] for k in settings)]
+    )
+    return pytest.param(tensor * pipeline * data * context, model, overrides, id=name, marks=marks)
 
 
 SP = {"parallel__sequence_parallel": "true"}
@@ -102,6 +106,17 @@ ROWS = [
     row((1, 1, 1, 1), "probes", chunks=4, recompute="window"),
     row((2, 1, 1, 1), "probes", recompute="layer", **SP),
     row((1, 2, 2, 1), "probes", chunks=2),
+    row((1, 1, 1, 1), "deltanet-hard", context=2, chunks=2),
+    row((1, 1, 1, 1), "sliding", context=4, recompute="window"),
+    row((1, 1, 1, 1), "delta-bias-norms", context=4, recompute="selective"),
+    row((1, 1, 1, 2), "linear-convolution", context=2, recompute="layer", train__lanes_per_microbatch=2),
+    row((1, 1, 1, 3), "gated_deltanet", context=2, chunks=2, recompute="window"),
+    row((1, 1, 1, 1), "probes", context=2, chunks=2),
+    row((2, 1, 1, 1), "gated_deltanet", context=2, **SP),
+    row((1, 2, 1, 1), "delta-untied", context=2, chunks=2, recompute="window"),
+    row((1, 1, 2, 1), "linear-sigmoid-untied", context=2, chunks=2),
+    row((1, 1, 2, 3), "delta", context=2),
+    row((1, 1, 1, 1), "transformer-xl", context=2),
     row((2, 2, 2, 1), "delta", chunks=4, recompute="window", marks=pytest.mark.slow),
     row((2, 2, 2, 1), "deltanet-hard", marks=pytest.mark.slow, **SP),
 ]
@@ -139,10 +154,9 @@ def assert_same_run(run, expected) -> None:
         assert difference <= 1e-4, f"{name} differs by {difference:.1e} of its norm"
 
 
-@pytest.mark.parametrize(("layout", "model", "overrides"), ROWS)
-def test_layout_trains_the_same_model(train, reference, layout, model, overrides):
-    tensor, pipeline, data, _ = layout
-    assert_same_run(train(tensor * pipeline * data, model, overrides), reference(model))
+@pytest.mark.parametrize(("world", "model", "overrides"), ROWS)
+def test_layout_trains_the_same_model(train, reference, world, model, overrides):
+    assert_same_run(train(world, model, overrides), reference(model))
 
 
 def test_training_learns(reference):

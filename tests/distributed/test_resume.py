@@ -39,8 +39,12 @@ LAYOUTS = {
     "1123": (1, 1, 2, 3),
     "1221": (1, 2, 2, 1),
     "2123": (2, 1, 2, 3),
+    "1111-4": (1, 1, 1, 1, 4),
+    "1212-2": (1, 2, 1, 2, 2),
 }
-"""Tensor, pipeline, data, ZeRO stage."""
+"""Tensor, pipeline, data, ZeRO stage; context."""
+SEGMENTS = 4
+"""Of a window."""
 
 
 class Runs:
@@ -53,12 +57,13 @@ class Runs:
         self.count = 0
 
     def run(self, layout: str, model: str = "delta", **options) -> list[dict]:
-        tensor, pipeline, data, zero = LAYOUTS[layout]
+        tensor, pipeline, data, zero, context = (*LAYOUTS[layout], 1)[:5]
         overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.zero_stage={zero}"]
+        overrides += [f"parallel.context={context}"] if context > 1 else []
         overrides += [*MODELS[model], f"bptt.chunks_per_window={2 if pipeline > 1 else 1}"]
         self.count += 1
         options = {"folder": str(self.folder / f"run{self.count}")} | options
-        world = tensor * pipeline * data
+        world = tensor * pipeline * data * context
         return self.pools.run(world, cases.train_steps, data=self.data, overrides=overrides, **options)
 
     def whole(self, layout: str, model: str = "delta") -> dict:
@@ -72,11 +77,14 @@ class Runs:
 
 
 def merged(ranks: list[dict]) -> dict:
-    """Rank 0's result, with the batches of all lanes."""
-    batches: dict[int, list[str]] = {}
+    """Rank 0's result, with the batches of all lanes and context ranks."""
+    batches: dict[int, list[dict[int, str]]] = {}
     for rank in ranks:
-        for lane, hashes in rank["batches"].items():
-            assert batches.setdefault(lane, hashes) == hashes  # all stages see the same batch
+        for lane, steps in rank["batches"].items():
+            known = batches.setdefault(lane, [{} for _ in steps])
+            for whole, own in zip(known, steps, strict=True):
+                assert all(whole.setdefault(segment, own[segment]) == own[segment] for segment in own)  # of all stages
+    assert all(sorted(step) == list(range(SEGMENTS)) for steps in batches.values() for step in steps)
     return ranks[0] | {"batches": batches}
 
 
@@ -114,6 +122,25 @@ def test_everything_a_layer_carries_goes_on_bit_for_bit(runs, model, layout, oth
     own, found = (merged(runs.run(x, model, steps=0, resume=whole["checkpoint"]))["tensors"] for x in (layout, other))
     carried = {name.rsplit("/", 1)[1] for name in own if name.startswith("memory/")}
     assert carried & {"tail", "local_key"}
+    assert_bitwise(found, own)
+
+
+@pytest.mark.parametrize("model", ["sliding-convolution", "gated_deltanet"])
+def test_context_parallel_runs_go_on_with_any_number_of_ranks(runs, model):
+    """20 steps on 4 context ranks; their steps 11 to 15 on one, and from there 16 to 20 on 2 ranks of 2 stages."""
+    whole = runs.whole("1111-4", model)
+    folder = runs.folder / f"context-{model}"
+    middle = merged(runs.run("1111", model, folder=str(folder), steps=5, resume=whole["checkpoint"], save=True))
+    assert middle["saved"][-1] == "step_00000015"
+    last = merged(runs.run("1212-2", model, steps=5, resume=str(folder / "checkpoints" / "step_00000015")))
+    for lane, hashes in whole["batches"].items():
+        assert [*middle["batches"][lane], *last["batches"][lane]] == hashes[10:]
+    assert [*middle["losses"], *last["losses"]] == pytest.approx(whole["losses"][10:], rel=1e-6)
+    # The memory is written once, with what stands right before the next window's first token.
+    own, found = (
+        merged(runs.run(x, model, steps=0, resume=whole["checkpoint"]))["tensors"] for x in ("1111-4", "1111")
+    )
+    assert {name.rsplit("/", 1)[1] for name in own if name.startswith("memory/")} >= {"M", "tail"}
     assert_bitwise(found, own)
 
 
