@@ -301,7 +301,7 @@ def poisoned_steps(folder: str, data: str, overrides: list[str], poison: str, fi
         return output * math.nan if poison == "loss" else output
 
     topology, hook = trainer.topology, None
-    if topology.data_rank == topology.tensor_rank == 0 and "1" in trainer.stage.layers:
+    if topology.replica_rank == topology.tensor_rank == 0 and "1" in trainer.stage.layers:
         hook = trainer.stage.layers["1"].mlp.register_forward_hook(hurt)
     try:
         for _ in range(count):

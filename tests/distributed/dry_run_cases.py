@@ -25,7 +25,8 @@ def measure(folder: str, data: str, overrides: list[str], broken: tuple[int, str
     """
     config = load_config(None, [*TINY, f"data.sets=[{{path: {data}}}]", f"run_dir={folder}", *overrides])
     parallel = config.parallel
-    topology = join(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
+    layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+    topology = join(**layout, timeout_s=parallel.timeout_s)
     validate(config, dist.get_world_size())
     saved: list[dict[str, torch.Size]] = []
     snapshot = dry_run.take_snapshot

@@ -31,9 +31,12 @@ LAYOUTS = {
         2,
         ["parallel.pipeline=2", "bptt.chunks_per_window=2", "bptt.recompute=window", "train.probes_per_window=2"],
     ),
-    "zero 3, evaluation": (
+    "zero 3, context, evaluation": (
         2,
-        ["parallel.zero_stage=3", "evaluate.interval=2", "evaluate.documents=2", "evaluate.max_segments=2"],
+        [
+            *("parallel.zero_stage=3", "parallel.context=2"),
+            *("evaluate.interval=2", "evaluate.documents=2", "evaluate.max_segments=2"),
+        ],
     ),
 }
 

@@ -103,8 +103,9 @@ def test_the_others_of_a_rank_killed_in_the_exchange_say_so(faults):
         (2, ["parallel.pipeline=2", "bptt.chunks_per_window=2"]),
         (2, ["parallel.zero_stage=2"]),
         (2, ["parallel.zero_stage=3"]),
+        (2, ["parallel.context=2"]),
     ],
-    ids=["1111", "2111", "1211", "1122", "1123"],
+    ids=["1111", "2111", "1211", "1122", "1123", "context2"],
 )
 def test_step_with_bad_numbers_never_happened(pools, data, tmp_path, world, layout, poison):
     """Skipped on all ranks though one alone is hurt: weights, moments and memory as before, lanes moved on."""
@@ -168,7 +169,9 @@ def test_a_start_that_fails_on_the_main_process_fails_on_all(pools, data, tmp_pa
 # Windows that differ
 
 
-@pytest.mark.parametrize(("layout", "rank"), [("parallel.tensor=2", 1), ("parallel.pipeline=2", 0)])
+@pytest.mark.parametrize(
+    ("layout", "rank"), [("parallel.tensor=2", 1), ("parallel.pipeline=2", 0), ("parallel.context=2", 1)]
+)
 def test_ranks_that_share_lanes_and_read_different_windows_stop(pools, data, tmp_path, layout, rank):
     arguments = {"folder": str(tmp_path), "data": str(data), "overrides": [layout, "data.stagger=false"]}
     ranks = pools.run(2, cases.one_rank_skips, **arguments, rank=rank, document=1)

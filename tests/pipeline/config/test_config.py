@@ -8,6 +8,7 @@ import pytest
 
 from model.config import layer_shape
 from model.rules import RULES
+from model.rules.normalized import NormalizedRule
 from pipeline.config import derived
 from pipeline.config.load import ConfigError, load_config, save_config
 from pipeline.config.schema import Config
@@ -157,6 +158,24 @@ def refused(overrides, world_size=None) -> list[str]:
         (["model.kv_channels=33"], None, ["model.kv_channels = 33", "even"]),
         (["model.hidden_size=132"], None, ["model.hidden_size / model.num_attention_heads = 33", "even"]),
         (["parallel.tensor=8"], None, ["parallel.tensor = 8", "valid are 1, 2, 4"]),
+        (["parallel.context=3"], None, ["parallel.context = 3", "the 8 segments of a chunk", "valid are 1, 2, 4, 8"]),
+        (
+            ["parallel.context=4", "bptt.chunks_per_window=4"],
+            None,
+            ["parallel.context = 4", "the 2 segments of a chunk", "= 8 / bptt.chunks_per_window = 4", "valid are 1, 2"],
+        ),
+        (
+            ["parallel.context=2", "bptt.chunks_per_window=2", "train.probes_per_window=2"],
+            None,
+            ["train.probes_per_window = 2", "parallel.context = 2 x bptt.chunks_per_window = 2", "valid are 0, 4, 8"],
+        ),
+        (
+            ["parallel.context=8", "model.segment_length=2", "model.memory.short_convolution=true"],
+            None,
+            ["parallel.context = 8", "2 token(s)", "model.memory.short_convolution"],
+        ),
+        (["parallel.context=2"], 3, ["3 process(es)", "parallel.context = 2", "multiple of 2"]),
+        (["parallel.context=2", "train.lanes=3"], 8, ["train.lanes = 3", "8 processes / 2", "parallel.context = 2"]),
         (["parallel.tensor=4", "model.num_query_groups=2"], None, ["parallel.tensor = 4", "valid are 1, 2"]),
         (
             ["parallel.tensor=2", "model.ffn_hidden_size=343"],
@@ -333,3 +352,11 @@ def test_llama_layout_refuses_too_few_processes():
     config = load_config(CONFIGS / "llama3_8b.yaml", [])
     with pytest.raises(ConfigError, match="8 process.*multiple of 32"):
         validate(config, 8, data_exists=False)
+
+
+def test_a_rule_whose_segments_cannot_be_summed_up_has_no_context_ranks(monkeypatch):
+    config = load_config(None, ["parallel.context=2", "model.memory.rule=linear"])
+    validate(config, 2, data_exists=False)
+    monkeypatch.setattr(NormalizedRule, "composes", False)
+    with pytest.raises(ConfigError, match=r"parallel.context = 2: must be 1 with model.memory.rule = linear"):
+        validate(config, 2, data_exists=False)

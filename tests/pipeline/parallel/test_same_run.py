@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from model.config import MemoryConfig, ModelConfig
-from pipeline.config.evaluation import generation_config
-from pipeline.config.load import ConfigError
+from pipeline.config.evaluation import evaluation_config, generation_config
+from pipeline.config.load import ConfigError, load_config, save_config
 from pipeline.config.schema import Config, TrainConfig
 from pipeline.parallel.setup import check_same_run
 
@@ -30,3 +30,15 @@ def test_what_a_machine_has_not_is_not_taken_from_the_run():
     assert generation_config(saved, ["model.memory.kernel=torch"], 1).model.memory.kernel == "torch"
     with pytest.raises(ConfigError, match="generation cannot change them"):
         generation_config(saved, ["model.memory.rule=delta"], 1)
+
+
+def test_a_generation_has_no_context_ranks_and_an_evaluation_only_those_it_asks_for(tmp_path):
+    run = load_config(None, ["parallel.context=4", "bptt.chunks_per_window=2"])
+    assert generation_config(dataclasses.asdict(run), [], 1).parallel.context == 1
+    with pytest.raises(ConfigError, match=r"parallel.context = 2: .* token by token: leave it out"):
+        generation_config(dataclasses.asdict(run), ["parallel.context=2"], 2)
+    save_config(run, tmp_path / "config.yaml")
+    assert evaluation_config(tmp_path, [], 2).parallel.context == 1
+    assert evaluation_config(tmp_path, ["parallel.context=8"], 8).parallel.context == 8  # one chunk a window
+    with pytest.raises(ConfigError, match=r"parallel.context = 2 .* on 3 process.es.: their number must be a multiple"):
+        evaluation_config(tmp_path, ["parallel.context=2"], 3)

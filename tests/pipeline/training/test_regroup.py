@@ -10,7 +10,7 @@ from pipeline.config.layout import usable_processes
 from pipeline.config.load import load_config
 from pipeline.training import elastic
 from pipeline.training.elastic import ATTEMPT, CLAIM_FOLDER, NODES, Attempt, Reached
-from pipeline.training.regroup import Regroup, check_least, recovery
+from pipeline.training.regroup import Regroup, check_least, recovery, told_idle
 
 
 def configured(tensor: int, pipeline: int, lanes: int, **others: int):
@@ -34,6 +34,13 @@ def configured(tensor: int, pipeline: int, lanes: int, **others: int):
 )
 def test_the_most_processes_that_can_train(layout, world, usable):
     assert usable_processes(configured(*layout), world) == usable
+
+
+def test_context_ranks_go_together():
+    layout = ["parallel.context=4", "parallel.tensor=2", "train.lanes=6", "train.segments_per_window=8"]
+    config = load_config(None, layout)
+    assert [usable_processes(config, world) for world in (7, 8, 23, 48, 63)] == [0, 8, 16, 48, 48]
+    assert "8 for parallel.tensor = 2 x parallel.context = 4 x parallel.pipeline = 1" in told_idle(config, 23, 16)
 
 
 def test_lanes_of_a_microbatch_count():
