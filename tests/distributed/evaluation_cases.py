@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from data.prepared.shards import PreparedSet
 from data.tokenizer.tokenizer import byte_tokenizer
+from model.rules.state import named_tensors
 from pipeline.checkpoint.folder import find_checkpoint
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.evaluation import evaluation_config
@@ -18,7 +20,9 @@ from pipeline.config.schema import Config
 from pipeline.config.task_spec import Task
 from pipeline.evaluation import answers, evaluate, heldout
 from pipeline.evaluation.tasks import task_cells
-from pipeline.inference.streaming import Document, Streamer, open_checkpoint, window
+from pipeline.inference.streaming import Document, Streamer, array_document, open_checkpoint, window
+from pipeline.parallel.setup import build_stage
+from tests.distributed import bptt_cases
 from tests.distributed.grid import join
 
 evaluate.initialize = join  # groups of an earlier case for the same layout
@@ -121,3 +125,27 @@ def sliding_off(run: str) -> dict[str, Any]:
         with_memory = streamer.read(window, with_memory)
     losses = [_losses(batch, streamer.run(batch, state, memory_off=True)) for state in (memory, earlier, with_memory)]
     return {"losses": losses, "counts": found[0], "whole": answers.count_right(batch, whole, documents, last * length)}
+
+
+def shared_windows(overrides: list[str], windows: list[int]) -> dict[int, dict[str, Any]]:
+    """Three documents in windows of so many segments, run by each of two processes and by both together, float64."""
+    config = bptt_cases.load([*overrides, "model.segment_length=4"])
+    tokens = np.random.default_rng(3).integers(0, bptt_cases.VOCAB, (3, sum(windows) * 4 - 6))
+    documents = [array_document(str(i), row) for i, row in enumerate(tokens)]  # they end inside the last window
+    found = {}
+    for context in (1, 2):
+        topology = join(tensor=1, pipeline=1, context=context, timeout_s=60)
+        streamer = Streamer(build_stage(config, topology, bptt_cases.VOCAB), topology)
+        memory, first, outputs = streamer.empty_memory(3), 0, []
+        for segments in windows:
+            batch = streamer.window(documents, first, segments, 0)
+            outputs.append(streamer.run(batch, memory, correct=True))
+            memory, first = outputs[-1].memory, first + segments
+        weights = [(output.loss * batch.loss_weight).sum().item() for output in outputs[-1:]]
+        found[context] = {
+            "loss": torch.cat([output.loss for output in outputs], dim=1),
+            "correct": torch.cat([output.correct for output in outputs], dim=1).double(),
+            "memory": dict(named_tensors(streamer.stage.layers, memory)),
+            "sums": streamer.add_up(np.array(weights)),
+        }
+    return found

@@ -84,6 +84,24 @@ def test_the_layout_does_not_change_the_results(pools, tmp_path, run, single, la
             np.testing.assert_allclose(results[0]["memory"][layer][name], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
+def test_context_ranks_that_share_windows_change_nothing(pools, rule):
+    """Windows that their number divides and others, with what stands right before a window on every rank."""
+    overrides = [f"model.memory.rule={rule}", "model.local_context=sliding", "model.memory.short_convolution=true"]
+    ranks = pools.run(2, evaluation_cases.shared_windows, overrides=overrides, windows=[4, 1, 5, 2, 3])
+    for found in ranks:
+        alone, together = found[1], found[2]
+        for name in ("loss", "correct"):
+            assert together[name].shape == (3, 15, 4)
+            np.testing.assert_allclose(together[name], alone[name], rtol=0, atol=1e-12)
+        assert together["memory"].keys() == alone["memory"].keys()
+        for name, tensor in alone["memory"].items():
+            np.testing.assert_allclose(together["memory"][name], tensor, rtol=0, atol=1e-10, err_msg=name)
+        # Alone each of them is a copy of the model with documents of its own.
+        np.testing.assert_allclose(2 * together["sums"], alone["sums"], rtol=1e-12)
+    assert 0 < ranks[0][2]["correct"].mean() < 1
+
+
 def test_results_are_complete_json(run, single):
     folder = Path(single["folder"])
 
