@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -112,7 +112,7 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         # Not the object itself: of a class's attributes only functions are bound.
         close = mock.patch.object(PContext, "close", lambda ranks, *args, **kwargs: first.close(ranks, *args, **kwargs))
         try:
-            with MeetingWatch(endpoint, args.nnodes, Path(logs)), close, _restarting(config, Path(logs), elastic):
+            with MeetingWatch(endpoint, args.nnodes, Path(logs)), close, _agents(config, Path(logs), elastic):
                 elastic_launch(config, entrypoint)(*entrypoint_arguments)
         except ChildFailedError as error:
             return _explain(error, first, passer.ending)
@@ -135,13 +135,11 @@ def run_agent(torchrun_arguments: Sequence[str]) -> int:
         return marked_end(Path(logs))
 
 
-def _restarting(config: LaunchConfig, logs: Path, elastic: bool) -> AbstractContextManager[None]:
-    """What a run needs whose ranks may be started again."""
-    if not elastic and config.max_restarts == 0:
-        return nullcontext()
-    from launch.processes.elastic import elastic_launch, restarting_launch
+def _agents(config: LaunchConfig, logs: Path, elastic: bool) -> AbstractContextManager[None]:
+    """Inside, torchrun takes our agents."""
+    from launch.processes.elastic import elastic_launch, fixed_launch
 
-    return elastic_launch(logs, config.nproc_per_node) if elastic else restarting_launch()
+    return elastic_launch(logs, config.nproc_per_node) if elastic else fixed_launch()
 
 
 def _told_end(end: RunEnded, endpoint: str) -> int:

@@ -1,7 +1,9 @@
-"""Launchers that start their ranks again, also on another number of nodes: torchrun's agent and its c10d rendezvous,
-with what they lack.
+"""torchrun's agent, and its c10d rendezvous for a number of nodes that may change, with what they lack.
 
-- A rank fails with what another start cannot mend (code 2): torchrun starts the ranks again. Here the run ends.
+- A rank fails with what another start cannot mend (code 2): with MAX_RESTARTS torchrun starts the ranks again. Here the
+  run ends.
+- The node where the launchers meet falls silent (power, cable): torchrun waits for it for a quarter of an hour. Here
+  for two minutes.
 
 And where the number of nodes may change:
 
@@ -49,6 +51,7 @@ from torch.distributed.launcher import api
 
 from launch.processes.meeting import RunEnded
 from launch.processes.worker import INTERRUPTED, NOT_NEEDED, REGROUPED_MARK, STOPPED_MARK, mark_end, marked_end
+from pipeline.parallel.silence import give_up_on_silence
 from pipeline.training.elastic import (
     ACTIVE,
     ATTEMPT,
@@ -216,9 +219,13 @@ class ElasticRendezvous(DynamicRendezvousHandler):
         return closed
 
 
-class RestartingAgent(LocalElasticAgent):
-    """torchrun's agent of one node. A start that was refused is not tried again: the second one would take the folder
-    of another run, for which the first was refused, for its own."""
+class FixedAgent(LocalElasticAgent):
+    """torchrun's agent of one node of a fixed number. A start that was refused is not tried again: the second one would
+    take the folder of another run, for which the first was refused, for its own."""
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
+        give_up_on_silence()  # of the node where the launchers meet
+        return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -227,7 +234,7 @@ class RestartingAgent(LocalElasticAgent):
         return result
 
 
-class ElasticAgent(RestartingAgent):
+class ElasticAgent(FixedAgent):
     """The same, where the number of nodes may change."""
 
     saved: str | None = None
@@ -286,9 +293,9 @@ def _is_final(result: RunResult) -> bool:
 
 
 @contextmanager
-def restarting_launch() -> Iterator[None]:
-    """Inside, torchrun's launcher takes `RestartingAgent`."""
-    with mock.patch.object(api, "LocalElasticAgent", RestartingAgent):
+def fixed_launch() -> Iterator[None]:
+    """Inside, torchrun's launcher takes `FixedAgent`."""
+    with mock.patch.object(api, "LocalElasticAgent", FixedAgent):
         yield
 
 

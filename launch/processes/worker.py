@@ -162,12 +162,17 @@ def _peer(reason: str) -> str:
         return found[1]
 
 
+def _short(reason: str) -> str:
+    """A library's first line, without its place in the source and its advice; the traceback's file has all of it."""
+    return re.sub(r"\[/\S*\] |\.? This is typically caused .*", "", reason.splitlines()[0])
+
+
 def _say_why(error: BaseException, run_dir: Path | None, lost_peer: bool = False) -> None:
     written, reason = _write_traceback(error, run_dir), _reason(error)
     if lost_peer:
         reason = (
             f"on {socket.gethostname()}: the connection to {_peer(reason)} was lost, and no rank has said why within "
-            f"{LOST_PEER_S:.0f} s: is its node gone, or the network between? ({reason.splitlines()[0]})"
+            f"{LOST_PEER_S:.0f} s: is its node gone, or the network between? ({_short(reason)})"
         )
     lines = [f"[rank {os.environ['RANK']}] error: {reason}"]
     if os.environ.get("INFINI_DEBUG") == "1" or not (written or _is_expected(error)):

@@ -186,7 +186,10 @@ def _compare(topology: Topology, found: dict[str, Speed], store: dist.Store, nod
             store.set(f"{key}/{rank}", socket.gethostname())
         if topology.is_main:
             if number == 0:
-                notes.append(f"links between {nodes} nodes: {told(median(speeds))}, the median of {world} processes")
+                notes.append(
+                    f"links between {nodes} nodes: {told(median(speeds))} for a small message, the median of {world} "
+                    "processes"
+                )
             if slow:
                 hosts = {each: store.get(f"{key}/{each}").decode() for each in slow}
                 notes.append(_named(name, hosts, [speeds[each] for each in slow], median(speeds)))
@@ -209,13 +212,14 @@ def outliers(speeds: Sequence[Speed]) -> list[int]:
 
 
 def told(speed: Speed) -> str:
-    return f"{speed.bytes_per_s / 1e9:.3g} GB/s, {1e6 * speed.seconds:,.0f} us for a small message"
+    rate = speed.bytes_per_s
+    return f"{f'{rate / 1e9:.3g} GB/s' if rate >= 1e8 else f'{rate / 1e6:.3g} MB/s'}, {1e6 * speed.seconds:,.0f} us"
 
 
 def _named(name: str, hosts: dict[int, str], slow: Sequence[Speed], middle: Speed) -> str:
     worst = Speed(max(speed.seconds for speed in slow), min(speed.bytes_per_s for speed in slow))
     return (
-        f"SLOW, {name}: {ranks_on_hosts(hosts)}, {told(worst)} at the worst, where the median has {told(middle)}; all "
-        f"wait for them. Look at interface, cable and adapter there (ethtool, ibstat), and at {INTERFACE}, "
-        "NCCL_SOCKET_IFNAME and NCCL_IB_HCA"
+        f"SLOW, {name}: {ranks_on_hosts(hosts)}: {told(worst)}, where the median is {told(middle)}; all wait for the "
+        "slowest. Look at interface, cable and adapter there (ethtool, ibstat), and at "
+        f"{INTERFACE}, NCCL_SOCKET_IFNAME and NCCL_IB_HCA"
     )

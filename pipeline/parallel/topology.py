@@ -17,6 +17,7 @@ from model.device import default_device, distributed_backend, prepare_megatron
 from model.rules.context import ContextGroup
 from pipeline.parallel.first_contact import FirstMessages, meet
 from pipeline.parallel.groups import host_groups, make_model_parallel, pipeline_group
+from pipeline.parallel.silence import give_up_on_silence
 
 Result = TypeVar("Result")
 
@@ -240,6 +241,7 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
         return
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
+    give_up_on_silence(int(os.environ["MASTER_PORT"]))
     words = dist.PrefixStore("first-contact", store)
     meet(words, rank, world, timeout.total_seconds())
     with FirstMessages(words, rank).within("the group of all processes", range(world)):

@@ -17,7 +17,7 @@ from rich.text import Text
 from data.files import printable
 from pipeline.reporting.console import format_bytes, format_count, format_duration
 from pipeline.reporting.diagnosis import COLLAPSED, CONSTANT, MANY, MIN_STEPS, STILL, UNUSED
-from pipeline.reporting.evaluation_metrics import parse
+from pipeline.reporting.evaluation_metrics import SHORT_WAYS, parse
 from pipeline.reporting.run_view import CURVES, RunView
 
 CURVE_WIDTH = 32
@@ -120,7 +120,7 @@ def _rows(view: RunView, now: float) -> Iterator[tuple[RenderableType, ...]]:
         yield "tokens per second", Text(f"{per_s:,.0f}"), Drawing(view.curves[CURVES[3]].values), Text(", ".join(mfu))
     if "speed/step_s" in values:
         phases = ("data", "forward_backward", "optimizer")
-        parts = [f"{name.replace('_', ' and ')} {values[f'speed/{name}_s']:.3g}" for name in phases]
+        parts = [f"{name.replace('_', ' and ')} {_seconds(values[f'speed/{name}_s'])}" for name in phases]
         yield "seconds per step", Text(f"{values['speed/step_s']:.3g}"), Text(", ".join(parts), style="dim")
     if "optimizer/gradient_norm" in values:
         told = f"gradient norm {values['optimizer/gradient_norm']:.3g}"
@@ -140,15 +140,20 @@ def _rows(view: RunView, now: float) -> Iterator[tuple[RenderableType, ...]]:
         yield "", Text(f"and {len(rows) - EVALUATION_ROWS} more in {view.path.name}", style="dim")
 
 
+def _seconds(value: float) -> str:
+    return f"{value:.3g}" if value >= 1e-3 else "under 0.001"
+
+
 def _evaluation(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """What was evaluated -> way (memory on, off, ...) -> value; losses by segment are left to TensorBoard."""
+    """What was evaluated -> way (memory on, off, exchanged) -> value; losses by segment are left to TensorBoard."""
     rows: dict[str, dict[str, float]] = {}
     for name, value in values.items():
         group, _, rest = name.partition("/")
         if group != "evaluation" or rest == "seconds" or "/loss_by_segment_" in rest:
             continue
         if found := parse(name):
-            rows.setdefault(f"loss of {found.what}" if found.is_loss else found.what, {})[found.way] = value
+            what = f"loss of {found.what}" if found.is_loss else f"{found.what}, right"
+            rows.setdefault(what, {})[SHORT_WAYS[found.way]] = value
         else:
             rows.setdefault(rest, {})[""] = value
     return rows

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from data.files import write_whole
 from pipeline.config.schema import ResilienceConfig
 from pipeline.parallel.naming import ranks_on_hosts
+from pipeline.parallel.silence import give_up_on_silence
 from pipeline.training import stopping
 
 Result = TypeVar("Result")
@@ -165,6 +166,7 @@ class Watchdog:
     def _watch(self) -> None:
         # A copy: the process's own store is locked while the main thread waits in it.
         store = dist.distributed_c10d._get_default_store().clone()
+        give_up_on_silence(int(os.environ.get("MASTER_PORT", "0")))
         rank, seen, since = dist.get_rank(), -1, time.monotonic()
         pause = min(5.0, self.timeout_s / 4)
         self._publish(store)
@@ -216,8 +218,13 @@ class Watchdog:
                 self._done.wait(pause)
                 self._publish(store)  # others may be listening for this one
             now = self._published(store)
-        except (RuntimeError, LookupError) as error:
+        except LookupError as error:
             return f"where the other ranks are is not known ({error})"
+        except RuntimeError as error:
+            return (
+                f"the place where the ranks meet, on {os.environ.get('MASTER_ADDR')}, does not answer: is that node "
+                f"gone, or the network to it? ({str(error).splitlines()[0]})"
+            )
         if silent := {rank: now[rank].host for rank in before if before[rank].beat == now[rank].beat}:
             return f"no sign of life from {ranks_on_hosts(silent)}: is the node gone, or the network to it?"
         return late_ranks(list(now.values()))

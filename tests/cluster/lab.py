@@ -151,6 +151,10 @@ class Node:
         assert done.returncode == 0, f"{self.name}: {' '.join(command)}: {done.stderr}"
         return done.stdout
 
+    @property
+    def is_up(self) -> bool:
+        return self._init.is_running()
+
     def processes(self) -> list[psutil.Process]:
         """What runs on it, its first process left out."""
         return self._init.children(recursive=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 
 import pytest
 
+from launch.processes.worker import FOLLOWED
+from pipeline.parallel.silence import SILENT_S
+from tests.cluster.conftest import LONG
 from tests.cluster.jobs import Job
 from tests.cluster.lab import wait_for
+from tests.cluster.test_meeting import launch
+from tests.distributed.runs import ROOT, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -55,6 +61,46 @@ def test_a_cut_link_is_named_and_the_run_goes_on_when_it_is_mended(job, calm, la
     lab.await_nodes()
     cut.await_requeue()
     cut.finish_as(calm)
+
+
+def test_the_first_node_is_lost_and_the_run_goes_on_when_there_is_one_again(job, calm, lab):
+    """The batch script, srun and the place to meet go with it: the job's log says nothing more, the run's own does."""
+    lost = job("job", "resilience.hang_timeout_s=8")
+    lost.submit()
+    lost.await_checkpoint()
+    lab.nodes["n1"].stop()
+    told = r"\[rank 1\] error: on n2: the connection to n1 \(10.77.0.1\) was lost, and no rank has said why within 10 s"
+    wait_for(lambda: re.search(told, (lost.folder / "console.log").read_text()), "the survivor's word")
+    wait_for(lambda: lost.facts()["Restarts"] == "1", f"job {lost.id} in the queue: {lost.text()[-2000:]}")
+    lab.boot("n1")
+    lab.await_nodes()
+    lost.await_requeue()
+    lost.finish_as(calm)
+
+
+def test_a_first_node_without_power_is_noticed_by_ranks_and_launchers(lab, data, tmp_path):
+    """Started by hand. Nobody there closes a connection or says why, and all others ask that node's store: they wait
+    for an answer for `SILENT_S`, and not as long as the kernel would."""
+    run = Run(tmp_path / "run", data, *LONG, "train.steps=100000", "resilience.hang_timeout_s=8")
+    (tmp_path / "run.yaml").write_text("{}\n")
+    command = shlex.join(["bash", f"{ROOT}/launch/torchrun.sh", "train", str(tmp_path / "run.yaml"), *run.overrides])
+    settings = {"command": command, "MODULE": "launch.cli", "RDZV_ID": "power", "OMP_NUM_THREADS": "1"}
+    first, second = (launch(lab, node, **settings) for node in ("n1", "n2"))
+    try:
+        wait_for(lambda: run.newest() > 0, "a checkpoint")
+        lab.cut("n1")
+        lab.nodes["n1"].stop()
+        output, _ = second.communicate(timeout=2 * SILENT_S)
+    finally:
+        for launcher in (first, second):
+            launcher.kill()
+        if lab.nodes["n1"].is_up:
+            lab.nodes["n1"].stop()
+        lab.boot("n1")
+        lab.await_nodes()
+    assert second.returncode == FOLLOWED, output
+    assert "the launcher at n1:29400 has ended, or its node is lost" in output, output
+    assert re.search("error: (HangError: no progress|on n2: the connection to n1)", output), output
 
 
 def test_the_time_limit_is_reached_the_run_saves_and_goes_on(job, calm, lab):

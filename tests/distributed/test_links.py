@@ -10,7 +10,7 @@ from tests.distributed import links_cases
 
 pytestmark = pytest.mark.distributed
 
-USUAL = r"links between \d nodes: [\d.e-]+ GB/s, [\d,]+ us for a small message, the median of 4 processes"
+USUAL = r"links between \d nodes: [\d.]+ [GM]B/s, [\d,]+ us for a small message, the median of 4 processes"
 
 
 def test_the_links_of_nodes_are_told_and_a_slow_one_is_named(pools):

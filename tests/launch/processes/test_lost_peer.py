@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from launch.processes import worker
-from launch.processes.worker import _has_lost_a_peer, _peer
+from launch.processes.worker import _has_lost_a_peer, _peer, _short
 from pipeline.training.resilience import HangError
 
-GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.0.2]:6334. This is"
+GLOO = "[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.0.2]:6334. This is typically"
 NCCL = "NCCL error: remote process exited or there was a network error. socketProgress: peer n7<10.0.0.7<4711> closed"
 
 
@@ -43,3 +43,10 @@ def test_the_peer_is_named_by_its_address(monkeypatch):
     assert _peer(GLOO) == "n2 (10.77.0.2)" and _peer(NCCL) == "10.0.0.7"
     assert _peer("remote=[fe80::1:2]:4711") == "fe80::1:2"
     assert _peer("pair.cc:553] something at 12:30:44") == "another rank"
+
+
+def test_what_a_library_says_is_shortened():
+    assert _short(f"RuntimeError: {GLOO} caused by a remote worker crashing. GLHF!") == (
+        "RuntimeError: Connection closed by peer [10.77.0.2]:6334"
+    )
+    assert _short(NCCL) == NCCL
