@@ -5,6 +5,7 @@ The same attention token by token is in `model.layers.incremental`, what is meas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,11 @@ from model.layers.mixing import mix
 from model.layers.norm import RMSNorm, rms_norm
 from model.layers.rotary import RotaryTables
 from model.layers.statistics import MemoryStatistics, measure
+from model.layers.token_linears import TokenLinears
 from model.precision import wide_dtype, widened
 from model.rules import Tokens, build_rule, empty_state
 from model.rules.context import ContextGroup, own_part
-from model.rules.parameters import add_rule_parameters, rule_inputs, rule_weights
+from model.rules.parameters import PREFIX, add_rule_parameters, rule_inputs, rule_weights
 from model.rules.state import State, join_state, split_state
 from model.rules.window import remember, write_gate
 
@@ -98,6 +100,11 @@ class InfiniAttention(nn.Module):
             self.write_gate = local.column_parallel_linear()(
                 config.hidden_size, groups, bias=True, gather_output=False, **gates
             )
+        rows = {"write_gate": groups} if config.memory.write_gate != "none" else {}
+        if self.rule is not None:
+            rows |= {"mix_gate": heads} if config.memory.mix_gate == "token" else {}
+            rows |= {PREFIX + name: groups for name in self.rule.token_inputs}
+        self.token_linears = TokenLinears(config.hidden_size, rows, wide)
 
     @property
     def memory_dtype(self) -> torch.dtype:
@@ -156,9 +163,10 @@ class InfiniAttention(nn.Module):
         if self.rule is None:
             return AttentionResult(self.project_out(join_heads(local, b * segments)), context, None, None)
 
-        gate = self.token_gate(hidden, b, segments)
-        inputs = rule_inputs(self, self.rule, hidden, b, segments, self.memory_dtype)
-        share = self.memory_share(hidden, b, segments)
+        numbers = self.token_numbers(hidden)
+        gate = self.token_gate(numbers, b, segments)
+        inputs = rule_inputs(self.rule, numbers, b, segments)
+        share = self.memory_share(numbers, b, segments)
         q, k, v = (x.unflatten(0, (b, segments)) for x in heads[3:])
         if probes is not None:  # which are not written
             gate, k, v = (None if x is None else x[:, :t] for x in (gate, k, v))
@@ -190,12 +198,22 @@ class InfiniAttention(nn.Module):
         weight = [self.query_norm.weight.expand(self.shape.ratio, -1), self.key_norm.weight.unsqueeze(0)]
         return torch.cat([rms_norm(normed, torch.cat(weight), self.query_norm.epsilon), value], dim=3)
 
-    def memory_share(self, hidden: Tensor, b: int, segments: int) -> Tensor:
+    def token_numbers(self, hidden: Tensor) -> dict[str, Tensor]:
+        """What gates and rule want to know of every token, by the name of the layer that gives it: `[s, b, n]`, of
+        the mix gate `[s, b, n*r]`, in the memory's precision, from hidden states `[s, b, h]`."""
+        return self.token_linears(hidden, dict(self.named_children()), self.memory_dtype)
+
+    def memory_share(self, numbers: Mapping[str, Tensor], b: int, segments: int) -> Tensor:
         """The memory's share of the output where it holds something, which broadcasts to `[b, segments, n, r, s, 1]`,
-        in its precision."""
+        in its precision, from `token_numbers`."""
         if self.memory_config.mix_gate == "token":
-            logit, _ = self.mix_gate(hidden.to(self.memory_dtype))  # [s, b*t, n*r]
-            logit = logit.permute(1, 2, 0).unflatten(1, (self.groups, -1)).unflatten(0, (b, segments)).unsqueeze(-1)
+            logit = (
+                numbers["mix_gate"]
+                .permute(1, 2, 0)
+                .unflatten(1, (self.groups, -1))
+                .unflatten(0, (b, segments))
+                .unsqueeze(-1)
+            )
         else:
             logit = self.beta.to(self.memory_dtype).view(1, 1, self.groups, -1, 1, 1)
         share = torch.sigmoid(logit)
@@ -217,9 +235,11 @@ class InfiniAttention(nn.Module):
         output, _ = self.projection(attended)
         return output
 
-    def token_gate(self, hidden: Tensor, b: int, segments: int) -> Tensor | None:
-        """The write gate `[b, segments, n, s]` in the memory's precision; None when every token is written."""
+    def token_gate(self, numbers: Mapping[str, Tensor], b: int, segments: int) -> Tensor | None:
+        """The write gate `[b, segments, n, s]` in the memory's precision, from `token_numbers`; None when every token
+        is written."""
         if self.memory_config.write_gate == "none":
             return None
-        activation, _ = self.write_gate(hidden.to(self.memory_dtype))  # [s, b*t, n]
-        return write_gate(self.memory_config.write_gate, activation.permute(1, 2, 0).unflatten(0, (b, segments)))
+        return write_gate(
+            self.memory_config.write_gate, numbers["write_gate"].permute(1, 2, 0).unflatten(0, (b, segments))
+        )

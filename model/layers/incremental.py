@@ -54,9 +54,10 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     own = attention.tables.own(hidden.device, attention.memory_dtype)
     table = tuple(x[positions].unsqueeze(1) for x in own)
     inputs = cache.inputs.new_empty(b, attention.groups, c, 0)
-    gate = attention.token_gate(hidden, b, 1)
+    numbers = attention.token_numbers(hidden)
+    gate = attention.token_gate(numbers, b, 1)
     if attention.rule is not None and attention.rule.token_inputs:
-        found = rule_inputs(attention, attention.rule, hidden, b, 1, attention.memory_dtype)
+        found = rule_inputs(attention.rule, numbers, b, 1)
         inputs = torch.stack([x.squeeze(1) for x in found.values()], dim=-1)
     gate = cache.gate.new_ones(b, attention.groups, c) if gate is None else gate.squeeze(1)
     put(cache, SegmentCache(query, key, rotate(key, table), value, gate, inputs), span)
@@ -76,7 +77,7 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     before = map_state(memory, lambda x: x.unsqueeze(1))
     q = query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1)).unsqueeze(1)
     read = attention.rule.read(q, rule_weights(attention), before)
-    share = attention.shown_share(attention.memory_share(hidden, b, 1), attention.rule.present(before))
+    share = attention.shown_share(attention.memory_share(numbers, b, 1), attention.rule.present(before))
     mixed = mix(share, read, local.reshape(b * attention.groups, -1, c, attention.dim))
     return attention.project_out(mixed)
 

@@ -65,7 +65,7 @@ class GatedDeltaNetRule(DeltaNetRule):
         per_token, per_segment = super().saved_bytes(layer, length, m, c, gated=True)
         block = block_length(length, layer.dim)
         of_decay = layer.groups * (layer.dim + block + 4) * m  # -K, ratios, and what becomes log a
-        return per_token + of_decay + layer.hidden * c, per_segment
+        return per_token + of_decay, per_segment
 
 
 class _LogDecay(Function):

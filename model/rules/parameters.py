@@ -6,6 +6,8 @@ around its forward, so a module of their own would have them for as long as it c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
@@ -36,16 +38,9 @@ def add_rule_parameters(
         module.get_parameter(PREFIX + name).is_gate = parameter.is_gate
 
 
-def rule_inputs(
-    module: nn.Module, rule: MemoryRule, hidden: Tensor, b: int, t: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The rule's `token_inputs` in the memory's `dtype`, each `[b, t, n, s]`, from normalised hidden states
-    `[s, b*t, h]`."""
-    found = {}
-    for name in rule.token_inputs:
-        numbers, _ = module.get_submodule(PREFIX + name)(hidden.to(dtype))  # [s, b*t, n]
-        found[name] = numbers.permute(1, 2, 0).unflatten(0, (b, t))
-    return found
+def rule_inputs(rule: MemoryRule, numbers: Mapping[str, Tensor], b: int, t: int) -> dict[str, Tensor]:
+    """The rule's `token_inputs`, each `[b, t, n, s]`, from what their layers give: `[s, b*t, n]`, by name."""
+    return {name: numbers[PREFIX + name].permute(1, 2, 0).unflatten(0, (b, t)) for name in rule.token_inputs}
 
 
 def rule_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ dimension d and an MLP width f, autograd keeps per layer and token
                 g d (c + m with a write gate)              linear
                 g (2 d + 1) m                              delta
                 g (4 d + 1 + 64) m, and 64 g m with gates  deltanet, gated_deltanet
-                g (d + 64 + 4) m + h c                     gated_deltanet
+                g (d + 64 + 4) m                           gated_deltanet
                 (n + 2 g) d m, twice behind SiLU           short convolutions
-                + h c                                      write gate
-                + h c + 3 n m                              mix gate per token
+                + 3 n m                                    mix gate per token
+                + h c                                      any of gated_deltanet, write gate, mix gate per token
     states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
                 with context parallelism g d^2 m per lane: what a rank's segments do to a state (all but linear)
 
@@ -118,6 +118,13 @@ def _own_transition(model: ModelConfig, tensor: int) -> int:
     return square if rule is not None and max(rule.exchanges(layer)) > square else 0
 
 
+def has_token_linears(model: ModelConfig) -> bool:
+    """There is a linear function per token beside the q, k, v projection (`model.layers.token_linears`)."""
+    rule = build_rule(model.memory)
+    asks = rule is not None and (rule.token_inputs or model.memory.mix_gate == "token")
+    return bool(asks) or model.memory.write_gate != "none"
+
+
 def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: int, segments: int) -> int:
     """The rows `attention`, `memory` and `states` of the module's table, for `segments` segments."""
     layer, length = layer_shape(model, tensor)._replace(hidden=hidden), model.segment_length
@@ -134,8 +141,8 @@ def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: in
         gated = model.memory.write_gate != "none"
         of_rule, per_segment = rule.saved_bytes(layer, length, m, c, gated=gated)
         per_token += of_rule
-    if model.memory.write_gate != "none":
+    if has_token_linears(model):
         per_token += hidden * c
     if model.memory.mix_gate == "token":
-        per_token += hidden * c + 3 * n * m
+        per_token += 3 * n * m
     return segments * (length * per_token + per_segment)

@@ -3,14 +3,14 @@
 A ring of n ranks makes each send (n - 1) / n of a tensor to gather it or to reduce and scatter it, and twice that to
 reduce it for all (`all-reduce`).
 
-Tensor parallelism. Per layer and token of hidden size h, in numbers of e bytes (m bytes for the k linear maps of the
-memory's gates, which read float32):
+Tensor parallelism. Per layer and token of hidden size h, in numbers of e bytes (k = m bytes for the gates and what a
+rule asks of a token, which read float32 in one product; 0 where there are none):
 
                              with sequence parallelism                              without
-    forward                  4 e + k m     gather before, scatter behind            4 e            2 all-reduces
-    backward                 6 e + 2 k m   the same, and inputs gathered again      4 e + 2 k m
-    recompute selective      e + k m                                                0
-    recompute layer          3 e + k m                                              2 e
+    forward                  4 e + k       gather before, scatter behind            4 e            2 all-reduces
+    backward                 6 e + 2 k     the same, and inputs gathered again      4 e + 2 k
+    recompute selective      e + k                                                  0
+    recompute layer          3 e + k                                                2 e
 
 `window` runs forwards again. The embedding and the output matrix add theirs on the first and the last stage.
 
@@ -36,6 +36,7 @@ from dataclasses import dataclass
 
 from model.config import layer_shape
 from model.rules import build_rule
+from pipeline.accounting.activations import has_token_linears
 from pipeline.accounting.footprint import RankBytes
 from pipeline.config.derived import (
     lanes_per_microbatch,
@@ -70,17 +71,14 @@ def chunks_per_step(config: Config, world_size: int) -> int:
 def tensor_bytes(config: Config, world_size: int, *, layers: int, is_first: bool, is_last: bool) -> ChunkBytes:
     """See the module's table, for a stage of `layers` layers."""
     ranks, split = config.parallel.tensor, config.parallel.sequence_parallel
-    memory, e = config.model.memory, number_bytes(config)
-    m = max(e, 4)
-    rule = build_rule(memory)
-    maps = (memory.write_gate != "none") + (rule is not None and memory.mix_gate == "token")
-    maps += 0 if rule is None else len(rule.token_inputs)
+    e = number_bytes(config)
+    k = max(e, 4) if has_token_linears(config.model) else 0
     if split:
-        forward, backward = 4 * e + maps * m, 6 * e + 2 * maps * m
-        again = {"selective": e + maps * m, "layer": 3 * e + maps * m}
+        forward, backward = 4 * e + k, 6 * e + 2 * k
+        again = {"selective": e + k, "layer": 3 * e + k}
         embedding, output = (e, e), (e, 2 * e)
     else:
-        forward, backward = 4 * e, 4 * e + 2 * maps * m
+        forward, backward = 4 * e, 4 * e + 2 * k
         again = {"selective": 0, "layer": 2 * e}
         embedding, output = (2 * e, 0), (0, 2 * e)
     backward += again.get(config.bptt.recompute, 0)
