@@ -22,6 +22,7 @@ from data.prepared.manifest import MANIFEST, SPLITS, Manifest, index_name, load_
 from data.tokenizer.tokenizer import INFO, TOKENIZER_JSON
 
 TOKENIZER_FOLDER = "tokenizer"
+PARTS_FOLDER = "parts"
 
 _BUILDING = re.compile(r"\.building-[0-9a-f]{16}")
 _WRITTEN = re.compile(r"(train|valid)-\d{6}\.tar")
@@ -71,18 +72,24 @@ def clear_remains(out: Path) -> None:
                 if manifest is not None:
                     _remove(out, _names(manifest))
         _remove(building / _REPLACED, {MANIFEST})
-        written = {entry.name for entry in building.iterdir() if _WRITTEN.fullmatch(entry.name)}
-        _remove(building, written | {MANIFEST, INPUTS, TOKENIZER_FOLDER} | {index_name(split) for split in SPLITS})
+        clear_building(building, also=(MANIFEST,))
         for folder in (building / _REPLACED, building):
             with contextlib.suppress(OSError):  # what is left in it is somebody's
                 folder.rmdir()
 
 
+def clear_building(building: Path, also: tuple[str, ...]) -> list[str]:
+    """Remove what is written while a set, or a part of one, is built; returns the names of what else is there."""
+    written = {entry.name for entry in building.iterdir() if _WRITTEN.fullmatch(entry.name)}
+    _remove(building, written | {*also, INPUTS, TOKENIZER_FOLDER} | {index_name(split) for split in SPLITS})
+    return sorted(entry.name for entry in building.iterdir())
+
+
 def refuse_foreign(out: Path) -> None:
-    """Raises: ValueError where `out` holds anything that is not a file of the set there."""
+    """Raises: ValueError where `out` holds anything that is not a file of the set there, nor its parts."""
     manifest = _manifest(out)
     own = _names(manifest) if manifest is not None else set()
-    foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in own)
+    foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in own | {PARTS_FOLDER})
     if foreign:
         lost = f" ({MANIFEST} does not say which are a set's)" if MANIFEST in foreign else ""
         raise ValueError(

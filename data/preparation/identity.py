@@ -44,14 +44,18 @@ def contents_hash(digests: dict[str, str]) -> str | None:
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest() if digests else None
 
 
-def write_inputs(folder: Path, sources: list[Source]) -> None:
-    """Write the table of all files that were read.
+def write_inputs(folder: Path, sources: list[Source], units: list[tuple[int, int]]) -> None:
+    """Write the table of all files that were read: those of each source's units [first, last).
 
     Raises:
         OSError: the disk would not have it.
     """
     # Column by column: a corpus may have millions of files.
-    found = [(number, source, file) for number, source in enumerate(sources) for file in source.files]
+    found = [
+        (number, source, file)
+        for number, (source, (first, last)) in enumerate(zip(sources, units, strict=True))
+        for file in source.files_of(first, last)
+    ]
     columns = [
         [number for number, _, _ in found],
         [file.name for _, _, file in found],
@@ -60,8 +64,46 @@ def write_inputs(folder: Path, sources: list[Source]) -> None:
         [file.ctime_ns for _, _, file in found],
         [source.digests.get(file.name, "") for _, source, file in found],
     ]
+    _write(folder, pa.table(columns, schema=_SCHEMA))
+
+
+def _write(folder: Path, table: pa.Table) -> None:
     with writing(folder / INPUTS) as file:
-        pq.write_table(pa.table(columns, schema=_SCHEMA), file, compression="zstd")
+        pq.write_table(table, file, compression="zstd")
+
+
+def join_inputs(folder: Path, parts: list[Path], sources: int) -> list[dict[str, str]]:
+    """Write the table of all parts' files into `folder`; returns each source's sha256 by name.
+
+    Raises:
+        ValueError: a part's table is missing or damaged.
+    """
+    tables = []
+    for part in parts:
+        table = _read(part)
+        if table is None:
+            raise FileError(f"{part / INPUTS} is missing or damaged: it says what the part was made of")
+        tables.append(table)
+    table = pa.concat_tables(tables).sort_by("source")  # stable: a source's files stay in order
+    _write(folder, table.combine_chunks())
+    digests: list[dict[str, str]] = [{} for _ in range(sources)]
+    for number, name, sha256 in zip(*(table[name].to_pylist() for name in ("source", "name", "sha256")), strict=True):
+        digests[number][name] = sha256
+    return digests
+
+
+def inputs_changed(folder: Path, sources: list[Source], units: list[tuple[int, int]]) -> str | None:
+    """The first file that is another one than a part in `folder` was made of, by size and times; None where none is."""
+    table = _read(folder)
+    if table is None:
+        return f"{INPUTS} is missing or damaged"
+    rows = {(row["source"], row["name"]): row for row in table.to_pylist()}
+    for number, (source, (first, last)) in enumerate(zip(sources, units, strict=True)):
+        for file in source.files_of(first, last):
+            row = rows.get((number, file.name))
+            if row is None or (row["bytes"], row["mtime_ns"]) != (file.size, file.mtime_ns):
+                return f"{file.name} was written to since"
+    return None
 
 
 class _Row(NamedTuple):
@@ -159,13 +201,12 @@ def _digest(file: FileInput) -> str:
 
 def _read_inputs(folder: Path, manifest: Manifest) -> dict[int, dict[str, _Row]]:
     """The rows by source and name, of the sources whose hashes add up to what the manifest says."""
+    table = _read(folder)
+    if table is None:
+        return {}
     try:
-        with open_regular(inside(folder, INPUTS, str(folder))) as file:
-            table = pq.read_table(file)
-        if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
-            return {}
         numbers, names, *columns = (column.to_pylist() for column in table.columns)
-    except (FileError, OSError, pa.ArrowException, UnicodeDecodeError):
+    except UnicodeDecodeError:
         return {}
     found: dict[int, dict[str, _Row]] = {}
     for number, name, *row in zip(numbers, names, *columns, strict=True):
@@ -176,6 +217,16 @@ def _read_inputs(folder: Path, manifest: Manifest) -> dict[int, dict[str, _Row]]
         if 0 <= number < len(manifest.sources)
         and contents_hash({name: row.sha256 for name, row in files.items()}) == manifest.sources[number].contents
     }
+
+
+def _read(folder: Path) -> pa.Table | None:
+    """The table; None where it is missing or damaged."""
+    try:
+        with open_regular(inside(folder, INPUTS, str(folder))) as file:
+            table = pq.read_table(file)
+    except (FileError, OSError, pa.ArrowException):
+        return None
+    return table if table.schema.equals(_SCHEMA) and not any(column.null_count for column in table.columns) else None
 
 
 def _named(names: Iterable[str]) -> str:

@@ -154,6 +154,11 @@ def _encode_batch(batch: list[tuple[int, Job]]) -> list[EncodedDocument]:
 def _start_process(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """Leave signals to the parent process, and end with it."""
     # Ctrl-C reaches the whole group: the parent decides, and only it reports.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A parent that was killed closes no queue that this process waits on: watch it, or be left behind for ever.

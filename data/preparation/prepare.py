@@ -12,13 +12,11 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data.files import FileError, file_name, is_utf8, sync_folder
+from data.files import FileError, file_name, is_store, is_utf8, sync_folder
 from data.preparation.building import (
     TOKENIZER_FOLDER,
     building_in,
@@ -27,49 +25,22 @@ from data.preparation.building import (
     move_into_place,
     refuse_foreign,
 )
+from data.preparation.encoding import Report, encode, refuse_empty
 from data.preparation.identity import changed_sources, contents_hash, write_inputs
+from data.preparation.joining import join
 from data.preparation.options import PrepareOptions
-from data.preparation.pool import EncodedDocument, encode_jobs
+from data.preparation.parts import PartRecord, found_parts, prepare_part
+from data.preparation.pool import EncodedDocument
 from data.preparation.sampling import sample_texts
-from data.preparation.sources import BadInputError, Job, Source, open_sources, parse_size
+from data.preparation.sources import BadInputError, Source, open_sources, parse_size
 from data.preparation.splits import SplitAssigner
-from data.prepared.manifest import MANIFEST, SPLITS, Manifest, SourceEntry, index_name, load_manifest, write_manifest
-from data.prepared.shard_writer import ShardSetWriter
+from data.prepared.manifest import MANIFEST, Manifest, SourceEntry, index_name, load_manifest, write_manifest
 from data.prepared.shards import PreparedSet
 from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_BAD_NAMED = 10
-"""Messages of bad records and files that a manifest keeps, of each source."""
-_MESSAGE_CHARACTERS = 300
-
-Report = Callable[[str, int, int, int], None]
-"""Called with (phase, input bytes done, input bytes in all, tokens so far); 0 in all: there is no telling."""
 Say = Callable[[str], None]
 """Called with what a user should know, a line each."""
-
-
-@dataclass
-class _Counts:
-    """The counts of a `SourceEntry`."""
-
-    documents: int = 0
-    tokens: int = 0
-    too_short: int = 0
-    empty: int = 0
-    skipped_files: int = 0
-    bad_records: int = 0
-    bad_files: int = 0
-    bad: list[str] = field(default_factory=list)
-    passed_over: dict[str, int] = field(default_factory=dict)
-
-    def add_bad(self, document: EncodedDocument) -> None:
-        if document.is_record:
-            self.bad_records += 1
-        else:
-            self.bad_files += 1
-        if len(self.bad) < _BAD_NAMED:
-            self.bad.append(str(document.error)[:_MESSAGE_CHARACTERS])
 
 
 @dataclass
@@ -77,6 +48,15 @@ class Prepared:
     manifest: Manifest
     built: bool
     """False: a complete set of the same sources and options was there already."""
+
+
+@dataclass
+class PreparedParts:
+    """What came of a part, or of several one after the other."""
+
+    records: list[PartRecord]
+    built: int
+    """How many of them were not there already."""
 
 
 def prepare(
@@ -96,11 +76,89 @@ def prepare(
             something else.
         OSError: the disk is full, or an encoding process was killed. `out` holds no new set then.
     """
+    out, sources, tokenizer, description = _open(specs, out, options, processes, say)
+    with locked(out):
+        clear_remains(out)
+        if (out / MANIFEST).exists() and not overwrite:
+            return Prepared(_existing_set(out, sources, description, tokenizer, report, say), built=False)
+        refuse_foreign(out)
+        with _disk(out), building_in(out) as building, _with_advice():
+            manifest = _build(building, sources, options, tokenizer, description, processes, report, say)
+            move_into_place(building, out)
+    return Prepared(manifest, built=True)
+
+
+def prepare_parts(
+    specs: Sequence[str],
+    out: Path | str,
+    options: PrepareOptions,
+    numbers: range,
+    parts: int,
+    *,
+    processes: int = 1,
+    report: Report = lambda *_: None,
+    say: Say = lambda _: None,
+) -> PreparedParts:
+    """Make the parts `numbers` (counted from 1) of `parts` of a set, one after the other; finished ones stay.
+
+    Other processes and machines may make other parts in the same folder meanwhile.
+
+    Raises:
+        ValueError: as `prepare`; the tokenizer is to be trained; or a part of another set is there.
+        OSError: as `prepare`.
+    """
+    out, sources, tokenizer, description = _open(specs, out, options, processes, say)
+    if tokenizer is None:
+        raise ValueError(
+            f"--tokenizer {options.tokenizer} with --part: every part would read all sources to train the same one; "
+            "train it once (`infini prepare SAMPLE... --tokenizer train:N --out DIR`) and give its folder"
+        )
+    made = []
+    for number in numbers:
+        for source in sources:
+            source.forget()
+        with _disk(out), _with_advice():
+            made.append(prepare_part(out, number, parts, sources, options, tokenizer, description, processes, report))
+        if not made[-1][1]:
+            say(f"part {number} of {parts} is there already")
+    return PreparedParts([record for record, _ in made], sum(built for _, built in made))
+
+
+def join_parts(
+    out: Path | str, *, processes: int = 1, overwrite: bool = False, report: Report = lambda *_: None
+) -> Prepared:
+    """Make one set of the parts in `out`, the same as `prepare` would have made; the parts stay.
+
+    Raises:
+        ValueError: parts are missing, damaged, or do not belong together; or `out` holds a set or something else.
+        OSError: the disk is full.
+    """
+    out = Path(out)
+    if not out.is_dir():
+        raise ValueError(f"--out {file_name(out)} is no folder with parts")
+    with locked(out):
+        clear_remains(out)
+        parts = found_parts(out)
+        if (out / MANIFEST).exists() and not overwrite:
+            raise ValueError(f"{file_name(out)} holds a set already; --overwrite replaces it by that of its parts")
+        refuse_foreign(out)
+        with _disk(out), building_in(out) as building:
+            manifest = join(building, parts, processes, report)
+            move_into_place(building, out)
+    return Prepared(manifest, built=True)
+
+
+def _open(
+    specs: Sequence[str], out: Path | str, options: PrepareOptions, processes: int, say: Say
+) -> tuple[Path, list[Source], Tokenizer | None, dict[str, Any]]:
+    """The folder, made when needed; the sources; the tokenizer, None when it is to be trained; and the description."""
     options.check()
     if processes < 1:
         raise ValueError(f"--processes {processes}: valid are 1 and more")
     if not specs:
         raise ValueError("no source given; valid are files, folders, python:PACKAGE,... and passkey:N,length=LO..HI")
+    if is_store(out):
+        raise ValueError(f"--out {out}: a set is made on a disk; copy it to the store, {MANIFEST} last")
     out = Path(out)
     if not is_utf8(out):
         raise ValueError(f"--out {file_name(out)}: the name is not UTF-8, so no configuration could say it")
@@ -109,27 +167,23 @@ def prepare(
     tokenizer = _given_tokenizer(options)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {file_name(out)} is a file; it must be a folder, or not exist")
-    description = _describe(sources, options)
     for source in sources:
         for note in source.notes:
             say(note)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        clear_remains(out)
-        if (out / MANIFEST).exists() and not overwrite:
-            return Prepared(_existing_set(out, sources, description, tokenizer, report, say), built=False)
-        refuse_foreign(out)
-        try:
-            with building_in(out) as building, _with_advice():
-                manifest = _build(building, sources, options, tokenizer, description, processes, report, say)
-                move_into_place(building, out)
-        except OSError as error:
-            if error.errno in _DISK_FULL:
-                raise OSError(
-                    error.errno, f"the disk is full: the set in {out} could not be finished and was removed"
-                ) from error
-            raise
-    return Prepared(manifest, built=True)
+    return out, sources, tokenizer, _describe(sources, options)
+
+
+@contextlib.contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise OSError(
+                error.errno, f"the disk is full: the set in {out} could not be finished and was removed"
+            ) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -243,90 +297,36 @@ def _build(
     tokenizer.save(building / TOKENIZER_FOLDER)
     sync_folder(building / TOKENIZER_FOLDER)
 
-    counts = [_Counts(passed_over=source.passed_over) for source in sources]
-    total, done, longest = sum(source.total_bytes for source in sources), 0, 0
-    writers = {split: ShardSetWriter(building, split, tokenizer.vocab_size, options.shard_bytes) for split in SPLITS}
-
-    def write(split: str, document: EncodedDocument) -> None:
-        source, count = sources[document.source].spec, counts[document.source]
-        for part in _parts(document, options.max_tokens, source, tokenizer):
-            count.documents += 1
-            count.tokens += len(part.tokens)
-            writers[split].add(part.tokens, id=part.id, source=source, answers=part.answers, questions=part.questions)
-
+    units = [(0, source.units) for source in sources]
     assigner = SplitAssigner(options.valid_fraction)
-    documents = encode_jobs(_numbered_jobs(sources), tokenizer, processes)
+
+    def assign(document: EncodedDocument | None) -> list[tuple[str, EncodedDocument]]:
+        return assigner.finish() if document is None else assigner.add(document)
+
+    total = sum(source.total_bytes for source in sources)
+    writers, encoding = encode(building, sources, units, total, options, tokenizer, assign, processes, report)
     try:
-        for document in documents:
-            count = counts[document.source]
-            count.skipped_files += document.skipped_files
-            sources[document.source].digests.update(document.digests)
-            length = len(document.tokens) - len(tokenizer.begin_ids)
-            longest = max(longest, length)
-            if document.error is not None:
-                if not options.skip_bad:
-                    raise BadInputError(document.error)
-                count.add_bad(document)
-            elif document.is_empty:
-                count.empty += 1
-            elif length < options.min_tokens:
-                count.too_short += 1
-            else:
-                for split, ready in assigner.add(document):
-                    write(split, ready)
-            done += document.input_bytes
-            report("encoding", done, total, sum(writer.tokens for writer in writers.values()))
-        for split, ready in assigner.finish():
-            write(split, ready)
-        _refuse_empty(sources, counts, longest, options.min_tokens)
+        refuse_empty([source.spec for source in sources], encoding.counts, encoding.longest, options.min_tokens)
         splits = {split: writer.close() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
             writer.abandon()
         raise
-    finally:
-        documents.close()
     if not splits["valid"].documents:
         del splits["valid"]
         (building / index_name("valid")).unlink()
 
-    for source in sources:
-        for file in source.files:
-            source.digests.setdefault(file.name, "")  # one that could not be read
-    write_inputs(building, sources)
+    write_inputs(building, sources, units)
     return write_manifest(
         building,
         tokenizer=tokenizer.entry,
         options=description["options"],
         sources=[
             SourceEntry(**entry, **asdict(count), contents=contents_hash(source.digests))
-            for entry, count, source in zip(description["sources"], counts, sources, strict=True)
+            for entry, count, source in zip(description["sources"], encoding.counts, sources, strict=True)
         ],
         splits=splits,
     )
-
-
-def _parts(
-    document: EncodedDocument, max_tokens: int | None, source: str, tokenizer: Tokenizer
-) -> list[EncodedDocument]:
-    """The document, or what it is cut into: after the choice of its split, so that no split has parts of another's.
-
-    Raises:
-        ValueError: it is too long, and its questions would be cut with it.
-    """
-    if max_tokens is None or len(document.tokens) <= max_tokens:
-        return [document]
-    if document.answers or document.questions:
-        raise ValueError(
-            f"source {source}: document {document.id} has {len(document.tokens):,} tokens and questions about them; "
-            f"--max-tokens {max_tokens:,} cuts plain text only"
-        )
-    begin, text, end = np.split(document.tokens, [len(tokenizer.begin_ids), len(document.tokens) - 1])
-    pieces = np.array_split(text, -(-len(text) // (max_tokens - len(begin) - len(end))))
-    return [
-        replace(document, id=f"{document.id}#{i}", tokens=np.concatenate([begin, piece, end]))
-        for i, piece in enumerate(pieces)
-    ]
 
 
 def _train_tokenizer(sources: list[Source], options: PrepareOptions, report: Report, say: Say) -> Tokenizer:
@@ -344,26 +344,3 @@ def _train_tokenizer(sources: list[Source], options: PrepareOptions, report: Rep
 
     texts = sample_texts(sources, options.tokenizer_sample_bytes, options.seed, advance, skip_bad=options.skip_bad)
     return train_bpe(texts, _vocab_size(options.tokenizer), beat=beat, say=say)
-
-
-def _numbered_jobs(sources: list[Source]) -> Iterator[tuple[int, Job]]:
-    for number, source in enumerate(sources):
-        for job in source.jobs():
-            yield number, job
-
-
-def _refuse_empty(sources: list[Source], counts: list[_Counts], longest: int, min_tokens: int) -> None:
-    for source, count in zip(sources, counts, strict=True):
-        if count.documents:
-            continue
-        if not count.too_short + count.empty + count.bad_records + count.bad_files:
-            raise ValueError(f"source {source.spec} is empty: it has no documents")
-        why = [
-            f"{count.empty:,} are empty" if count.empty else "",
-            f"{count.bad_records:,} bad records and {count.bad_files:,} bad files are left out" if count.bad else "",
-        ]
-        reasons = "".join(f"; {reason}" for reason in why if reason)
-        raise ValueError(
-            f"source {source.spec}: none of its {count.too_short:,} documents has --min-tokens {min_tokens:,} "
-            f"(the longest of all sources has {longest:,}){reasons}"
-        )

@@ -21,27 +21,28 @@ class SplitAssigner:
         self._held: EncodedDocument | None = None
 
     @staticmethod
-    def _place(document: EncodedDocument) -> float:
+    def place(document: EncodedDocument) -> float:
         """Uniform in [0, 1): below the fraction is `valid`."""
         return int.from_bytes(hashlib.sha256(document.id.encode()).digest()[:8], "big") / 2**64
 
-    def _split(self, document: EncodedDocument) -> str:
-        return "valid" if self._place(document) < self._fraction else "train"
+    def split(self, document: EncodedDocument) -> str:
+        """What its hash says."""
+        return "valid" if self.place(document) < self._fraction else "train"
 
     def add(self, document: EncodedDocument) -> list[tuple[str, EncodedDocument]]:
         """Documents that can be written now, with their splits."""
-        split = self._split(document)
+        split = self.split(document)
         self._seen[split] += 1
         if self._fraction == 0.0:
             return [(split, document)]
         held, self._held = self._held, None
         if all(self._seen.values()):
-            return ([(self._split(held), held)] if held else []) + [(split, document)]
+            return ([(self.split(held), held)] if held else []) + [(split, document)]
         if held is None:
             self._held = document
             return []
         nearest = min if split == "train" else max
-        self._held = nearest(held, document, key=self._place)
+        self._held = nearest(held, document, key=self.place)
         return [(split, document if self._held is held else held)]
 
     def finish(self) -> list[tuple[str, EncodedDocument]]:

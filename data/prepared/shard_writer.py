@@ -53,11 +53,121 @@ class _HashingFile:
         self._file = io.BytesIO()
 
 
+class ShardWriter:
+    """Writes one shard, `folder/name`.
+
+    webdataset's `TarWriter` writes the tar. What it would take from the clock is fixed, so that the same documents give
+    the same bytes.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        from webdataset import TarWriter  # imports torch: only writers pay for it
+
+        self._name = name
+        self._file = _HashingFile(folder / name)
+        self._tar = TarWriter(self._file, encoder=False, user="", group="", mtime=0, compress=False)
+        self._documents = self._tokens = 0
+
+    @property
+    def offset(self) -> int:
+        """Bytes so far."""
+        return self._tar.tarstream.offset
+
+    def add(self, key: str, text: bytes, npy: bytes, header_bytes: int, tokens: int) -> int:
+        """Append a document's two members; returns where its tokens begin.
+
+        Args:
+            text: the json member.
+            npy: the npy member, of which `header_bytes` come before the tokens.
+            tokens: how many there are.
+        """
+        self._tar.write({"__key__": key, "json": text, "npy": npy})
+        self._documents += 1
+        self._tokens += tokens
+        # Members are written in the order of their extensions: the npy is the last one, padded to whole blocks.
+        return self.offset - padded(len(npy)) + header_bytes
+
+    def close(self) -> ShardEntry:
+        """Finish the shard on the disk."""
+        self._tar.close()
+        digest = self._file.close()
+        return ShardEntry(
+            name=self._name, bytes=self._file.bytes, sha256=digest, documents=self._documents, tokens=self._tokens
+        )
+
+    def abandon(self) -> None:
+        """Close the file after an error."""
+        self._file.discard()
+        self._tar.close()  # else it would try to, and complain, when it is collected
+
+
+class IndexWriter:
+    """Writes a split's index, row by row, and counts what it says."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._path = folder / index_name(split)
+        self._writer = pq.ParquetWriter(self._path, INDEX_SCHEMA, compression="zstd")
+        self._rows: list[dict[str, Any]] = []
+        self._histogram: dict[int, int] = {}
+        self.documents = 0
+        self.tokens = 0
+
+    def add(self, shard: int, offset: int, tokens: int, answers: list[int], questions: list[dict[str, Any]]) -> None:
+        """Append the next document.
+
+        Args:
+            answers: starts and stops, flat.
+            questions: as `data.prepared.questions.to_rows` gives them.
+        """
+        self._rows.append(
+            {
+                "shard": shard,
+                "key": document_key(self.documents),
+                "offset": offset,
+                "tokens": tokens,
+                "answers": answers,
+                "questions": questions,
+            }
+        )
+        if len(self._rows) >= _INDEX_ROWS_IN_MEMORY:
+            self._flush()
+        bucket = 1 << (tokens.bit_length() - 1)
+        self._histogram[bucket] = self._histogram.get(bucket, 0) + 1
+        self.documents += 1
+        self.tokens += tokens
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA))
+        self._rows.clear()
+
+    def close(self, shards: list[ShardEntry]) -> SplitEntry:
+        """Finish the index; returns the split's entry in the manifest."""
+        self._flush()
+        self._writer.close()
+        digest = hashlib.sha256()
+        with open(self._path, "rb") as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+            size = file.tell()
+            os.fsync(file.fileno())
+        return SplitEntry(
+            documents=self.documents,
+            tokens=self.tokens,
+            shards=shards,
+            index=IndexEntry(name=self._path.name, bytes=size, sha256=digest.hexdigest()),
+            length_histogram=sorted(self._histogram.items()),
+        )
+
+    def abandon(self) -> None:
+        """Close the file after an error."""
+        with contextlib.suppress(OSError, ValueError):
+            self._writer.close()
+
+
 class ShardSetWriter:
     """Writes the shards and the index of one split into `folder`, in the order documents are added.
 
-    webdataset's `TarWriter` writes the tars. What it would take from the clock is fixed, so that the same documents
-    give the same bytes. Memory is bounded by one document.
+    Memory is bounded by one document.
     """
 
     def __init__(self, folder: Path, split: str, vocab_size: int, shard_bytes: int) -> None:
@@ -66,14 +176,16 @@ class ShardSetWriter:
         self._dtype = token_dtype(vocab_size)
         self._shard_bytes = shard_bytes
         self._shards: list[ShardEntry] = []
-        self._begun = [0, 0]  # documents and tokens of the open shard
-        self._file: _HashingFile | None = None
-        self._tar: Any = None
-        self._index = pq.ParquetWriter(folder / index_name(split), INDEX_SCHEMA, compression="zstd")
-        self._rows: list[dict[str, Any]] = []
-        self._histogram: dict[int, int] = {}
-        self.documents = 0
-        self.tokens = 0
+        self._shard: ShardWriter | None = None
+        self._index = IndexWriter(folder, split)
+
+    @property
+    def documents(self) -> int:
+        return self._index.documents
+
+    @property
+    def tokens(self) -> int:
+        return self._index.tokens
 
     def add(
         self,
@@ -111,84 +223,55 @@ class ShardSetWriter:
         if questions:
             metadata["questions"] = to_rows(questions)
         text = json.dumps(metadata, ensure_ascii=False).encode()
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": self._dtype.str, "fortran_order": False, "shape": array.shape}
-        )
-        npy = header.getvalue() + payload
+        header = npy_header(len(array), self._dtype)
 
-        if self._tar is not None and self._tar.tarstream.offset + len(npy) + len(text) > self._shard_bytes:
+        if self._shard is not None and overflows(
+            self._shard.offset, len(text), len(header) + len(payload), self._shard_bytes
+        ):
             self._finish_shard()
-        if self._tar is None:
-            self._start_shard()
+        if self._shard is None:
+            self._shard = ShardWriter(self._folder, shard_name(self._split, len(self._shards)))
         key = document_key(self.documents)
-        self._tar.write({"__key__": key, "json": text, "npy": npy})
-        # Members are written in the order of their extensions: the npy is the last one, padded to whole blocks.
-        padded = -(-len(npy) // TAR_BLOCK) * TAR_BLOCK
-        offset = self._tar.tarstream.offset - padded + header.tell()
-        self._rows.append(
-            {
-                "shard": len(self._shards),
-                "key": key,
-                "offset": offset,
-                "tokens": len(array),
-                "answers": [edge for span in answers or () for edge in span],
-                "questions": to_rows(questions),
-            }
-        )
-        if len(self._rows) >= _INDEX_ROWS_IN_MEMORY:
-            self._flush_index()
-        bucket = 1 << (len(array).bit_length() - 1)
-        self._histogram[bucket] = self._histogram.get(bucket, 0) + 1
-        self._begun[0] += 1
-        self._begun[1] += len(array)
-        self.documents += 1
-        self.tokens += len(array)
-
-    def _start_shard(self) -> None:
-        from webdataset import TarWriter  # imports torch: only writers pay for it
-
-        name = shard_name(self._split, len(self._shards))
-        self._file = _HashingFile(self._folder / name)
-        self._tar = TarWriter(self._file, encoder=False, user="", group="", mtime=0, compress=False)
-        self._begun = [0, 0]
+        offset = self._shard.add(key, text, header + payload, len(header), len(array))
+        edges = [edge for span in answers or () for edge in span]
+        self._index.add(len(self._shards), offset, len(array), edges, to_rows(questions))
 
     def _finish_shard(self) -> None:
-        self._tar.close()
-        documents, tokens = self._begun
-        name, digest = shard_name(self._split, len(self._shards)), self._file.close()
-        self._shards.append(
-            ShardEntry(name=name, bytes=self._file.bytes, sha256=digest, documents=documents, tokens=tokens)
-        )
-        self._tar = self._file = None
-
-    def _flush_index(self) -> None:
-        self._index.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA))
-        self._rows.clear()
+        assert self._shard is not None
+        self._shards.append(self._shard.close())
+        self._shard = None
 
     def close(self) -> SplitEntry:
         """Finish the last shard and the index; returns the split's entry in the manifest."""
-        if self._tar is not None:
+        if self._shard is not None:
             self._finish_shard()
-        self._flush_index()
-        self._index.close()
-        index = self._folder / index_name(self._split)
-        data = index.read_bytes()
-        with open(index, "rb") as file:
-            os.fsync(file.fileno())
-        return SplitEntry(
-            documents=self.documents,
-            tokens=self.tokens,
-            shards=self._shards,
-            index=IndexEntry(name=index.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()),
-            length_histogram=sorted(self._histogram.items()),
-        )
+        return self._index.close(self._shards)
 
     def abandon(self) -> None:
         """Close files after an error; what was written is of no use."""
-        with contextlib.suppress(OSError, ValueError):
-            self._index.close()
-        if self._file is not None:
-            self._file.discard()
-            self._tar.close()  # else it would try to, and complain, when it is collected
-            self._tar = self._file = None
+        self._index.abandon()
+        if self._shard is not None:
+            self._shard.abandon()
+            self._shard = None
+
+
+def npy_header(tokens: int, dtype: np.dtype) -> bytes:
+    """What an npy file says before its tokens."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)})
+    return header.getvalue()
+
+
+def padded(size: int) -> int:
+    """Bytes that a member's contents take in a tar."""
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
+
+
+def document_bytes(text: int, npy: int) -> int:
+    """Bytes that a document with members of so many bytes takes in its shard."""
+    return 2 * TAR_BLOCK + padded(text) + padded(npy)
+
+
+def overflows(offset: int, text: int, npy: int, shard_bytes: int) -> bool:
+    """Whether a shard of `offset` bytes, which are not none, is closed before such a document."""
+    return offset + npy + text > shard_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from launch.commands.progress import progress
 from launch.commands.terminal import visible
 
 if TYPE_CHECKING:
-    from data.preparation.prepare import Prepared
+    from data.preparation.prepare import Prepared, PreparedParts
     from data.prepared.manifest import Manifest, SourceEntry
 
 _SOURCES = """\
@@ -52,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=_SOURCES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to read (below)")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="what to read (below)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the set, made when needed")
     parser.add_argument(
         "--tokenizer",
@@ -122,15 +123,30 @@ def add_parser(subparsers: Any) -> None:
         help="leave out records and files that cannot be read (damaged, not UTF-8, null, too long), count them and "
         "name the first ones (default: the first one ends the command)",
     )
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="make only the I-th of N parts of the set, in DIR/parts, for instance on one of N machines; I-J/N makes "
+        "several, one after the other; finished ones are passed over",
+    )
+    several.add_argument(
+        "--join",
+        action="store_true",
+        help="make the set of all parts in DIR: no SOURCE, no options; the same bytes as without parts",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another set in DIR")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from data.preparation.options import PrepareOptions
-    from data.preparation.prepare import prepare
+    from data.preparation.prepare import prepare, prepare_parts
     from data.preparation.sources import TEXT_PATTERNS
 
+    if args.join:
+        return _join(args)
     options = PrepareOptions(
         tokenizer=args.tokenizer,
         begin_token=args.begin_token,
@@ -145,14 +161,73 @@ def run(args: argparse.Namespace) -> int:
         max_document_bytes=_size("--max-document-bytes", args.max_document_bytes),
         skip_bad=args.skip_bad,
     )
-    processes = len(os.sched_getaffinity(0)) if args.processes is None else args.processes
     started = time.perf_counter()
+    if args.part is not None:
+        numbers, parts = args.part
+        if args.overwrite:
+            raise ValueError("--overwrite with --part: remove the part's folder to make it again")
+        with progress() as report:
+            made = prepare_parts(
+                args.sources, args.out, options, numbers, parts, processes=_processes(args), report=report, say=_note
+            )
+        _print_parts(args.out, made, parts, time.perf_counter() - started)
+        return 0
     with progress() as report:
         prepared = prepare(
-            args.sources, args.out, options, processes=processes, overwrite=args.overwrite, report=report, say=_note
+            args.sources,
+            args.out,
+            options,
+            processes=_processes(args),
+            overwrite=args.overwrite,
+            report=report,
+            say=_note,
         )
     _print_summary(args.out, prepared, time.perf_counter() - started)
     return 0
+
+
+def _processes(args: argparse.Namespace) -> int:
+    return len(os.sched_getaffinity(0)) if args.processes is None else args.processes
+
+
+def _part(text: str) -> tuple[range, int]:
+    """`3/16` or `1-4/16`."""
+    found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?/([0-9]{1,6})", text)
+    if found:
+        first, last, parts = int(found[1]), int(found[2] or found[1]), int(found[3])
+        if 1 <= first <= last <= parts <= 99_999:
+            return range(first, last + 1), parts
+    raise argparse.ArgumentTypeError(
+        f"{text[:40]!r} is no part; valid are I/N and I-J/N with 1 <= I <= J <= N <= 99,999"
+    )
+
+
+def _join(args: argparse.Namespace) -> int:
+    from data.preparation.joining import SIZES
+    from data.preparation.prepare import join_parts
+
+    if args.sources:
+        raise ValueError("--join takes no SOURCE: the parts in --out say what they were made of")
+    started = time.perf_counter()
+    with progress({SIZES: (1, "documents")}) as report:
+        prepared = join_parts(args.out, processes=_processes(args), overwrite=args.overwrite, report=report)
+    _print_summary(args.out, prepared, time.perf_counter() - started)
+    print(f"  its parts, in {args.out}/parts, are no longer needed")
+    return 0
+
+
+def _print_parts(out: str, made: PreparedParts, parts: int, elapsed_s: float) -> None:
+    from data.files import file_name
+
+    for record in made.records:
+        documents, tokens = (
+            sum(getattr(entry, name) for entry in record.splits.values()) for name in ("documents", "tokens")
+        )
+        print(f"part {record.part} of {parts}: {documents:,} documents, {tokens:,} tokens")
+    print(
+        f"{made.built} of {len(made.records)} parts made in {elapsed_s:.1f} s; when all {parts} are in "
+        f"{file_name(out)}/parts: infini prepare --join --out {file_name(out)}"
+    )
 
 
 def _note(text: str) -> None:

@@ -128,10 +128,33 @@ class Source(ABC):
     @property
     def files(self) -> list[FileInput]:
         """The files that are read, in order."""
+        return self.files_of(0, self.units)
+
+    def files_of(self, first: int, last: int) -> list[FileInput]:
+        """The files of the units [first, last)."""
         return []
 
+    @property
+    def units(self) -> int:
+        """What several machines share out among them: the inputs, unless a source says otherwise."""
+        return len(self.inputs)
+
+    def first_unit(self, at: int) -> int:
+        """The first unit that begins at byte `at` of `total_bytes` or behind it."""
+        begin = 0
+        for unit, (_, size) in enumerate(self.inputs):
+            if begin >= at:
+                return unit
+            begin += size
+        return self.units
+
     @abstractmethod
-    def jobs(self) -> Iterator[Job]: ...
+    def jobs(self, first: int = 0, last: int | None = None) -> Iterator[Job]:
+        """The documents of the units [first, last), of all by default."""
+
+    def forget(self) -> None:
+        """Drop what reading has told, before other units are read."""
+        self.digests.clear()
 
     def sample_jobs(self) -> Iterator[Job]:
         """The jobs a tokenizer is trained on."""

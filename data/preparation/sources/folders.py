@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.files import FileError, file_name
-from data.prepared.manifest import MANIFEST
+from data.prepared.manifest import MANIFEST, PART
 from data.tokenizer.tokenizer import INFO
 
 _EXAMPLES = 3
@@ -113,7 +113,8 @@ def walk(root: Path, wanted: Callable[[str], bool], met: Walk) -> list[Found]:
 
 def _is_prepared_set(folder: Path) -> bool:
     """Whether it is an output, not an input: `infini prepare` may write below a folder that it reads."""
-    return (folder / MANIFEST).is_file() and (folder / "tokenizer" / INFO).is_file()
+    finished = any((folder / name).is_file() for name in (MANIFEST, PART))
+    return finished and (folder / "tokenizer" / INFO).is_file()
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -59,12 +59,11 @@ class PythonSource(Source):
     def inputs(self) -> list[tuple[str, int]]:
         return [(name, size) for (name, _), size in zip(self._documents, self._sizes, strict=True)]
 
-    @property
-    def files(self) -> list[FileInput]:
-        return [file for _, files in self._documents for file in files]
+    def files_of(self, first: int, last: int) -> list[FileInput]:
+        return [file for _, files in self._documents[first:last] for file in files]
 
-    def jobs(self) -> Iterator[Job]:
-        for (name, files), size in zip(self._documents, self._sizes, strict=True):
+    def jobs(self, first: int = 0, last: int | None = None) -> Iterator[Job]:
+        for (name, files), size in list(zip(self._documents, self._sizes, strict=True))[first:last]:
             yield PythonJob(f"python:{name}", size, name, files, self._options.max_document_bytes)
 
 

@@ -6,11 +6,10 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from data.files import read_bytes
+from data.files import place, read_bytes
 from data.preparation.sources.base import Encoded, Job, Loaded, Source, parse_size
 from data.prepared.manifest import MANIFEST
 from data.prepared.shards import PreparedSet
@@ -81,7 +80,7 @@ class SyntheticSource(Source):
             if self._filler is not None:
                 PreparedSet(self._filler).close()
                 # A manifest has the hashes of everything in its set.
-                manifest = read_bytes(Path(self._filler) / MANIFEST)
+                manifest = read_bytes(place(self._filler) / MANIFEST)
                 self.digests[f"filler={self._filler}"] = hashlib.sha256(manifest).hexdigest()
         except ValueError as error:
             raise ValueError(f"source {spec!r}: {error}; valid is {Spec.usage(self._task)}") from None
@@ -106,8 +105,18 @@ class SyntheticSource(Source):
         ]
         return length, depth, seed, tuple(options)
 
-    def jobs(self) -> Iterator[Job]:
-        for number in range(self._count):
+    def forget(self) -> None:
+        """Nothing: a filler's hash is known from the beginning, and no file is read."""
+
+    @property
+    def units(self) -> int:
+        return self._count
+
+    def first_unit(self, at: int) -> int:
+        return min(-(-at * self._count // max(self.total_bytes, 1)), self._count)
+
+    def jobs(self, first: int = 0, last: int | None = None) -> Iterator[Job]:
+        for number in range(self._count)[first:last]:
             length, depth, seed, options = self._draw(number)
             name = f"{self.spec}#{number}"  # 1 token for the end
             yield SyntheticJob(name, length, self._task, length - 1, depth, seed, options, self._filler)

@@ -155,12 +155,11 @@ class FileSource(Source):
     def inputs(self) -> list[tuple[str, int]]:
         return [(file.name, file.size) for file in self._files]
 
-    @property
-    def files(self) -> list[FileInput]:
-        return self._files
+    def files_of(self, first: int, last: int) -> list[FileInput]:
+        return self._files[first:last]
 
-    def jobs(self) -> Iterator[Job]:
-        for file in self._files:
+    def jobs(self, first: int = 0, last: int | None = None) -> Iterator[Job]:
+        for file in self._files[first:last]:
             if is_record_file(file.path.name):
                 yield from self._record_jobs(file)
             else:
