@@ -20,6 +20,7 @@ SYNONYMS = {
     "attention_bias": "model.qkv_bias",
     "batch_size": "train.lanes",
     "context_length": "model.segment_length",
+    "cp": "parallel.context",
     "d_ff": "model.ffn_hidden_size",
     "d_model": "model.hidden_size",
     "dataset": "data.sets",

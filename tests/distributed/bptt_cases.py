@@ -14,6 +14,7 @@ from model.config import layer_shape
 from model.layers import loss
 from model.sharding import partition_of
 from pipeline.config.load import load_config
+from pipeline.parallel.memory_statistics import gather_statistics
 from pipeline.parallel.setup import build_stage
 from pipeline.parallel.topology import Topology
 from pipeline.schedule.executor import Executor
@@ -201,6 +202,22 @@ def by_schedule(overrides: list[str], chunk_counts: list[int]) -> list[dict[str,
             losses[:, [segment for span in part.spans(losses.shape[1]) for segment in span]] = done.token_loss
         results.append(collect(stage, topology, losses, done.memory))
     return results
+
+
+def statistics(overrides: list[str]) -> dict[int, dict[str, Tensor]]:
+    """What the memories of all layers do in the window, of all heads, by the names of `MemoryStatistics`."""
+    config, topology, stage, batch, memory = prepare(overrides)
+    chunks = config.bptt.chunks_per_window
+    shape = {"stages": topology.pipeline_size, "stage": topology.pipeline_rank, "microbatches": 1, "chunks": chunks}
+    done = Executor(stage, topology, chunks=chunks, carry_gradient=True).run(
+        build_schedule(**shape, replay=False),
+        cut(batch, WindowPart(chunks, topology.context_rank, topology.context_size)),
+        memory,
+        lanes_per_microbatch=config.train.lanes,
+        statistics=True,
+    )
+    found = gather_statistics(done.statistics, topology, layers=config.model.num_layers)
+    return {layer: measured._asdict() for layer, measured in found.items()}
 
 
 def input_gradients(overrides: list[str]) -> dict[str, Any]:

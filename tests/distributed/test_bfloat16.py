@@ -50,11 +50,14 @@ def same(found: dict, expected: dict) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+CONTEXT = {"context": (2, ["parallel.context=2", "bptt.chunks_per_window=2", "parallel.zero_stage=2"])}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS | CONTEXT)
 def test_layouts_stay_near_one_process(runs, layout):
     """Rounding differs between layouts, by what 8 bits of mantissa can do and no more."""
     expected, exact = runs(1, BF16), runs(1, FP32)
-    world, overrides = LAYOUTS[layout]
+    world, overrides = (LAYOUTS | CONTEXT)[layout]
     found = runs(world, BF16, *overrides)
     assert found["losses"] == pytest.approx(expected["losses"], rel=3e-3)
     assert found["norms"] == pytest.approx(expected["norms"], rel=5e-2)

@@ -143,6 +143,22 @@ def test_parts_of_chunks_give_the_gradients_of_one_graph(pools, reference, world
         assert_same(whole(list(ranks)), expected)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_parts_have_the_statistics_of_the_whole(pools, chunks):
+    """Means over tokens and lanes; what is a ratio of sums is averaged over context ranks, as it is over chunks."""
+    settings = [*RULES["gated_deltanet"], f"bptt.chunks_per_window={chunks}"]
+    (whole,) = pools.run(1, bptt_cases.statistics, overrides=settings)
+    overrides = [*settings, *CONTEXT, "parallel.tensor=2"]
+    for found in pools.run(4, bptt_cases.statistics, overrides=overrides):
+        assert found.keys() == whole.keys()
+        for layer, expected in whole.items():
+            for name, value in expected.items():
+                ratio = name in ("memory_share", "read_variation")
+                torch.testing.assert_close(
+                    found[layer][name] * (2 if "histogram" in name else 1), value, rtol=0.2 if ratio else 1e-5, atol=0
+                )
+
+
 @pytest.mark.parametrize(
     ("world", "overrides"),
     [
