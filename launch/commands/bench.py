@@ -17,6 +17,7 @@ BENCHMARKS = {
     "data": "launch.commands.bench_data",
     "overhead": "launch.commands.bench_overhead",
     "scaling": "launch.commands.bench_scaling",
+    "context": "launch.commands.bench_context",
     "schedule": "launch.commands.bench_schedule",
     "checkpoint": "launch.commands.bench_checkpoint",
     "generate": "launch.commands.bench_generate",

@@ -62,13 +62,19 @@ class Step:
         return 1 if self.topology.pipeline_size > 1 else self.config.train.lanes
 
     def run(
-        self, batch: WindowBatch, config: Config, observer: Callable | None = None, memory: Memory | None = None
+        self,
+        batch: WindowBatch,
+        config: Config,
+        observer: Callable | None = None,
+        memory: Memory | None = None,
+        weight: float | None = None,
     ) -> StepResult:
         """Forward and backward of `batch`.
 
         Args:
             config: the step's own configuration, in which window length, chunks and window recomputation may differ.
             memory: carried in; None for an empty one.
+            weight: of all losses of the window, where this rank has a part of it; None for those of `batch`.
         """
         executor = Executor(self.stage, self.topology, chunks=config.bptt.chunks_per_window, carry_gradient=True)
         if memory is None:
@@ -78,6 +84,6 @@ class Step:
             batch,
             memory,
             lanes_per_microbatch=self.lanes_per_microbatch,
-            loss_scale=1 / float(batch.loss_weight.sum()),
+            loss_scale=1 / (float(batch.loss_weight.sum()) if weight is None else weight),
             observer=observer,
         )

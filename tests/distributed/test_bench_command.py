@@ -8,14 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import pytest
 
 from data.files import FileError
 from launch import cli
+from launch.commands import bench_context as bench_context_command
 from launch.commands import bench_scaling
 from launch.commands.bench_note import Note
-from pipeline.benchmarks import data_rates, measuring, scaling
+from pipeline.benchmarks import context, data_rates, measuring, scaling
 from pipeline.benchmarks.contestants import Sizes
 from pipeline.benchmarks.overhead import Overhead
 from pipeline.benchmarks.record import Record, read_record
@@ -201,3 +203,36 @@ def test_all_layouts_of_scaling_do_the_same_work():
         validate(config, 1 if config is configs[0] else 2, data_exists=False)
         assert config.model == configs[0].model
         assert (config.train.lanes, config.train.segments_per_window) == (4, 4)
+
+
+def bench_context(**settings) -> list[context.ContextRun]:
+    """Called in a process of a pool, whose heap stays as it is."""
+    with mock.patch.object(context, "give_memory_back"):
+        return context.measure(**settings)
+
+
+def test_context(pools, tmp_path):
+    """A document on one process and on four: a quarter of the memory, the same gradient where it begins, bytes that
+    stay. With fewer ranks than three nothing would go through the part of one between."""
+    sizes = Sizes(2, 16, 2, 24, 64, tokens=0, lanes=1, segment_length=16)
+    shared = {"tokens": [1024, 64], "sizes": list(sizes), "rule": "delta", "settings": []}
+    path = tmp_path / "results.json"
+    runs = {}
+    for processes in (1, 4):
+        context.write_results(path, pools.run(processes, bench_context, **shared)[0])
+        runs |= {(run.processes, run.tokens): run for run in context.read_results(path)}
+    path.unlink()
+    args = argparse.Namespace(**sizes._asdict() | {"tokens": 1024, "rule": "delta", "processes": 4})
+    note = Note("context", tmp_path)
+    bench_context_command.report(args, note, runs)
+    note.write({})
+    record = the_record(tmp_path)
+    for tokens in (64, 1024):
+        of = {"processes": 4, "tokens": tokens}
+        assert 1e-9 < numbers(record, "first_gradient_norm", **of)[0]
+        assert numbers(record, "first_gradient_difference", **of)[0] < 1e-12
+        assert numbers(record, "loss_difference", **of)[0] < 1e-12
+        # Pairs and normalisers of two heads of 8, to three others: forward, once more and backward.
+        assert numbers(record, "sent", **of) == [3 * 3 * 8 * 2 * (2 * 8 * 8 + 8)]
+    assert 0.2 < numbers(record, "share_of_one", processes=4, tokens=1024)[0] < 0.3
+    assert record.pictures

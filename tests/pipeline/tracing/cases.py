@@ -26,6 +26,7 @@ from pipeline.accounting.live_bytes import LiveBytes
 from pipeline.accounting.planner import Rates, predict_step
 from pipeline.checkpoint.run_state import CarriedMemory, Progress, SavedOptimizer
 from pipeline.checkpoint.writer import take_snapshot
+from pipeline.config.derived import processes_per_lane
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.inference.incremental import IncrementalModel
@@ -271,7 +272,7 @@ def plan_and_trace(path: str, layers_per_stage: int | None) -> dict[str, Any]:
         config.model.num_layers, parallel.layers_per_stage = layers_per_stage * parallel.pipeline, None
     vocab = config.model.vocab_size or ASSUMED_VOCAB
     # Two copies of the model, so that ZeRO shares out; one where there is a single lane.
-    world = parallel.tensor * parallel.pipeline * (1 + (config.train.lanes % 2 == 0))
+    world = processes_per_lane(config) * (1 + (config.train.lanes % 2 == 0))
     return _estimate_and_trace(config, world, vocab)
 
 
