@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.layers import heads, loss
 from model.layers.attention import InfiniAttention
-from model.layers.heads import plain_split_heads
 from model.layers.mixing import plain_mix
 from model.layers.mlp import GatedMLP, plain_silu_product
 from model.layers.norm import RMSNorm, plain_rms_norm
@@ -31,7 +31,7 @@ from model.rules.feature_maps import plain_phi_of, plain_unit_length_of
 
 COMPILED = "norms of the residual stream, the MLP's product, the memory's map of queries and keys"
 """In words, for the start of a run."""
-ALSO_COMPILED = "the split into heads, the mixing with the memory"
+ALSO_COMPILED = "the rotation of queries and keys, the mixing with the memory, the softmax of the loss"
 WHERE_ALSO = ("cuda",)
 """Types of devices where these are compiled, too."""
 
@@ -50,14 +50,31 @@ class Piece:
     """
 
     def __init__(self, written: Callable, plain: FunctionType) -> None:
-        self.written = written
-        # What is compiled belongs to a code object, and so does the count of its shapes, which the compiler bounds: a
-        # stage has its own.
-        own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__)
-        self.compiled = torch.compile(own, fullgraph=True, dynamic=False)
+        self.written, self.compiled = written, compiled(plain)
 
     def __call__(self, *arguments: Any) -> Any:
         return (self.compiled if torch.is_grad_enabled() else self.written)(*arguments)
+
+
+class SplitHeads:
+    """`split_heads`, whose two passes are compiled where there is a graph. The compiler would not find the way back: of
+    outputs that are views of one another it leaves every sum of gradients to autograd."""
+
+    def __init__(self, passes: heads.Passes) -> None:
+        self.passes = passes
+
+    def __call__(self, qkv: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], memory: bool) -> heads.Heads:
+        return heads.split_heads(qkv, table, memory, self.passes if torch.is_grad_enabled() else None)
+
+
+def compiled(plain: FunctionType) -> Callable:
+    """A function as the compiler makes it, when it first runs.
+
+    What is compiled belongs to a code object, and so does the count of its shapes, which the compiler bounds: every
+    call of this has its own.
+    """
+    own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def compile_pieces(stage: nn.Module, device: torch.device) -> None:
@@ -74,17 +91,21 @@ def compile_pieces(stage: nn.Module, device: torch.device) -> None:
             pieces[plain] = Piece(written, plain)
         return pieces[plain]
 
+    also = device.type in WHERE_ALSO
+    split = SplitHeads(heads.Passes(compiled(heads.plain_turn), compiled(heads.plain_gradient)))
     for module in stage.modules():
         if isinstance(module, RMSNorm):
             module.function = piece(module.function, plain_rms_norm)
         elif isinstance(module, GatedMLP):
             module.product = piece(module.product, plain_silu_product)
         elif isinstance(module, InfiniAttention):
-            if device.type in WHERE_ALSO:
-                module.split, module.mix = piece(module.split, plain_split_heads), piece(module.mix, plain_mix)
+            if also:
+                module.split, module.mix = split, piece(module.mix, plain_mix)
             if module.rule is not None:
                 rule = module.rule.rule if isinstance(module.rule, ConvolvedRule) else module.rule
                 rule.features = piece(rule.features, plain_phi_of if rule.has_feature_map else plain_unit_length_of)
+        elif isinstance(module, loss.OutputMatrix) and also:
+            module.passes = loss.Passes(compiled(loss.plain_sums), compiled(loss.plain_gradient))
 
 
 def check_compiler(device: torch.device) -> None:

@@ -10,6 +10,7 @@ head, d head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,28 +39,45 @@ class Heads(NamedTuple):
     """`[B, n, s, d]`."""
 
 
-def split_heads(qkv: Tensor, table: Table, memory: bool) -> Heads:
+class Passes(NamedTuple):
+    """What computes in `split_heads` in place of what is written there: `plain_turn` and `plain_gradient`, compiled."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+
+
+def split_heads(qkv: Tensor, table: Table, memory: bool, passes: Passes | None = None) -> Heads:
     """Split `[s, B, n, r + 2, d]`: of every key/value head its query heads, its key, its value.
 
     Args:
         table: `[s, d]`, of the segment's positions.
         memory: there is one, which wants queries, keys and values as well.
     """
-    return Heads(*_SplitHeads.apply(qkv, *table, memory))
+    return Heads(*_SplitHeads.apply(qkv, *table, memory, passes))
 
 
-def plain_split_heads(qkv: Tensor, table: Table, memory: bool) -> Heads:
-    """`split_heads` for the compiler."""
-    cos, sin = (x.view(-1, 1, 1, 1, qkv.shape[-1]) for x in table)
-    turning = qkv[:, :, :, :-1]
-    first, second = turning.chunk(2, dim=-1)
-    rotated = (turning * cos + torch.cat([second, first], dim=-1) * sin).to(qkv.dtype)
-    local = rotated.flatten(1, 2).permute(1, 2, 0, 3)
-    value = qkv.flatten(1, 2).permute(1, 2, 0, 3)[:, -1:]
-    if not memory:
-        return Heads(local[:, :-1], local[:, -1:], value)
-    own = qkv.permute(1, 2, 3, 0, 4)
-    return Heads(local[:, :-1], local[:, -1:], value, own[:, :, :-2], own[:, :, -2], own[:, :, -1])
+def plain_turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `split_heads` computes, for the compiler: `[s, B, n, r + 1, d]` rotated."""
+    return _turned(x, cos, sin).to(x.dtype).contiguous()
+
+
+def plain_gradient(
+    local: tuple[Tensor, ...], memory: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The way back, for the compiler.
+
+    Args:
+        local, memory: gradients of queries, keys and values, `[s, B, n, r or 1, d]`, from the local attention and from
+            the memory (None without one).
+    """
+    turned = [_turned(x, cos, -sin) for x in local[:2]] + [local[2]]
+    parts = [x if y is None else x + y for x, y in zip(turned, memory, strict=True)]
+    return torch.cat([x.to(dtype) for x in parts], dim=3)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([second, first], dim=-1) * sin
 
 
 def join_heads(attended: Tensor, b: int) -> Tensor:
@@ -73,14 +91,18 @@ class _SplitHeads(torch.autograd.Function):
     rotated back."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, memory: bool) -> tuple[Tensor, ...]:
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, memory: bool, passes: Passes | None) -> tuple[Tensor, ...]:
         s, b, n, parts, d = qkv.shape
         ctx.table = tuple(x.view(s, 1, 1, 1, d) for x in (cos, sin))
         ctx.shape, ctx.options = qkv.shape, {"dtype": qkv.dtype, "device": qkv.device}
         ctx.set_materialize_grads(False)
-        rotated = torch.empty(s, b, n, parts - 1, d, dtype=qkv.dtype, device=qkv.device)
-        for out, x, *table in cache_blocks(rotated, qkv[:, :, :, :-1], *ctx.table):
-            rotate_into(out, x, table)
+        ctx.passes, turning = passes, qkv[:, :, :, :-1]
+        if passes is not None:
+            rotated = passes.forward(turning.detach(), *ctx.table)
+        else:
+            rotated = torch.empty(s, b, n, parts - 1, d, dtype=qkv.dtype, device=qkv.device)
+            for out, x, *table in cache_blocks(rotated, turning, *ctx.table):
+                rotate_into(out, x, table)
         local = rotated.flatten(1, 2).permute(1, 2, 0, 3)
         value = qkv.flatten(1, 2).permute(1, 2, 0, 3)[:, -1:]
         outputs = local[:, :-1], local[:, -1:], value
@@ -93,14 +115,17 @@ class _SplitHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _, b, n, parts, _ = ctx.shape
+        of_local = [x if x is None else x.unflatten(0, (b, n)).permute(3, 0, 1, 2, 4) for x in grads[:3]]
+        of_memory = [
+            x if x is None else (x if x.dim() == 5 else x.unsqueeze(2)).permute(3, 0, 1, 2, 4)
+            for x in grads[3:] or (None, None, None)
+        ]
+        if ctx.passes is not None and None not in of_local:
+            gradient = ctx.passes.backward(tuple(of_local), tuple(of_memory), *ctx.table, ctx.options["dtype"])
+            return gradient, None, None, None, None
         gradient = torch.empty(ctx.shape, **ctx.options)
         places = gradient.split((parts - 2, 1, 1), dim=3)
-        from_memory = grads[3:] or (None, None, None)
-        for place, local, memory in zip(places, grads[:3], from_memory, strict=True):
-            if local is not None:
-                local = local.unflatten(0, (b, n)).permute(3, 0, 1, 2, 4)
-            if memory is not None:
-                memory = (memory if memory.dim() == 5 else memory.unsqueeze(2)).permute(3, 0, 1, 2, 4)
+        for place, local, memory in zip(places, of_local, of_memory, strict=True):
             if local is None:
                 place.zero_() if memory is None else place.copy_(memory)
             elif place is not places[2]:
@@ -110,4 +135,4 @@ class _SplitHeads(torch.autograd.Function):
                 place.copy_(local)
             else:
                 torch.add(local, memory, out=place)
-        return gradient, None, None, None
+        return gradient, None, None, None, None

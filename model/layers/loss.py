@@ -14,7 +14,7 @@ holds it beside the logits on the way there and back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,11 +39,37 @@ class OutputLosses(NamedTuple):
     """Bool `[s, b]`: the label has the largest logit, i.e. greedy decoding would give it."""
 
 
+class Passes(NamedTuple):
+    """What computes with a block of logits in place of what is written here: `plain_sums` and `plain_gradient`,
+    compiled. They keep nothing wide, so that a block is taken as a whole."""
+
+    sums: Callable[..., Tensor]
+    gradient: Callable[..., Tensor]
+
+
+def plain_sums(logits: Tensor, maximum: Tensor) -> Tensor:
+    """Of `[rows, vocabulary / tp]` the sums of exp(logit - maximum), `[rows]`, for the compiler."""
+    return (logits - maximum.unsqueeze(-1)).exp().sum(dim=-1)
+
+
+def plain_gradient(
+    logits: Tensor, highest: Tensor, total: Tensor, index: Tensor, owned: Tensor, gradient: Tensor
+) -> Tensor:
+    """The gradient of the logits, in their precision, for the compiler."""
+    softmax = (logits - highest.unsqueeze(-1)).exp() / total.unsqueeze(-1)
+    column = torch.arange(logits.shape[-1], device=logits.device)
+    label = (column == index.unsqueeze(-1)) & owned.unsqueeze(-1)
+    return ((softmax - label.to(softmax.dtype)) * gradient.unsqueeze(-1)).to(logits.dtype)
+
+
 class OutputMatrix(ColumnParallelLinear):
     """Megatron's output layer, which with labels goes on to the losses.
 
     Without labels it is what Megatron makes of it: logits `[s, b, vocabulary / tp]` and a bias that is None.
     """
+
+    passes: Passes | None = None
+    """What the compiler made, for passes with a graph."""
 
     def forward(
         self,
@@ -74,6 +100,7 @@ class OutputMatrix(ColumnParallelLinear):
                 weight.shape[0] if known is None else known,
                 self.sequence_parallel,
                 keep_logits and torch.is_grad_enabled(),
+                self.passes if torch.is_grad_enabled() else None,
             )
         )
 
@@ -107,7 +134,7 @@ def _product(rows: Tensor, matrix: Tensor, known: int, out: Tensor | None = None
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, known, sequence_parallel, keep):
+    def forward(ctx, hidden, weight, labels, known, sequence_parallel, keep, passes):
         group = _group()
         wide = torch.promote_types(weight.dtype, torch.float32)
         rows = _rows(hidden, sequence_parallel)
@@ -122,8 +149,11 @@ class _Losses(torch.autograd.Function):
             maximum[block] = logits.amax(dim=-1).to(wide).clamp_(min=torch.finfo(wide).min)
             target[block] = logits.gather(-1, index[block].unsqueeze(-1)).squeeze(-1).to(wide)
             own, sums = maximum[block], total[block]
-            for part in _narrow(logits):
-                sums[part] = (logits[part] - own[part].unsqueeze(-1)).exp_().sum(dim=-1)
+            if passes is not None:
+                sums.copy_(passes.sums(logits, own))
+            else:
+                for part in _narrow(logits):
+                    sums[part] = (logits[part] - own[part].unsqueeze(-1)).exp_().sum(dim=-1)
             del logits  # else it would live while the next one is made
         highest = maximum.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
@@ -131,7 +161,7 @@ class _Losses(torch.autograd.Function):
         total, target = _reduce(both, group)
         losses, correct = total.log() - (target - highest), target >= highest
         ctx.save_for_backward(hidden, weight, index, owned, highest, total, kept)
-        ctx.known, ctx.sequence_parallel = known, sequence_parallel
+        ctx.known, ctx.sequence_parallel, ctx.passes = known, sequence_parallel, passes
         ctx.mark_non_differentiable(correct)
         return losses.view(labels.shape), correct.view(labels.shape)
 
@@ -148,7 +178,9 @@ class _Losses(torch.autograd.Function):
             logits = _product(rows[block], weight, ctx.known) if kept is None else kept[block]
             own_index, own_owned, own_highest = index[block], owned[block], highest[block]
             own_total, own_gradient = total[block], gradient[block]
-            for part in _narrow(logits):
+            if ctx.passes is not None:
+                logits = ctx.passes.gradient(logits, own_highest, own_total, own_index, own_owned, own_gradient)
+            for part in _narrow(logits) if ctx.passes is None else ():
                 softmax = (logits[part] - own_highest[part].unsqueeze(-1)).exp_()
                 softmax /= own_total[part].unsqueeze(-1)
                 softmax[at[: len(softmax)], own_index[part]] -= own_owned[part].to(softmax.dtype)
@@ -162,7 +194,7 @@ class _Losses(torch.autograd.Function):
         if needs_hidden:
             of_rows = of_rows.view(-1, *hidden.shape[1:])
             of_rows = (_reduce_scatter_along_first_dim if ctx.sequence_parallel else _reduce)(of_rows, _group())
-        return of_rows, of_matrix, None, None, None, None
+        return of_rows, of_matrix, None, None, None, None, None
 
 
 def _rows(hidden: Tensor, sequence_parallel: bool) -> Tensor:

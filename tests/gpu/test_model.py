@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.compiling import compile_pieces
 from model.device import prepare_megatron
 from tests.gpu.target import eps, relative_error
 from tests.model.build import random_tokens, small_config, small_stage
@@ -28,10 +29,12 @@ def by_module(tensors):
     return {name: torch.cat(found) for name, found in parts.items()}
 
 
-def measured(config, precision, weights, device):
+def measured(config, precision, weights, device, *, compiled=False):
     """Loss, memory and gradients by name."""
     prepare_megatron()
     stage = small_stage(config, scramble=False, precision=precision).to(device)
+    if compiled:
+        compile_pieces(stage, device)
     with torch.no_grad():
         for name, parameter in stage.global_parameters():
             parameter.copy_(weights[name])
@@ -45,15 +48,28 @@ def measured(config, precision, weights, device):
     return {"loss": loss} | memory | {n: x.grad for n, x in stage.global_parameters()}
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize("rule", RULES)
-def test_model(device, within, rule, precision):
+def check(device, within, rule, precision, *, compiled=False):
     gates = {} if rule == "none" else {"gate": "sigmoid", "mix": "token"}
     config = small_config(rule, segment_length=32, **gates, **SIZES)
     weights = {name: x.detach() for name, x in small_stage(config).global_parameters()}
     expected = measured(config, "fp64", weights, torch.device("cpu"))
-    found = measured(config, precision, weights, device)
+    found = measured(config, precision, weights, device, compiled=compiled)
     assert {x.device.type for x in found.values()} == {device.type}
     found, expected = by_module(found), by_module(expected)
     errors = {name: relative_error(found[name], x) for name, x in expected.items() if x.any()}
     within(errors, TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("rule", RULES)
+def test_model(device, within, rule, precision):
+    check(device, within, rule, precision)
+
+
+@pytest.mark.parametrize(
+    ("rule", "precision"), [("delta", "bf16"), ("delta", "fp32"), ("gated_deltanet", "bf16"), ("none", "bf16")]
+)
+def test_compiled_model(device, within, rule, precision):
+    if device.type == "cpu":
+        pytest.skip("tests/model/test_compiling.py has it, with all pieces")
+    check(device, within, rule, precision, compiled=True)
