@@ -108,7 +108,7 @@ ROWS = [
     row((1, 2, 2, 1), "probes", chunks=2),
     row((1, 1, 1, 1), "deltanet-hard", context=2, chunks=2),
     row((1, 1, 1, 1), "sliding", context=4, recompute="window"),
-    row((1, 1, 1, 1), "delta-bias-norms", context=4, recompute="selective"),
+    row((1, 1, 1, 1), "delta-bias-norms", context=4, recompute="selective", marks=pytest.mark.slow),
     row((1, 1, 1, 2), "linear-convolution", context=2, recompute="layer", train__lanes_per_microbatch=2),
     row((1, 1, 1, 3), "gated_deltanet", context=2, chunks=2, recompute="window"),
     row((1, 1, 1, 1), "probes", context=2, chunks=2),
@@ -116,7 +116,7 @@ ROWS = [
     row((1, 2, 1, 1), "delta-untied", context=2, chunks=2, recompute="window"),
     row((1, 1, 2, 1), "linear-sigmoid-untied", context=2, chunks=2),
     row((1, 1, 2, 3), "delta", context=2),
-    row((1, 1, 1, 1), "transformer-xl", context=2),
+    row((1, 1, 1, 1), "transformer-xl", context=2, marks=pytest.mark.slow),
     row((2, 2, 2, 1), "delta", chunks=4, recompute="window", marks=pytest.mark.slow),
     row((2, 2, 2, 1), "deltanet-hard", marks=pytest.mark.slow, **SP),
 ]
