@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 def calm(lab, data, tmp_path_factory) -> Run:
     """The run that nobody disturbs, in two processes of this machine."""
     run = Run(tmp_path_factory.mktemp("calm") / "run", data, *LONG)
-    pools = Pools()
+    pools = Pools(timeout_s=700)  # a whole run, on a machine that may have much else to do
     run.train_in(pools)
     pools.close()
     return run

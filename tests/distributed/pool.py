@@ -66,9 +66,10 @@ def _serve(rank: int, world: int, port: int, pipe) -> None:
 
 
 class Pool:
-    """`world` ranks on this machine."""
+    """`world` ranks on this machine; a case that takes longer than `timeout_s` hangs."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         self.pipes, self.processes = [], []
@@ -97,7 +98,7 @@ class Pool:
         results: list[Any] = [None] * len(self.pipes)
         waiting = dict(enumerate(self.pipes))
         while waiting:
-            ready = multiprocessing.connection.wait(list(waiting.values()), timeout=TIMEOUT_S)
+            ready = multiprocessing.connection.wait(list(waiting.values()), timeout=self.timeout_s)
             if not ready:
                 self.close()
                 raise CaseFailed(f"ranks {sorted(waiting)} of {len(self.pipes)} hang in {function.__name__}")
@@ -128,13 +129,14 @@ class Pool:
 class Pools:
     """One pool per world size, made when first asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self.pools: dict[int, Pool] = {}
+        self.timeout_s = timeout_s
 
     def run(self, world: int, function: Any, **arguments: Any) -> list[Any]:
         """`Pool.run` with `world` ranks."""
         if world not in self.pools or self.pools[world].broken:
-            self.pools[world] = Pool(world)
+            self.pools[world] = Pool(world, self.timeout_s)
         return self.pools[world].run(function, **arguments)
 
     def close(self) -> None:
