@@ -13,6 +13,8 @@ class SetConfig:
     """Folder with `manifest.json`."""
     weight: float = 1.0
     """Share of the tokens that come from this set, relative to the other sets."""
+    max_epochs: int | None = None
+    """How often each document is read at most; then the other sets have this one's share. Null: without end."""
     answer_weight: float = 1.0
     """Loss weight of the tokens that a document marks as answers (other tokens weigh 1)."""
 

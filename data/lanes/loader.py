@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data.config import DataConfig
@@ -21,6 +22,19 @@ logger = logging.getLogger(__name__)
 
 # One lane meeting this many unreadable documents one after the other has lost its storage, not some documents.
 _MAX_SKIPPED_IN_A_ROW = 100
+
+
+@dataclass(frozen=True)
+class SetShare:
+    """A set in the mixture. Tokens are labels, without padding."""
+
+    path: str
+    asked: float
+    """Its share of the tokens, by its weight."""
+    epoch_tokens: int
+    """That reading each of its documents once gives."""
+    tokens: int = 0
+    """Given out so far; it is part of the lanes' state."""
 
 
 class LaneLoader:
@@ -91,6 +105,11 @@ class LaneLoader:
         if not 0 <= first_lane < last_lane <= lanes:
             raise ValueError(f"lanes [{first_lane}, {last_lane}) are not a part of lanes [0, {lanes})")
         self._sets = sets
+        total = sum(entry.weight for entry in sets)
+        self._shares = [
+            SetShare(str(entry.set.path), entry.weight / total, int((entry.set.lengths - 1).clip(min=0).sum()))
+            for entry in sets
+        ]
         self._in_stores = any(is_store(entry.set.path) for entry in sets)
         self._schedule = LaneSchedule(sets, lanes=lanes, segment_length=segment_length, seed=seed, stagger=stagger)
         self._lane_ids = range(first_lane, last_lane)
@@ -142,6 +161,12 @@ class LaneLoader:
     def skipped_documents(self) -> int:
         """Unreadable documents that these lanes have left out since the run began (it is part of the state)."""
         return sum(cursor.skipped for cursor in self._returned)
+
+    @property
+    def mixture(self) -> list[SetShare]:
+        """What was asked of each set, and what these lanes have given out of it since the run began."""
+        seen = map(sum, zip(*(cursor.consumed for cursor in self._returned), strict=True))
+        return [replace(share, tokens=tokens) for share, tokens in zip(self._shares, seen, strict=True)]
 
     @property
     def tokenizer(self) -> tuple[str, str]:
@@ -309,7 +334,10 @@ def build_loader(
     Raises:
         ValueError: a set cannot be opened, or as `LaneLoader`.
     """
-    sets = [WeightedSet(PreparedSet(entry.path, split), entry.weight, entry.answer_weight) for entry in config.sets]
+    sets = [
+        WeightedSet(PreparedSet(entry.path, split), entry.weight, entry.answer_weight, entry.max_epochs)
+        for entry in config.sets
+    ]
     return LaneLoader(
         sets,
         lanes=lanes,

@@ -57,6 +57,12 @@ class WeightedSet:
     """Share of the tokens, relative to the other sets' weights."""
     answer_weight: float
     """Loss weight of answer tokens."""
+    max_epochs: int | None = None
+    """How often its documents are read at most; None: without end."""
+
+
+class SetsSpentError(ValueError):
+    """All sets have been read as often as they may be."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ class LaneSchedule:
         self.seed = seed
         self.stagger = stagger
         self._weights = [entry.weight for entry in sets]
+        self._max_epochs = [entry.max_epochs for entry in sets]
         self._lengths = [entry.set.lengths for entry in sets]
         # A document of one token has nothing to predict; indices of the others, None where that is all of them.
         self._usable: list[np.ndarray | None] = []
@@ -219,9 +226,28 @@ class LaneSchedule:
             (consumed + credit) / weight
             for consumed, credit, weight in zip(cursor.consumed, cursor.credit, self._weights, strict=True)
         ]
-        number = clocks.index(min(clocks))
+        left = self._left(lane, cursor)
+        number = min(left, key=lambda number: clocks[number])
         document = self.document(lane, number, cursor.taken[number])
         return replace(cursor, taken=_add(cursor.taken, number, 1), set=number, document=document)
+
+    def _left(self, lane: int, cursor: LaneCursor) -> list[int]:
+        """The sets of which the lane may begin another document.
+
+        Raises:
+            SetsSpentError: there is none.
+        """
+        left = [
+            number
+            for number, (taken, most) in enumerate(zip(cursor.taken, self._max_epochs, strict=True))
+            if most is None or (taken * self.lanes + lane) // self._counts[number] < most
+        ]
+        if not left:
+            raise SetsSpentError(
+                f"lane {lane} has read all sets as often as max_epochs allows ({self._max_epochs}): allow more, leave "
+                "one set without a bound, or train fewer steps"
+            )
+        return left
 
     def _enter(self, lane: int, cursor: LaneCursor) -> LaneCursor:
         """Begin the lane's first document, as if the lane had been running for long.
@@ -235,6 +261,8 @@ class LaneSchedule:
         spread = (int(self._random(_SPREAD_STREAM).random_raw()) + lane * _GOLDEN_RATIO_64) % (1 << 64)
         shares = np.cumsum(self._weights) / sum(self._weights)
         number = min(int(np.searchsorted(shares, spread / 2**64, side="right")), len(shares) - 1)
+        left = self._left(lane, cursor)  # a set may have fewer documents than there are lanes
+        number = number if number in left else left[0]
         document = self.document(lane, number, 0)
         entered = 0
         if self.stagger:
@@ -277,6 +305,8 @@ class LaneSchedule:
     def _fingerprint(self) -> str:
         """Hash of all that a cursor's meaning depends on."""
         facts = [self.seed, self.lanes, self.segment_length, self._weights]
+        if any(most is not None for most in self._max_epochs):  # else the streams are those of versions without it
+            facts.append(self._max_epochs)
         digest = hashlib.sha256(json.dumps(facts).encode())
         for lengths in self._lengths:
             digest.update(np.ascontiguousarray(lengths, dtype=np.int64).data)
@@ -293,6 +323,8 @@ def _check_sets(sets: list[WeightedSet]) -> None:
     for entry in sets:
         if not (0 < entry.weight < float("inf")):
             raise ValueError(f"the weight of {entry.set.path} must be positive, got {entry.weight}")
+        if entry.max_epochs is not None and entry.max_epochs < 1:
+            raise ValueError(f"the max_epochs of {entry.set.path} must be at least 1, got {entry.max_epochs}")
         if not (0 <= entry.answer_weight < float("inf")):
             raise ValueError(f"the answer_weight of {entry.set.path} must not be negative, got {entry.answer_weight}")
         if entry.set.tokenizer_hash != sets[0].set.tokenizer_hash:

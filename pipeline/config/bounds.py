@@ -90,6 +90,7 @@ BOUNDS: dict[str, Bound] = {
     "model.memory.gate_floor": Bound(0, 1, below=True),
     "model.memory.epsilon": Bound(0, 1, above=True),
     "data.sets.*.weight": _positive(1e9),
+    "data.sets.*.max_epochs": Bound(1, 1 << 31),
     "data.sets.*.answer_weight": Bound(0, 1e9),
     "data.prefetch": Bound(1, 1024),
     "parallel.tensor": Bound(1, 1024),

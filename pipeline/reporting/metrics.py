@@ -19,6 +19,8 @@ Names are paths, one spelling from the trainer to the plots (`pipeline.reporting
                                                 before to the first one after
     recovery/steps_recomputed  recovery/tokens_recomputed  recovery/data_parallel_size  recovery/attempt
     data/padded_share                           positions that are padding, a share
+    data/share/<set>  data/asked_share/<set>    of the tokens so far, and by the sets' weights; where there are several
+    data/epochs/<set>                           how often the set has been read so far, by its tokens
     data/skipped_documents                      unreadable ones left out so far, with data.skip_bad_documents
     evaluation/<set>/loss_<way>                 of held-out documents, with the memory `on`, `off` and `shuffled` (that
                                                 of another document)

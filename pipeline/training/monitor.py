@@ -32,6 +32,7 @@ from pipeline.reporting.throughput import ThroughputMeter
 from pipeline.reporting.wandb_run import WandbRun
 from pipeline.schedule.operations import Operation
 from pipeline.training.introduction import derived_rows, told_sheet
+from pipeline.training.mixture import mixture_metrics
 from pipeline.training.profiling import ProfileWindow
 from pipeline.training.rank_times import NUMBERS, OwnTime, StragglerWatch, find_slowest, slots
 from pipeline.training.segment_losses import LossBySegment
@@ -209,10 +210,14 @@ class Monitor:
         own = slots(dist.get_rank(), dist.get_world_size(), own_s, data_s)
         gathered = topology.all_reduce([*map(float, memory.values()), *own], op=dist.ReduceOp.MAX)
         largest, of_ranks = gathered[: len(memory)], gathered[len(memory) :]
+        copies = topology.tensor_size * topology.context_size * topology.pipeline_size
+        mixture = {}
+        if len(record.mixture) > 1:
+            tokens = topology.all_reduce([float(share.tokens) for share in record.mixture])
+            mixture = mixture_metrics(record.mixture, [of_set / copies for of_set in tokens])
         skipped = None
         if self.config.data.skip_bad_documents:
             # The processes that work on a lane together leave out the same.
-            copies = topology.tensor_size * topology.context_size * topology.pipeline_size
             skipped = topology.all_reduce([float(record.skipped_documents)])[0] / copies
         still, stillness = self.stillness.at_interval(rate)
         totals, measured = self.interval, self.own_steps > 0
@@ -242,6 +247,7 @@ class Monitor:
             still += self._compare_ranks(of_ranks, values)
         if skipped is not None:
             values["data/skipped_documents"] = skipped
+        values |= mixture
         if totals:
             seen = totals["tokens"] + totals["padded"]
             values["data/padded_share"] = totals["padded"] / seen

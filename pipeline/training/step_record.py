@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data.lanes.loader import WindowBatch
+from data.lanes.loader import SetShare, WindowBatch
 from pipeline.parallel.optimizer import StepOutcome
 from pipeline.schedule.executor import StepResult
 
@@ -27,6 +27,8 @@ class StepRecord:
     """Of the run so far, this step's included."""
     skipped_documents: int
     """Documents that this process could not read and has left out, so far."""
+    mixture: list[SetShare]
+    """Of its lanes, so far."""
 
     @property
     def loss(self) -> float:

@@ -322,9 +322,8 @@ class Trainer:
         self.progress.step += 1
         self.progress.windows += 1
         self.progress.tokens += int(sums["tokens"])
-        record = StepRecord(
-            self.progress.step, batch, result, sums, outcome, rate, self.progress.tokens, self.loader.skipped_documents
-        )
+        told = self.progress.tokens, self.loader.skipped_documents, self.loader.mixture
+        record = StepRecord(self.progress.step, batch, result, sums, outcome, rate, *told)
         if outcome.applied:
             self.memory.value = result.memory
             self.spikes.add(record.loss)

@@ -840,3 +840,76 @@ def test_two_loaders_of_the_same_lanes_have_equal_digests(make_loader):
     one, other = (make_loader(random_sets()) for _ in range(2))
     digests = [[loader.next_batch().digest for _ in range(6)] for loader in (one, other)]
     assert digests[0] == digests[1] and len(set(digests[0])) == 6
+
+
+def read_often(make_loader, sets, windows: int, **options) -> dict[str, int]:
+    """How often each document was begun."""
+    batches = make_loader(sets, **{"stagger": False} | options)
+    begun: dict[str, int] = {}
+    for _ in range(windows):
+        for row in batches.next_batch().documents:
+            for name in row:
+                begun[name] = begun.get(name, 0) + 1
+    return begun
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+def test_a_set_is_read_as_often_as_it_may_be_and_the_others_go_on(make_loader, lanes):
+    sets = sets_of([5] * 6, [9] * 10, weights=(5.0, 1.0))  # documents of one segment each
+    sets[0].max_epochs = 2
+    begun = read_often(make_loader, sets, 40, lanes=lanes)
+    assert [begun[f"set-0:{number}"] for number in range(6)] == [2] * 6
+    assert sum(count for name, count in begun.items() if name.startswith("set-1")) == 40 * 3 * lanes - 12
+
+
+def test_a_cap_that_is_not_reached_changes_no_document(make_loader):
+    free, capped = random_sets(), random_sets()
+    capped[0].max_epochs = 1_000_000
+    loaders = [make_loader(sets) for sets in (free, capped)]
+    for _ in range(30):
+        assert len({str(loader.next_batch().digests) for loader in loaders}) == 1
+    # But it is said in the state, because later it would.
+    with pytest.raises(ValueError, match="another stream of documents"):
+        loaders[1].load_state_dict(loaders[0].state_dict())
+
+
+def test_lanes_that_have_read_all_they_may_say_so_and_go_on_from_a_state(make_loader):
+    sets = sets_of([5] * 6, [9] * 3, weights=(1.0, 1.0))
+    for entry in sets:
+        entry.max_epochs = 3
+    loader = make_loader(sets, lanes=3, stagger=False)
+    loader.next_batch()
+    other = make_loader(sets, lanes=3, stagger=False)
+    other.load_state_dict(loader.state_dict())
+    assert other.next_batch().digests == loader.next_batch().digests
+    with pytest.raises(ValueError, match=r"has read all sets as often as max_epochs allows \(\[3, 3\]\)"):
+        for _ in range(9):
+            loader.next_batch()
+    few = sets_of([5], weights=(1.0,))
+    few[0].max_epochs = 1
+    with pytest.raises(ValueError, match="lane 1 has read all sets"):  # which has nothing to begin with
+        make_loader(few, lanes=2, segments_per_window=1).next_batch()
+    few[0].max_epochs = 0
+    with pytest.raises(ValueError, match="max_epochs of set-0 must be at least 1"):
+        make_loader(few)
+
+
+def test_the_mixture_is_counted_as_asked_and_as_seen(make_loader):
+    sets = sets_of([20] * 5, [90] * 7, weights=(3.0, 1.0))
+    loaders = [make_loader(sets, first_lane=first, last_lane=first + 2) for first in (0, 2)]
+    labels = [0, 0]
+    for _ in range(25):
+        for loader in loaders:
+            batch = loader.next_batch()
+            for row, names in enumerate(batch.documents):
+                kinds = {int(name[4]) for name in names}
+                if len(kinds) == 1:  # a window of one set's documents
+                    labels[kinds.pop()] += int((batch.loss_weight[row] > 0).sum())
+    shares = [loader.mixture for loader in loaders]
+    assert [(share.asked, share.epoch_tokens) for share in shares[0]] == [(0.75, 95), (0.25, 623)]
+    tokens = [sum(of_loader[number].tokens for of_loader in shares) for number in (0, 1)]
+    assert all(seen >= counted > 0 for seen, counted in zip(tokens, labels, strict=True))
+    assert tokens[0] / sum(tokens) == pytest.approx(0.75, abs=0.08)
+    assert sum(tokens) == sum(
+        sum(cursor["consumed"]) for loader in loaders for cursor in loader.state_dict()["lanes"].values()
+    )

@@ -282,5 +282,7 @@ def test_what_the_first_version_wrote_is_read_as_it_was():
 def leaves(settings: dict, prefix: str = "") -> dict[str, str]:
     found = {}
     for name, value in settings.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(place): entry for place, entry in enumerate(value)}
         found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}
     return found
