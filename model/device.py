@@ -69,6 +69,11 @@ def _set_heap(*, trim: int, mmap: int) -> None:
         libc.mallopt(M_MMAP_THRESHOLD, mmap)
 
 
+def host_knows(device: torch.device) -> bool:
+    """Whether the host can read values on `device` without waiting for anything."""
+    return device.type == "cpu"
+
+
 def default_device(local_rank: int = 0) -> torch.device:
     """The device of this process: its CUDA device when there is one, else the CPU.
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from model.device import host_knows
 from model.layers.heads import Heads
 from model.layers.rotary import Table, rotate
 from model.layers.sdpa import attention_kernel
@@ -94,11 +95,28 @@ def sliding_attention(
             attn_mask=causal_lower_right(s, 2 * s),
             enable_gqa=heads.query.shape[1] > 1,
         )
-    # A mask of its own for every segment would keep fused kernels away: the segment's own attention is computed as
-    # well, and taken where nothing is before it.
-    alone = segment_attention(heads.query, heads.key, heads.value)
-    local = torch.where(with_probes(seen).repeat_interleave(n).view(-1, 1, 1, 1), wide, alone)
+    local = _alone_where_first(wide, heads, ~with_probes(seen).repeat_interleave(n))
     return local, LocalContext(*last, torch.ones_like(context.local_seen))
+
+
+def _alone_where_first(wide: Tensor, heads: Heads, first: Tensor) -> Tensor:
+    """`wide`, and where nothing is before a segment its own attention.
+
+    A mask of its own for every segment would keep fused kernels away. So the segments' own attention is computed as
+    well: of all of them, and taken where it is wanted, on a device that the host would have to wait for to know which
+    these are; of these alone on a CPU, where that saves a quarter of the time of both.
+
+    Args:
+        wide: attention to the segment and the one before, `[B*n, r, s, d]`.
+        first: bool `[B*n]`.
+    """
+    own = heads[:3]
+    if not host_knows(first.device):
+        return torch.where(first.view(-1, 1, 1, 1), segment_attention(*own), wide)
+    index = first.nonzero().squeeze(1)
+    if len(index) == 0:
+        return wide
+    return wide.index_copy(0, index, segment_attention(*(x[index] for x in own)))
 
 
 def put_before(

@@ -88,6 +88,21 @@ def test_window_in_parts_is_the_window(chunks):
         torch.testing.assert_close(list(state), list(other), rtol=1e-12, atol=1e-12)
 
 
+def test_a_device_computes_both_and_takes_one(monkeypatch):
+    """Where the host does not know which segments begin a document; on a CPU these alone are computed again."""
+    stage = small_stage(small_config("delta+sliding"))
+    reset = torch.tensor([[False, True, False], [True, False, True], [False, False, False]])
+    tokens = random_tokens(3, 4, 6)
+    found = []
+    for known in (True, False):
+        monkeypatch.setattr("model.layers.local_context.host_knows", lambda _, known=known: known)
+        memory = random_memory(stage, 3)
+        out = stage(tokens, memory, reset, tokens, probes=torch.tensor([[1], [0], [2]]))
+        gradients = torch.autograd.grad(out.token_loss.sum(), [*stage.parameters(), memory[0].local_key])
+        found.append([out.token_loss, *gradients])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("detached", [False, True], ids=["full", "detached"])
 def test_truncation_is_real(detached):
     stage = small_stage(small_config("none+sliding", num_layers=2), first=1, detach_reads=detached)
