@@ -1,6 +1,6 @@
 """The one place where a machine without CUDA differs: which device, which backend, and what Megatron-core needs.
 
-GPU paths are written here and nowhere else; they have not been run on a GPU yet.
+GPU paths are written here and nowhere else. What has run on a GPU is in docs/gpu.md.
 """
 
 from __future__ import annotations
