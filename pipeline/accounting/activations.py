@@ -70,7 +70,8 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int,
         vocab: tokens of the tokenizer; None takes `model.vocab_size`.
         is_last: the stage has the loss.
     """
-    model, tensor = config.model, config.parallel.tensor
+    model, parallel = config.model, config.parallel
+    tensor = parallel.tensor
     lanes = lanes_per_microbatch(config, world_size)
     segments = lanes * segments_per_chunk(config)
     e = number_bytes(config)
@@ -97,6 +98,8 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int,
     gate_and_up = layer_parameters(model, tensor)["mlp"] * 2 // 3  # one matrix, a layer's largest
     in_mlp = gate_and_up * e + mlp + residual
     in_layer = max(once, in_mlp) if config.bptt.recompute == "selective" else once + in_mlp
+    if parallel.sequence_parallel:  # a matrix's input, gathered again, and the whole gradient of it
+        in_layer += 2 * tokens * model.hidden_size * e
     return Chunk(tokens, kept, once, of_loss, in_layer, logits_again)
 
 

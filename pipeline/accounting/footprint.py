@@ -21,7 +21,8 @@ moments, and `total` takes the largest (L numbers of the embedding or output mat
                 float32; d(hidden), and under sequence parallelism the gathered hidden states, t h e each
     a layer     all live chunks, but for what the loss kept, and what recomputation holds; the gradient of the layer's
                 largest matrix (e a number) and those inside its MLP, (3 f + h) e a token; with `selective` the MLP has
-                gone back before attention runs again: the larger of the two
+                gone back before attention runs again: the larger of the two; under sequence parallelism a matrix's
+                gathered input and its gradient, t h e each
     embedding   the other live chunks, and 4 L
     update      `pipeline.accounting.update_peak`: no activations, but copies of gradients
 
