@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--lanes", type=positive_int, default=4, metavar="G", help="windows of a step, of all processes (%(default)s)"
     )
     add_segment_length(sizes)
+    parser.set_defaults(segment_length=128)  # a segment for each of a pipeline's chunks
     parser.add_argument(
         "--processes", type=processes, nargs="+", default=[2], metavar="N", help="besides a single one (2)"
     )
