@@ -66,7 +66,7 @@ def test_fit_speed_and_duration_on_a_device(capsys):
     assert 0 < left < step.data_s and f"behind the last backward {left:.3g} s" in out
     assert f"the run {30_000 * step.step_s / 86400:,.2f} days" in out
     assert "312 TFLOP/s in bf16" in out and "taken: 100 TFLOP/s while computing (--tflops); 50 GB/s" in out
-    assert "memory fits: 3.68 GiB of 37.3 GiB, 33.6 GiB left (stage 0)" in out
+    assert "memory fits: 3.71 GiB of 37.3 GiB, 33.5 GiB left (stage 0)" in out
     # Stage 0 of 8 tensor-parallel ranks, over 16 replicas: 311,107,620 float32 gradients twice, and the parameters, in
     # bfloat16 but for two norms and four betas in each of 9 layers.
     gathered = 2 * 311_107_620 + 2 * 9 * (2 * 4096 + 4)
