@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+
+from model.backend import local_linears
 
 
 class TokenLinears(nn.Module):
@@ -28,7 +29,7 @@ class TokenLinears(nn.Module):
         super().__init__()
         self.names = tuple(rows)
         if len(rows) > 1:
-            self.product = ColumnParallelLinear(
+            self.product = local_linears().column_parallel_linear()(
                 hidden_size,
                 sum(rows.values()),
                 config=config,

@@ -74,7 +74,8 @@ def test_last_save_is_made_again_until_it_succeeds(pools, data, tmp_path, asynch
     assert ranks[0]["left"] == ["latest", "step_00000002"]
     ranks = pools.run(2, cases.train_on_full_disk, folder=str(tmp_path / "three"), failures=3, **arguments)
     assert ranks[0]["error"] == ranks[1]["error"]
-    assert "No space left on device (3 attempts in a row)" in ranks[0]["error"]
+    assert "No space left on device: make room there" in ranks[0]["error"]
+    assert "(3 attempts in a row)" in ranks[0]["error"]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +26,7 @@ def sets(tmp_path_factory):
 
 def evaluation(path, *overrides: str) -> Evaluation:
     settings = [f"data.sets=[{{path: {path}}}]", "model.segment_length=16", "train.steps=25", "evaluate.interval=10"]
-    return Evaluation(load_config(None, [*settings, *overrides]), topology=None)
+    return Evaluation(load_config(None, [*settings, *overrides]), topology=SimpleNamespace(for_documents=lambda: None))
 
 
 TASK = "evaluate.interval_tasks=['{}']"

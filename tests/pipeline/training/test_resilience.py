@@ -199,7 +199,7 @@ def test_inspecting_a_checkpoint(tmp_path, capsys):
     for part in (
         "step 9 (8 of them applied)",
         "tokens 9,000",
-        "tensor 1 x pipeline 1 x data 1, ZeRO 2, 1 processes",
+        "tensor 1 x context 1 x pipeline 1 x data 1, ZeRO 2, 1 processes",
         f"0 {data}/train-000000.tar:00000001 7 5",
         "1 between documents 0 6",
         "0 0.500 / 0.625 / 0.750 1.500 4 0",  # sigmoid(beta), bias, norms of M and z
