@@ -92,7 +92,7 @@ def compile_pieces(stage: nn.Module, device: torch.device) -> None:
         return pieces[plain]
 
     also = device.type in WHERE_ALSO
-    split = SplitHeads(heads.Passes(compiled(heads.plain_turn), compiled(heads.plain_gradient)))
+    split = SplitHeads(heads.Passes(compiled(heads.plain_turn), compiled(heads.plain_gradient))) if also else None
     for module in stage.modules():
         if isinstance(module, RMSNorm):
             module.function = piece(module.function, plain_rms_norm)

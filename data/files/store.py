@@ -264,33 +264,6 @@ class StorePath:
         """
         return io.BufferedReader(_Stream(self, self.size()), _CHUNK_BYTES)
 
-    def put(self, file: str | os.PathLike[str]) -> None:
-        """Upload a file; the object is the old one or all of the new one.
-
-        Raises:
-            StoreError, PermissionError: as `patiently`.
-        """
-        filesystem, size = self.filesystem, os.path.getsize(file)
-
-        def request() -> None:
-            filesystem.put_file(os.fspath(file), self.key)
-            if (there := filesystem.info(self.key)["size"]) != size:
-                raise OSError(f"{there:,} of {size:,} bytes arrived")
-
-        patiently(f"{self} (writing)", request)
-
-    def unlink(self) -> None:
-        """Remove the object, which may be gone already."""
-        filesystem = self.filesystem
-
-        def request() -> None:
-            try:
-                filesystem.rm_file(self.key)
-            except FileNotFoundError:
-                pass
-
-        patiently(f"{self} (removing)", request)
-
 
 class _Stream(io.RawIOBase):
     """An object as a file; every read is a request."""

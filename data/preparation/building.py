@@ -19,7 +19,7 @@ from pathlib import Path
 from data.files import file_name, sync_folder
 from data.preparation.identity import INPUTS
 from data.prepared.manifest import MANIFEST, SPLITS, Manifest, index_name, load_manifest
-from data.tokenizer.tokenizer import INFO, TOKENIZER_JSON
+from data.tokenizer.tokenizer import INFO, TOKENIZER_JSON, Tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
 PARTS_FOLDER = "parts"
@@ -146,3 +146,9 @@ def _remove(folder: Path, names: set[str]) -> None:
 
 def _is_tokenizers(file: Path) -> bool:
     return bool(_TOKENIZER_FILE.fullmatch(file.name)) and not file.is_dir()
+
+
+def save_tokenizer(building: Path, tokenizer: Tokenizer) -> None:
+    """Put the set's tokenizer into the folder, and on the disk."""
+    tokenizer.save(building / TOKENIZER_FOLDER)
+    sync_folder(building / TOKENIZER_FOLDER)

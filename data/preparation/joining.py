@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import FileError, sync_folder
-from data.preparation.building import TOKENIZER_FOLDER
+from data.files import FileError
+from data.preparation.building import save_tokenizer
 from data.preparation.encoding import Counts, Report, refuse_empty
 from data.preparation.identity import contents_hash, join_inputs
 from data.preparation.parts import Candidate, Leading, PartRecord, nearer, read_part
@@ -164,8 +164,7 @@ def join(building: Path, parts: list[tuple[Path, PartRecord]], processes: int, r
     refuse_empty(specs, counts, max(record.longest for _, record in parts), int(first.options["min_tokens"]))
     digests = join_inputs(building, [folder for folder, _ in parts], len(specs))
     tokenizer = load_tokenizer(parts[0][0])
-    tokenizer.save(building / TOKENIZER_FOLDER)
-    sync_folder(building / TOKENIZER_FOLDER)
+    save_tokenizer(building, tokenizer)
 
     folders = [folder for folder, _ in parts]
     documents = [{split: record.splits[split].documents for split in SPLITS} for _, record in parts]

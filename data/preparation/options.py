@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from data.preparation.sources import SourceOptions
 
@@ -47,3 +49,12 @@ class PrepareOptions(SourceOptions):
             raise ValueError(f"--max-document-bytes {self.max_document_bytes}: valid are 1K and more")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: it must not be negative")
+
+
+def other_options(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In words, which options have another value where something was made before than they are to have here."""
+    return [
+        f"{name} is {there.get(name)!r} there and {value!r} here"
+        for name, value in here.items()
+        if there.get(name) != value
+    ]

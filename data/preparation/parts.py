@@ -18,11 +18,22 @@ from typing import Annotated, Any
 
 import msgspec
 
-from data.files import FileError, convert, decode_json, file_name, inside, read_bytes, sealed, sync_folder, write_whole
-from data.preparation.building import PARTS_FOLDER, TOKENIZER_FOLDER, clear_building, locked
+from data.files import (
+    FileError,
+    convert,
+    decode_json,
+    file_name,
+    inside,
+    read_bytes,
+    sealed,
+    some,
+    sync_folder,
+    write_whole,
+)
+from data.preparation.building import PARTS_FOLDER, clear_building, locked, save_tokenizer
 from data.preparation.encoding import Report, Units, encode
 from data.preparation.identity import contents_hash, inputs_changed, write_inputs
-from data.preparation.options import PrepareOptions
+from data.preparation.options import PrepareOptions, other_options
 from data.preparation.pool import EncodedDocument
 from data.preparation.sources import Source
 from data.preparation.splits import SplitAssigner
@@ -157,7 +168,7 @@ def found_parts(out: Path) -> list[tuple[Path, PartRecord]]:
     there = {int(found[1]): path for found, path in named.items()}
     missing = [number for number in range(1, counts[0] + 1) if number not in there]
     if missing:
-        few = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8:,} more" if len(missing) > 8 else "")
+        few = some(map(str, missing), 8)
         raise ValueError(f"{file_name(folder)}: of {counts[0]:,} parts these are missing: {few}")
     parts = [(there[number], read_part(there[number])) for number in range(1, counts[0] + 1)]
     first = parts[0][1]
@@ -230,8 +241,7 @@ def prepare_part(
         return [] if document is None else [(assigner.split(document), document)]
 
     with _building(folder) as building:
-        tokenizer.save(building / TOKENIZER_FOLDER)
-        sync_folder(building / TOKENIZER_FOLDER)
+        save_tokenizer(building, tokenizer)
         writers, encoding = encode(
             building, sources, units, total, options, tokenizer, assign, processes, report, leading.add
         )
@@ -267,11 +277,7 @@ def _refuse_other(
     tokenizer: Tokenizer,
     description: dict[str, Any],
 ) -> None:
-    differences = [
-        f"{name} is {record.options.get(name)!r} there and {value!r} here"
-        for name, value in description["options"].items()
-        if record.options.get(name) != value
-    ]
+    differences = other_options(record.options, description["options"])
     if _identities(record) != [tuple(entry.values()) for entry in description["sources"]]:
         differences.append("the sources, or their files' names or sizes, are others")
     elif changed := inputs_changed(folder, sources, units):

@@ -16,19 +16,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import FileError, file_name, is_store, is_utf8, sync_folder
+from data.files import FileError, file_name, is_store, is_utf8
 from data.preparation.building import (
-    TOKENIZER_FOLDER,
     building_in,
     clear_remains,
     locked,
     move_into_place,
     refuse_foreign,
+    save_tokenizer,
 )
 from data.preparation.encoding import Report, encode, refuse_empty
 from data.preparation.identity import changed_sources, contents_hash, write_inputs
 from data.preparation.joining import join
-from data.preparation.options import PrepareOptions
+from data.preparation.options import PrepareOptions, other_options
 from data.preparation.parts import PartRecord, found_parts, prepare_part
 from data.preparation.pool import EncodedDocument
 from data.preparation.sampling import sample_texts
@@ -261,11 +261,7 @@ def _existing_set(
     # A set of an older version has no entry for an option that came later: it was made with today's default.
     defaults = asdict(PrepareOptions())
     there = {name: manifest.options.get(name, defaults[name]) for name in description["options"]}
-    differences = [
-        f"{name} is {there[name]!r} there and {value!r} here"
-        for name, value in description["options"].items()
-        if there[name] != value
-    ]
+    differences = other_options(there, description["options"])
     if [source.spec for source in manifest.sources] != [source.spec for source in sources]:
         differences.append("the sources are others")
     elif not differences:
@@ -294,8 +290,7 @@ def _build(
         tokenizer = _train_tokenizer(sources, options, report, say)
     for source in sources:
         source.check(tokenizer)
-    tokenizer.save(building / TOKENIZER_FOLDER)
-    sync_folder(building / TOKENIZER_FOLDER)
+    save_tokenizer(building, tokenizer)
 
     units = [(0, source.units) for source in sources]
     assigner = SplitAssigner(options.valid_fraction)

@@ -93,15 +93,12 @@ class DocumentHashes:
 
     def repeated(self, split: str) -> np.ndarray:
         """bool [documents]: an equal document stands before this one in the split."""
-        first, groups, _ = _groups(self._hashes[split])
-        again = np.ones(len(groups), dtype=bool)
-        again[first] = False
-        return again
+        return _again(*_groups(self._hashes[split]))
 
     def repeats(self, split: str, lengths: np.ndarray) -> Repeats:
         """What stands more than once in a split whose documents have `lengths` tokens."""
-        first, _, counts = _groups(self._hashes[split])
-        again = self.repeated(split)
+        first, counts = _groups(self._hashes[split])
+        again = _again(first, counts)
         at = int(np.argmax(counts)) if len(counts) else 0
         most = int(counts[at]) if len(counts) else 0
         example = int(first[at]) if most > 1 else None
@@ -117,7 +114,14 @@ def _keys(hashes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(hashes).view([("a", "<u8"), ("b", "<u8")]).reshape(-1)
 
 
-def _groups(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each set of equal hashes the first place, each document's set, and the sets' sizes."""
-    _, first, groups, counts = np.unique(_keys(hashes), return_index=True, return_inverse=True, return_counts=True)
-    return first, groups, counts
+def _groups(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each set of equal hashes the first place, and the size."""
+    _, first, counts = np.unique(_keys(hashes), return_index=True, return_counts=True)
+    return first, counts
+
+
+def _again(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """bool [documents], of `_groups`: not the first one of its set."""
+    again = np.ones(int(counts.sum()), dtype=bool)
+    again[first] = False
+    return again

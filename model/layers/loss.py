@@ -180,12 +180,13 @@ class _Losses(torch.autograd.Function):
             own_total, own_gradient = total[block], gradient[block]
             if ctx.passes is not None:
                 logits = ctx.passes.gradient(logits, own_highest, own_total, own_index, own_owned, own_gradient)
-            for part in _narrow(logits) if ctx.passes is None else ():
-                softmax = (logits[part] - own_highest[part].unsqueeze(-1)).exp_()
-                softmax /= own_total[part].unsqueeze(-1)
-                softmax[at[: len(softmax)], own_index[part]] -= own_owned[part].to(softmax.dtype)
-                logits[part] = softmax.mul_(own_gradient[part].unsqueeze(-1))
-                del softmax
+            else:
+                for part in _narrow(logits):
+                    softmax = (logits[part] - own_highest[part].unsqueeze(-1)).exp_()
+                    softmax /= own_total[part].unsqueeze(-1)
+                    softmax[at[: len(softmax)], own_index[part]] -= own_owned[part].to(softmax.dtype)
+                    logits[part] = softmax.mul_(own_gradient[part].unsqueeze(-1))
+                    del softmax
             if needs_hidden:
                 torch.mm(logits, weight, out=of_rows[block])
             if needs_weight:

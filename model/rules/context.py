@@ -126,17 +126,29 @@ class _Shift(Function):
     @staticmethod
     def forward(ctx, own: Tensor, carried: Tensor, context: ContextGroup) -> tuple[Tensor, Tensor]:
         ctx.context, ctx.dtypes = context, (own.dtype, carried.dtype)
-        received = send_around(own, context)
-        if context.rank == 0:
-            return carried.to(own.dtype, copy=True), received.to(carried.dtype)
-        return received, carried.clone()
+        before, after = pass_around(own, carried, context)
+        return before.to(own.dtype, copy=before is carried), after.to(carried.dtype, copy=after is carried)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_before: Tensor, of_after: Tensor):
-        of_own, of_carried = (of_after, of_before) if ctx.context.rank == 0 else (of_before, of_after)
         own_dtype, carried_dtype = ctx.dtypes
-        return send_around(of_own.to(own_dtype), ctx.context, back=True), of_carried.to(carried_dtype), None
+        of_own, of_carried = pass_around_back(of_before, of_after, own_dtype, ctx.context)
+        return of_own, of_carried.to(carried_dtype), None
+
+
+def pass_around(own: Tensor, carried: Tensor, context: ContextGroup) -> tuple[Tensor, Tensor]:
+    """What `shift` gives, without a graph and as it came: one of the two is `carried` itself."""
+    received = send_around(own, context)
+    return (carried, received) if context.rank == 0 else (received, carried)
+
+
+def pass_around_back(
+    of_before: Tensor, of_after: Tensor, dtype: torch.dtype, context: ContextGroup
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `own`, which is sent in `dtype`, and `carried` from those of what `pass_around` gave."""
+    of_own, of_carried = (of_after, of_before) if context.rank == 0 else (of_before, of_after)
+    return send_around(of_own.to(dtype), context, back=True), of_carried
 
 
 def send_around(x: Tensor, context: ContextGroup, *, back: bool = False) -> Tensor:

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from model.config import LayerShape
 from model.device import cache_rows
 from model.rules.base import MemoryRule, Reads, RuleParameter, Tokens
-from model.rules.context import send_around
+from model.rules.context import pass_around, pass_around_back
 from model.rules.state import State, extended_state
 
 WIDTH = 4
@@ -154,7 +154,7 @@ class _Convolution(Function):
 
     The tokens of a segment stand in a buffer behind the 3 before them. Backward: dx_i = sum_j w_j dy_{i + 3 - j},
     dw_j = sum_i dy_i x_{i - 3 + j}; what a tail gets goes to the tokens that it was copied from. Where ranks share a
-    chunk, the first tail is the left neighbour's last one (`model.rules.context.send_around`).
+    chunk, the first tail is the left neighbour's last one (`model.rules.context.pass_around`).
     """
 
     @staticmethod
@@ -173,8 +173,7 @@ class _Convolution(Function):
             own_last = initial.new_empty(initial.shape)
             for place, segment, tokens, lost in _last_tokens(t, s, clear):
                 own_last[..., place, :] = own[:, segment, ..., tokens, :].masked_fill(lost, 0)
-            received = send_around(own_last, context)
-            left, carried_out = (initial, received) if context.rank == 0 else (received, initial.clone())
+            left, carried_out = pass_around(own_last, initial, context)
         tails[:, 0] = left.masked_fill(clear[:, 0], 0)
         for before, after in _neighbours(t, s):
             tails[:, after] = padded[:, before, ..., -(WIDTH - 1) :, :]
@@ -194,7 +193,7 @@ class _Convolution(Function):
         ctx.set_materialize_grads(False)
         ctx.reads, ctx.silu, ctx.shapes, ctx.dtype, ctx.context = reads, silu, (q.shape, t), q.dtype, context
         ctx.save_for_backward(padded, weights, clear, convolved if silu else None, reads.probes)
-        last = padded[:, t - 1, ..., -(WIDTH - 1) :, :].clone() if context is None else carried_out
+        last = (padded[:, t - 1, ..., -(WIDTH - 1) :, :] if context is None else carried_out).clone()
         before = tails[:, :t]
         ctx.mark_non_differentiable(before)
         return activated[:, :, :, :r], activated[:, :t, :, r], activated[:, :t, :, r + 1], before, last
@@ -246,9 +245,7 @@ class _Convolution(Function):
         own = found[..., WIDTH - 1 :, :]
         if ctx.context is not None:
             of_last = torch.zeros_like(of_initial) if of_last is None else of_last
-            first = ctx.context.rank == 0
-            of_own_last = send_around(of_last if first else of_initial, ctx.context, back=True)
-            of_initial = of_initial if first else of_last
+            of_own_last, of_initial = pass_around_back(of_initial, of_last, of_initial.dtype, ctx.context)
             for place, segment, tokens, lost in _last_tokens(t, s, clear):
                 own[:, segment, ..., tokens, :].add_(of_own_last[..., place, :].masked_fill(lost, 0))
         own = own.to(ctx.dtype)
