@@ -42,7 +42,8 @@ from data.tokenizer.info import Sha256, TokenizerEntry
 from data.tokenizer.tokenizer import Tokenizer
 
 PART_FORMAT = 1
-MOST_PARTS = 100_000
+MOST_PARTS = 99_999
+"""A part's name has five digits for each."""
 
 _NAME = re.compile(r"(\d{5})-of-(\d{5})")
 

@@ -192,13 +192,15 @@ def _processes(args: argparse.Namespace) -> int:
 
 def _part(text: str) -> tuple[range, int]:
     """`3/16` or `1-4/16`."""
+    from data.preparation.parts import MOST_PARTS
+
     found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?/([0-9]{1,6})", text)
     if found:
         first, last, parts = int(found[1]), int(found[2] or found[1]), int(found[3])
-        if 1 <= first <= last <= parts <= 99_999:
+        if 1 <= first <= last <= parts <= MOST_PARTS:
             return range(first, last + 1), parts
     raise argparse.ArgumentTypeError(
-        f"{text[:40]!r} is no part; valid are I/N and I-J/N with 1 <= I <= J <= N <= 99,999"
+        f"{text[:40]!r} is no part; valid are I/N and I-J/N with 1 <= I <= J <= N <= {MOST_PARTS:,}"
     )
 
 
