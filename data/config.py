@@ -25,6 +25,9 @@ class DataConfig:
     """The mixture the lanes draw documents from."""
     stagger: bool = True
     """Start the first document of each lane at a random segment, so that lanes do not reset together."""
+    packing: bool = False
+    """Start the next document right behind the last one, inside of its segment, in place of padding. Documents stay
+    apart: none attends to another, or reads what it has written to the memory."""
     skip_bad_documents: bool = False
     """Skip and count documents that cannot be read, in place of stopping."""
     prefetch: int = 2

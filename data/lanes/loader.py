@@ -43,7 +43,11 @@ class LaneLoader:
     A document of n tokens gives inputs [0, n-1) and labels [1, n) and fills ceil((n-1) / S) segments; the last one is
     padded. Documents of one token are passed over, which is said.
 
-    With `stagger`, a lane enters its first document at a random segment, so that lanes do not reset together. What an
+    With `packing`, a document fills n-1 positions: the next one starts behind it, inside of the segment, which says
+    where (`WindowBatch.starts`). Nothing is padded.
+
+    With `stagger`, a lane enters its first document at a random segment (with `packing`, a random token), so that lanes
+    do not reset together. What an
     answer in such a document asks for may stand before the entry, and training on it would teach guessing: answers
     there have weight 0.
 
@@ -77,6 +81,7 @@ class LaneLoader:
         probes_per_window: int = 0,
         part: WindowPart = WHOLE,
         stagger: bool = True,
+        packing: bool = False,
         prefetch: int = 2,
         skip_bad_documents: bool = False,
         finish: Callable[[WindowBatch], WindowBatch] | None = None,
@@ -111,7 +116,9 @@ class LaneLoader:
             for entry in sets
         ]
         self._in_stores = any(is_store(entry.set.path) for entry in sets)
-        self._schedule = LaneSchedule(sets, lanes=lanes, segment_length=segment_length, seed=seed, stagger=stagger)
+        self._schedule = LaneSchedule(
+            sets, lanes=lanes, segment_length=segment_length, seed=seed, stagger=stagger, packing=packing
+        )
         self._lane_ids = range(first_lane, last_lane)
         if first_lane == part.rank == 0:  # not everybody says it
             for entry in sets:
@@ -122,6 +129,7 @@ class LaneLoader:
                     )
         self._segments = segments_per_window
         self._segment_length = segment_length
+        self._positions = segments_per_window * segment_length
         self._probes = probes_per_window
         self._part = part
         self._depth = prefetch
@@ -181,10 +189,10 @@ class LaneLoader:
         """
         if count < 0:
             raise ValueError(f"lanes only move forward: count must be at least 0, got {count}")
-        segments = count * self._segments
+        positions = count * self._positions
         self._rewind(
             [
-                self._schedule.skip(lane, cursor, segments)
+                self._schedule.skip(lane, cursor, positions)
                 for lane, cursor in zip(self._lane_ids, self._returned, strict=True)
             ]
         )
@@ -226,8 +234,9 @@ class LaneLoader:
         if state["stream"] != schedule.fingerprint:
             raise ValueError(
                 f"the saved state of lane {lane} belongs to another stream of documents: the prepared sets, their "
-                f"weights, the seed ({schedule.seed}), the number of lanes ({schedule.lanes}) and the segment length "
-                f"({schedule.segment_length}) must be those of the run that saved it"
+                f"weights, the seed ({schedule.seed}), the number of lanes ({schedule.lanes}), the segment length "
+                f"({schedule.segment_length}) and data.packing ({str(schedule.packing).lower()}) must be those of the "
+                "run that saved it"
             )
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items() if k != "stream"}
         cursor = LaneCursor(**fields)
@@ -262,6 +271,7 @@ class LaneLoader:
             self._segment_length,
             self._probes,
             self._part,
+            packing=self._schedule.packing,
             read_all=self._skip_bad_documents,
         )
         cursors = [
@@ -278,21 +288,20 @@ class LaneLoader:
         spans = WHOLE.spans(self._segments) if self._skip_bad_documents else self._part.spans(self._segments)
         for lane, cursor in zip(self._lane_ids, self._ahead, strict=True):
             at = 0
-            while at < self._segments:
-                run, cursor, _ = self._schedule.next_run(lane, cursor, self._segments - at)
+            while at < self._positions:
+                run, cursor, _ = self._schedule.next_run(lane, cursor, self._positions - at)
                 for span in spans:
-                    start, stop = max(span.start, at), min(span.stop, at + run.segments)
+                    start, stop = max(span.start * length, at), min(span.stop * length, at + run.positions)
                     if start < stop:
-                        own = run.part(start - at, stop - start, length)
-                        first = own.first_segment * length
-                        self._sets[run.set].set.announce(run.document, first, first + own.labels + 1)
-                at += run.segments
+                        own = run.part(start - at, stop - start)
+                        self._sets[run.set].set.announce(run.document, own.first, own.first + own.labels + 1)
+                at += run.positions
 
     def _read_lane(self, window: WindowBuilder, row: int, lane: int, cursor: LaneCursor) -> LaneCursor:
         at = failures = 0
         begin = cursor
-        while at < self._segments:
-            run, after, dropped = self._schedule.next_run(lane, cursor, self._segments - at)
+        while at < self._positions:
+            run, after, dropped = self._schedule.next_run(lane, cursor, self._positions - at)
             try:
                 window.read(row, at, run)
             except BadDocumentError as error:
@@ -309,7 +318,7 @@ class LaneLoader:
             else:
                 failures = 0
                 cursor = after
-                at += run.segments
+                at += run.positions
         if self._probes:
             window.ask(row, self._schedule.probe_bits(lane, begin))
         return cursor
@@ -349,6 +358,7 @@ def build_loader(
         probes_per_window=probes_per_window,
         part=part,
         stagger=config.stagger,
+        packing=config.packing,
         prefetch=config.prefetch,
         skip_bad_documents=config.skip_bad_documents,
         finish=finish,

@@ -80,37 +80,41 @@ class LaneCursor:
     document: int | None = None
     """Index in its set of the current document."""
     segment: int = 0
-    """Next segment of the current document."""
+    """Next segment of the current document; with packing, the next token."""
     entered: int = 0
-    """Segment at which the current document was entered: past 0 only for a lane's first document, see `stagger`."""
+    """Where the current document was entered, counted likewise: past 0 only for a lane's first one, see `stagger`."""
     skipped: int = 0
     """Documents that were dropped because they could not be read."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive segments of one document in one lane."""
+    """Consecutive positions of one lane that belong to one document."""
 
     set: int
     document: int
-    first_segment: int
-    segments: int
+    first: int
+    """Token of the document that stands in the first position."""
+    positions: int
+    """Whole segments; with packing, as many as there are labels."""
     labels: int
-    """Labels in these segments: segments * segment_length, less in a document's last segment."""
+    """Labels in these positions: less than `positions` where a document's last segment is padded."""
     starts: bool
     """The lane enters the document here: reset."""
     from_beginning: bool
     """The lane entered the document at its beginning."""
 
-    def part(self, first: int, segments: int, segment_length: int) -> Run:
-        """Some of the segments, from the `first` one on."""
-        labels = min(self.labels - first * segment_length, segments * segment_length)
-        starts = self.starts and first == 0
-        return replace(self, first_segment=self.first_segment + first, segments=segments, labels=labels, starts=starts)
+    def part(self, skipped: int, positions: int) -> Run:
+        """Some of the positions, behind the `skipped` first ones."""
+        labels = min(self.labels - skipped, positions)
+        starts = self.starts and skipped == 0
+        return replace(self, first=self.first + skipped, positions=positions, labels=labels, starts=starts)
 
 
 class LaneSchedule:
     """The streams of `lanes` lanes over `sets`, in segments of `segment_length` tokens.
+
+    A document of L labels takes L positions of its lane, rounded up to whole segments; with `packing` just L.
 
     Methods take a global lane number and a cursor and return new cursors; the object itself only caches epoch orders.
 
@@ -119,7 +123,14 @@ class LaneSchedule:
     """
 
     def __init__(
-        self, sets: list[WeightedSet], *, lanes: int, segment_length: int, seed: int, stagger: bool = True
+        self,
+        sets: list[WeightedSet],
+        *,
+        lanes: int,
+        segment_length: int,
+        seed: int,
+        stagger: bool = True,
+        packing: bool = False,
     ) -> None:
         _check_sets(sets)
         if seed < 0:
@@ -128,6 +139,8 @@ class LaneSchedule:
         self.segment_length = segment_length
         self.seed = seed
         self.stagger = stagger
+        self.packing = packing
+        self._unit = 1 if packing else segment_length
         self._weights = [entry.weight for entry in sets]
         self._max_epochs = [entry.max_epochs for entry in sets]
         self._lengths = [entry.set.lengths for entry in sets]
@@ -154,26 +167,26 @@ class LaneSchedule:
         return LaneCursor(taken=zeros, consumed=zeros, credit=zeros)
 
     def next_run(self, lane: int, cursor: LaneCursor, room: int) -> tuple[Run, LaneCursor, LaneCursor]:
-        """The lane's next segments out of one document, at most `room` of them.
+        """The lane's next positions out of one document, at most `room` of them (whole segments, without packing).
 
         Returns the run, the cursor behind it, and the cursor to go on from if the document turns out unreadable.
         """
         if cursor.set is None:
             cursor = self._take(lane, cursor)
         labels = int(self._lengths[cursor.set][cursor.document]) - 1
-        segments = -(-labels // self.segment_length)
-        count = min(room, segments - cursor.segment)
-        first = cursor.segment * self.segment_length
+        units = -(-labels // self._unit)
+        count = min(room // self._unit, units - cursor.segment)
+        first = cursor.segment * self._unit
         run = Run(
             set=cursor.set,
             document=cursor.document,
-            first_segment=cursor.segment,
-            segments=count,
-            labels=min(labels - first, count * self.segment_length),
+            first=first,
+            positions=count * self._unit,
+            labels=min(labels - first, count * self._unit),
             starts=cursor.segment == cursor.entered,
             from_beginning=cursor.entered == 0,
         )
-        finished = cursor.segment + count == segments
+        finished = cursor.segment + count == units
         after = replace(
             _between_documents(cursor) if finished else replace(cursor, segment=cursor.segment + count),
             consumed=_add(cursor.consumed, cursor.set, run.labels),
@@ -194,16 +207,17 @@ class LaneSchedule:
         lengths = self._lengths[cursor.set]
         if cursor.document is None or not 0 <= cursor.document < len(lengths):
             return f"it is in document {cursor.document} of a set of {len(lengths)}"
-        segments = -(-(int(lengths[cursor.document]) - 1) // self.segment_length)
-        if not 0 <= cursor.entered <= cursor.segment < segments:
-            return f"it is at segment {cursor.segment}, entered at {cursor.entered}, of a document of {segments}"
+        units = -(-(int(lengths[cursor.document]) - 1) // self._unit)
+        if not 0 <= cursor.entered <= cursor.segment < units:
+            unit = "token" if self.packing else "segment"
+            return f"it is at {unit} {cursor.segment}, entered at {cursor.entered}, of a document of {units}"
         return None
 
-    def skip(self, lane: int, cursor: LaneCursor, segments: int) -> LaneCursor:
-        """The cursor `segments` segments further on."""
-        while segments:
-            run, cursor, _ = self.next_run(lane, cursor, segments)
-            segments -= run.segments
+    def skip(self, lane: int, cursor: LaneCursor, positions: int) -> LaneCursor:
+        """The cursor so many positions (whole segments) further on."""
+        while positions:
+            run, cursor, _ = self.next_run(lane, cursor, positions)
+            positions -= run.positions
         return cursor
 
     def document(self, lane: int, number: int, k: int) -> int:
@@ -267,9 +281,9 @@ class LaneSchedule:
         entered = 0
         if self.stagger:
             labels = int(self._lengths[number][document]) - 1
-            entered = draw(entry, -(-labels // self.segment_length))
+            entered = draw(entry, -(-labels // self._unit))
         credit = [draw(phase, mean) for phase, mean in zip(phases, self._mean_labels, strict=True)]
-        credit[number] = entered * self.segment_length
+        credit[number] = entered * self._unit
         return replace(
             cursor,
             taken=_add(cursor.taken, number, 1),
@@ -307,6 +321,8 @@ class LaneSchedule:
         facts = [self.seed, self.lanes, self.segment_length, self._weights]
         if any(most is not None for most in self._max_epochs):  # else the streams are those of versions without it
             facts.append(self._max_epochs)
+        if self.packing:
+            facts.append("packing")
         digest = hashlib.sha256(json.dumps(facts).encode())
         for lengths in self._lengths:
             digest.update(np.ascontiguousarray(lengths, dtype=np.int64).data)

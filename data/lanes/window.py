@@ -31,6 +31,12 @@ class WindowPart(NamedTuple):
         firsts = range(self.rank * part, segments, chunk)
         return [range(first, first + part) for first in firsts]
 
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        """The process's segments of `whole` `[B, W, ...]`."""
+        if self.size == 1:
+            return whole
+        return torch.cat([whole[:, span.start : span.stop] for span in self.spans(whole.shape[1])], dim=1)
+
 
 WHOLE = WindowPart()
 
@@ -71,13 +77,18 @@ class WindowBatch:
     reset: torch.Tensor
     """bool [B, W]: a document starts (or is entered) at this segment of the whole window."""
     position_in_document: torch.Tensor
-    """int64 [B, T]: token offset of the segment's first token in its document."""
+    """int64 [B, T]: token offset of the segment's first token in its document: with packing, any."""
     lane_ids: torch.Tensor
     """int64 [B]: global lane numbers."""
     padded_tokens: int
     """Positions with padding, of B * T * S."""
     documents: list[list[str]]
     """Per lane the names of the documents in the whole window, in order."""
+    starts: torch.Tensor | None = None
+    """bool [B, W, S]: a document starts (or is entered) at this token of the whole window; segments' first tokens are
+    `reset`. None without packing, where documents start nowhere else."""
+    part: WindowPart = WHOLE
+    """Which of the window's segments the T are."""
     probes: ProbeBatch | None = None
     weight: float = 0.0
     """Sum of all loss weights, those of the probes included: the host knows it without asking a device."""
@@ -108,10 +119,13 @@ def _digest(*parts: np.ndarray | bytes) -> int:
 class WindowBuilder:
     """The arrays of one window while they are filled: [B, T * S] per position and [B, T] per segment.
 
+    Positions are counted from the beginning of the whole window.
+
     Args:
         lanes: B.
         segments: W, of the whole window; `part` says which are this process's.
         probes: of the whole window, per lane.
+        packing: documents may start anywhere in a segment, and the batch says where.
         read_all: also read what other parts have: all processes then meet the same damage.
     """
 
@@ -124,10 +138,13 @@ class WindowBuilder:
         probes: int,
         part: WindowPart = WHOLE,
         *,
+        packing: bool = False,
         read_all: bool = False,
     ) -> None:
         self._sets = sets
+        self._part = part
         self._spans = part.spans(segments)
+        self._packing = packing
         self._read_all = read_all
         own = segments // part.size
         self._shape = (lanes, own, segment_length)
@@ -137,7 +154,7 @@ class WindowBuilder:
         self._labels = np.full(positions, eos, dtype=np.int64)
         self._loss_weight = np.zeros(positions, dtype=np.float32)
         self._answer_mask = np.zeros(positions, dtype=bool)
-        self._reset = np.zeros((lanes, segments), dtype=bool)
+        self._starts = np.zeros((lanes, segments * segment_length), dtype=bool)
         self._position = np.zeros((lanes, own), dtype=np.int64)
         self._documents: list[list[str]] = [[] for _ in range(lanes)]
         self._runs: list[list[tuple[int, Run]]] = [[] for _ in range(lanes)]
@@ -150,58 +167,60 @@ class WindowBuilder:
         self._probes.fill(row, self._runs[row], bits)
 
     def read(self, row: int, at: int, run: Run) -> None:
-        """Put `run` at segment `at` of lane `row`; nothing is changed when the document cannot be read."""
+        """Put `run` at position `at` of lane `row`; nothing is changed when the document cannot be read."""
         source, length = self._sets[run.set], self._shape[2]
 
         def text(part: Run) -> np.ndarray:
-            first = part.first_segment * length
-            return source.set.read(part.document, first, first + part.labels + 1)
+            return source.set.read(part.document, part.first, part.first + part.labels + 1)
 
         whole = text(run) if self._read_all else None
         pieces, place = [], 0
         for span in self._spans:
-            start, stop = max(at, span.start), min(at + run.segments, span.stop)
+            first, last = span.start * length, span.stop * length
+            start, stop = max(at, first), min(at + run.positions, last)
             if start < stop:
-                part = run.part(start - at, stop - start, length)
-                first = (start - at) * length
-                tokens = text(part) if whole is None else whole[first : first + part.labels + 1]
-                pieces.append((place + start - span.start, part, tokens))
-            place += len(span)
+                part = run.part(start - at, stop - start)
+                tokens = text(part) if whole is None else whole[start - at : start - at + part.labels + 1]
+                pieces.append((place + start - first, part, tokens))
+            place += last - first
         for piece in pieces:
             self._put(row, *piece)
-        self._reset[row, at] = run.starts
+        self._starts[row, at] = run.starts
         self._documents[row].append(source.set.document_name(run.document))
         self._runs[row].append((at, run))
 
-    def _put(self, row: int, at: int, run: Run, text: np.ndarray) -> None:
-        """Put a run at the `at`-th of the process's own segments."""
+    def _put(self, row: int, start: int, run: Run, text: np.ndarray) -> None:
+        """Put a run at position `start` of the process's own segments, which stand one behind the other."""
         source, length = self._sets[run.set], self._shape[2]
-        first = run.first_segment * length
-        start, stop = at * length, at * length + run.labels
+        stop = start + run.labels
         self._tokens[row, start:stop] = text[:-1]
         self._labels[row, start:stop] = text[1:]
         self._loss_weight[row, start:stop] = 1
         for answer_start, answer_stop in source.set.answers(run.document):
             # Token i is the label of position i - 1.
-            left = start + max(answer_start - 1 - first, 0)
-            right = start + min(answer_stop - 1 - first, run.labels)
+            left = start + max(answer_start - 1 - run.first, 0)
+            right = start + min(answer_stop - 1 - run.first, run.labels)
             if left < right:
                 self._answer_mask[row, left:right] = True
                 self._loss_weight[row, left:right] = source.answer_weight if run.from_beginning else 0
-        self._position[row, at : at + run.segments] = first + length * np.arange(run.segments)
+        segments = np.arange(-(-start // length), -(-(start + run.positions) // length))  # that begin in this run
+        self._position[row, segments] = run.first + segments * length - start
         self._filled += run.labels
 
     def batch(self, lane_ids: range) -> WindowBatch:
+        starts = torch.from_numpy(self._starts).view(len(lane_ids), -1, self._shape[2])
         return WindowBatch(
             tokens=torch.from_numpy(self._tokens).view(self._shape),
             labels=torch.from_numpy(self._labels).view(self._shape),
             loss_weight=torch.from_numpy(self._loss_weight).view(self._shape),
             answer_mask=torch.from_numpy(self._answer_mask).view(self._shape),
-            reset=torch.from_numpy(self._reset),
+            reset=starts[:, :, 0].contiguous(),
             position_in_document=torch.from_numpy(self._position),
             lane_ids=torch.tensor(lane_ids),
             padded_tokens=self._tokens.size - self._filled,
             documents=self._documents,
+            starts=starts if self._packing else None,
+            part=self._part,
             probes=self._probes.batch() if self._probes else None,
             weight=float(self._loss_weight.sum(dtype=np.float64)) + (self._probes.weight if self._probes else 0.0),
             digests=[self._lane_digest(row, lane) for row, lane in enumerate(lane_ids)],
@@ -209,7 +228,7 @@ class WindowBuilder:
         )
 
     def _lane_digest(self, row: int, lane: int) -> int:
-        arrays = [self._tokens, self._labels, self._loss_weight, self._answer_mask, self._reset, self._position]
+        arrays = [self._tokens, self._labels, self._loss_weight, self._answer_mask, self._starts, self._position]
         if self._probes is not None:
             arrays += self._probes.arrays()
         names = "\0".join([str(lane), *self._documents[row]])
@@ -217,8 +236,8 @@ class WindowBuilder:
 
     def _lane_outline(self, row: int, lane: int) -> int:
         names = "\0".join([str(lane), *self._documents[row]])
-        runs = np.array([(at, run.first_segment, run.labels) for at, run in self._runs[row]], dtype=np.int64)
-        return _digest(names.encode("utf-8", "surrogateescape"), self._reset[row], runs)
+        runs = np.array([(at, run.first, run.labels) for at, run in self._runs[row]], dtype=np.int64)
+        return _digest(names.encode("utf-8", "surrogateescape"), self._starts[row], runs)
 
 
 class ProbeBuilder:
@@ -252,18 +271,19 @@ class ProbeBuilder:
         self._segment = np.broadcast_to(self._stride * np.arange(own), (lanes, own)).copy()
 
     def fill(self, row: int, runs: list[tuple[int, Run]], bits: np.random.PCG64) -> None:
-        """Put questions to the documents of lane `row`, whose runs begin at the segments given with them."""
+        """Put questions to the documents of lane `row`, whose runs begin at the positions given with them: to that in
+        which a segment begins."""
         length = self._tokens.shape[2]
         candidates: list[list[tuple[int, Run, int, Question]]] = [[] for _ in self._own]
         for at, run in runs:
             if not run.from_beginning:  # what is asked for may stand before the entry
                 continue
             questions = self._sets[run.set].set.questions(run.document)
-            for i in range(run.segments):
-                segment = self._own_segments.get(at + i)
+            for place in range(-(-at // length), -(-(at + run.positions) // length)):
+                segment = self._own_segments.get(place)
                 if segment is None:
                     continue
-                first = (run.first_segment + i) * length
+                first = run.first + place * length - at
                 candidates[segment // self._stride] += [
                     (segment, run, first, question) for question in questions if askable(question, first, length)
                 ]

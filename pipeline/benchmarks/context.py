@@ -94,9 +94,8 @@ class SentBytes(TorchDispatchMode):
 
 def own_segments(batch: WindowBatch, part: WindowPart) -> WindowBatch:
     """What a process has of a window that several share."""
-    own = torch.tensor([i for span in part.spans(batch.tokens.shape[1]) for i in span])
     names = ("tokens", "labels", "loss_weight", "answer_mask", "position_in_document")
-    return replace(batch, **{name: getattr(batch, name)[:, own] for name in names})
+    return replace(batch, part=part, **{name: part.own(getattr(batch, name)) for name in names})
 
 
 def measure(*, tokens: list[int], sizes: list[int], rule: str, settings: list[str]) -> list[ContextRun]:

@@ -333,6 +333,8 @@ def _timeouts(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
+    if config.data.packing:
+        yield "data.packing = true: the lanes can, but the layers do not keep a segment's documents apart yet"
     if not config.data.sets:
         yield "data.sets is empty: name at least one prepared set (`infini prepare SOURCE... --out DIR` makes one)"
     for i, prepared in enumerate(config.data.sets):

@@ -78,7 +78,7 @@ def vocabulary(config: Config) -> int:
 FIXED_FOR_A_RUN: dict[str, Any] = {
     "model": None,
     "train": ("lanes", "segments_per_window", "seed", "freeze_backbone_steps", "trainable"),
-    "data": ("sets", "stagger"),
+    "data": ("sets", "stagger", "packing"),
 }
 """Sections (or keys of them) that a resumed run must share with its checkpoint: they decide what the saved numbers
 mean. Everything else (layout, learning rate, intervals, number of steps, kernels) may change."""
