@@ -109,7 +109,8 @@ def lane_hashes(batch: WindowBatch) -> dict[int, str]:
     hashes = {}
     for row, lane in enumerate(batch.lane_ids.tolist()):
         digest = hashlib.sha256(json.dumps(batch.documents[row]).encode())
-        for name in ("tokens", "labels", "loss_weight", "answer_mask", "reset", "position_in_document"):
+        names = ["tokens", "labels", "loss_weight", "answer_mask", "reset", "position_in_document"]
+        for name in names + (["starts"] if batch.starts is not None else []):
             digest.update(getattr(batch, name)[row].contiguous().numpy().tobytes())
         hashes[lane] = digest.hexdigest()
     return hashes
