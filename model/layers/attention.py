@@ -23,7 +23,8 @@ from model.layers.statistics import MemoryStatistics, measure
 from model.layers.token_linears import TokenLinears
 from model.precision import wide_dtype, widened
 from model.rules import Tokens, build_rule, empty_state
-from model.rules.context import ContextGroup, own_part
+from model.rules.borders import own_borders
+from model.rules.context import ContextGroup
 from model.rules.parameters import PREFIX, add_rule_parameters, rule_inputs, rule_weights
 from model.rules.state import State, join_state, split_state
 from model.rules.window import remember, write_gate
@@ -146,9 +147,10 @@ class InfiniAttention(nn.Module):
             memory_off: write the memory, but give the local attention all of the output (a control in evaluation).
             statistics: also measure what the memory does.
         """
-        part, reset = own_part(self.context, reset)
-        b, t = reset.shape
-        segments = t if probes is None else t + probes.shape[1]
+        asked = 0 if probes is None else probes.shape[1]
+        part, borders = own_borders(self.context, reset, probes=asked)
+        b, t = borders.reset.shape
+        segments = t + asked
         qkv = self.project_in(hidden)
         memory, context = split_state(memory)
         table = self.tables.own(hidden.device, self.memory_dtype)
@@ -158,7 +160,7 @@ class InfiniAttention(nn.Module):
         else:
             before = self.tables.before(hidden.device, self.memory_dtype)
             local, context = sliding_attention(
-                heads, qkv[:, :, :, -2], before, context, reset, probes, detach=self.detach_reads, part=part
+                heads, qkv[:, :, :, -2], before, context, borders.reset, probes, detach=self.detach_reads, part=part
             )
         if self.rule is None:
             return AttentionResult(self.project_out(join_heads(local, b * segments)), context, None, None)
@@ -176,7 +178,7 @@ class InfiniAttention(nn.Module):
             Tokens(q, k, v, gate, inputs, bfloat16=qkv.dtype == torch.bfloat16, part=part),
             rule_weights(self),
             memory,
-            reset,
+            borders,
             probes=probes,
             detach_reads=self.detach_reads,
         )
@@ -224,11 +226,11 @@ class InfiniAttention(nn.Module):
         """What of the `memory_share` is left where the memory may be empty.
 
         Args:
-            present: `[b, t, n]`, 0 where the memory is empty.
+            present: `[b, t, n, s]`, or 1 for s: 0 where the memory is empty for the token.
         """
         if memory_off:
             return torch.zeros_like(share)
-        return share * present[..., None, None, None] if self.memory_config.skip_empty else share
+        return share * present[..., None, :, None] if self.memory_config.skip_empty else share
 
     def project_out(self, attended: Tensor) -> Tensor:
         """The attention of all heads `[s, b*(t+p), n*r*d]` to hidden states `[s, b*(t+p), h]`."""

@@ -17,6 +17,7 @@ from model.layers.mixing import mix
 from model.layers.rotary import rotate
 from model.layers.segment_cache import SegmentCache, Span, put
 from model.rules import Tokens
+from model.rules.borders import Borders
 from model.rules.parameters import rule_inputs, rule_weights
 from model.rules.state import State, join_state, map_state, split_state
 
@@ -77,7 +78,7 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     before = map_state(memory, lambda x: x.unsqueeze(1))
     q = query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1)).unsqueeze(1)
     read = attention.rule.read(q, rule_weights(attention), before)
-    share = attention.shown_share(attention.memory_share(numbers, b, 1), attention.rule.present(before))
+    share = attention.shown_share(attention.memory_share(numbers, b, 1), attention.rule.present(before).unsqueeze(-1))
     mixed = mix(share, read, local.reshape(b * attention.groups, -1, c, attention.dim))
     return attention.project_out(mixed)
 
@@ -119,6 +120,6 @@ def commit(attention: InfiniAttention, memory: State | None, cache: SegmentCache
     tokens = Tokens(q, k, v, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
     carried = map_state(memory, lambda x: x[lanes])
     reset = torch.zeros(len(lanes), 1, dtype=torch.bool, device=lanes.device)
-    _, after = attention.rule.scan(tokens, rule_weights(attention), carried, reset)
+    _, after = attention.rule.scan(tokens, rule_weights(attention), carried, Borders(reset))
     memory = map_state(memory, lambda x, new: x.index_copy(0, lanes, new), after)
     return join_state(memory, context)

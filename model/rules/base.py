@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from model.config import LayerShape
+from model.rules.borders import Borders
 from model.rules.context import ContextPart
 from model.rules.state import MatrixState, State, map_state
 
@@ -118,7 +119,9 @@ class MemoryRule:
         """
         raise NotImplementedError
 
-    def write(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor) -> tuple[State, State]:
+    def write(
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, borders: Borders
+    ) -> tuple[State, State]:
         """`scan` for a key that is a feature already."""
         raise NotImplementedError
 
@@ -126,20 +129,22 @@ class MemoryRule:
         """`read` for queries that are features already."""
         raise NotImplementedError
 
-    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor) -> tuple[State, State]:
+    def scan(
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, borders: Borders
+    ) -> tuple[State, State]:
         """Write a window.
 
         Args:
             tokens: of the window.
             weights: the rule's parameters except those of `token_inputs`, this rank's part.
             state: the memory carried in.
-            reset: bool `[b, t]`, True where a document starts.
+            borders: where documents start.
 
         Returns:
             What every segment reads, each tensor with a time dim of t behind the lane dim, and the memory carried out.
         """
         k, _ = self.features(tokens.k.unsqueeze(3), None, state.M.dtype)
-        return self.write(tokens._replace(k=k.squeeze(3)), weights, state, reset)
+        return self.write(tokens._replace(k=k.squeeze(3)), weights, state, borders)
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
         """Read `[b, t, n, r, s, d]` for queries of the same shape from states `[b, t, n, ...]`."""
@@ -147,17 +152,18 @@ class MemoryRule:
         return self.look(query, state)
 
     def scan_and_read(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor, reads: Reads
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, borders: Borders, reads: Reads
     ) -> tuple[Tensor, Tensor, State]:
         """`scan` and `read` of a window, with queries and keys mapped together.
 
         Returns:
-            The read `[b, t + p, n, r, s, d]`, `present` of what it was read from, and the memory carried out.
+            The read `[b, t + p, n, r, s, d]`, `present` of what it was read from `[b, t + p, n, s]`, or 1 for s, and
+            the memory carried out.
         """
         query, key = self.features(tokens.q, tokens.k, state.M.dtype)
-        before, after = self.write(tokens._replace(k=key), weights, state, reset)
+        before, after = self.write(tokens._replace(k=key), weights, state, borders)
         before = reads.states(before)
-        return self.look(query, before), self.present(before), after
+        return self.look(query, before), self.present(before).unsqueeze(-1), after
 
     def inside(self, state: State, q: Tensor, start: Tensor) -> State:
         """The state as tokens in the middle of a segment read it: M is that of the segment's start, but what is carried

@@ -48,22 +48,23 @@ class ContextPart(NamedTuple):
 
     context: ContextGroup
     cleared: Tensor
-    """Bool `[b, C]`: the rank's part holds a reset, so nothing from before it reaches what is behind it."""
+    """Bool `[b, C]`: a document starts in the rank's part, so nothing from before it reaches what is behind it."""
 
 
-def own_part(context: ContextGroup | None, reset: Tensor) -> tuple[ContextPart | None, Tensor]:
-    """This rank's part of a chunk, and the resets in it.
+def own_part(context: ContextGroup | None, clears: Tensor, chunk: Tensor) -> tuple[ContextPart | None, Tensor]:
+    """This rank's part of a chunk, and what belongs to it of something that goes by segment.
 
     Args:
-        reset: of the whole chunk, bool `[b, C t]`, on every rank.
+        clears: of the whole chunk, bool `[b, C t]`: nothing from before the segment goes on behind it.
+        chunk: of the whole chunk `[b, C t, ...]`, on every rank.
 
     Returns:
-        The part, None where one process has all segments, and bool `[b, t]`.
+        The part, None where one process has all segments, and `[b, t, ...]`.
     """
     if context is None:
-        return None, reset
-    parts = reset.unflatten(1, (context.size, -1))
-    return ContextPart(context, parts.any(dim=-1)), parts[:, context.rank]
+        return None, chunk
+    cleared = clears.unflatten(1, (context.size, -1)).any(dim=-1)
+    return ContextPart(context, cleared), chunk.unflatten(1, (context.size, -1))[:, context.rank]
 
 
 def over_states(of_segments: Tensor, state: Tensor) -> Tensor:

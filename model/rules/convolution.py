@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from model.config import LayerShape
 from model.device import cache_rows
 from model.rules.base import MemoryRule, Reads, RuleParameter, Tokens
+from model.rules.borders import Borders
 from model.rules.context import pass_around, pass_around_back
 from model.rules.state import State, extended_state
 
@@ -66,11 +67,13 @@ class ConvolvedRule(MemoryRule):
         empty = self.rule.empty(lanes, layer, dtype=dtype, device=device)
         return _join(empty, torch.zeros(shape, dtype=dtype, device=device))
 
-    def scan(self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor) -> tuple[State, State]:
+    def scan(
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, borders: Borders
+    ) -> tuple[State, State]:
         inner, tail = _split(state)
         reads = Reads(None, detach=False)
-        convolved, tails, tail = self._convolve(tokens, weights, tail, reset, reads)
-        before, after = self.rule.scan(convolved, weights, inner, reset)
+        convolved, tails, tail = self._convolve(tokens, weights, tail, borders, reads)
+        before, after = self.rule.scan(convolved, weights, inner, borders)
         return _join(before, tails), _join(after, tail)
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
@@ -80,11 +83,11 @@ class ConvolvedRule(MemoryRule):
         return self.rule.read(F.silu(convolved) if self.silu else convolved, weights, inner)
 
     def scan_and_read(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, reset: Tensor, reads: Reads
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: State, borders: Borders, reads: Reads
     ) -> tuple[Tensor, Tensor, State]:
         inner, tail = _split(state)
-        convolved, _, tail = self._convolve(tokens, weights, tail, reset, reads)
-        read, present, after = self.rule.scan_and_read(convolved, weights, inner, reset, reads)
+        convolved, _, tail = self._convolve(tokens, weights, tail, borders, reads)
+        read, present, after = self.rule.scan_and_read(convolved, weights, inner, borders, reads)
         return read, present, _join(after, tail)
 
     def inside(self, state: State, q: Tensor, start: Tensor) -> State:
@@ -117,11 +120,11 @@ class ConvolvedRule(MemoryRule):
         return per_token + kept, per_segment + (WIDTH - 1) * kept
 
     def _convolve(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], tail: Tensor, reset: Tensor, reads: Reads
+        self, tokens: Tokens, weights: Mapping[str, Tensor], tail: Tensor, borders: Borders, reads: Reads
     ) -> tuple[Tokens, Tensor, Tensor]:
         """The tokens behind the convolutions, and the tails before every segment and behind the last one."""
         taps = _taps(weights, tail)
-        q, k, v, before, after = _Convolution.apply(*tokens[:3], tail, taps, reset, reads, self.silu, tokens.part)
+        q, k, v, before, after = _Convolution.apply(*tokens[:3], tail, taps, borders, reads, self.silu, tokens.part)
         return tokens._replace(q=q, k=k, v=v), before, after
 
 
@@ -158,7 +161,7 @@ class _Convolution(Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, initial, taps, reset, reads, silu, part):
+    def forward(ctx, q, k, v, initial, taps, borders, reads, silu, part):
         """Convolved q `[b, t + p, n, r, s, d]`, k and v `[b, t, n, s, d]`; the tails before every segment
         `[b, t, n, r + 2, 3, d]`, without gradient, and behind the last one."""
         b, segments, n, r, s, d = q.shape
@@ -166,7 +169,7 @@ class _Convolution(Function):
         padded = _time_first(initial, b, segments, n, r + 2, WIDTH - 1 + s, d)
         own, tails = padded[..., WIDTH - 1 :, :], padded[..., : WIDTH - 1, :]
         own[:, :, :, :r], own[:, :t, :, r], own[:, :t, :, r + 1] = q, k, v
-        clear = _per_tail(reset, initial)
+        clear = _per_tail(borders.reset, initial)
         context = None if part is None else part.context
         left = initial
         if context is not None:

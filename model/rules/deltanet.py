@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.config import LayerShape
 from model.rules.base import MemoryRule, Tokens
+from model.rules.borders import Borders
 from model.rules.context import ContextPart
 from model.rules.delta_blocks import block_length, solve_blocks
 from model.rules.feature_maps import unit_length_of
@@ -29,7 +30,7 @@ def scan_delta_rule(
     gate: Tensor | None,
     log_decay: Tensor | None,
     initial: Tensor,
-    reset: Tensor,
+    borders: Borders,
     part: ContextPart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run `M <- a (M - g k (k^T M)) + g k v^T` over all tokens of a window.
@@ -37,13 +38,13 @@ def scan_delta_rule(
     Args:
         key, value, gate, log_decay: see `solve_blocks`.
         initial: M carried in, `[b, n, d, d]`.
-        reset: bool `[b, t]`, True where a document starts.
+        borders: where documents start.
         part: see `scan_pairs`.
 
     Returns:
         M before every segment `[b, t, n, d, d]`, after its reset, and M carried out `[b, n, d, d]`.
     """
-    return scan_blocks(initial, solve_blocks(key, value, gate, log_decay), reset, part)
+    return scan_blocks(initial, solve_blocks(key, value, gate, log_decay), borders, part)
 
 
 class DeltaNetRule(MemoryRule):
@@ -60,18 +61,18 @@ class DeltaNetRule(MemoryRule):
         return unit_length_of(q, k, dtype)
 
     def write(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, reset: Tensor
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, borders: Borders
     ) -> tuple[MatrixState, MatrixState]:
-        return self.write_tokens(tokens, None, state, reset)
+        return self.write_tokens(tokens, None, state, borders)
 
     def write_tokens(
-        self, tokens: Tokens, log_decay: Tensor | None, state: MatrixState, reset: Tensor
+        self, tokens: Tokens, log_decay: Tensor | None, state: MatrixState, borders: Borders
     ) -> tuple[MatrixState, MatrixState]:
         """`scan_delta_rule`, by the kernel that the run has."""
         device, dim = tokens.k.device.type, tokens.k.shape[-1]
         kernel = choose_kernel(self.kernel, bfloat16=tokens.bfloat16, device=device, dim=dim)
         scan = scan_by_fla if kernel.name == "fla" else scan_delta_rule
-        before, after = scan(tokens.k, tokens.v, tokens.gate, log_decay, state.M, reset, tokens.part)
+        before, after = scan(tokens.k, tokens.v, tokens.gate, log_decay, state.M, borders, tokens.part)
         return MatrixState(before), MatrixState(after)
 
     def look(self, query: Tensor, state: MatrixState) -> Tensor:

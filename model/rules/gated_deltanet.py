@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from model.config import LayerShape
 from model.rules.base import RuleParameter, Tokens
+from model.rules.borders import Borders
 from model.rules.delta_blocks import block_length
 from model.rules.deltanet import DeltaNetRule
 from model.rules.state import MatrixState
@@ -52,10 +53,10 @@ class GatedDeltaNetRule(DeltaNetRule):
         }
 
     def write(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, reset: Tensor
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, borders: Borders
     ) -> tuple[MatrixState, MatrixState]:
         log_decay = _LogDecay.apply(weights["decay_rate"], tokens.inputs["decay"])
-        return self.write_tokens(tokens, log_decay, state, reset)
+        return self.write_tokens(tokens, log_decay, state, borders)
 
     def flops_per_token(self, layer: LayerShape) -> int:
         return super().flops_per_token(layer) + 2 * layer.hidden * layer.groups

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from model.config import KERNELS, ModelConfig, layer_shape
+from model.rules.borders import Borders
 from model.rules.context import ContextPart
 from model.rules.scan import scan_pairs
 
@@ -108,7 +109,7 @@ def scan_by_fla(
     gate: Tensor | None,
     log_decay: Tensor | None,
     initial: Tensor,
-    reset: Tensor,
+    borders: Borders,
     part: ContextPart | None = None,
     *,
     products: torch.dtype = torch.bfloat16,
@@ -124,14 +125,14 @@ def scan_by_fla(
     log_decay = torch.zeros_like(key[..., 0]) if log_decay is None else log_decay
     key, value = key.to(products), value.to(products)
     if t == 1 and part is None:
-        start = initial.masked_fill(reset.view(b, 1, 1, 1), 0)
+        start = initial.masked_fill(borders.reset.view(b, 1, 1, 1), 0)
         end = _final_states(key[:, 0], value[:, 0], gate[:, 0], log_decay[:, 0], start)
         return start.unsqueeze(1), end
     unit = torch.eye(d, dtype=initial.dtype, device=initial.device)
     empty_and_unit = torch.cat([torch.zeros_like(unit), unit], dim=-1).expand(b * t, n, d, 2 * d)
     value = torch.cat([value, torch.zeros_like(value)], dim=-1)
     ends = _final_states(*(x.flatten(0, 1) for x in (key, value, gate, log_decay)), empty_and_unit)
-    return scan_pairs(initial, ends.unflatten(0, (b, t)), reset, part)
+    return scan_pairs(initial, ends.unflatten(0, (b, t)), borders, part)
 
 
 def _final_states(key: Tensor, value: Tensor, gate: Tensor, log_decay: Tensor, initial: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from model.config import LayerShape
 from model.rules.base import MemoryRule, Tokens
+from model.rules.borders import Borders
 from model.rules.feature_maps import phi_of
 from model.rules.scan import Blocks, scan_blocks, scan_sums
 
@@ -54,19 +55,19 @@ class NormalizedRule(MemoryRule):
         return phi_of(q, k, dtype)
 
     def write(
-        self, tokens: Tokens, weights: Mapping[str, Tensor], state: NormalizedState, reset: Tensor
+        self, tokens: Tokens, weights: Mapping[str, Tensor], state: NormalizedState, borders: Borders
     ) -> tuple[NormalizedState, NormalizedState]:
         key, gate = tokens.k, tokens.gate
         sums = key.sum(dim=-2) if gate is None else (gate.unsqueeze(-2) @ key).squeeze(-2)
-        z, z_after = scan_sums(state.z, sums, reset, tokens.part)
+        z, z_after = scan_sums(state.z, sums, borders, tokens.part)
         if self.delta:
             right = _Stored.apply(key, tokens.v, z, self.epsilon)
             # A segment is one block: what it takes off is what was stored before it.
             left, gate, right = (None if x is None else x.unsqueeze(3) for x in (key, gate, right))
-            M, M_after = scan_blocks(state.M, Blocks(left, gate, right, None), reset, tokens.part)
+            M, M_after = scan_blocks(state.M, Blocks(left, gate, right, None), borders, tokens.part)
         else:
             written = key if gate is None else key * gate.unsqueeze(-1)
-            M, M_after = scan_sums(state.M, written.mT @ tokens.v.to(key.dtype), reset, tokens.part)
+            M, M_after = scan_sums(state.M, written.mT @ tokens.v.to(key.dtype), borders, tokens.part)
         return NormalizedState(M, z), NormalizedState(M_after, z_after)
 
     def look(self, query: Tensor, state: NormalizedState) -> Tensor:

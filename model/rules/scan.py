@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from model.rules.borders import Borders
 from model.rules.context import ContextPart, over_states, pass_back, pass_on
 
 
@@ -41,15 +42,15 @@ class Blocks(NamedTuple):
 
 
 def scan_blocks(
-    initial: Tensor, blocks: Blocks, reset: Tensor, part: ContextPart | None = None
+    initial: Tensor, blocks: Blocks, borders: Borders, part: ContextPart | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run X <- a X + (g L)^T (V + E X) over the blocks of all segments of a window; m is a power of two.
 
     Arguments and results are those of `scan_pairs`.
     """
     if initial.device.type == "cpu":
-        return _BlockScan.apply(initial, *blocks, reset, part)
-    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset, part)
+        return _BlockScan.apply(initial, *blocks, borders.reset, part)
+    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), borders, part)
 
 
 def block_pairs(blocks: Blocks) -> Tensor:
@@ -57,30 +58,34 @@ def block_pairs(blocks: Blocks) -> Tensor:
     return _Pairs.apply(*blocks)
 
 
-def scan_pairs(initial: Tensor, pairs: Tensor, reset: Tensor, part: ContextPart | None = None) -> tuple[Tensor, Tensor]:
+def scan_pairs(
+    initial: Tensor, pairs: Tensor, borders: Borders, part: ContextPart | None = None
+) -> tuple[Tensor, Tensor]:
     """Run `X <- T_t (0 where reset_t, else X) + C_t` over the segments of a window.
 
     Args:
         initial: `[b, n, d, e]`, the state carried in.
         pairs: `[b, t, n, d, e + d]`, C_t in front of T_t.
-        reset: bool `[b, t]`, True where the state is cleared before segment t.
+        borders: where the state is cleared.
         part: the segments are this rank's part of a chunk; `initial` is what the chunk starts with, on every rank.
 
     Returns:
         What every segment reads `[b, t, n, d, e]`, after its reset, and the state carried out `[b, n, d, e]`: with a
         `part` what the chunk ends with, on every rank.
     """
-    return _Scan.apply(initial, pairs, reset, True, part)
+    return _Scan.apply(initial, pairs, borders.reset, True, part)
 
 
-def scan_sums(initial: Tensor, writes: Tensor, reset: Tensor, part: ContextPart | None = None) -> tuple[Tensor, Tensor]:
+def scan_sums(
+    initial: Tensor, writes: Tensor, borders: Borders, part: ContextPart | None = None
+) -> tuple[Tensor, Tensor]:
     """`scan_pairs` where nothing is taken off: `X <- (0 where reset_t, else X) + C_t`.
 
     Args:
         initial: `[b, n, ...]`.
         writes: C_t, `[b, t, n, ...]`.
     """
-    return _Scan.apply(initial, writes, reset, False, part)
+    return _Scan.apply(initial, writes, borders.reset, False, part)
 
 
 def compose_neighbours(pairs: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.rules import MemoryRule, Tokens
 from model.rules.base import Reads
+from model.rules.borders import Borders
 from model.rules.state import State
 
 
@@ -17,7 +18,7 @@ def remember(
     tokens: Tokens,
     weights: Mapping[str, Tensor],
     state: State,
-    reset: Tensor,
+    borders: Borders,
     *,
     probes: Tensor | None = None,
     detach_reads: bool,
@@ -29,16 +30,16 @@ def remember(
         tokens: queries of t + p segments; keys, values and gates of the t that are written.
         weights: the rule's own parameters, see `MemoryRule.scan`.
         state: memory carried in.
-        reset: bool `[b, t]`, True where a document starts.
+        borders: where documents start.
         probes: int64 `[b, p]` or None: the last p segments of q only read, each what segment `probes[b, j]` reads.
         detach_reads: read the memory without gradient (truncates backpropagation at every segment).
 
     Returns:
         The read `[b, t + p, n*r, s, d]`, the r heads of a group neighbours, whether the memory it came from held
-        anything (1 or 0) `[b, t + p, n]`, and the memory carried out.
+        anything (1 or 0) for a token, `[b, t + p, n, s]` or 1 for s, and the memory carried out.
     """
     reads = Reads(probes, detach_reads)
-    read, present, after = rule.scan_and_read(tokens, weights, state, reset, reads)
+    read, present, after = rule.scan_and_read(tokens, weights, state, borders, reads)
     return read.flatten(2, 3), present, after
 
 

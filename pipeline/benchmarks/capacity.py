@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.config import LayerShape, MemoryConfig
 from model.rules import Tokens, build_rule
+from model.rules.borders import Borders
 from model.rules.state import map_state
 
 CODES = 90
@@ -60,7 +61,7 @@ def recalled(
     tokens = Tokens(query, split(k), split(codes[chosen]), gate, inputs)
     weights = {name: parameter.initial(generator) for name, parameter in rule.parameters(layer).items()}
     state = rule.empty(LANES, layer, dtype=torch.float32, device=k.device)
-    _, after = rule.scan(tokens, weights, state, torch.zeros(LANES, segments, dtype=torch.bool))
+    _, after = rule.scan(tokens, weights, state, Borders(torch.zeros(LANES, segments, dtype=torch.bool)))
     last = map_state(after, lambda x: x.unsqueeze(1).expand(-1, segments, *x.shape[1:]))
     read = rule.read(query, weights, last).flatten(1, 4)[:, :pairs]
     angles = F.normalize(read, dim=-1) @ F.normalize(codes, dim=-1).T

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.rules import deltanet, normalized
-from model.rules.context import ContextGroup, own_part
+from model.rules.borders import Borders, own_borders
+from model.rules.context import ContextGroup
 from model.rules.kernel import Kernel, scan_by_fla
 from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_blocks, scan_pairs, scan_sums
 from model.rules.state import map_memory, memory_tensors
@@ -180,8 +181,8 @@ def _losses(window: Window, losses: Tensor, chunks: int, chunk: int, context: Co
 def by_pairs():
     """Scan as a device does that works on many blocks at once."""
 
-    def scan(initial, blocks, reset, part=None):
-        return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset, part)
+    def scan(initial, blocks, borders, part=None):
+        return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), borders, part)
 
     with mock.patch.object(deltanet, "scan_blocks", scan), mock.patch.object(normalized, "scan_blocks", scan):
         yield
@@ -211,8 +212,8 @@ def scans() -> dict[str, float]:
     join(tensor=1, pipeline=1, timeout_s=60)
     context = ContextGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
     reset = resets()
-    part, own_reset = own_part(context, reset)
-    (b, t), n, d, m, c = own_reset.shape, 2, 3, 2, 4
+    part, borders = own_borders(context, reset)
+    (b, t), n, d, m, c = borders.reset.shape, 2, 3, 2, 4
     own = slice(context.rank * t, (context.rank + 1) * t)
     generator = torch.Generator().manual_seed(1)
 
@@ -225,8 +226,8 @@ def scans() -> dict[str, float]:
         return [*found, random(*shape[:-1]) if decay else None]
 
     def by_blocks(initial: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-        *given, reset, part = given
-        return scan_blocks(initial, Blocks(*given), reset, part)
+        *given, borders, part = given
+        return scan_blocks(initial, Blocks(*given), borders, part)
 
     matrix, vector = random(b, n, d, d + 1), random(b, n, d)
     kinds = {
@@ -239,19 +240,19 @@ def scans() -> dict[str, float]:
     distances = {}
     for name, (scan, (initial, *written)) in kinds.items():
         weights, of_end = random(b, SEGMENTS, *initial.shape[1:]), random(*initial.shape)
-        of_one = _scanned(scan, [initial, *written], reset, None, weights, of_end)
+        of_one = _scanned(scan, [initial, *written], Borders(reset), None, weights, of_end)
         shared = [initial, *(None if x is None else x[:, own] for x in written)]
-        of_ranks = _scanned(scan, shared, own_reset, part, weights[:, own], of_end)
+        of_ranks = _scanned(scan, shared, borders, part, weights[:, own], of_end)
         for i, (found, expected) in enumerate(zip(of_ranks, of_one, strict=True)):
             expected = expected[:, own] if expected.shape[1] == SEGMENTS else expected  # or of a state: n is not 8
             distances[f"{name} {i}"] = ((found - expected).norm() / expected.norm()).item()
     return distances
 
 
-def _scanned(scan, inputs: list[Tensor | None], reset: Tensor, part, weights: Tensor, of_end: Tensor):
+def _scanned(scan, inputs: list[Tensor | None], borders: Borders, part, weights: Tensor, of_end: Tensor):
     """States, the one carried out, and the gradients of all inputs."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
-    before, after = scan(*leaves, reset, part)
+    before, after = scan(*leaves, borders, part)
     given = [x for x in leaves if x is not None]
     return [before, after, *torch.autograd.grad([before, after], given, [weights, of_end])]
 
@@ -267,7 +268,7 @@ def overflow(blocks: bool) -> None:
     t, d, m, c = 2, 3, 2, 2
     reset = torch.zeros(3, t * context.size, dtype=torch.bool)
     reset[0, t] = reset[1, t + 1] = reset[2, 0] = True
-    part, own = own_part(context, reset)
+    part, own = own_borders(context, reset)
     generator = torch.Generator().manual_seed(context.rank)
 
     def random(*shape: int) -> Tensor:

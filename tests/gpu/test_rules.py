@@ -8,6 +8,7 @@ import torch
 
 from model.config import MemoryConfig
 from model.rules import Tokens, build_rule
+from model.rules.borders import Borders
 from model.rules.kernel import choose_kernel
 from model.rules.window import remember, write_gate
 from tests.gpu.golden import GATE, PATH, golden
@@ -43,7 +44,7 @@ def computed(rule, window, reset, weights, *, kernel="torch", bfloat16=False):
     tokens = Tokens(q, leaves["k"], leaves["v"], gate, {"decay": leaves["x"]}, bfloat16=bfloat16)
     own = {"decay_rate": leaves["rate"], "convolution": leaves["taps"]}
     state = state_type(rule)(*(leaves[name] for name in fields))
-    read, _, after = remember(build_rule(memory), tokens, own, state, reset, detach_reads=False)
+    read, _, after = remember(build_rule(memory), tokens, own, state, Borders(reset), detach_reads=False)
     outputs = {"read": read} | dict(zip(fields, after, strict=True))
     sum((x * weights[name]).sum() for name, x in outputs.items()).backward()
     found = {"read" if name == "read" else f"after/{name}": x for name, x in outputs.items()}

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.rules.borders import Borders
+
 NAMES = ("key", "value", "gate", "log_decay", "initial")
 """Arguments of `scan_delta_rule` with a gradient, in order."""
 
@@ -35,7 +37,7 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """The states at the borders, and the gradients of a random projection of all of them."""
     leaves = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
-    before, after = scan(*leaves, reset)
+    before, after = scan(*leaves, Borders(reset))
     states = torch.cat([before, after.unsqueeze(1)], dim=1)
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
     (states * weights).sum().backward()

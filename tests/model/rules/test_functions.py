@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from model.rules.base import Reads
+from model.rules.borders import Borders
 from model.rules.convolution import WIDTH, _Convolution
 from model.rules.delta_blocks import block_length, solve_blocks
 from model.rules.feature_maps import phi, phi_of, unit_length_of
@@ -16,6 +17,7 @@ from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_block
 
 B, T, N, R, S, D = 2, 3, 2, 2, 4, 3
 RESET = torch.tensor([[False, False, True], [True, False, False]])
+BORDERS = Borders(RESET)
 
 
 def draw(*shape, seed=0):
@@ -37,17 +39,17 @@ def plain_scan(initial, pairs, reset):
 @pytest.mark.parametrize("columns", [D, D + 2])
 def test_scan(columns):
     initial, pairs = draw(B, N, D, columns), draw(B, T, N, D, columns + D)
-    for found, expected in zip(scan_pairs(initial, pairs, RESET), plain_scan(initial, pairs, RESET), strict=True):
+    for found, expected in zip(scan_pairs(initial, pairs, BORDERS), plain_scan(initial, pairs, RESET), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
-    assert gradcheck(lambda *x: scan_pairs(*x, RESET), (initial, pairs))
-    assert gradcheck(lambda *x: scan_sums(*x, RESET), (draw(B, N, D), draw(B, T, N, D)))
+    assert gradcheck(lambda *x: scan_pairs(*x, BORDERS), (initial, pairs))
+    assert gradcheck(lambda *x: scan_sums(*x, BORDERS), (draw(B, N, D), draw(B, T, N, D)))
 
 
 def test_scan_clears_what_overflowed_inside_the_window():
     """Not only the state carried in: what was written before a reset is gone, finite or not."""
     initial, pairs = draw(B, N, D, D), draw(B, T, N, D, 2 * D).detach()
     pairs[0, 1, ..., :D] = torch.inf
-    before, after = scan_pairs(initial, pairs.requires_grad_(), RESET)
+    before, after = scan_pairs(initial, pairs.requires_grad_(), BORDERS)
     assert before[0, 2].eq(0).all() and after[0].isfinite().all() and before[1].isfinite().all()
     gradient, of_pairs = torch.autograd.grad(after[0].sum() + before[0, 2].sum(), (initial, pairs))
     assert gradient.eq(0).all() and of_pairs[0, :2, ..., :D].eq(0).all()
@@ -77,9 +79,9 @@ def test_blocks_in_turn_do_what_their_pairs_do(m, gated, decays):
 
     def scan(initial, *given):
         given = iter(given)
-        return scan_blocks(initial, Blocks(*(None if x is None else next(given) for x in blocks)), RESET)
+        return scan_blocks(initial, Blocks(*(None if x is None else next(given) for x in blocks)), BORDERS)
 
-    expected = scan_pairs(leaves[0], compose_neighbours(block_pairs(Blocks(*blocks))), RESET)
+    expected = scan_pairs(leaves[0], compose_neighbours(block_pairs(Blocks(*blocks))), BORDERS)
     for found, one in zip(scan(*leaves), expected, strict=True):
         torch.testing.assert_close(found, one, rtol=1e-12, atol=1e-12)
     assert gradcheck(scan, leaves)
@@ -89,7 +91,7 @@ def test_blocks_in_turn_clear_what_overflowed():
     """As `scan_pairs` does, in either direction."""
     initial, left, right = draw(B, N, D, D), draw(B, T, N, 2, 2, D), draw(B, T, N, 2, 2, 2 * D).detach()
     right[0, 1, ..., :D] = torch.inf
-    before, after = scan_blocks(initial, Blocks(left, None, right.requires_grad_(), None), RESET)
+    before, after = scan_blocks(initial, Blocks(left, None, right.requires_grad_(), None), BORDERS)
     assert before[0, 2].eq(0).all() and after[0].isfinite().all() and before[1].isfinite().all()
     gradient, of_right = torch.autograd.grad(after[0].sum() + before[0, 2].sum(), (initial, right))
     assert gradient.eq(0).all() and of_right[0, :2, ..., :D].eq(0).all()
@@ -202,7 +204,7 @@ def test_convolutions_of_a_window(monkeypatch, s, probes, silu):
     q = draw(B, T + (probes is not None), N, R, s, D)
     k, v, initial = draw(B, T, N, s, D), draw(B, T, N, s, D), draw(B, N, R + 2, WIDTH - 1, D)
     taps, reads = draw(N, R + 2, D, WIDTH), Reads(probes, detach=False)
-    *found, tails, last = _Convolution.apply(q, k, v, initial, taps, RESET, reads, silu, None)
+    *found, tails, last = _Convolution.apply(q, k, v, initial, taps, BORDERS, reads, silu, None)
     for part, (x, y) in enumerate(((q[:, :T, :, 0], found[0][:, :T, :, 0]), (k, found[1]), (v, found[2]))):
         part = 0 if part == 0 else R + part - 1
         before = torch.stack([tails[:, :T, 1, part]], dim=0)[0]
@@ -217,7 +219,7 @@ def test_convolutions_of_a_window(monkeypatch, s, probes, silu):
     assert last.shape == initial.shape
 
     def outputs(q, k, v, initial, taps):
-        *convolved, _, last = _Convolution.apply(q, k, v, initial, taps, RESET, reads, silu, None)
+        *convolved, _, last = _Convolution.apply(q, k, v, initial, taps, BORDERS, reads, silu, None)
         return *convolved, last
 
     assert gradcheck(outputs, (q, k, v, initial, taps))

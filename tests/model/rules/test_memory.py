@@ -9,6 +9,7 @@ from model.config import LayerShape, MemoryConfig
 from model.rules import RULES as TABLE
 from model.rules import NormalizedState, Tokens, delta_blocks
 from model.rules import build_rule as rule_of
+from model.rules.borders import Borders
 from model.rules.feature_maps import phi
 from model.rules.reference import window_convolution, window_deltanet, window_normalized
 from model.rules.state import MatrixState, extended_state
@@ -93,7 +94,7 @@ def fast(rule_name, gate_kind, window, reset, **options):
     gate = None if gate_kind == "none" else write_gate(gate_kind, window["a"])
     options = {"detach_reads": False} | options
     tokens, state = tokens_of(window, gate), state_of(rule_name, window)
-    read, _, after = remember(build_rule(rule_name), tokens, weights_of(window), state, reset, **options)
+    read, _, after = remember(build_rule(rule_name), tokens, weights_of(window), state, Borders(reset), **options)
     return read, after
 
 
@@ -255,9 +256,10 @@ def test_empty_memory_reads_zero_and_says_so(rule_name):
     window, reset = random_window(19, t=3, empty=True)
     reset[:] = torch.tensor([[False, False, False], [False, False, True]])
     tokens, state = tokens_of(window, None), state_of(rule_name, window)
-    read, present, _ = remember(build_rule(rule_name), tokens, weights_of(window), state, reset, detach_reads=False)
+    rule, borders = build_rule(rule_name), Borders(reset)
+    read, present, _ = remember(rule, tokens, weights_of(window), state, borders, detach_reads=False)
     expected = torch.tensor([[0, 1, 1], [0, 1, 0]])
-    assert torch.equal(present, expected[..., None].expand(2, 3, 2).double())
+    assert torch.equal(present, expected[..., None, None].expand(2, 3, 2, 1).double())
     assert not read[expected == 0].any()
     assert (read[expected == 1] != 0).all()
     assert all(x.isfinite().all() for x in gradients([read], window).values())

@@ -18,6 +18,7 @@ from launch.commands.planned import ASSUMED_VOCAB
 from model import device
 from model.layers.norm import RMSNorm
 from model.rules import deltanet, normalized
+from model.rules.borders import Borders
 from model.rules.context import ContextPart
 from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_pairs
 from pipeline.accounting import update_peak
@@ -121,9 +122,9 @@ def measured_bytes(settings: str) -> tuple[int, int]:
 
 
 def _scan_at_once(
-    initial: torch.Tensor, blocks: Blocks, reset: torch.Tensor, part: ContextPart | None = None
+    initial: torch.Tensor, blocks: Blocks, borders: Borders, part: ContextPart | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), reset, part)
+    return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), borders, part)
 
 
 @contextlib.contextmanager
