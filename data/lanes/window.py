@@ -87,6 +87,8 @@ class WindowBatch:
     starts: torch.Tensor | None = None
     """bool [B, W, S]: a document starts (or is entered) at this token of the whole window; segments' first tokens are
     `reset`. None without packing, where documents start nowhere else."""
+    set_index: torch.Tensor | None = None
+    """int16 [B, T, S]: place in the mixture of the set that a token is from; 0 on padding. None where there is one."""
     part: WindowPart = WHOLE
     """Which of the window's segments the T are."""
     probes: ProbeBatch | None = None
@@ -154,6 +156,7 @@ class WindowBuilder:
         self._labels = np.full(positions, eos, dtype=np.int64)
         self._loss_weight = np.zeros(positions, dtype=np.float32)
         self._answer_mask = np.zeros(positions, dtype=bool)
+        self._set_index = np.zeros(positions, dtype=np.int16)
         self._starts = np.zeros((lanes, segments * segment_length), dtype=bool)
         self._position = np.zeros((lanes, own), dtype=np.int64)
         self._documents: list[list[str]] = [[] for _ in range(lanes)]
@@ -196,6 +199,7 @@ class WindowBuilder:
         self._tokens[row, start:stop] = text[:-1]
         self._labels[row, start:stop] = text[1:]
         self._loss_weight[row, start:stop] = 1
+        self._set_index[row, start:stop] = run.set
         for answer_start, answer_stop in source.set.answers(run.document):
             # Token i is the label of position i - 1.
             left = start + max(answer_start - 1 - run.first, 0)
@@ -220,6 +224,7 @@ class WindowBuilder:
             padded_tokens=self._tokens.size - self._filled,
             documents=self._documents,
             starts=starts if self._packing else None,
+            set_index=torch.from_numpy(self._set_index).view(self._shape) if len(self._sets) > 1 else None,
             part=self._part,
             probes=self._probes.batch() if self._probes else None,
             weight=float(self._loss_weight.sum(dtype=np.float64)) + (self._probes.weight if self._probes else 0.0),
@@ -228,7 +233,8 @@ class WindowBuilder:
         )
 
     def _lane_digest(self, row: int, lane: int) -> int:
-        arrays = [self._tokens, self._labels, self._loss_weight, self._answer_mask, self._starts, self._position]
+        arrays = [self._tokens, self._labels, self._loss_weight, self._answer_mask, self._set_index]
+        arrays += [self._starts, self._position]
         if self._probes is not None:
             arrays += self._probes.arrays()
         names = "\0".join([str(lane), *self._documents[row]])

@@ -21,9 +21,7 @@ class Padding:
 
     segment_length: int
     segments: int
-    """Where each document begins on a segment's border, as the lanes lay them out."""
-    packed_segments: int
-    """Where documents stand end to end: no layout needs fewer."""
+    """Where each document begins on a segment's border, as the lanes lay them out without packing."""
     labels: int
     """Tokens that are predicted: all of a document's but the first."""
 
@@ -33,9 +31,10 @@ class Padding:
         return 1.0 - self.labels / (self.segments * self.segment_length) if self.segments else 0.0
 
     @property
-    def packed_share(self) -> float:
-        """The same end to end: the end of the last segment."""
-        return 1.0 - self.labels / (self.packed_segments * self.segment_length) if self.packed_segments else 0.0
+    def packed_segments(self) -> float:
+        """With `data.packing`: lanes go on with the next document inside a segment and never end, so nothing is padded
+        and an epoch need not be whole segments."""
+        return self.labels / self.segment_length
 
 
 def padding(lengths: np.ndarray, segment_length: int) -> Padding:
@@ -47,12 +46,10 @@ def padding(lengths: np.ndarray, segment_length: int) -> Padding:
     if segment_length < 1:
         raise ValueError(f"a segment has at least 1 token, not {segment_length}")
     labels = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
-    total = int(labels.sum())
     return Padding(
         segment_length=segment_length,
         segments=int((-(-labels // segment_length)).sum()),
-        packed_segments=-(-total // segment_length),
-        labels=total,
+        labels=int(labels.sum()),
     )
 
 

@@ -46,7 +46,7 @@ def print_padding(console: Any, lengths: Mapping[str, np.ndarray], segments: Seg
 
     for split, of_split in lengths.items():
         console.print(f"\n{split}: padding by segment length{f' ({segments.where})' if segments.where else ''}")
-        table = Table("segment", "segments", "padded", "packed", "then padded", "times", box=None, padding=(0, 2, 0, 2))
+        table = Table("segment", "segments", "padded", "packed", "times", box=None, padding=(0, 2, 0, 2))
         for column in table.columns:
             column.justify = "right"
         for length in segments.lengths:
@@ -54,7 +54,7 @@ def print_padding(console: Any, lengths: Mapping[str, np.ndarray], segments: Seg
             times = found.segments / found.packed_segments if found.packed_segments else 1.0
             table.add_row(
                 *(f"{length:,}", f"{found.segments:,}", f"{found.share:.1%}"),
-                *(f"{found.packed_segments:,}", f"{found.packed_share:.2%}", f"{times:.2f}"),
+                *(f"{found.packed_segments:,.1f}", f"{times:.2f}"),
             )
         console.print(table)
         short = of_split - 1 <= segments.lengths[0]  # the last token is a label alone
@@ -63,8 +63,9 @@ def print_padding(console: Any, lengths: Mapping[str, np.ndarray], segments: Seg
             f"tokens, fit into one segment of {segments.lengths[0]:,}"
         )
     console.print(
-        "  padded: every document begins on a segment's border. packed: documents stand end to end, without padding "
-        "between them; times: how many times as many segments the borders cost"
+        "  padded: every document begins on a segment's border. packed: segments with data.packing, where the next "
+        "document begins right behind the last one and nothing is padded; times: how many times as many segments the "
+        "borders cost"
     )
 
 
@@ -153,8 +154,7 @@ def draw_survey(
 
     grid = sorted({1 << power for power in range(7, 16)} | set(segments.lengths))
     found = [padding(of_split, length) for length in grid]
-    panels[1].plot(grid, [one.share for one in found], marker=".", label="documents begin on borders", color="#b5523b")
-    panels[1].plot(grid, [one.packed_share for one in found], marker=".", label="end to end", color="#3b6ea8")
+    panels[1].plot(grid, [one.share for one in found], marker=".", color="#b5523b")
     if segments.where:
         panels[1].axvline(segments.lengths[0], color="#333333", linewidth=0.8, linestyle=":")
     panels[1].set_xscale("log", base=2)
@@ -162,8 +162,7 @@ def draw_survey(
     panels[1].set_xticks(shown[::2], [_short(length) for length in shown[::2]], fontsize=8)
     panels[1].set_ylim(0, 1)
     panels[1].set_xlabel("segment length")
-    panels[1].legend(frameon=False, fontsize=8)
-    panels[1].set_title("padded positions", fontsize=10)
+    panels[1].set_title("padded positions, without packing", fontsize=10)
 
     if shares:
         names = [break_lines(name, 1.6, 8, 2) for name, _ in shares]

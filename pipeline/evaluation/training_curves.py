@@ -42,6 +42,7 @@ def training_curves(path: str | Path, metrics_jsonl: str | Path) -> bool:
     series = _series(metrics_jsonl)
     panels = [
         Panel("loss", "nats per token", _named(series, "loss/")),
+        Panel("loss by set", "nats per token", _named(series, "loss_by_set/")),
         *_evaluations(series),
         Panel(
             "loss by segment of the document", "nats per token", _named(series, "loss_by_segment/"), family="segment"

@@ -69,6 +69,7 @@ FIELDS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("optimizer/learning_rate", lambda value: f"lr {value:.1e}"),
     ("optimizer/gradient_norm", lambda value: f"grad {value:.3g}"),
     ("speed/tokens_per_s", lambda value: f"{value:,.0f} tok/s"),
+    ("data/padded_share", lambda value: f"padded {100 * value:.3g} %"),
     ("speed/mfu", lambda value: f"mfu {100 * value:.3g} %"),
     ("system/process_bytes", lambda value: f"mem {format_bytes(value)}"),
     ("system/device_allocated_bytes", lambda value: f"device {format_bytes(value)}"),

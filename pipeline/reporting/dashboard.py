@@ -19,6 +19,7 @@ LAYERS = ("share_of_output", "mix_gate", "write_gate", "effective_rank", "read_v
 EVALUATION, BY_SEGMENT = "3_evaluation", "6_loss_by_segment"
 _GROUPS = (
     ("loss/", "1_loss"),
+    ("loss_by_set/", "1_loss"),
     ("speed/tokens_per_s", "2_speed"),
     ("speed/mfu", "2_speed"),
     ("evaluation/seconds", "7_time"),
@@ -35,7 +36,7 @@ _GROUPS = (
     ("system/", "9_system"),
 )
 """How a metric's name begins, and its group; the first that fits."""
-_KEPT = ("gradient_norm", "ranks", "checkpoint")
+_KEPT = ("loss_by_set", "gradient_norm", "ranks", "checkpoint")
 """Beginnings that say what the rest is of: they stay in the card's name."""
 _CARDS = {"loss/answer": "train_answer", "loss/probe": "train_probe"}
 """Cards that come behind `train`."""

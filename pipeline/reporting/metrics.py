@@ -4,12 +4,14 @@ Names are paths, one spelling from the trainer to the plots (`pipeline.reporting
 
     loss/train  loss/answer  loss/probe         mean cross entropy in nats per token
     loss_by_segment/<0, 1, 2-3, 4-7, ...>       the loss at these segments of the documents
+    loss_by_set/<set>                           the loss of this set's text; where there are several
     optimizer/learning_rate  optimizer/learning_rate_<group>  optimizer/gradient_norm
     optimizer/zero_gradient_steps               steps so far whose gradient was exactly 0
     optimizer/unmoved_parameters                parameters (tensors) that learn, but have not moved since the start
     gradient_norm/<kind>                        of the kinds of parameters: `pipeline.parallel.parameter_groups`
-    speed/tokens_per_s  speed/mfu               of the whole run; utilisation is a share, 0..1, of the matrix products
-                                                that the processes were measured to reach before the first step
+    speed/tokens_per_s  speed/mfu               of the whole run, of text alone: padding does not count; utilisation is
+                                                a share, 0..1, of the matrix products that the processes were measured
+                                                to reach before the first step
     speed/mfu_data_sheet                        the same of what the devices' data sheets say (docs/devices.md); only
                                                 where all devices are in the table
     speed/step_s                                mean seconds per step, everything included

@@ -31,11 +31,11 @@ from pipeline.reporting.metrics import MetricsWriter, Start, layer_name
 from pipeline.reporting.throughput import ThroughputMeter
 from pipeline.reporting.wandb_run import WandbRun
 from pipeline.schedule.operations import Operation
+from pipeline.training.grouped_losses import LossBySegment, LossBySet, bucket_name
 from pipeline.training.introduction import derived_rows, told_sheet
-from pipeline.training.mixture import mixture_metrics
+from pipeline.training.mixture import mixture_metrics, set_names
 from pipeline.training.profiling import ProfileWindow
 from pipeline.training.rank_times import NUMBERS, OwnTime, StragglerWatch, find_slowest, slots
-from pipeline.training.segment_losses import LossBySegment
 from pipeline.training.step_record import StepRecord
 from pipeline.training.stillness import StillnessWatch
 
@@ -76,10 +76,14 @@ class Monitor:
         self.stragglers: StragglerWatch | None = None
         self.ending: str | None = None
         self.peak_flops, self.sheet_flops = 0.0, math.nan
-        self.by_segment = LossBySegment(topology.device)
+        self._clear_losses()
         self.took_a_step = False
         self.skipped_steps = 0
         self._clear_interval()
+
+    def _clear_losses(self) -> None:
+        self.by_segment = LossBySegment(self.topology.device)
+        self.by_set = LossBySet(len(self.config.data.sets), self.topology.device)
 
     def _clear_interval(self) -> None:
         self.interval: dict[str, float] = {}
@@ -169,7 +173,7 @@ class Monitor:
         if outcome.applied:
             for name, value in sums.items():
                 self.interval[name] = self.interval.get(name, 0.0) + value
-            self._add_by_segment(record)
+            self._add_losses(record)
         else:
             self.skipped_steps += 1
             if self.is_main:
@@ -193,14 +197,16 @@ class Monitor:
             self.console.first_step(step, values, self.meter.elapsed_s)
         self.took_a_step = True
 
-    def _add_by_segment(self, record: StepRecord) -> None:
+    def _add_losses(self, record: StepRecord) -> None:
         if not (self.topology.is_last_stage and self.topology.tensor_rank == 0):
             return
         self.by_segment.add(record.batch, record.result.token_loss, self.config.model.segment_length)
+        if record.batch.set_index is not None:
+            self.by_set.add(record.batch, record.result.token_loss)
 
     def _write_interval(self, record: StepRecord) -> None:
         topology, step, outcome, rate = self.topology, record.step, record.outcome, record.rate
-        by_segment = self.by_segment.collect()
+        by_segment = {bucket_name(bucket): loss for bucket, loss in self.by_segment.collect().items()}
         memory = {"system/process_bytes": psutil.Process().memory_info().rss}
         peaks = device_memory_peaks(topology.device)
         memory |= {f"system/device_{kind}_bytes": size for kind, size in peaks.items()}
@@ -213,8 +219,10 @@ class Monitor:
         copies = topology.tensor_size * topology.context_size * topology.pipeline_size
         mixture = {}
         if len(record.mixture) > 1:
+            names = set_names([share.path for share in record.mixture])
+            mixture |= {f"loss_by_set/{names[number]}": loss for number, loss in self.by_set.collect().items()}
             tokens = topology.all_reduce([float(share.tokens) for share in record.mixture])
-            mixture = mixture_metrics(record.mixture, [of_set / copies for of_set in tokens])
+            mixture |= mixture_metrics(record.mixture, [of_set / copies for of_set in tokens])
         skipped = None
         if self.config.data.skip_bad_documents:
             # The processes that work on a lane together leave out the same.
@@ -365,7 +373,7 @@ class Monitor:
         """The run went back to `step`: what was written for later ones is taken back."""
         self.step = step
         self.meter, self.skipped_steps = ThroughputMeter(), 0
-        self.by_segment = LossBySegment(self.topology.device)
+        self._clear_losses()
         self._clear_interval()
         on_main(lambda: self._open_writer(step))
 

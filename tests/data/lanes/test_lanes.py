@@ -823,7 +823,7 @@ def test_a_lanes_digest_is_over_all_that_the_lane_gets():
     window, probes = vars(fresh()), vars(fresh()._probes)
     arrays = [(name, ()) for name, value in window.items() if isinstance(value, np.ndarray)]
     arrays += [(name, ("_probes",)) for name, value in probes.items() if isinstance(value, np.ndarray)]
-    assert len(arrays) == 6 + 4
+    assert len(arrays) == 7 + 4
     for name, inside in arrays:
         builder = fresh()
         owner = builder._probes if inside else builder

@@ -40,6 +40,7 @@ class Token(NamedTuple):
 def naive_lane(schedule: LaneSchedule, sets: list[WeightedSet], lane: int, count: int) -> list[Token]:
     """The lane's first `count` positions: where it enters and the order inside of each set are the schedule's."""
     entry, entered, _ = schedule.next_run(lane, schedule.start(), 10**9)
+    assert entered.credit[entry.set] == entry.first  # what stands before the entry counts as read
     taken, given_out = [0] * len(sets), [0] * len(sets)
     number, document, first = entry.set, entry.document, entry.first
     tokens: list[Token] = []

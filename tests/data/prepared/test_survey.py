@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from data.lanes.loader import LaneLoader
 from data.lanes.schedule import WeightedSet
+from data.lanes.window import WindowBatch
 from data.preparation.options import PrepareOptions
 from data.preparation.prepare import prepare
 from data.prepared.manifest import load_manifest
@@ -27,23 +29,31 @@ def test_padding_is_what_the_lanes_lay_out(tmp_path, segment):
     lengths = [2, 8, 9, 63, 64, 65, 66, 129, 200]
     source = PreparedSet(write_set(tmp_path / "set", lengths, answers=False))
     found = padding(source.lengths, segment)
-    # A lane alone reads every document once, then goes on: as many segments as an epoch has.
-    loader = LaneLoader(
-        [WeightedSet(source, 1.0, 1.0)],
-        **{"lanes": 1, "first_lane": 0, "last_lane": 1, "seed": 3, "stagger": False, "prefetch": 0},
-        segments_per_window=found.segments,
-        segment_length=segment,
-    )
-    batch = loader.next_batch()
+
+    def epoch(packing: bool) -> WindowBatch:
+        """A lane alone reads every document once, then goes on: as many segments as an epoch has."""
+        loader = LaneLoader(
+            [WeightedSet(source, 1.0, 1.0)],
+            **{"lanes": 1, "first_lane": 0, "last_lane": 1, "seed": 3, "stagger": False, "prefetch": 0},
+            segments_per_window=math.ceil(found.packed_segments) if packing else found.segments,
+            segment_length=segment,
+            packing=packing,
+        )
+        return loader.next_batch()
+
+    batch, packed = epoch(False), epoch(True)
     assert sum(len(lane) for lane in batch.documents) == len(lengths)
     assert batch.padded_tokens == found.segments * segment - found.labels
     assert found.share == pytest.approx(batch.padded_tokens / (found.segments * segment))
-    assert found.packed_segments == -(-sum(length - 1 for length in lengths) // segment)
-    assert found.packed_share <= found.share
+    assert packed.padded_tokens == 0
+    second_epoch = packed.tokens.numel() - round(found.packed_segments * segment)
+    begun = packed.starts.flatten()
+    assert int(begun[: begun.numel() - second_epoch].sum()) == len(lengths)
+    assert second_epoch == 0 or begun[-second_epoch]
 
 
 def test_padding_of_nothing_and_of_no_segment():
-    assert padding(np.array([1, 1]), 8).share == padding(np.array([1]), 8).packed_share == 0.0
+    assert padding(np.array([1, 1]), 8).share == padding(np.array([1]), 8).packed_segments == 0.0
     with pytest.raises(ValueError, match="at least 1 token"):
         padding(np.array([3]), 0)
 
