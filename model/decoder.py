@@ -20,13 +20,14 @@ from model.layers.embedding import Embedding
 from model.layers.loss import OutputMatrix, hide_padding
 from model.layers.mlp import GatedMLP
 from model.layers.norm import RMSNorm
+from model.layers.packing import Packing, packing_of
 from model.layers.rotary import RotaryTables
 from model.layers.segment_cache import SegmentCache, Span
 from model.layers.statistics import MemoryStatistics, once
 from model.precision import COMPUTE_DTYPES, wide_dtype
 from model.rules import build_rule
 from model.rules.context import ContextGroup
-from model.rules.state import Memory, State
+from model.rules.state import Memory, State, split_state
 from model.sharding import (
     RULE_PARAMETERS,
     initial_values,
@@ -100,6 +101,7 @@ class DecoderLayer(nn.Module):
         statistics: bool,
         probes: Tensor | None = None,
         feed_forward: bool = True,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, State | None, Tensor | None, MemoryStatistics | None]:
         def attend(hidden: Tensor, *memory_tensors: Tensor):
             state = None if memory is None else type(memory)(*memory_tensors)
@@ -110,6 +112,7 @@ class DecoderLayer(nn.Module):
                 probes=probes,
                 memory_off=memory_off,
                 statistics=statistics,
+                packing=packing,
             )
 
         if self.recompute == "selective" and torch.is_grad_enabled():
@@ -264,6 +267,7 @@ class DecoderStage(nn.Module):
         labels: Tensor | None = None,
         *,
         probes: Tensor | None = None,
+        starts: Tensor | None = None,
         memory_off: bool = False,
         statistics: bool = False,
         correct: bool = False,
@@ -278,6 +282,8 @@ class DecoderStage(nn.Module):
                 `[b, C t]`, on every rank, while all else is of this rank's t segments.
             labels: `[b, t+p, s]`; without them the last stage computes no loss.
             probes: int64 `[b, p]`, the segment whose starting memory each probe reads.
+            starts: with packing bool `[b, t, s]`, or `[b, C t, s]`, True at a document's first token; `reset` has its
+                first ones.
             memory_off: control for evaluation, see `InfiniAttention.forward`.
             statistics: also measure the memory (`StageOutput.statistics`).
             correct: also say for every label whether greedy decoding would give it.
@@ -285,10 +291,11 @@ class DecoderStage(nn.Module):
         hidden = self._embed(inputs) if self.is_first else inputs
         carried, measured = [], {}
         gate_sum = torch.zeros((), device=hidden.device)
+        packing = None if starts is None else self._packing(starts, probes, memory)
         # Nobody reads what the last layer gives without labels, only its memory.
         unread = str(self.config.num_layers - 1) if labels is None else None
         for (name, layer), state in zip(self.layers.items(), memory, strict=True):
-            arguments = (hidden, state, reset, memory_off, statistics, probes, name != unread)
+            arguments = (hidden, state, reset, memory_off, statistics, probes, name != unread, packing)
             if self.options.recompute == "layer" and torch.is_grad_enabled():
                 result = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=once)
             else:
@@ -306,6 +313,12 @@ class DecoderStage(nn.Module):
             loss, hits = self._losses(hidden, labels)
             hits = hits if correct else None
         return StageOutput(None, loss, hits, carried, gate_sum, measured)
+
+    def _packing(self, starts: Tensor, probes: Tensor | None, memory: Memory) -> Packing:
+        states = (split_state(state)[1] for state in memory)
+        carried = next((context for context in states if context is not None), None)
+        shared = next(iter(self.layers.values())).attention.context
+        return packing_of(starts, probes, carried, self.compute_dtype, shared)
 
     @contextmanager
     def unshared(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from model.layers.heads import join_heads, split_heads
 from model.layers.local_context import segment_attention, sliding_attention
 from model.layers.mixing import mix
 from model.layers.norm import RMSNorm, rms_norm
+from model.layers.packing import Packing
 from model.layers.rotary import RotaryTables
 from model.layers.statistics import MemoryStatistics, measure
 from model.layers.token_linears import TokenLinears
@@ -133,6 +134,7 @@ class InfiniAttention(nn.Module):
         probes: Tensor | None = None,
         memory_off: bool = False,
         statistics: bool = False,
+        packing: Packing | None = None,
     ) -> AttentionResult:
         """Attend over the segments of a window.
 
@@ -146,9 +148,14 @@ class InfiniAttention(nn.Module):
                 are not written to the memory.
             memory_off: write the memory, but give the local attention all of the output (a control in evaluation).
             statistics: also measure what the memory does.
+            packing: where documents share segments; `reset` is not looked at then.
         """
         asked = 0 if probes is None else probes.shape[1]
-        part, borders = own_borders(self.context, reset, probes=asked)
+        if packing is None:
+            part, borders = own_borders(self.context, reset, probes=asked)
+        else:
+            part, borders = packing.part, packing.borders
+        mask = None if packing is None else packing.mask
         b, t = borders.reset.shape
         segments = t + asked
         qkv = self.project_in(hidden)
@@ -156,11 +163,19 @@ class InfiniAttention(nn.Module):
         table = self.tables.own(hidden.device, self.memory_dtype)
         heads = self.split(qkv, table, self.rule is not None)
         if context is None:
-            local = segment_attention(heads.query, heads.key, heads.value)
+            local = segment_attention(heads.query, heads.key, heads.value, mask)
         else:
             before = self.tables.before(hidden.device, self.memory_dtype)
             local, context = sliding_attention(
-                heads, qkv[:, :, :, -2], before, context, borders.reset, probes, detach=self.detach_reads, part=part
+                heads,
+                qkv[:, :, :, -2],
+                before,
+                context,
+                borders.reset,
+                probes,
+                detach=self.detach_reads,
+                part=part,
+                mask=mask,
             )
         if self.rule is None:
             return AttentionResult(self.project_out(join_heads(local, b * segments)), context, None, None)
@@ -185,7 +200,7 @@ class InfiniAttention(nn.Module):
         read = read.unflatten(2, (self.groups, -1))
         shown = self.shown_share(share, present, memory_off=memory_off)
         mixed = self.mix(shown, read, local)
-        measured = measure(share, shown, read, local, gate, memory) if statistics else None
+        measured = measure(share, shown, read, local, gate, memory, borders.blind) if statistics else None
         gate_sum = None if gate is None else gate.sum()
         return AttentionResult(self.project_out(mixed), join_state(memory, context), gate_sum, measured)
 

@@ -20,17 +20,25 @@ from torch.nn.attention.bias import causal_lower_right
 
 from model.device import host_knows
 from model.layers.heads import Heads
+from model.layers.packing import DocumentMask, seen_tokens
 from model.layers.rotary import Table, rotate
-from model.layers.sdpa import attention_kernel
+from model.layers.sdpa import attention_kernel, masked_attention_kernel
 from model.rules.base import Reads
 from model.rules.context import ContextPart, shift
 from model.rules.state import LocalContext
 
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention inside the segment, `[b*(t+p)*n, r, s, d]`; arguments as those of `Heads`."""
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None = None) -> Tensor:
+    """Causal attention inside the segment, `[b*(t+p)*n, r, s, d]`; the first arguments as those of `Heads`.
+
+    Args:
+        mask: where documents share segments.
+    """
+    if mask is not None and mask.is_of_all:
+        return _masked(query, key, value, mask.bias)
     with attention_kernel(query):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] > 1)
+        local = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] > 1)
+    return local if mask is None else _masked_where_needed(local, query, key, value, mask)
 
 
 def sliding_attention(
@@ -43,6 +51,7 @@ def sliding_attention(
     *,
     detach: bool,
     part: ContextPart | None = None,
+    mask: DocumentMask | None = None,
 ) -> tuple[Tensor, LocalContext]:
     """Causal attention to the segment and to the one before it.
 
@@ -55,6 +64,7 @@ def sliding_attention(
         probes: int64 `[b, p]` or None: each sees what segment `probes[b, j]` sees.
         detach: let no gradient into previous segments.
         part: the segments are this rank's part of a chunk, before which stands the left neighbour's last one.
+        mask: where documents share segments.
 
     Returns:
         The attention `[b*(t+p)*n, r, s, d]`, and the context carried out.
@@ -65,6 +75,7 @@ def sliding_attention(
     if part is not None and part.context.rank > 0:  # a segment of the left neighbour's is before the first one
         seen = torch.ones_like(seen)
     seen = torch.cat([seen, torch.ones_like(reset[:, 1:])], dim=1) & ~reset
+    visible = seen.unsqueeze(2) if mask is None else mask.before
     with_probes = Reads(probes, detach).chosen
 
     keys, values = (
@@ -82,21 +93,51 @@ def sliding_attention(
         """What stands before each segment and probe, `[b*(t+p)*n, 1, s, d]`, of `[b, t, n, s, d]`."""
         previous = torch.cat([first.unsqueeze(1), own[:, :-1]], dim=1)
         # Not a product with 0: what is cleared may have overflowed.
-        previous = previous.where(seen[:, :, None, None, None], 0)
+        previous = previous.where(visible[:, :, None, :, None], 0)
         previous = previous.detach() if detach else previous
         return with_probes(previous).flatten(0, 2).unsqueeze(1)
 
     key_before, value_before = before(keys, first[0]), before(values, first[1])
-    with attention_kernel(heads.query):
-        wide = F.scaled_dot_product_attention(
-            heads.query,
-            torch.cat([rotate(key_before, table), heads.key], dim=2),
-            torch.cat([value_before, heads.value], dim=2),
-            attn_mask=causal_lower_right(s, 2 * s),
-            enable_gqa=heads.query.shape[1] > 1,
-        )
-    local = _alone_where_first(wide, heads, ~with_probes(seen).repeat_interleave(n))
-    return local, LocalContext(*last, torch.ones_like(context.local_seen))
+    wide = torch.cat([rotate(key_before, table), heads.key], dim=2), torch.cat([value_before, heads.value], dim=2)
+    if mask is not None and mask.is_of_all:
+        local = _masked(heads.query, *wide, mask.bias)
+    else:
+        with attention_kernel(heads.query):
+            local = F.scaled_dot_product_attention(
+                heads.query, *wide, attn_mask=causal_lower_right(s, 2 * s), enable_gqa=heads.query.shape[1] > 1
+            )
+        local = _alone_where_first(local, heads, ~with_probes(seen).repeat_interleave(n))
+        local = local if mask is None else _masked_where_needed(local, heads.query, *wide, mask)
+    share_seen = torch.ones_like(context.local_seen)
+    share_seen = share_seen if mask is None else share_seen * mask.seen.view(-1, 1, 1)
+    return local, LocalContext(*last, share_seen)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention of queries `[k*n, r, s, d]` to keys and values `[k*n, 1, s or 2s, d]` under a `DocumentMask.bias`,
+    `[k*n, r, s, d]`.
+
+    One call per key/value head, whose query heads then share a mask without a copy: kernels want four dims, and one
+    that varies over k alone would have to be repeated for n heads. Fused kernels that take a mask want equally many
+    heads of keys, which an expanded view is.
+    """
+    heads = (x.unflatten(0, (bias.shape[0], -1)).unbind(1) for x in (query, key, value))
+    found = []
+    for q, k, v in zip(*heads, strict=True):
+        with masked_attention_kernel(q):
+            k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+            found.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    return torch.stack(found, dim=1).flatten(0, 1)
+
+
+def _masked_where_needed(local: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask) -> Tensor:
+    """`local`, and in the segments that need a mask what it lets their tokens see."""
+    if mask.bias is None:
+        return local
+    of_segments = [x.unflatten(0, (mask.segments, -1)) for x in (query, key, value)]
+    masked = _masked(*(x[mask.rows].flatten(0, 1) for x in of_segments), mask.bias)
+    whole = local.unflatten(0, (mask.segments, -1))
+    return whole.index_copy(0, mask.rows, masked.unflatten(0, (len(mask.rows), -1))).flatten(0, 1)
 
 
 def _alone_where_first(wide: Tensor, heads: Heads, first: Tensor) -> Tensor:
@@ -131,5 +172,5 @@ def put_before(
     """
     key = torch.cat([rotate(context.local_key.to(key.dtype), table), key], dim=2)
     value = torch.cat([context.local_value.to(value.dtype), value], dim=2)
-    seen = (context.local_seen[:, :1] > 0).unsqueeze(-1)  # [b, 1, 1, 1]
-    return key, value, torch.cat([seen.expand(*mask.shape[:3], context.local_key.shape[2]), mask], dim=3)
+    seen = seen_tokens(context)[:, None, None]
+    return key, value, torch.cat([seen.expand(*mask.shape[:3], -1), mask], dim=3)

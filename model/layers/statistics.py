@@ -59,7 +59,13 @@ def _recomputing() -> Iterator[None]:
 
 @torch.no_grad()
 def measure(
-    share: Tensor, shown: Tensor, read: Tensor, local: Tensor, gate: Tensor | None, memory: State
+    share: Tensor,
+    shown: Tensor,
+    read: Tensor,
+    local: Tensor,
+    gate: Tensor | None,
+    memory: State,
+    blind: Tensor | None = None,
 ) -> MemoryStatistics | None:
     """Statistics of a window; None in a recomputation.
 
@@ -70,6 +76,7 @@ def measure(
         local: what the local attention gives, `[b*(t+p)*n, r, s, d]`.
         gate: write gate `[b, t, n, s]`, or None without one.
         memory: carried out.
+        blind: bool `[b, t+p, s]`: the token reads nothing, whatever the memory holds; None where all read.
     """
     if not _forward:
         return None
@@ -91,7 +98,7 @@ def measure(
         memory_norm=memory.M.flatten(2).norm(dim=-1).mean(dim=0).float(),
         normaliser_norm=read.new_zeros(groups).float() if z is None else z.norm(dim=-1).mean(dim=0).float(),
         effective_rank=effective_rank(memory.M).mean(dim=0).float(),
-        read_variation=read_variation(read).float(),
+        read_variation=read_variation(read, blind).float(),
     )
 
 
@@ -113,7 +120,13 @@ def effective_rank(matrices: Tensor) -> Tensor:
     return torch.where(finite, rank, torch.nan)
 
 
-def read_variation(read: Tensor) -> Tensor:
-    """`MemoryStatistics.read_variation` of `[b, t, heads, s, d]`."""
-    spread = (read - read.mean(dim=3, keepdim=True)).square().sum(dim=(0, 1, 3, 4))
+def read_variation(read: Tensor, blind: Tensor | None = None) -> Tensor:
+    """`MemoryStatistics.read_variation` of `[b, t, heads, s, d]`; tokens that are `blind` `[b, t, s]` do not count."""
+    if blind is None:
+        deviation = read - read.mean(dim=3, keepdim=True)
+    else:
+        reading = ~blind[:, :, None, :, None]
+        mean = read.sum(dim=3, keepdim=True) / reading.sum(dim=3, keepdim=True).clamp_min(1)
+        deviation = (read - mean) * reading
+    spread = deviation.square().sum(dim=(0, 1, 3, 4))
     return (spread / read.square().sum(dim=(0, 1, 3, 4)).clamp_min(torch.finfo(read.dtype).tiny)).sqrt()

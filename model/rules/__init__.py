@@ -79,7 +79,7 @@ def empty_state(
 
     Args:
         dtype: of the memory.
-        context_dtype: of the local context: that of keys and values, so that carrying them costs no digit and no byte.
+        context_dtype: of the local context's keys and values: theirs, so that carrying them costs no digit and no byte.
     """
     rule = build_rule(config.memory)
     memory = None if rule is None else rule.empty(lanes, layer, dtype=dtype, device=device)
@@ -87,4 +87,4 @@ def empty_state(
         return memory
     shape = (lanes, layer.groups, config.segment_length, layer.dim)
     key, value = (torch.zeros(shape, dtype=context_dtype, device=device) for _ in range(2))
-    return join_state(memory, LocalContext(key, value, key.new_zeros(*shape[:2], 1)))
+    return join_state(memory, LocalContext(key, value, key.new_zeros(*shape[:2], 1, dtype=dtype)))

@@ -29,7 +29,7 @@ class MatrixState(NamedTuple):
 
 
 class LocalContext(NamedTuple):
-    """The previous segment (see `model.layers.local_context`), keys without position encoding; in the precision in
+    """The previous segment (see `model.layers.local_context`), keys without position encoding; both in the precision in
     which the products are computed."""
 
     local_key: Tensor
@@ -37,7 +37,8 @@ class LocalContext(NamedTuple):
     local_value: Tensor
     """`[b, n, s, d]`."""
     local_seen: Tensor
-    """`[b, n, 1]`: 1 where there is a previous segment of the same document, else 0."""
+    """`[b, n, 1]`, in the memory's precision: the part of the previous segment, from its end, that is of the same
+    document: 1 or 0 where documents do not share segments."""
 
 
 @functools.cache

@@ -18,10 +18,12 @@ dimension d and an MLP width f, autograd keeps per layer and token
                 g (d + 64 + 4) m                           gated_deltanet
                 (n + 2 g) d m, twice behind SiLU           short convolutions
                 + 3 n m                                    mix gate per token
+    packing     d e n + n m                                heads put together, the memory's share per token
                 + h c                                      any of gated_deltanet, write gate, mix gate per token
     states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
                 with context parallelism g d^2 m per lane: what a rank's segments do to a state (all but linear)
 
+with packing a stage's layers share one mask, S e per token, twice that with a sliding context;
 and the last stage 2 h e for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
 (`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one microbatch's lanes x segments_per_window /
 chunks_per_window segments. Recomputation leaves less per chunk, and one part at a time in full:
@@ -80,6 +82,9 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int,
     mlp = tokens * e * 3 * model.ffn_hidden_size // tensor
     norm_and_mlp = tokens * e * 2 * hidden + mlp
     attention = tokens * hidden * 2 * e + _attention_bytes(model, tensor, hidden, e, m, segments)
+    if config.data.packing:
+        _, heads, _, dim = layer_shape(model, tensor)
+        attention += tokens * heads * (dim * e + (m if model.memory.rule != "none" else 0))
     if config.parallel.context > 1:
         attention += lanes * m * _own_transition(model, tensor)
     columns = embedding_rows(model, vocab)
@@ -88,11 +93,12 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int,
     if is_last:
         of_loss = tokens * (hidden * 2 * e + 2 * m + 9 + (0 if logits_again else e * columns // tensor))
     residual = tokens * hidden * e
-    everything = layers * (attention + norm_and_mlp) + of_loss
+    mask = tokens * e * _mask_columns(config)
+    everything = layers * (attention + norm_and_mlp) + mask + of_loss
     kept, once = {
         "none": (everything, 0),
-        "selective": (layers * (residual + norm_and_mlp) + of_loss, attention),
-        "layer": (layers * residual + of_loss, attention + norm_and_mlp),
+        "selective": (layers * (residual + norm_and_mlp) + mask + of_loss, attention),
+        "layer": (layers * residual + mask + of_loss, attention + norm_and_mlp),
         "window": (residual + lanes * lane_state_bytes(config, layers), everything),
     }[config.bptt.recompute]
     gate_and_up = layer_parameters(model, tensor)["mlp"] * 2 // 3  # one matrix, a layer's largest
@@ -112,6 +118,13 @@ def lane_state_bytes(config: Config, layers: int) -> int:
 def _hidden_between_matrices(config: Config) -> int:
     """Numbers of the residual stream that a rank holds per token."""
     return config.model.hidden_size // (config.parallel.tensor if config.parallel.sequence_parallel else 1)
+
+
+def _mask_columns(config: Config) -> int:
+    """Keys that the mask of packed documents has for every token; 0 without packing."""
+    if not config.data.packing:
+        return 0
+    return config.model.segment_length * (2 if config.model.local_context == "sliding" else 1)
 
 
 def _own_transition(model: ModelConfig, tensor: int) -> int:

@@ -279,6 +279,16 @@ def _memory(config: Config) -> Iterator[str]:
             f"model.memory.kernel = fla: must be auto or torch with train.precision = {config.train.precision}, its "
             "products are bfloat16"
         )
+    if memory.rule != "none" and config.data.packing:
+        yield (
+            f"data.packing = true: must be false with model.memory.rule = {memory.rule}, which does not keep the "
+            "documents of a segment apart yet"
+        )
+    if memory.kernel == "fla" and config.data.packing:
+        yield (
+            "model.memory.kernel = fla: must be auto or torch with data.packing = true; flash-linear-attention does "
+            "not know of documents that start inside a segment"
+        )
     if memory.write_gate == "none" and config.train.write_gate_penalty:
         gates = " or ".join(gate for gate in WRITE_GATES if gate != "none")
         yield (
@@ -333,8 +343,6 @@ def _timeouts(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
-    if config.data.packing:
-        yield "data.packing = true: the lanes can, but the layers do not keep a segment's documents apart yet"
     if not config.data.sets:
         yield "data.sets is empty: name at least one prepared set (`infini prepare SOURCE... --out DIR` makes one)"
     for i, prepared in enumerate(config.data.sets):

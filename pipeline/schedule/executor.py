@@ -264,6 +264,7 @@ class _Run:
                 self._slice(self.batch.reset, microbatch, chunk),
                 labels,
                 probes=self._probes(microbatch, chunk),
+                starts=None if self.batch.starts is None else self._slice(self.batch.starts, microbatch, chunk),
                 **flags,
             )
         if keep_graph:

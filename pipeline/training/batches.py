@@ -48,7 +48,8 @@ def to_device(batch: WindowBatch, device: torch.device) -> WindowBatch:
 
 def full_batch(config: Config, lanes: int, device: torch.device) -> WindowBatch:
     """A window of `lanes` lanes in which every token and every probe counts, on `device`: the largest that a step can
-    get. It says nothing: all tokens are the first one, in the middle of a document."""
+    get. It says nothing: all tokens are the first one, in the middle of a document; with packing another one starts in
+    the middle of every segment."""
     train, length = config.train, config.model.segment_length
     context = config.parallel.context
     segments, probes = train.segments_per_window // context, train.probes_per_window // context
@@ -59,6 +60,10 @@ def full_batch(config: Config, lanes: int, device: torch.device) -> WindowBatch:
     def ones(*shape: int) -> torch.Tensor:
         return torch.ones(lanes, *shape, device=device)
 
+    starts = None
+    if config.data.packing:
+        starts = zeros(train.segments_per_window, length, dtype=torch.bool)
+        starts[:, :, length // 2] = True
     asked = ProbeBatch(zeros(probes, length), zeros(probes, length), ones(probes, length), zeros(probes))
     return WindowBatch(
         tokens=zeros(segments, length),
@@ -70,6 +75,7 @@ def full_batch(config: Config, lanes: int, device: torch.device) -> WindowBatch:
         lane_ids=zeros(),
         padded_tokens=0,
         documents=[[]] * lanes,
+        starts=starts,
         probes=asked if probes else None,
         weight=float(lanes * (segments + probes) * length),
         digests=[0] * lanes,

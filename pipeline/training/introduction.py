@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from model.compiling import in_words
 from model.device import rounds_to_tf32
+from model.layers.sdpa import masked_in_words
+from model.precision import COMPUTE_DTYPES
 from model.rules.kernel import memory_kernel
 from pipeline.accounting.devices import known_as
 from pipeline.accounting.flops import parameter_count, train_flops_per_token
@@ -36,6 +38,12 @@ def derived_rows(
     lanes_per_rank, per_microbatch = derived.lanes_per_rank(config, world), derived.lanes_per_microbatch(config, world)
     kernel = memory_kernel(model, train.precision, topology.device.type)
     kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}
+    dtype = COMPUTE_DTYPES[train.precision]
+    packed = (
+        {"packing": f"documents share segments, kept apart by a mask: {masked_in_words(topology.device.type, dtype)}"}
+        if config.data.packing
+        else {}
+    )
     compiled = (
         {"compiled": f"{in_words(topology.device.type)}; evaluation and generation are not"} if model.compile else {}
     )
@@ -47,6 +55,7 @@ def derived_rows(
         "memory": f"{model.memory.rule}, write gate {model.memory.write_gate}, mix gate {model.memory.mix_gate}, "
         f"local context {model.local_context}, "
         f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
+        **packed,
         **kernels,
         **compiled,
         "logits": told_logits(config, world, vocab_size),

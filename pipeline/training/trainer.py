@@ -387,7 +387,8 @@ class Trainer:
         The lanes have moved on: such a lane is now inside a document whose beginning it has not read, and must not
         read the document before it.
         """
-        return clear_lanes(self.memory.value, ~batch.reset.any(dim=1))
+        started = batch.reset if batch.starts is None else batch.starts.any(dim=2)
+        return clear_lanes(self.memory.value, ~started.any(dim=1))
 
     # Saving and loading
 

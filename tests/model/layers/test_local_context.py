@@ -146,4 +146,5 @@ def test_bfloat16_context_is_carried_without_loss():
     assert torch.equal(torch.cat([first.token_loss, second.token_loss], dim=1), whole)
     for state in (*memory, *first.memory):
         own, context = split_state(state)
-        assert {x.dtype for x in own} == {torch.float32} and {x.dtype for x in context} == {torch.bfloat16}
+        assert {x.dtype for x in own} == {torch.float32} and {x.dtype for x in context[:2]} == {torch.bfloat16}
+        assert context.local_seen.dtype == torch.float32  # a share of a segment

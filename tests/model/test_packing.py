@@ -1,0 +1,147 @@
+"""Documents that share segments are each the document by itself: the stage against the dense model, piece by piece."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.layers import packing
+from tests.model import naive
+from tests.model.build import random_memory, random_tokens, small_config, small_stage
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+S, T = 6, 4
+COMBINED = ("none+sliding", "delta+sliding", "gated_deltanet+sliding", "deltanet+convolution")
+COMBINED += ("linear+convolution+sliding", "delta+convolution+sliding")
+LANES = {
+    "goes on, ends inside, one more inside": [8, 10],
+    "at a segment's first token, and at its last": [0, 11, 12],
+    "several in one segment, short last pieces": [7, 8, 10, 22, 23],
+    "no start": [],
+    "a border, then inside of the same segment": [6, 9],
+}
+"""Of every lane of the window, at which of its 24 tokens documents start."""
+
+
+def window_starts() -> Tensor:
+    starts = torch.zeros(len(LANES), T * S, dtype=torch.bool)
+    for lane, places in enumerate(LANES.values()):
+        starts[lane, places] = True
+    return starts.view(-1, T, S)
+
+
+def carried(stage, lanes: int, seen: bool) -> list:
+    """A memory that was written to; with a previous segment of which every lane sees another part."""
+    memory = random_memory(stage, lanes)
+    for state in memory:
+        if "local_seen" in getattr(state, "_fields", ()):
+            state.local_seen.data.copy_((1 - torch.arange(lanes) / S if seen else torch.zeros(lanes)).view(-1, 1, 1))
+    return memory
+
+
+def of_lane(state, lane: int, length: int):
+    """The state of one lane as the dense model has it: of the previous segment only what is seen."""
+    if state is None:
+        return None
+    own = [x[lane] for x in state]
+    if "local_seen" in state._fields:
+        *own, key, value, seen = own
+        count = round(seen[0, 0].item() * length)
+        own += [key[:, length - count :], value[:, length - count :], torch.ceil(seen)]
+    return own
+
+
+class OneByOne:
+    """Every document of a window by itself, in the pieces that the segments cut it into: losses `[b, t, s]`, those of
+    the probes, and what the last one leaves, per lane and layer."""
+
+    def __init__(self, stage, tokens, labels, starts, memory, probes=None, asked=None):
+        weights, config = dict(stage.named_parameters()), stage.config
+        empty = stage.empty_memory(1, torch.device("cpu"))
+        self.losses, self.probe_losses, self.memory = torch.zeros(tokens.shape, dtype=torch.float64), [], []
+
+        def run(tokens, labels, state, new: bool):
+            state = [of_lane(x, 0, S) for x in empty] if new else state
+            return naive.token_losses(config, weights, tokens[None], state, torch.tensor([new]), labels[None])
+
+        rows = []
+        for lane in range(len(tokens)):
+            state = [of_lane(x, lane, S) for x in memory]
+            row = []
+            for i in range(tokens.shape[1]):
+                if probes is not None:
+                    for j in (probes[lane] == i).nonzero().flatten().tolist():
+                        found, _ = run(*(x[lane, j] for x in asked), state, bool(starts[lane, i, 0]))
+                        self.probe_losses.append((lane, j, found[0]))
+                cuts = sorted({0, S, *starts[lane, i].nonzero().flatten().tolist()})
+                for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+                    part = slice(first, last)
+                    new = bool(starts[lane, i, first])
+                    found, state = run(tokens[lane, i, part], labels[lane, i, part], state, new)
+                    row.append(found[0])
+            rows.append(torch.cat(row).view(-1, S))
+            self.memory.append(state)
+        self.losses = torch.stack(rows)
+
+
+def assert_close(found, expected, what: str) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=lambda text: f"{what}: {text}")
+
+
+def compare(config, *, probes: bool = False, seen: bool = True, **options) -> None:
+    """Losses, what is carried out, and gradients of all parameters and of what is carried in."""
+    stage = small_stage(config, **options)
+    starts, lanes = window_starts(), len(LANES)
+    tokens, labels = (random_tokens(lanes, T, S, seed=seed) for seed in (0, 1))
+    memory = carried(stage, lanes, seen)
+    asked = place = None
+    given = tokens, labels
+    if probes:
+        asked = [random_tokens(lanes, 2, S, seed=seed) for seed in (2, 3)]
+        place = torch.tensor([[1, 2], [0, 3], [1, 2], [0, 3], [1, 2]])
+        given = [torch.cat([x, y], dim=1) for x, y in zip(given, asked, strict=True)]
+    output = stage(given[0], memory, starts[:, :, 0], given[1], probes=place, starts=starts)
+    expected = OneByOne(stage, tokens, labels, starts, memory, place, asked)
+    assert_close(output.token_loss[:, :T], expected.losses, "losses")
+    weights = torch.randn(output.token_loss.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    of_found, of_expected = (output.token_loss * weights).sum(), (expected.losses * weights[:, :T]).sum()
+    for lane, j, losses in expected.probe_losses:
+        assert_close(output.token_loss[lane, T + j], losses, f"probe {j} of lane {lane}")
+        of_expected = of_expected + (losses * weights[lane, T + j]).sum()
+    generator = torch.Generator().manual_seed(10)
+    for layer, state in enumerate(output.memory):
+        for lane in range(lanes):
+            found = of_lane(state, lane, S) or []
+            for field, (x, y) in enumerate(zip(found, expected.memory[lane][layer] or [], strict=True)):
+                assert_close(x, y, f"carried out of layer {layer}, lane {lane}: {field}")
+                factors = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                if x.requires_grad:
+                    of_found = of_found + (x * factors).sum()
+                    of_expected = of_expected + (y * factors).sum()
+    names = dict(stage.named_parameters())
+    names |= {
+        f"carried into layer {i}: {field}": x
+        for i, state in enumerate(memory)
+        for field, x in ({} if state is None else state._asdict()).items()
+        if field != "local_seen"
+    }
+    found, wanted = (
+        torch.autograd.grad(loss, list(names.values()), allow_unused=True) for loss in (of_found, of_expected)
+    )
+    for name, x, y in zip(names, found, wanted, strict=True):
+        zero = torch.zeros_like(names[name])
+        assert_close(zero if x is None else x, zero if y is None else y, name)
+
+
+@pytest.mark.parametrize("rule", ["none", "none+sliding"])
+def test_a_packed_window_is_its_documents_one_by_one(rule):
+    compare(small_config(rule, "none" if rule.startswith("none") else "sigmoid"))
+
+
+@pytest.mark.parametrize("rule", ["none", "none+sliding"])
+def test_where_the_host_knows_nothing_of_the_starts(rule, monkeypatch):
+    """A mask for every segment, and probes; without a gate, and what an empty memory gives is mixed in."""
+    monkeypatch.setattr(packing, "host_knows", lambda device: False)
+    compare(small_config(rule, skip_empty=False, qkv_bias=True, qk_norm=True), probes=True)
