@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 @dataclass
 class MemoryConfig:
-    """The compressive memory of every layer (see `model.rules`)."""
+    """The compressive memory of the layers that have one (see `model.rules`)."""
 
     rule: str = "delta"
     """A name in `model.rules.RULES`. `none` gives a plain transformer, the baseline."""
@@ -25,6 +25,9 @@ class MemoryConfig:
     """`none` writes every token (the paper). `hard` can be exactly zero or one; `sigmoid` is the smooth form."""
     write_gate_bias: float = 2.0
     """Initial bias of the write gate. At +2 the hard gate is exactly 1 everywhere: the paper's rule."""
+    layers: list[int] | None = None
+    """The layers that have a memory, counted from 0; null means all of them. The others are local attention alone
+    (`model.local_context`): they have no gates and carry no memory."""
     short_convolution: bool | None = None
     """Queries, keys and values pass a causal convolution over 4 tokens on their way to the memory, so that a key can
     hold the token before it (see `model.rules.convolution`). null: `gated_deltanet` has them, as in its paper, the
@@ -75,7 +78,7 @@ class ModelConfig:
     """A Llama-style decoder whose attention is Infini-attention."""
 
     num_layers: int = 4
-    """Layers, each with a memory of its own."""
+    """Layers; each of `memory.layers` has a memory of its own."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_attention_heads: int = 4
@@ -150,6 +153,37 @@ def layer_shape(config: ModelConfig, tensor_size: int = 1) -> LayerShape:
     groups = heads if config.num_query_groups is None else config.num_query_groups
     dim = config.hidden_size // heads if config.kv_channels is None else config.kv_channels
     return LayerShape(config.hidden_size, heads // tensor_size, groups // tensor_size, dim)
+
+
+def layer_config(config: ModelConfig, layer: int) -> ModelConfig:
+    """`config` as one layer has it: without a memory where `memory.layers` leaves the layer out."""
+    layers = config.memory.layers
+    if layers is None:
+        return config
+    return replace(config, memory=replace(config.memory, layers=None) if layer in layers else MemoryConfig(rule="none"))
+
+
+def memory_layers(config: ModelConfig) -> list[int]:
+    """The layers that have a memory, in order."""
+    if config.memory.rule == "none":
+        return []
+    return list(range(config.num_layers)) if config.memory.layers is None else sorted(config.memory.layers)
+
+
+def rule_and_layers(config: ModelConfig) -> str:
+    """The memory's rule for people, with its layers where they are not all."""
+    if config.memory.layers is None:
+        return config.memory.rule
+    return f"{config.memory.rule} in layers {', '.join(map(str, memory_layers(config)))} of {config.num_layers}"
+
+
+def layer_kinds(config: ModelConfig, layers: Iterable[int] | None = None) -> list[tuple[ModelConfig, int]]:
+    """How many of some layers (null: all) are alike: `layer_config` of those with a memory, then of those without."""
+    layers = range(config.num_layers) if layers is None else layers
+    with_memory, without = [], []
+    for layer in layers:
+        (with_memory if config.memory.layers is None or layer in config.memory.layers else without).append(layer)
+    return [(layer_config(config, alike[0]), len(alike)) for alike in (with_memory, without) if alike]
 
 
 def same_function(config: ModelConfig) -> ModelConfig:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.backend import parallel_linears
-from model.config import ModelConfig, layer_shape
+from model.config import ModelConfig, layer_config, layer_shape
 from model.layers import incremental
 from model.layers.attention import InfiniAttention
 from model.layers.embedding import Embedding
@@ -66,7 +66,7 @@ class StageOutput(NamedTuple):
     gate_sum: Tensor
     """Sum of the write gates over the stage's layers, this rank's heads and all tokens."""
     statistics: dict[int, MemoryStatistics]
-    """Per global layer index, when asked for."""
+    """Per global layer index of the layers with a memory, when asked for."""
 
 
 class DecoderLayer(nn.Module):
@@ -174,7 +174,9 @@ class DecoderStage(nn.Module):
         # Keyed by the layer's index in the whole model, so that parameter names are the same on every layout.
         self.layers = nn.ModuleDict(
             {
-                str(i): DecoderLayer(config, megatron, options, tables, tensor_size=tensor_size, context=context)
+                str(i): DecoderLayer(
+                    layer_config(config, i), megatron, options, tables, tensor_size=tensor_size, context=context
+                )
                 for i in range(first_layer, last_layer)
             }
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.arguments import number, positive_int
+from launch.arguments import number, positive_int, whole
 from launch.commands.terminal import visible
 
 
@@ -23,6 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--segment-length", type=positive_int, metavar="S", help="tokens that the local attention sees (2048)"
     )
     parser.add_argument("--memory-rule", metavar="RULE", help="rule of the memory (delta)")
+    parser.add_argument(
+        "--memory-layers", type=whole(0, 2047), nargs="+", metavar="LAYER", help="layers with a memory, from 0 (all)"
+    )
     parser.add_argument("--write-gate", metavar="GATE", help="what is written (none: all)")
     parser.add_argument(
         "--beta-init",
@@ -50,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     join_world()
     initialize(tensor=1, pipeline=1, timeout_s=120)
     chosen = {"rule": args.memory_rule, "write_gate": args.write_gate, "beta_init": args.beta_init}
+    chosen |= {"layers": args.memory_layers}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     memory = MemoryConfig(**{"rule": "delta", "beta_init": -4.0} | chosen)
     if is_exported(source.config) and not chosen:

@@ -252,6 +252,7 @@ def _inspect_checkpoint(folder: Path, args: argparse.Namespace) -> int:
     from launch.processes.quiet import quiet_libraries
 
     quiet_libraries()
+    from model.config import rule_and_layers
     from pipeline.reporting.console import make_console, print_table
     from pipeline.reporting.inspect import read_contents
 
@@ -270,7 +271,8 @@ def _inspect_checkpoint(folder: Path, args: argparse.Namespace) -> int:
         f"ZeRO {layout.zero_stage}, {layout.world_size} processes; any other layout can read it",
         "model": f"{model.num_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads, "
         f"{found.parameters:,} parameters, vocabulary {summary.vocab_size:,}",
-        "memory": f"{memory.rule}, write gate {memory.write_gate}, segments of {model.segment_length} tokens",
+        "memory": f"{rule_and_layers(model)}, write gate {memory.write_gate}, "
+        f"segments of {model.segment_length} tokens",
         "size": f"{found.bytes:,} bytes in {len(summary.files) + 1} files",
         "versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
     }

@@ -137,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[tuple[str, str]]:
+    from model.config import rule_and_layers
     from pipeline.accounting.flops import memory_state_bytes, parameter_count, train_flops_per_token
     from pipeline.config import derived
     from pipeline.reporting.console import format_bytes, format_count
@@ -160,7 +161,7 @@ def _summary(config: Config, world: int, vocab: int, vocab_source: str) -> list[
         ("parameters", f"{count['total']:,}, all stages built and counted; {own:,} of them for the memory"),
         (
             "memory state",
-            f"{format_bytes(memory_state_bytes(model, train.precision))} per lane, rule {model.memory.rule}",
+            f"{format_bytes(memory_state_bytes(model, train.precision))} per lane, rule {rule_and_layers(model)}",
         ),
         (
             "tokens per step",

@@ -148,7 +148,8 @@ def is_exported(hf: Mapping[str, Any]) -> bool:
 def _own_memory(hf: Mapping[str, Any], memory: MemoryConfig | None, source: str) -> MemoryConfig:
     if memory is not None:
         raise ValueError(f"{source}: the model has a memory, {hf.get('memory_rule')}, and keeps it: choose no other")
-    hf = {"memory_short_convolution": None} | dict(hf)  # exports from before it existed do not say
+    # Exports from before these existed do not say.
+    hf = {"memory_short_convolution": None, "memory_layers": None} | dict(hf)
     if missing := [f"memory_{name}" for name in MEMORY_SETTINGS if f"memory_{name}" not in hf]:
         raise ValueError(f"{source}: {', '.join(missing)} is missing")
     if unknown := sorted(x for x in hf if x.startswith("memory_") and x.removeprefix("memory_") not in MEMORY_SETTINGS):

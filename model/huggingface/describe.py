@@ -20,7 +20,7 @@ EXPORTED_CODE = {
 """Its `auto_map`: the code in `model.huggingface.exported`, which goes with it."""
 
 MEMORY_SETTINGS = (
-    *("rule", "write_gate", "write_gate_bias", "short_convolution", "mix_gate", "gate_floor", "beta_init"),
+    *("rule", "layers", "write_gate", "write_gate_bias", "short_convolution", "mix_gate", "gate_floor", "beta_init"),
     *("skip_empty", "epsilon"),
 )
 """Of `MemoryConfig`: `memory_<name>` in an exported `config.json`."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.config import LayerShape
 from model.rules.state import State
 
 GATE_BINS = 20
@@ -37,6 +38,21 @@ class MemoryStatistics(NamedTuple):
     read_variation: Tensor
     """How much the memory's part differs between the tokens of a segment: the root mean square of its deviation from
     the segment's mean, relative to its own, `[query heads]`, in 0..1; 0 where nothing is read."""
+
+
+def statistics_shapes(layer: LayerShape) -> MemoryStatistics:
+    """The shape of every field, for a layer (or a rank's part of it)."""
+    heads, groups = (layer.heads,), (layer.groups,)
+    return MemoryStatistics(
+        mix_gate=heads,
+        memory_share=heads,
+        write_gate=groups,
+        write_gate_histogram=(layer.groups, GATE_BINS),
+        memory_norm=groups,
+        normaliser_norm=groups,
+        effective_rank=groups,
+        read_variation=heads,
+    )
 
 
 _forward = True

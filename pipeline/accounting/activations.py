@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import ModelConfig, layer_shape
+from model.config import ModelConfig, layer_kinds, layer_shape
 from model.rules import build_rule
 from pipeline.accounting.flops import embedding_rows, layer_parameters, memory_state_bytes
 from pipeline.config.derived import (
@@ -65,8 +65,8 @@ class Chunk:
     logits_again: bool
 
 
-def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int, is_last: bool) -> Chunk:
-    """Of a stage of `layers` layers.
+def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: range, is_last: bool) -> Chunk:
+    """Of a stage of these layers.
 
     Args:
         vocab: tokens of the tokenizer; None takes `model.vocab_size`.
@@ -81,12 +81,16 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int,
     hidden, tokens = _hidden_between_matrices(config), segments * model.segment_length
     mlp = tokens * e * 3 * model.ffn_hidden_size // tensor
     norm_and_mlp = tokens * e * 2 * hidden + mlp
-    attention = tokens * hidden * 2 * e + _attention_bytes(model, tensor, hidden, e, m, segments)
-    if config.data.packing:
-        _, heads, _, dim = layer_shape(model, tensor)
-        attention += tokens * heads * (dim * e + (m if model.memory.rule != "none" else 0))
-    if config.parallel.context > 1:
-        attention += lanes * m * _own_transition(model, tensor)
+    attentions = []  # bytes, and how many layers have them
+    for kind, count in layer_kinds(model, layers):
+        attention = tokens * hidden * 2 * e + _attention_bytes(kind, tensor, hidden, e, m, segments)
+        if config.data.packing:
+            _, heads, _, dim = layer_shape(kind, tensor)
+            attention += tokens * heads * (dim * e + (m if kind.memory.rule != "none" else 0))
+        if config.parallel.context > 1:
+            attention += lanes * m * _own_transition(kind, tensor)
+        attentions.append((attention, count))
+    worst = max(attention for attention, _ in attentions)
     columns = embedding_rows(model, vocab)
     logits_again = is_last and recomputes_logits(config, world_size, columns)
     of_loss = 0
@@ -94,11 +98,12 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int,
         of_loss = tokens * (hidden * 2 * e + 2 * m + 9 + (0 if logits_again else e * columns // tensor))
     residual = tokens * hidden * e
     mask = tokens * e * _mask_columns(config)
-    everything = layers * (attention + norm_and_mlp) + mask + of_loss
+    count = len(layers)
+    everything = sum(n * attention for attention, n in attentions) + count * norm_and_mlp + mask + of_loss
     kept, once = {
         "none": (everything, 0),
-        "selective": (layers * (residual + norm_and_mlp) + mask + of_loss, attention),
-        "layer": (layers * residual + mask + of_loss, attention + norm_and_mlp),
+        "selective": (count * (residual + norm_and_mlp) + mask + of_loss, worst),
+        "layer": (count * residual + mask + of_loss, worst + norm_and_mlp),
         "window": (residual + lanes * lane_state_bytes(config, layers), everything),
     }[config.bptt.recompute]
     gate_and_up = layer_parameters(model, tensor)["mlp"] * 2 // 3  # one matrix, a layer's largest
@@ -109,10 +114,9 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: int,
     return Chunk(tokens, kept, once, of_loss, in_layer, logits_again)
 
 
-def lane_state_bytes(config: Config, layers: int) -> int:
-    """Memory of one lane in `layers` layers of one tensor-parallel rank."""
-    whole = memory_state_bytes(config.model, config.train.precision)
-    return whole * layers // (config.model.num_layers * config.parallel.tensor)
+def lane_state_bytes(config: Config, layers: range) -> int:
+    """Memory of one lane in these layers of one tensor-parallel rank."""
+    return memory_state_bytes(config.model, config.train.precision, layers) // config.parallel.tensor
 
 
 def _hidden_between_matrices(config: Config) -> int:
@@ -135,7 +139,7 @@ def _own_transition(model: ModelConfig, tensor: int) -> int:
 
 
 def has_token_linears(model: ModelConfig) -> bool:
-    """There is a linear function per token beside the q, k, v projection (`model.layers.token_linears`)."""
+    """A layer has a linear function per token beside the q, k, v projection (`model.layers.token_linears`)."""
     rule = build_rule(model.memory)
     asks = rule is not None and (rule.token_inputs or model.memory.mix_gate == "token")
     return bool(asks) or model.memory.write_gate != "none"

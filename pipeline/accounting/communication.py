@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import layer_shape
+from model.config import ModelConfig, layer_kinds, layer_shape
 from model.rules import build_rule
 from pipeline.accounting.activations import has_token_linears
 from pipeline.accounting.footprint import RankBytes
@@ -68,21 +68,22 @@ def chunks_per_step(config: Config, world_size: int) -> int:
     return windows * config.bptt.chunks_per_window
 
 
-def tensor_bytes(config: Config, world_size: int, *, layers: int, is_first: bool, is_last: bool) -> ChunkBytes:
-    """See the module's table, for a stage of `layers` layers."""
+def tensor_bytes(config: Config, world_size: int, *, layers: range, is_first: bool, is_last: bool) -> ChunkBytes:
+    """See the module's table, for a stage of these layers."""
     ranks, split = config.parallel.tensor, config.parallel.sequence_parallel
     e = number_bytes(config)
-    k = max(e, 4) if has_token_linears(config.model) else 0
-    if split:
-        forward, backward = 4 * e + k, 6 * e + 2 * k
-        again = {"selective": e + k, "layer": 3 * e + k}
-        embedding, output = (e, e), (e, 2 * e)
-    else:
-        forward, backward = 4 * e, 4 * e + 2 * k
-        again = {"selective": 0, "layer": 2 * e}
-        embedding, output = (2 * e, 0), (0, 2 * e)
-    backward += again.get(config.bptt.recompute, 0)
-    per_number = [layers * forward, layers * backward]
+    per_number = [0, 0]
+    for kind, count in layer_kinds(config.model, layers):
+        k = max(e, 4) if has_token_linears(kind) else 0
+        if split:
+            forward, backward = 4 * e + k, 6 * e + 2 * k
+            again = {"selective": e + k, "layer": 3 * e + k}
+        else:
+            forward, backward = 4 * e, 4 * e + 2 * k
+            again = {"selective": 0, "layer": 2 * e}
+        backward += again.get(config.bptt.recompute, 0)
+        per_number = [per_number[0] + count * forward, per_number[1] + count * backward]
+    embedding, output = ((e, e), (e, 2 * e)) if split else ((2 * e, 0), (0, 2 * e))
     for own, holds in ((embedding, is_first), (output, is_last)):
         if holds:
             per_number = [a + b for a, b in zip(per_number, own, strict=True)]
@@ -90,7 +91,7 @@ def tensor_bytes(config: Config, world_size: int, *, layers: int, is_first: bool
     return ChunkBytes(*sent)
 
 
-def context_bytes(config: Config, world_size: int, *, layers: int) -> ChunkBytes:
+def context_bytes(config: Config, world_size: int, *, layers: range) -> ChunkBytes:
     """What one rank sends to its context-parallel neighbours for one chunk, see the module's table; the same however
     long the chunk is.
 
@@ -102,23 +103,33 @@ def context_bytes(config: Config, world_size: int, *, layers: int) -> ChunkBytes
         return ChunkBytes(0, 0)
     e = number_bytes(config)
     m = max(e, 4)
-    layer, rule = layer_shape(model, config.parallel.tensor), build_rule(model.memory)
-    sent = 2 * model.segment_length * layer.groups * layer.dim * e if model.local_context == "sliding" else 0
-    if rule is not None:
-        sent += m * ((ranks - 1) * sum(rule.exchanges(layer)) + rule.halo(layer))
+    layer, sent = layer_shape(model, config.parallel.tensor), 0
+    for kind, count in layer_kinds(model, layers):
+        rule = build_rule(kind.memory)
+        if model.local_context == "sliding":
+            sent += count * 2 * model.segment_length * layer.groups * layer.dim * e
+        if rule is not None:
+            sent += count * m * ((ranks - 1) * sum(rule.exchanges(layer)) + rule.halo(layer))
     again = config.bptt.recompute in ("selective", "layer")
-    times = layers * lanes_per_microbatch(config, world_size)
+    times = lanes_per_microbatch(config, world_size)
     return ChunkBytes(times * sent, times * sent * (1 + again))
 
 
-def context_messages(config: Config) -> int:
-    """Exchanges and messages to the next rank in one layer's forward pass, one after the other; as many go back."""
+def context_messages(config: Config, layers: range) -> int:
+    """Exchanges and messages to the next rank in a forward pass through these layers, one after the other; as many go
+    back."""
     if config.parallel.context == 1:
         return 0
-    rule, sliding = build_rule(config.model.memory), config.model.local_context == "sliding"
+    return sum(
+        count * _layer_messages(kind, config.parallel.tensor) for kind, count in layer_kinds(config.model, layers)
+    )
+
+
+def _layer_messages(model: ModelConfig, tensor: int) -> int:
+    rule, sliding = build_rule(model.memory), model.local_context == "sliding"
     if rule is None:
         return sliding
-    layer = layer_shape(config.model, config.parallel.tensor)
+    layer = layer_shape(model, tensor)
     return len(rule.exchanges(layer)) + (rule.halo(layer) > 0) + sliding
 
 

@@ -13,7 +13,7 @@ With h hidden size, d head dimension, n query heads, g key/value heads, f MLP wi
     projections       layers * (2 h d (n + 2 g) + 2 n d h)
     mlp               layers * 6 h f
     local_attention   layers * 4 n d * S / 2, with a sliding context 3 S / 2
-    memory            layers * (what the rule says: 2 n d^2 read + 2 g d^2 write
+    memory            layers with one * (what the rule says: 2 n d^2 read + 2 g d^2 write
                                 [+ 2 g d^2 the value already stored: all but linear]
                                 [+ 2 h g decay: gated_deltanet]
                                 [+ 8 d (n + 2 g) short convolutions]
@@ -29,11 +29,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from model.config import ModelConfig, layer_shape
+from model.config import ModelConfig, layer_kinds, layer_shape
 from model.rules import build_rule, empty_state
 from model.sharding import padded_vocab_size
 
@@ -55,8 +56,9 @@ def embedding_rows(config: ModelConfig, vocab: int | None = None) -> int:
 
 
 def layer_parameters(config: ModelConfig, tensor: int = 1) -> dict[str, int]:
-    """Parameters of one layer on one of `tensor` tensor-parallel ranks: `attention`, `mlp`, `norms` (on every rank
-    alike), `beta`, `write_gate` and `rule` (what the memory rule adds)."""
+    """Parameters of a layer that is as `config` says (of one without a memory that of `model.config.layer_config`) on
+    one of `tensor` tensor-parallel ranks: `attention`, `mlp`, `norms` (on every rank alike), `beta`, `write_gate` and
+    `rule` (what the memory rule adds)."""
     layer = layer_shape(config)
     _, heads, groups, dim = layer
     hidden, memory = config.hidden_size, config.memory
@@ -79,32 +81,44 @@ def parameter_count(config: ModelConfig, vocab: int | None = None) -> dict[str, 
     """Exact parameters of the whole model.
 
     Returns:
-        `embedding`, `output` (0 when tied), `per_layer`, `final_norm`, `total`; and, of all layers together, what only
-        this model has: `beta`, `write_gate` and `rule` (part of `per_layer` too).
+        `embedding`, `output` (0 when tied), `layers`, `final_norm`, `total`; and, part of `layers`, what only this
+        model has: `beta`, `write_gate` and `rule`.
     """
     embedding = embedding_rows(config, vocab) * config.hidden_size
     output = 0 if config.tie_embeddings else embedding
-    layer = layer_parameters(config)
-    per_layer = sum(layer.values())
+    parts: Counter[str] = Counter()
+    for kind, count in layer_kinds(config):
+        parts.update({part: count * number for part, number in layer_parameters(kind).items()})
+    layers = parts.total()
     return {
         "embedding": embedding,
         "output": output,
-        "per_layer": per_layer,
-        "beta": config.num_layers * layer["beta"],
-        "write_gate": config.num_layers * layer["write_gate"],
-        "rule": config.num_layers * layer["rule"],
+        "layers": layers,
+        **{part: parts[part] for part in ("beta", "write_gate", "rule")},
         "final_norm": config.hidden_size,
-        "total": embedding + output + config.num_layers * per_layer + config.hidden_size,
+        "total": embedding + output + layers + config.hidden_size,
     }
 
 
 def forward_flops_per_token(config: ModelConfig, vocab: int | None = None) -> dict[str, float]:
     """FLOPs of a forward pass per token: `projections`, `mlp`, `local_attention`, `memory`, `output`, `total`, by the
     module's conventions. They do not depend on the document's length."""
+    flops = layers_flops_per_token(config) | {"output": 2 * config.hidden_size * embedding_rows(config, vocab)}
+    return flops | {"total": sum(flops.values())}
+
+
+def layers_flops_per_token(config: ModelConfig, layers: Iterable[int] | None = None) -> dict[str, float]:
+    """Those of some layers (null: all): `projections`, `mlp`, `local_attention`, `memory`."""
+    flops: Counter[str] = Counter()
+    for kind, count in layer_kinds(config, layers):
+        flops.update({part: count * number for part, number in _layer_flops_per_token(kind).items()})
+    return dict(flops)
+
+
+def _layer_flops_per_token(config: ModelConfig) -> dict[str, float]:
     layer = layer_shape(config)
     _, heads, groups, dim = layer
-    hidden, layers = config.hidden_size, config.num_layers
-    memory = 0
+    hidden, memory = config.hidden_size, 0
     rule = build_rule(config.memory)
     if rule is not None:
         memory = rule.flops_per_token(layer)
@@ -113,14 +127,12 @@ def forward_flops_per_token(config: ModelConfig, vocab: int | None = None) -> di
         if config.memory.mix_gate == "token":
             memory += 2 * hidden * heads
     sliding = config.local_context == "sliding"
-    flops = {
-        "projections": layers * (2 * hidden * dim * (heads + 2 * groups) + 2 * heads * dim * hidden),
-        "mlp": layers * 6 * hidden * config.ffn_hidden_size,
-        "local_attention": layers * 4 * heads * dim * config.segment_length * (1.5 if sliding else 0.5),
-        "memory": layers * memory,
-        "output": 2 * hidden * embedding_rows(config, vocab),
+    return {
+        "projections": 2 * hidden * dim * (heads + 2 * groups) + 2 * heads * dim * hidden,
+        "mlp": 6 * hidden * config.ffn_hidden_size,
+        "local_attention": 4 * heads * dim * config.segment_length * (1.5 if sliding else 0.5),
+        "memory": memory,
     }
-    return flops | {"total": sum(flops.values())}
 
 
 def train_flops_per_token(
@@ -147,16 +159,15 @@ def train_flops_per_token(
     return 3 * flops["total"] + again[recompute] + (flops["output"] if recompute_logits else 0.0)
 
 
-def memory_state_bytes(config: ModelConfig, precision: str = "fp32") -> int:
-    """Bytes that one lane carries through all layers: M `[d, d]` for each key/value head and what else the rule keeps,
-    in float32 (float64 with fp64); with a sliding local context the previous segment's keys and values, in the
-    precision of the run."""
+def memory_state_bytes(config: ModelConfig, precision: str = "fp32", layers: Iterable[int] | None = None) -> int:
+    """Bytes that one lane carries through some layers (null: all): M `[d, d]` for each key/value head and what else the
+    rule keeps, in float32 (float64 with fp64); with a sliding local context the previous segment's keys and values, in
+    the precision of the run."""
     memory = torch.float64 if precision == "fp64" else torch.float32
     context = torch.bfloat16 if precision == "bf16" else memory
-    state = empty_state(
-        config, layer_shape(config), 1, dtype=memory, context_dtype=context, device=torch.device("meta")
-    )
-    return config.num_layers * sum(x.numel() * x.element_size() for x in state or ())
+    options = {"dtype": memory, "context_dtype": context, "device": torch.device("meta")}
+    states = [(empty_state(kind, layer_shape(kind), 1, **options), n) for kind, n in layer_kinds(config, layers)]
+    return sum(n * sum(x.numel() * x.element_size() for x in state or ()) for state, n in states)
 
 
 def measured_matmul_peak(

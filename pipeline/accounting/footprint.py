@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import layer_shape
+from model.config import layer_config, layer_kinds, layer_shape
 from model.decoder import split_layers
 from model.layers.loss import BLOCK_ROWS, WIDE_ELEMENTS
 from pipeline.accounting.activations import Chunk, chunk_bytes, lane_state_bytes
@@ -112,27 +112,26 @@ def per_rank_bytes(config: Config, world_size: int, vocab: int | None = None) ->
     """
     parallel = config.parallel
     bounds = split_layers(config.model.num_layers, parallel.pipeline, parallel.layers_per_stage)
-    return [_stage_bytes(config, world_size, vocab, stage, last - first) for stage, (first, last) in enumerate(bounds)]
+    return [_stage_bytes(config, world_size, vocab, stage, range(*layers)) for stage, layers in enumerate(bounds)]
 
 
-def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int, layers: int) -> RankBytes:
+def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int, layers: range) -> RankBytes:
     model, parallel = config.model, config.parallel
     e = number_bytes(config)
     number = max(e, 4)
     sharers = replicas(config, world_size)
 
-    of_layer = layer_parameters(model, parallel.tensor)
-    layer = sum(of_layer.values())
+    kinds = [(layer_parameters(kind, parallel.tensor), n) for kind, n in layer_kinds(model, layers)]
     embedding = embedding_rows(model, vocab) * model.hidden_size // parallel.tensor
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     # Tied embeddings on different stages are two copies.
     matrices = is_first + is_last - (is_first and is_last and model.tie_embeddings)
-    parameters = layers * layer + matrices * embedding + is_last * model.hidden_size
-    wide_of_layer = sum(of_layer[part] for part in ("norms", "beta", "write_gate", "rule"))
-    wide = layers * wide_of_layer + is_last * model.hidden_size
+    parameters = sum(n * sum(parts.values()) for parts, n in kinds) + matrices * embedding + is_last * model.hidden_size
+    wide = sum(n * _wide(parts) for parts, n in kinds) + is_last * model.hidden_size
     whole = held = parameters * e + wide * (number - e)
     if parallel.zero_stage == 3:
-        held = -(-whole // sharers) + max(layer * e + wide_of_layer * (number - e), embedding * e)
+        largest = max(sum(parts.values()) * e + _wide(parts) * (number - e) for parts, _ in kinds)
+        held = -(-whole // sharers) + max(largest, embedding * e)
 
     chunk = chunk_bytes(config, world_size, vocab, layers, is_last)
     live_chunks = expected_peak_live_chunks(
@@ -145,7 +144,7 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
     groups = _optimizer_groups(config, layers, embedding, is_first, is_last)
     return RankBytes(
         stage=stage,
-        layers=layers,
+        layers=len(layers),
         parameter_count=parameters,
         parameters=held,
         whole_parameters=whole,
@@ -161,25 +160,33 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
     )
 
 
-def _optimizer_groups(config: Config, layers: int, embedding: int, is_first: bool, is_last: bool) -> Groups:
+def _wide(parts: dict[str, int]) -> int:
+    """Of a layer's parameters those that are float32 whatever the precision."""
+    return sum(parts[part] for part in ("norms", "beta", "write_gate", "rule"))
+
+
+def _optimizer_groups(config: Config, layers: range, embedding: int, is_first: bool, is_last: bool) -> Groups:
     """Parameters of a stage by group, in the order of `pipeline.parallel.parameter_groups`; of small ones of a layer
     the sum."""
     model, tensor = config.model, config.parallel.tensor
-    of_layer = layer_parameters(model, tensor)
+    of_layers = [layer_parameters(layer_config(model, layer), tensor) for layer in layers]
+    mlp = of_layers[0]["mlp"]
     _, heads, groups, dim = layer_shape(model, tensor)
     query_key_value, projection = (model.hidden_size * dim * n for n in (heads + 2 * groups, heads))
-    gate_and_up, down = of_layer["mlp"] * 2 // 3, of_layer["mlp"] // 3
-    matrices = layers * (query_key_value, projection, gate_and_up, down)
+    gate_and_up, down = mlp * 2 // 3, mlp // 3
+    matrices = len(layers) * (query_key_value, projection, gate_and_up, down)
     if is_first:
         matrices = (embedding, *matrices)
     if is_last and not (is_first and model.tie_embeddings):
         matrices = (*matrices, embedding)
-    small = layers * (of_layer["norms"] + of_layer["beta"],)
+    small = tuple(parts["norms"] + parts["beta"] for parts in of_layers)
     # Biases are part of `attention`.
-    late = of_layer["write_gate"] + of_layer["rule"] + of_layer["attention"] - query_key_value - projection
+    late = [parts["write_gate"] + parts["rule"] + parts["attention"] for parts in of_layers]
+    late = tuple(number - query_key_value - projection for number in late)
+    late = tuple(number for number in late if number)
     # In the order of their first parameters: a layer begins with its norm, and a first stage with the embedding.
     both = (matrices, small) if is_first else (small, matrices)
-    return (*both, layers * (late,)) if late else both
+    return (*both, late) if late else both
 
 
 def _passes_peak(

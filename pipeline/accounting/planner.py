@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from model.config import same_function
+from model.config import layer_config, layer_kinds, same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.device import prepare_megatron
 from model.sharding import full_shape, partition_of
@@ -33,6 +33,7 @@ from pipeline.accounting.flops import (
     embedding_rows,
     forward_flops_per_token,
     layer_parameters,
+    layers_flops_per_token,
     parameter_count,
     train_flops_per_token,
 )
@@ -159,27 +160,27 @@ def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -
     told apart).
     """
     model, parallel = config.model, config.parallel
-    flops = forward_flops_per_token(model, vocab)
-    layers_flops = flops["total"] - flops["output"]
-    again = {
-        "none": 0.0,
-        "selective": flops["local_attention"] + flops["memory"],
-        "layer": layers_flops,
-        "window": 0.0,
-    }[config.bptt.recompute]
+    of_output = forward_flops_per_token(model, vocab)["output"]
     tokens = chunk_tokens(config, world_size)
     tensor_rate, context_rate = rates.among(parallel.tensor), rates.among(parallel.tensor * parallel.context)
     per_stage = []
     for stage, (first, last) in enumerate(split_layers(model.num_layers, parallel.pipeline, parallel.layers_per_stage)):
-        share = (last - first) / model.num_layers
-        output = flops["output"] if stage == parallel.pipeline - 1 else 0.0
+        own = range(first, last)
+        flops = layers_flops_per_token(model, own)
+        layers = sum(flops.values())
+        again = {
+            "none": 0.0,
+            "selective": flops["local_attention"] + flops["memory"],
+            "layer": layers,
+            "window": 0.0,
+        }[config.bptt.recompute]
+        output = of_output if stage == parallel.pipeline - 1 else 0.0
         logits_again = output if recomputes_logits(config, world_size, vocab) else 0.0
-        layers = share * layers_flops
         seconds = tokens / parallel.tensor / rates.flops_per_s
         ends = {"is_first": stage == 0, "is_last": stage == parallel.pipeline - 1}
-        sent = tensor_bytes(config, world_size, layers=last - first, **ends)
-        summaries = context_bytes(config, world_size, layers=last - first)
-        waiting_s = (last - first) * context_messages(config) * LATENCY_S
+        sent = tensor_bytes(config, world_size, layers=own, **ends)
+        summaries = context_bytes(config, world_size, layers=own)
+        waiting_s = context_messages(config, own) * LATENCY_S
         forward_s, backward_s = (
             of_tensor / tensor_rate + of_context / context_rate + waiting_s
             for of_tensor, of_context in zip(astuple(sent), astuple(summaries), strict=True)
@@ -188,9 +189,9 @@ def estimated_costs(config: Config, world_size: int, vocab: int, rates: Rates) -
         computed = {
             Kind.FORWARD: (layers + (0.0 if without_output else output)) * seconds + forward_s,
             Kind.REPLAY: (layers + output) * seconds + forward_s,
-            Kind.BACKWARD: (2 * (layers + output) + share * again + logits_again) * seconds + backward_s,
+            Kind.BACKWARD: (2 * (layers + output) + again + logits_again) * seconds + backward_s,
         }
-        started = {kind: (last - first) * n * rates.start_s for kind, n in launches_per_layer(config).items()}
+        started = {kind: n * rates.start_s for kind, n in launches(config, own).items()}
         per_stage.append({kind: max(computed[kind], started[kind]) for kind in computed})
     return Costs(per_stage, message_bytes(config, tokens), rates.link_bytes_per_s, LATENCY_S)
 
@@ -208,10 +209,11 @@ LAUNCHES_BESIDE_ATTENTION = 17
 """Of the forward ones: the MLP's and the second norm's."""
 
 
-def launches_per_layer(config: Config) -> dict[Kind, int]:
-    """Kernels that a layer starts for a chunk."""
-    forward, backward = LAUNCHES[config.model.memory.rule]
-    attention = forward - LAUNCHES_BESIDE_ATTENTION
+def launches(config: Config, layers: range) -> dict[Kind, int]:
+    """Kernels that these layers start for a chunk."""
+    kinds = [(LAUNCHES[kind.memory.rule], count) for kind, count in layer_kinds(config.model, layers)]
+    forward, backward = (sum(count * of_kind[i] for of_kind, count in kinds) for i in range(2))
+    attention = forward - len(layers) * LAUNCHES_BESIDE_ATTENTION
     again = {"none": 0, "selective": attention, "layer": forward, "window": 0}[config.bptt.recompute]
     return {Kind.FORWARD: forward, Kind.REPLAY: forward, Kind.BACKWARD: backward + again}
 
@@ -275,17 +277,23 @@ def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> P
     costs = estimated_costs(config, world_size, vocab, rates)
     timeline = simulate_step(config, costs, microbatches_per_step(config, world_size))
     needs = per_rank_bytes(config, world_size, vocab)
+    parallel = config.parallel
+    bounds = split_layers(config.model.num_layers, parallel.pipeline, parallel.layers_per_stage)
     sent = [data_bytes(config, world_size, stage) for stage in needs]
     tensor, context = [], []
-    for stage, events in zip(needs, timeline.events, strict=True):
+    for stage, of_stage, events in zip(needs, bounds, timeline.events, strict=True):
+        layers = range(*of_stage)
         ends = {"is_first": stage.stage == 0, "is_last": stage.stage == len(needs) - 1}
         for sums, own in (
-            (tensor, tensor_bytes(config, world_size, layers=stage.layers, **ends)),
-            (context, context_bytes(config, world_size, layers=stage.layers)),
+            (tensor, tensor_bytes(config, world_size, layers=layers, **ends)),
+            (context, context_bytes(config, world_size, layers=layers)),
         ):
             bytes_of = {Kind.FORWARD: own.forward, Kind.REPLAY: own.forward, Kind.BACKWARD: own.backward}
             sums.append(sum(bytes_of.get(event.operation.kind, 0) for event in events))
-    last = [_last_backward(config, world_size, vocab, rates, costs, timeline, stage) for stage in needs]
+    last = [
+        _last_backward(config, world_size, vocab, rates, costs, timeline, stage, range(*layers))
+        for stage, layers in zip(needs, bounds, strict=True)
+    ]
     return Prediction(
         pipeline_s=timeline.makespan_s,
         reduction_s=exposed_s(last, timeline.makespan_s, overlapped=False),
@@ -300,9 +308,16 @@ def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> P
 
 
 def _last_backward(
-    config: Config, world_size: int, vocab: int, rates: Rates, costs: Costs, timeline: Timeline, needs: RankBytes
+    config: Config,
+    world_size: int,
+    vocab: int,
+    rates: Rates,
+    costs: Costs,
+    timeline: Timeline,
+    needs: RankBytes,
+    layers: range,
 ) -> LastBackward:
-    """The last backward of a stage: the output matrix, the layers from the last to the first, the embedding."""
+    """The last backward of a stage: the output matrix, its `layers` from the last to the first, the embedding."""
     stage, model, tensor = needs.stage, config.model, config.parallel.tensor
     end = max(event.end_s for event in timeline.events[stage] if event.operation.kind is Kind.BACKWARD)
     number = needs.gradients // needs.parameter_count
@@ -310,7 +325,6 @@ def _last_backward(
     def reduce_s(parameters: int) -> float:
         return reduction_bytes(config, world_size, parameters * number) / rates.link_bytes_per_s
 
-    layer = sum(layer_parameters(model, tensor).values())
     matrix = embedding_rows(model, vocab) * model.hidden_size // tensor
     is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
     tied_here = model.tie_embeddings and is_first and is_last
@@ -321,6 +335,8 @@ def _last_backward(
         passes = 3 if recomputes_logits(config, world_size, vocab) else 2
         output_s = passes * flops * chunk_tokens(config, world_size) / tensor / rates.flops_per_s
     parts = [(output_s, reduce_s(matrix * (is_last and not tied_here) + model.hidden_size * is_last))]
-    parts += needs.layers * [((backward_s - output_s) / needs.layers, reduce_s(layer))]
+    for layer in reversed(layers):
+        parameters = sum(layer_parameters(layer_config(model, layer), tensor).values())
+        parts.append(((backward_s - output_s) / len(layers), reduce_s(parameters)))
     parts.append((0.0, reduce_s(matrix * is_first)))
     return LastBackward(end, parts)

@@ -189,7 +189,7 @@ def _tensor_communication(trained: _Trained, repeats: int) -> float:
     """As many reductions of a chunk's hidden states as `pipeline.accounting.communication` counts bytes for."""
     topology, config = trained.topology, trained.config
     world, sizes = dist.get_world_size(), config.model
-    sent = tensor_bytes(config, world, layers=sizes.num_layers, is_first=True, is_last=True)
+    sent = tensor_bytes(config, world, layers=range(sizes.num_layers), is_first=True, is_last=True)
     tokens = trained.lanes_per_microbatch * config.train.segments_per_window * sizes.segment_length
     hidden = torch.zeros(tokens // config.bptt.chunks_per_window, sizes.hidden_size, device=topology.device)
     # A ring sends 2 (n - 1) / n of a tensor to reduce it for all.

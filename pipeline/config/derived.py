@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.config import layer_shape
+from model.config import layer_shape, memory_layers
 from model.sharding import padded_vocab_size
 from pipeline.config.schema import Config
 
@@ -64,8 +64,8 @@ def tokens_per_step(config: Config) -> int:
 
 
 def gate_count(config: Config) -> int:
-    """Write gates in one step of the whole job: layers x key/value heads x tokens."""
-    return config.model.num_layers * layer_shape(config.model).groups * tokens_per_step(config)
+    """Write gates in one step of the whole job: layers with a memory x key/value heads x tokens."""
+    return len(memory_layers(config.model)) * layer_shape(config.model).groups * tokens_per_step(config)
 
 
 def number_bytes(config: Config) -> int:

@@ -253,7 +253,18 @@ def _optimizer(config: Config) -> Iterator[str]:
 
 
 def _memory(config: Config) -> Iterator[str]:
-    memory = config.model.memory
+    memory, layers = config.model.memory, config.model.num_layers
+    if memory.layers is not None:
+        given = f"model.memory.layers = {memory.layers}"
+        beyond = sorted(set(memory.layers) - set(range(layers)))
+        if memory.rule == "none":
+            yield f"{given}: must be null with model.memory.rule = none, no layer has a memory"
+        if not memory.layers:
+            yield f"{given}: names no layer; model.memory.rule = none is the model without a memory"
+        if beyond:
+            yield f"{given}: there is no layer {beyond[0]}, model.num_layers = {layers} are numbered 0 to {layers - 1}"
+        if len(set(memory.layers)) < len(memory.layers):
+            yield f"{given}: must name every layer once"
     if memory.rule == "none" and memory.mix_gate != "head":
         yield (
             f"model.memory.mix_gate = {memory.mix_gate}: must be head with model.memory.rule = none, "

@@ -17,7 +17,7 @@ import torch
 from data.files import making_folder, some, write_whole, writing
 from data.tokenizer.huggingface import tokenizer_files
 from data.tokenizer.tokenizer import INFO, TOKENIZER_JSON, Tokenizer, tokenizer_of_files
-from model.config import ModelConfig
+from model.config import ModelConfig, memory_layers
 from model.huggingface import exported
 from model.huggingface.describe import describe_infini, describe_plain
 from model.huggingface.weights import Weight, backbone_weights, memory_weight
@@ -157,7 +157,7 @@ def _weights(reader: CheckpointReader, config: ModelConfig, plain: bool, export:
     memory = {name: memory_weight(name, shape) for name, shape in shapes.items() if name not in weights}
     mixing = "beta" if config.memory.mix_gate == "head" else "mix_gate.weight"
     parts = {name.split(".attention.")[1] for name in memory} | ({mixing} if config.memory.rule != "none" else set())
-    expected = {f"layers.{layer}.attention.{part}" for layer in range(config.num_layers) for part in parts}
+    expected = {f"layers.{layer}.attention.{part}" for layer in memory_layers(config) for part in parts}
     if missing := sorted(expected - memory.keys()):
         raise CheckpointError(f"{reader.folder} holds no {some(missing)}")
     for name, weight in weights.items():

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.files import FileError, decode_json, shown
-from model.config import layer_shape
+from model.config import layer_config, layer_shape
 from model.rules import empty_state
 from model.rules.state import Memory, map_named, named_tensors
 from pipeline.checkpoint.schema import Hash
@@ -192,8 +192,10 @@ def _check(path: Path, model: IncrementalModel, identity: Identity) -> bool:
 def _expected(model: IncrementalModel, lanes: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of what all layers and heads of the model carry."""
     config, wide = model.stage.config, torch.float32
-    state = empty_state(config, layer_shape(config), lanes, dtype=wide, context_dtype=wide, device=torch.device("meta"))
-    for name, like in named_tensors(map(str, range(config.num_layers)), [state] * config.num_layers):
+    options = {"dtype": wide, "context_dtype": wide, "device": torch.device("meta")}
+    kinds = [layer_config(config, layer) for layer in range(config.num_layers)]
+    memory = [empty_state(kind, layer_shape(kind), lanes, **options) for kind in kinds]
+    for name, like in named_tensors(map(str, range(config.num_layers)), memory):
         yield name, tuple(like.shape)
 
 

@@ -230,7 +230,7 @@ class Streamer:
         """What the memory of every layer does in a window, on every process; collective over all of them."""
         # All lanes at once: statistics of microbatches would be averaged, and a mean of ratios is another number.
         result = self._execute(batch, memory, 1, losses=False, statistics=True)
-        return gather_statistics(result.statistics, self.topology, layers=self.stage.config.num_layers)
+        return gather_statistics(result.statistics, self.topology, self.stage.config)
 
     def _run(self, batch: WindowBatch, memory: Memory, **options: bool) -> Output:
         microbatches = _microbatches(batch.tokens.shape[0], self.topology.pipeline_size)

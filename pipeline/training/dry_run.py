@@ -150,8 +150,8 @@ def _take_steps(trainer: Trainer, meter: _Meter) -> float:
             result = trainer.forward_backward(batch, statistics=remembers)
         with meter.explaining(f"the update of step {step}"):
             sums, outcome, _ = trainer.update(batch, result)  # the host reads the device here
-            if result.statistics:
-                gather_statistics(result.statistics, topology, layers=config.model.num_layers)
+            if remembers:
+                gather_statistics(result.statistics, topology, config.model)
         if not outcome.applied:
             raise RuntimeError(
                 f"the dry run's step {step} was discarded: loss {sums['loss'] / sums['weight']:.4g}, gradient norm "

@@ -7,6 +7,7 @@ import math
 import torch.distributed as dist
 
 from model.compiling import in_words
+from model.config import rule_and_layers
 from model.device import rounds_to_tf32
 from model.layers.sdpa import masked_in_words
 from model.precision import COMPUTE_DTYPES
@@ -52,7 +53,7 @@ def derived_rows(
         f"{topology.data_size}, "
         f"ZeRO {parallel.zero_stage}, {world} processes on {topology.device.type}",
         "precision": train.precision,
-        "memory": f"{model.memory.rule}, write gate {model.memory.write_gate}, mix gate {model.memory.mix_gate}, "
+        "memory": f"{rule_and_layers(model)}, write gate {model.memory.write_gate}, mix gate {model.memory.mix_gate}, "
         f"local context {model.local_context}, "
         f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
         **packed,

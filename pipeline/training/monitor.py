@@ -184,7 +184,7 @@ class Monitor:
                 )
         if still := self.stillness.after_step(step, outcome, rate, sums["weight"]):
             self.message(still)
-        if record.result.statistics:
+        if self.wants_statistics(step):  # on all ranks, also those of a stage without a memory
             self._write_statistics(step, record.result.statistics)
         if step % self.config.metrics.interval == 0 or step == self.config.train.steps:
             self._write_interval(record)
@@ -288,7 +288,7 @@ class Monitor:
 
     def _write_statistics(self, step: int, statistics: dict[int, MemoryStatistics]) -> None:
         """Per layer: gates, the memory's share of the output, norms of M and z. Lanes of data-parallel rank 0."""
-        layers = gather_statistics(statistics, self.topology, layers=self.config.model.num_layers)
+        layers = gather_statistics(statistics, self.topology, self.config.model)
         if not self.is_main:
             return
         written = self.config.model.memory.write_gate != "none"

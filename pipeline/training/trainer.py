@@ -368,7 +368,7 @@ class Trainer:
         scale = topology.replicas / max(weight, 1e-30)
         penalised = self.progress.step >= config.train.write_gate_penalty_from
         penalty = config.train.write_gate_penalty if penalised else 0.0
-        gate_scale = penalty * topology.replicas / derived.gate_count(config)
+        gate_scale = penalty * topology.replicas / derived.gate_count(config) if penalty else 0.0
         with self.optimizer.accumulate():
             return self.executor.run(
                 self.schedule,

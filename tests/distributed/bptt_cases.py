@@ -216,7 +216,7 @@ def statistics(overrides: list[str]) -> dict[int, dict[str, Tensor]]:
         lanes_per_microbatch=config.train.lanes,
         statistics=True,
     )
-    found = gather_statistics(done.statistics, topology, layers=config.model.num_layers)
+    found = gather_statistics(done.statistics, topology, config.model)
     return {layer: measured._asdict() for layer, measured in found.items()}
 
 

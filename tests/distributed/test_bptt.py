@@ -104,6 +104,8 @@ def test_chunks_and_stages_give_the_gradients_of_one_graph(pools, reference, sta
         (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true"]),
         (4, ["parallel.pipeline=2", "model.memory.skip_empty=false"]),
         (1, ["train.probes_per_window=4", "bptt.recompute=window"]),
+        (2, ["parallel.pipeline=2", "model.memory.layers=[2]", "bptt.recompute=window"]),
+        (2, ["parallel.tensor=2", "parallel.sequence_parallel=true", "model.memory.layers=[1,3]"]),
         (2, ["train.probes_per_window=8", "parallel.pipeline=2", "bptt.recompute=layer"]),
         (4, ["train.probes_per_window=4", "parallel.tensor=2", "parallel.sequence_parallel=true"]),
     ],

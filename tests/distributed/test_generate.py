@@ -51,6 +51,7 @@ def test_greedy_tokens_are_those_of_a_full_recomputation(pools, run, precision):
         ["model.memory.rule=gated_deltanet", "model.memory.mix_gate=token"],
         ["model.memory.rule=none", "model.local_context=sliding"],
         ["model.memory.rule=delta", "model.local_context=sliding"],
+        ["model.memory.layers=[1]", "model.memory.write_gate=hard"],
     ],
     ids=lambda settings: "-".join(setting.partition("=")[2] for setting in settings),
 )

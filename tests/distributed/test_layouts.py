@@ -45,6 +45,12 @@ MODELS = {
     "transformer-xl": ["model.memory.rule=none", "model.local_context=sliding"],
     "none": ["model.memory.rule=none"],
     "delta-bias-norms": ["model.qkv_bias=true", "model.qk_norm=true"],
+    "some-layers": [
+        "model.memory.layers=[3]",
+        "model.memory.write_gate=hard",
+        "model.local_context=sliding",
+        "train.write_gate_penalty=0.1",
+    ],
     "probes": ["model.memory.rule=delta", "train.probes_per_window=4"],
 }
 """What is trained; each is compared with itself on one process."""
@@ -87,6 +93,8 @@ ROWS = [
     row((1, 1, 2, 3), "gated_deltanet", chunks=2),
     row((2, 1, 1, 1), "linear-convolution", chunks=4, recompute="window", **SP),
     row((1, 2, 1, 1), "linear-convolution", chunks=4),
+    row((1, 2, 1, 1), "some-layers", chunks=2),
+    row((1, 1, 2, 3), "some-layers"),
     row((2, 1, 1, 1), "sliding", chunks=2, **SP),
     row((1, 2, 1, 1), "sliding", chunks=4, recompute="window"),
     row((1, 2, 1, 1), "transformer-xl", chunks=2),

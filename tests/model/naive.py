@@ -1,9 +1,11 @@
 """A decoder with Infini-attention written out densely, lane by lane and head by head: `model.decoder` must equal it."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import MemoryConfig, ModelConfig
 from model.rules import has_convolution
 from model.rules.reference import window_convolution, window_deltanet, window_normalized
 
@@ -134,9 +136,10 @@ def token_losses(config: ModelConfig, p: dict[str, Tensor], tokens: Tensor, memo
     """One lane through the whole model: cross entropy `[t, s]` and the memory of every layer."""
     x = p["embedding.weight"][tokens]
     after = []
+    chosen, plain = config.memory.layers, replace(config, memory=MemoryConfig(rule="none"))
     for i in range(config.num_layers):
         own = {n.removeprefix(f"layers.{i}."): w for n, w in p.items() if n.startswith(f"layers.{i}.")}
-        x, state = layer(config, own, x, memory[i], reset)
+        x, state = layer(config if chosen is None or i in chosen else plain, own, x, memory[i], reset)
         after.append(state)
     output = p["embedding.weight" if config.tie_embeddings else "output.weight"][: config.vocab_size]
     logits = rms_norm(x, p["final_norm.weight"], config.norm_epsilon) @ output.T

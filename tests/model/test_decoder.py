@@ -19,6 +19,7 @@ from tests.model.build import VOCAB, random_memory, random_tokens, small_config,
 pytestmark = pytest.mark.usefixtures("one_process")
 
 COMBINED = ("delta+sliding", "gated_deltanet+sliding", "deltanet+convolution", "linear+convolution+sliding")
+SOME_LAYERS = ("delta+last", "gated_deltanet+sliding+last")
 MEMORY_RULES = (*(name for name in RULES if name != "none"), *COMBINED)
 B, T = 2, 4
 
@@ -32,7 +33,7 @@ def starts(*segments, t=T, b=1):
 
 @pytest.mark.parametrize("qwen", [False, True], ids=["llama", "bias-norms"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *COMBINED])
+@pytest.mark.parametrize("rule", [*RULES, "none+sliding", *COMBINED, *SOME_LAYERS])
 def test_model_is_the_dense_model(rule, tied, qwen):
     family = {"qkv_bias": qwen, "qk_norm": qwen}
     config = small_config(rule, "none" if rule.startswith("none") else "sigmoid", tie_embeddings=tied, **family)
@@ -114,6 +115,19 @@ def test_document_before_does_not_leak(rule, precision):
             for x, y in zip(a, b, strict=True)
         )
     assert not torch.equal(results[1].token_loss[:, :2], results[0].token_loss[:, :2])
+
+
+@pytest.mark.parametrize("rule", SOME_LAYERS)
+def test_a_layer_without_a_memory_has_and_carries_nothing_of_one(rule):
+    config = small_config(rule, "hard", mix="token", num_layers=3)
+    stage, plain = small_stage(config), small_stage(small_config("none"))
+    own = [name for name, _ in stage.layers["1"].named_parameters()]
+    assert own == [name for name, _ in plain.layers["1"].named_parameters()]
+    kept = [state is not None and hasattr(state, "M") for state in stage.empty_memory(B, torch.device("cpu"))]
+    assert kept == [False, False, True]
+    tokens = random_tokens(B, T, config.segment_length)
+    output = stage(tokens, random_memory(stage, B), starts(b=B), tokens, statistics=True)
+    assert list(output.statistics) == [2]
 
 
 class Documents:

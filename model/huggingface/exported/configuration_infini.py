@@ -34,6 +34,7 @@ class InfiniConfig(PreTrainedConfig):
     segment_length: int = 2048
     local_context: str = "segment"
     memory_rule: str = "delta"
+    memory_layers: list[int] | None = None
     memory_write_gate: str = "none"
     memory_write_gate_bias: float = 2.0
     memory_short_convolution: bool | None = None

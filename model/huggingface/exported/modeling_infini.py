@@ -161,7 +161,8 @@ class InfiniAttention(nn.Module):
         if config.local_context not in LOCAL_CONTEXTS:
             raise ValueError(f"config.json: local_context {config.local_context!r}: not {', '.join(LOCAL_CONTEXTS)}")
         self.slides = config.local_context == "sliding"
-        self.memory = InfiniMemory(config) if config.memory_rule != "none" else None
+        remembers = config.memory_layers is None or layer_idx in config.memory_layers
+        self.memory = InfiniMemory(config) if config.memory_rule != "none" and remembers else None
 
     def forward(self, hidden: Tensor, piece: Piece, cache: InfiniCacheLayer) -> Tensor:
         """Attend for one piece, `[b, m, h]`, and take it into the cache."""

@@ -53,6 +53,8 @@ MODELS = {
     "linear-yarn": small_config(
         "linear", rope_base=100.0, rope_scaling=RopeScalingConfig("yarn", 4.0, original_max_position_embeddings=16)
     ),
+    "delta-last-layer": small_config("delta+last", "hard", mix="token"),
+    "gated_deltanet-last-layer-sliding": small_config("gated_deltanet+sliding+last"),
     "linear-stretched": small_config("linear", rope_scaling=RopeScalingConfig("linear", 3.0)),
 }
 """Every rule, gate and part; grouped heads, one group, no groups."""

@@ -226,6 +226,25 @@ def test_carried_state_of_the_built_model(one_process, rule, gate):
     assert memory_state_bytes(config) == built
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
+def test_a_memory_in_some_layers_costs_what_they_cost(one_process, recompute):
+    """Parameters, state, activations of the built model; FLOPs of as many layers with and without."""
+    config, plain = small("gated_deltanet", "hard"), small("none", "none")
+    every = forward_flops_per_token(config)
+    config.memory.layers = [config.num_layers - 1]
+    stage = build(config, recompute=recompute)
+    assert parameter_count(config)["total"] == sum(parameter.numel() for parameter in stage.parameters())
+    built = sum(x.nbytes for state in stage.empty_memory(1, torch.device("cpu")) for x in state or ())
+    assert memory_state_bytes(config) == built > 0
+    found = forward_flops_per_token(config)
+    assert found["memory"] * config.num_layers == every["memory"]
+    assert found["total"] - found["memory"] == forward_flops_per_token(plain)["total"]
+    tokens = torch.randint(0, 500, (2, 3, 256))
+    measured = saved_bytes(stage, tokens, tokens, torch.zeros(2, 3, dtype=torch.bool))
+    run = Config(model=config, bptt=BpttConfig(recompute=recompute), train=TrainConfig(lanes=2, segments_per_window=3))
+    assert per_rank_bytes(run, world_size=1)[0].chunk_activations == pytest.approx(measured, rel=0.05)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
 @pytest.mark.parametrize(("rule", "gate", "family"), [*((*kind, {}) for kind in MEMORY_KINDS), ("delta", "none", QWEN)])

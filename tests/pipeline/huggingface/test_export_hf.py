@@ -74,6 +74,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
         {"rule": "delta", "gate": "hard"},
         {"rule": "deltanet", "gate": "hard", "qk_norm": True},
         {"rule": "gated_deltanet", "gate": "sigmoid"},
+        {"rule": "delta", "gate": "hard", "layers": [1]},
     ],
     ids=lambda model: model["rule"],
 )
@@ -216,10 +217,10 @@ def test_an_older_export_does_not_speak_of_convolutions(tmp_path, rule):
     assert masters(run).keys() == masters(tmp_path / "back").keys()
 
 
-@pytest.mark.parametrize("rule", ["delta", "gated_deltanet"])
-def test_import_of_an_export_is_bit_equal(tmp_path, rule):
+@pytest.mark.parametrize(("rule", "layers"), [("delta", None), ("gated_deltanet", None), ("gated_deltanet", [1])])
+def test_import_of_an_export_is_bit_equal(tmp_path, rule, layers):
     """Import, (training,) export, import: the memory's parameters included."""
-    run = write_run(tmp_path / "run", rule, qk_norm=True, local_context="sliding")
+    run = write_run(tmp_path / "run", rule, layers=layers, qk_norm=True, local_context="sliding")
     export_model(run, tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "back", memory=None)
     ours, back = masters(run), masters(tmp_path / "back")
