@@ -46,7 +46,7 @@ LISTS = ["data.sets=[{path: a}]", "evaluate.passkey_grid=[{lengths: [4096], dept
 def example(key: str) -> Config:
     """A configuration that has the number `key`."""
     overrides = [*LISTS]
-    if key in ("parallel.layers_per_stage.*", "model.sliding_layers.*"):
+    if key in ("parallel.layers_per_stage.*", "model.sliding_layers.*", "model.memory.layers.*"):
         overrides.append(f"{key.removesuffix('.*')}=[4]")
     return load_config(None, overrides)
 
@@ -107,6 +107,7 @@ def test_any_numbers_are_refused_or_sound(values, world_size):
     config = example("")
     config.parallel.layers_per_stage = [4] if "parallel.layers_per_stage.*" in values else None
     config.model.sliding_layers = [1] if "model.sliding_layers.*" in values else None
+    config.model.memory.layers = [1] if "model.memory.layers.*" in values else None
     for key, value in values.items():
         kind = next(s.kind for s in settings() if s.key == key.removesuffix(".*"))
         integral = int in (kind, list_item(kind), *typing.get_args(kind))
