@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo passkey passkey-harder compare-rules capacity test test-slow test-gpu lint format clean
+.PHONY: demo passkey passkey-harder compare-rules compare-sliding capacity test test-slow test-gpu lint format clean
 
 demo: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/demo.sh
@@ -18,6 +18,9 @@ passkey-harder: $(VENV)/.installed-base
 
 compare-rules: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/compare_rules.sh
+
+compare-sliding: $(VENV)/.installed-base
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/compare_sliding.sh
 
 capacity: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/capacity.sh

@@ -12,10 +12,7 @@ MODELS=(
     "${RULES[@]}"
 )
 
-# Cut to 64 segments, so that a run meets the beginning of a document often.
-say "long documents: source code of installed packages"
-infini prepare python:torch,sympy,numpy,networkx,matplotlib,deepspeed,megatron.core --tokenizer train:1024 \
-    --min-tokens 2048 --max-tokens 4096 --valid-fraction 0.1 --out compare/text
+prepare_source_code
 
 say "a model per rule, $JOBS at a time"
 train_models configs/compare_rules.yaml compare "${MODELS[@]}"

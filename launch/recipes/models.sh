@@ -15,12 +15,19 @@ RULES=(
 
 # with_setting SUFFIX SETTING 'NAME [SETTING...]'...: the same models with one more setting, a line each.
 with_setting() {
-    local suffix=$1 setting=$2 model
+    local suffix=$1 setting=$2 model name settings
     shift 2
-    for model in "$@"; do echo "${model%% *}_$suffix ${model#* } $setting"; done
+    for model in "$@"; do read -r name settings <<< "$model"; echo "${name}_$suffix $settings $setting"; done
 }
 
 say() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
+
+# Long documents, in compare/text: cut to 64 segments of 64 tokens, so that a run meets the beginning of one often.
+prepare_source_code() {
+    say "long documents: source code of installed packages"
+    infini prepare python:torch,sympy,numpy,networkx,matplotlib,deepspeed,megatron.core --tokenizer train:1024 \
+        --min-tokens 2048 --max-tokens 4096 --valid-fraction 0.1 --out compare/text
+}
 
 # train_model CONFIG FOLDER NAME [SETTING...]: the log is FOLDER/NAME.log; an interrupted run goes on.
 train_model() {

@@ -138,6 +138,9 @@ def roll_lanes(memory: Memory, *, with_context: bool) -> Memory:
     """Give every lane what the next one carries, the last that of the first; without its context, a lane's local
     context stays its own."""
     rolled = map_memory(memory, lambda x: x.roll(-1, dims=0))
-    if with_context:
-        return rolled
-    return [join_state(split_state(new)[0], split_state(old)[1]) for new, old in zip(rolled, memory, strict=True)]
+    return rolled if with_context else beside_context(rolled, memory)
+
+
+def beside_context(memory: Memory, own: Memory) -> Memory:
+    """What `memory` remembers, beside the local contexts of `own`."""
+    return [join_state(split_state(new)[0], split_state(old)[1]) for new, old in zip(memory, own, strict=True)]

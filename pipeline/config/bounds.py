@@ -137,6 +137,7 @@ BOUNDS: dict[str, Bound] = {
     "metrics.profile.ranks.*": Bound(0, 1_000_000),
     "evaluate.interval": _SOME_STEPS,
     "evaluate.documents": Bound(0, 1_000_000),
+    "evaluate.reset_every": _SIZE,
     "evaluate.max_segments": _SIZE,
     "evaluate.passkey_lengths.*": _SIZE,
     "evaluate.passkey_depths.*": _SHARE,

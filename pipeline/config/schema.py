@@ -225,6 +225,9 @@ class EvaluateConfig:
     """Held-out documents for the loss by segment index; 0 leaves it out."""
     max_segments: int = 32
     """Segments per held-out document."""
+    reset_every: int | None = None
+    """A further control of the held-out loss: the memory is emptied before every so many segments (those of a training
+    window, for instance: what older memory is worth); null leaves it out."""
     passkey_lengths: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
     """Lengths of the passkey documents, in segments."""
     passkey_depths: list[float] = field(default_factory=lambda: [0.05, 0.5, 0.95])

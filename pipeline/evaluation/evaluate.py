@@ -94,7 +94,9 @@ def evaluate_checkpoint(
     streamer.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     notes: list[str] = []
     if not streamer.has_memory:
-        notes.append("model.memory.rule is none: there is no memory to turn off or exchange, so there are no controls")
+        notes.append(
+            "model.memory.rule is none: there is no memory to turn off, exchange or empty, so there are no controls"
+        )
     evaluate = config.evaluate
     sets = _held_out_sets(config, data, reader, notes) if with_perplexity and evaluate.documents else []
     tasks = evaluate.tasks if with_synthetic else []

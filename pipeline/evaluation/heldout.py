@@ -1,4 +1,4 @@
-"""Loss on held-out documents by segment index, with the memory on, off, and exchanged between documents.
+"""Loss on held-out documents by segment index, with the memory on, off, exchanged between documents, and emptied.
 
 Segment t of a document is read with
 
@@ -6,9 +6,12 @@ Segment t of a document is read with
     off         local attention only
     shuffled    the memory that the next document of the batch has built up before its segment t (or by its end, when
                 it is shorter); nothing that is computed with it is kept
+    reset       what the document has built up since its memory was last emptied, as it is before every k-th segment
+                (`evaluate.reset_every`); what a sliding context sees stays
 
 so `shuffled` sees a memory of the right age and size with the wrong contents: where it does as well as `on`, the
-memory holds nothing about the document. All ways see the same tokens of the same documents.
+memory holds nothing about the document; and where `reset` does, nothing of use in it is older. All ways see the same
+tokens of the same documents.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from data.prepared.shards import PreparedSet
-from model.rules.state import choose_lanes, roll_lanes
+from model.rules.state import beside_context, choose_lanes, roll_lanes
 from pipeline.evaluation.intervals import ratio_intervals, resample_counts
 from pipeline.inference.streaming import Document, Streamer
 
@@ -53,19 +56,26 @@ def choose_documents(
 
 
 def segment_losses(
-    streamer: Streamer, documents: list[Document], eos_id: int, advance: Callable[[int], None]
+    streamer: Streamer,
+    documents: list[Document],
+    eos_id: int,
+    advance: Callable[[int], None],
+    *,
+    reset_every: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Summed losses and their numbers of tokens; collective, the same result on all ranks. Data-parallel ranks take
     turns with the batches.
 
     Args:
         advance: called with numbers of tokens that are done, of all ranks by this one's measure.
+        reset_every: segments between the places where `reset` empties the memory; None leaves `reset` out.
 
     Returns:
-        `weight` and one entry per way to evaluate (`on`, `off`, `shuffled`; only `on` without a memory; no `shuffled`
-        for a single document), each `[documents, segments]` in the order given.
+        `weight` and one entry per way to evaluate (`on`, `off`, `shuffled`, `reset`; only `on` without a memory; no
+        `shuffled` for a single document), each `[documents, segments]` in the order given.
     """
     ways = ["on", "off", "shuffled"] if streamer.has_memory else ["on"]
+    ways += ["reset"] if streamer.has_memory and reset_every is not None else []
     if len(documents) == 1:
         ways = [way for way in ways if way != "shuffled"]
     segments = max(document.segments(streamer.segment_length) for document in documents)
@@ -78,7 +88,7 @@ def segment_losses(
         if number % topology.data_size != topology.data_rank:
             continue
         # Without memory a document has a state of its own: a sliding context holds what upper layers have read.
-        memory = without = streamer.empty_memory(len(batch))
+        memory = without = young = empty = streamer.empty_memory(len(batch))
         found: dict[str, list[Tensor]] = {way: [] for way in ways}
         for segment in range(max(document.segments(streamer.segment_length) for document in batch)):
             window = streamer.window(batch, segment, 1, eos_id)
@@ -89,6 +99,10 @@ def segment_losses(
                 without = outputs["off"].memory
             if "shuffled" in ways:
                 outputs["shuffled"] = streamer.run(window, roll_lanes(memory, with_context=False))
+            if "reset" in ways:
+                young = beside_context(empty, young) if segment % reset_every == 0 else young
+                outputs["reset"] = streamer.run(window, young)
+                young = outputs["reset"].memory
             for way, output in outputs.items():
                 if output.loss is not None:
                     found[way].append((output.loss.double() * weight).sum(dim=(1, 2)))

@@ -21,7 +21,12 @@ from pipeline.reporting.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 RESULTS = "results.json"
 DEPTHS_SHOWN = 5
 """More depths than this have no columns of their own in the terminal."""
-WAY_NAMES = {"on": "memory on", "off": "memory off", "shuffled": "memory of another document"}
+WAY_NAMES = {
+    "on": "memory on",
+    "off": "memory off",
+    "shuffled": "memory of another document",
+    "reset": "memory emptied on the way",
+}
 
 Results = dict[str, Any]
 

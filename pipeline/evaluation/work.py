@@ -47,6 +47,7 @@ class Work:
         notes: list[str],
     ) -> None:
         self.segment_length, self.seed = config.model.segment_length, config.evaluate.seed
+        self.reset_every = config.evaluate.reset_every
         self.tokenizer, self.rows = tokenizer, rows
         self.held_out = [(source, _documents(source, config.evaluate, self.segment_length, notes)) for source in sets]
         self.tasks = [Task.parse(spec) for spec in tasks]
@@ -83,7 +84,7 @@ class Work:
         counts = {}
         with shown(total) as advance:
             for source, documents in self.held_out:
-                sums = heldout.segment_losses(streamer, documents, source.eos_id, advance)
+                sums = heldout.segment_losses(streamer, documents, source.eos_id, advance, reset_every=self.reset_every)
                 each = heldout.each_document(sums, [document.name for document in documents])
                 results["perplexity"][str(source.path)] = heldout.summarize(sums, self.seed) | {"each_document": each}
             for name, own in plans.items():

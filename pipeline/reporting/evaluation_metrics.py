@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-SHORT_WAYS = {"on": "on", "off": "off", "shuffled": "exchanged"}
+SHORT_WAYS = {"on": "on", "off": "off", "shuffled": "exchanged", "reset": "emptied"}
 
 _NAME = re.compile(
     r"evaluation/(?:(?P<set>[^/]+)/loss_(?P<way>on|off|shuffled)"

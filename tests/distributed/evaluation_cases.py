@@ -82,7 +82,7 @@ def controls(run: str, data: str) -> dict[str, Any]:
     """What the controls are said to be, computed another way."""
     config, streamer, _ = _open(run)
     documents, eos = _documents(data, config.model.segment_length)
-    sums = heldout.segment_losses(streamer, documents, eos, lambda tokens: None)
+    sums = heldout.segment_losses(streamer, documents, eos, lambda tokens: None, reset_every=3)
 
     _, plain, _ = _open(run, rule="none")
     batch = plain.window(documents, 0, 8, eos)
@@ -94,7 +94,14 @@ def controls(run: str, data: str) -> dict[str, Any]:
     memory = streamer.run(history, streamer.empty_memory(1)).memory
     batch = window([first], 3, 1, config.model.segment_length, eos, torch.device("cpu"))
     exchanged = _losses(batch, streamer.run(batch, memory))
-    return {"sums": sums, "without_memory": without_memory, "exchanged": float(exchanged)}
+    windows = [streamer.window(documents, start, min(3, 8 - start), eos) for start in (0, 3, 6)]
+    alone = [_losses(batch, streamer.run(batch, streamer.empty_memory(len(documents)))) for batch in windows]
+    return {
+        "sums": sums,
+        "without_memory": without_memory,
+        "exchanged": float(exchanged),
+        "emptied": torch.cat(alone, dim=1),
+    }
 
 
 def sliding_off(run: str) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def test_controls_are_what_they_are_called(pools, run, data):
     sums = found["sums"]
     np.testing.assert_allclose(sums["off"], found["without_memory"].numpy(), rtol=1e-6)
     assert sums["shuffled"][0, 3] == pytest.approx(found["exchanged"], rel=1e-6)
+    np.testing.assert_allclose(sums["reset"], found["emptied"].numpy(), rtol=1e-6)
+    assert (np.abs(sums["reset"][:, 4:6] / sums["on"][:, 4:6] - 1) > 1e-4).all()
     # The first segment has nothing to remember; behind it the ways differ.
     np.testing.assert_allclose(sums["off"][:, 0], sums["on"][:, 0], rtol=1e-6)
     np.testing.assert_allclose(sums["shuffled"][:, 0], sums["on"][:, 0], rtol=1e-6)

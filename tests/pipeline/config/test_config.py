@@ -324,6 +324,7 @@ SHIPPED = {
     "passkey_keys": [1, 2],
     "recall": [1, 2],
     "compare_rules": [1, 2],
+    "compare_sliding": [1, 2],
     "paper_lm": [1, 8, 32],
     "paper_transformer_xl": [1, 8, 32],
     "paper_1b": [8, 64],
