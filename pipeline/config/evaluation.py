@@ -46,13 +46,19 @@ def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) 
 
 
 def generation_config(
-    saved: dict[str, Any], overrides: Sequence[str], world_size: int, where: str = "checkpoint"
+    saved: dict[str, Any],
+    overrides: Sequence[str],
+    world_size: int,
+    where: str = "checkpoint",
+    *,
+    copies: bool = False,
 ) -> Config:
     """The configuration that a checkpoint was written with, with the layout of a generation on `world_size` processes.
 
     Args:
         saved: `config` of the checkpoint's summary.
         where: the checkpoint, for messages.
+        copies: there may be several copies of the model, each with texts of its own.
 
     Raises:
         ConfigError: it cannot run so, needs data parallelism, or would be another model.
@@ -71,7 +77,7 @@ def generation_config(
             f"parallel.context = {config.parallel.context}: it splits what is read over the ranks, but generation goes "
             "on token by token: leave it out, tensor and pipeline share the model"
         )
-    elif world_size > processes_per_lane(config):
+    elif world_size > processes_per_lane(config) and not copies:
         problems.append(
             f"{told_per_lane(config)} on {world_size} processes: generation has no data parallelism, their product "
             "must be the number of processes"

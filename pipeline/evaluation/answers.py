@@ -136,14 +136,14 @@ class _Beginning:
 
     def until(self, segment: int, advance: Callable[[int], None]) -> Memory:
         """The memory that `segment` reads, of one lane; segments must not fall from call to call."""
-        self._memory = _read(
+        self._memory = read_segments(
             self._streamer, [self._document], self._segment, segment, self._memory, self._eos_id, advance
         )
         self._segment = segment
         return self._memory
 
 
-def _read(
+def read_segments(
     streamer: Streamer,
     documents: list[Document],
     first: int,
@@ -178,12 +178,12 @@ def _answer(
     asked = min((document.answers[0][0] - 1) // length for document in documents)
     # As far back as the local attention reaches; what it holds of the segments before does not come to the answer.
     back = max(first, asked - streamer.local_reach)
-    earlier = _read(streamer, documents, first, back, memory, eos_id, advance)
-    memory = _read(streamer, documents, back, asked, earlier, eos_id, advance)
+    earlier = read_segments(streamer, documents, first, back, memory, eos_id, advance)
+    memory = read_segments(streamer, documents, back, asked, earlier, eos_id, advance)
     batch = streamer.window(documents, asked, segments - asked, eos_id)
     outputs = {"on": streamer.run(batch, memory, correct=True)}
     if streamer.has_memory:
-        without = _read(streamer, documents, back, asked, earlier, eos_id, lambda tokens: None, memory_off=True)
+        without = read_segments(streamer, documents, back, asked, earlier, eos_id, lambda tokens: None, memory_off=True)
         outputs["off"] = streamer.run(batch, without, correct=True, memory_off=True)
         if len(documents) > 1:
             # A sliding context, too: its upper layers hold what they have read from the document's own memory.

@@ -80,6 +80,8 @@ class SourceTokens:
     """What else goes into the folder of an imported tokenizer, by name."""
     notes: list[str] = field(default_factory=list)
     """What differs and what was left out, for people."""
+    begin_id: int | None = None
+    """The begin token that the folder names, whether or not the tokenizer puts it before a text."""
 
     @property
     def ids(self) -> dict[str, Any]:
@@ -134,6 +136,8 @@ def read_tokens(folder: Path) -> SourceTokens:
     carried = {"tokenizer_class": _class(declared, model or {}, config_name, tokens.notes)} | carried
     carried = _in_vocabulary(carried, vocabulary, config_name, tokens.notes)
     tokens.files = {TOKENIZER_CONFIG: as_json(carried)} | templates
+    if carried.get("bos_token") is not None:
+        tokens.begin_id = vocabulary[_content(carried["bos_token"])]
     if generation is not None:
         known = _known(generation, GenerationSettings, folder / GENERATION_CONFIG, tokens.notes)
         tokens.files[GENERATION_CONFIG] = as_json(known)

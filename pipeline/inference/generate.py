@@ -67,6 +67,8 @@ class Generator:
         identity: of the model, for memory files.
         vocab_size: of the model (not padded).
         end_ids: tokens that end a text, besides the tokenizer's end token.
+        begin_id: the begin token that the model's files name, if any.
+        reader: of the checkpoint that the weights are from.
     """
 
     def __init__(
@@ -76,15 +78,22 @@ class Generator:
         identity: Identity,
         vocab_size: int,
         end_ids: Collection[int] = (),
+        begin_id: int | None = None,
+        reader: CheckpointReader | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.begin_id, self.reader = tokenizer, begin_id, reader
         self.end_ids = frozenset(end_ids)
         self.identity = identity
         self.model = IncrementalModel(streamer, vocab_size)
 
     @classmethod
     def open(
-        cls, checkpoint: str | Path, *, overrides: Sequence[str] = (), tokenizer: str | Path | None = None
+        cls,
+        checkpoint: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        tokenizer: str | Path | None = None,
+        copies: bool = False,
     ) -> Generator:
         """The model of a run's newest checkpoint, or of a checkpoint's folder; collective.
 
@@ -94,6 +103,8 @@ class Generator:
             overrides: `key=value` settings: the layout, `train.precision`.
             tokenizer: folder of a tokenizer or of a prepared set; None takes the one beside the run's configuration,
                 else the training data's.
+            copies: there may be more processes than the layout needs: they hold further copies of the model, each of
+                which reads and continues texts of its own (only processes of one copy make the same calls).
 
         Raises:
             ValueError: checkpoint, tokenizer and settings do not fit together (`ConfigError`, `CheckpointError`).
@@ -101,13 +112,15 @@ class Generator:
         """
         path = find_checkpoint(Path(checkpoint))
         reader = CheckpointReader(path)
-        config = generation_config(reader.summary.config, overrides, int(os.environ.get("WORLD_SIZE", "1")), str(path))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        config = generation_config(reader.summary.config, overrides, world_size, str(path), copies=copies)
         notes: list[str] = []
         folder, found = find_tokenizer(reader, config, tokenizer, notes)
+        end_ids, begin_id = [], None
         try:
-            end_ids = source_tokens(folder, found, config.train.init_from).end_ids
+            source = source_tokens(folder, found, config.train.init_from)
+            end_ids, begin_id = source.end_ids, source.begin_id
         except ValueError as error:
-            end_ids = []
             notes.append(f"the tokenizer's end token alone ends a text, what else the model ends one with: {error}")
         parallel = config.parallel
         topology = initialize(tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=parallel.timeout_s)
@@ -117,7 +130,7 @@ class Generator:
         streamer = Streamer(build_stage(config, topology, reader.summary.vocab_size, drawn=False), topology)
         streamer.load(reader)
         identity = Identity(asdict(config.model), reader.summary.sha256, found.hash)
-        return cls(streamer, found, identity, reader.summary.vocab_size, end_ids)
+        return cls(streamer, found, identity, reader.summary.vocab_size, end_ids, begin_id, reader)
 
     def read(
         self,

@@ -87,7 +87,7 @@ class _Source:
 
 
 class IncrementalModel:
-    """A loaded model that reads and predicts lane by lane; every process of the layout makes the same calls.
+    """A loaded model that reads and predicts lane by lane; every process of a model copy makes the same calls.
 
     Args:
         streamer: with the checkpoint's weights.
@@ -98,9 +98,11 @@ class IncrementalModel:
         self.streamer, self.stage, self.topology = streamer, streamer.stage, streamer.topology
         self.length = streamer.segment_length
         self.vocab_size = vocab_size
-        ranks: list[int | None] = [None] * dist.get_world_size()
+        self.group = self.topology.model_group
+        """The processes of this copy of the model; other copies, where there are any, have their own texts."""
+        ranks: list[int | None] = [None] * dist.get_world_size(self.group)
         has_logits = self.topology.is_last_stage and self.topology.tensor_rank == 0
-        dist.all_gather_object(ranks, dist.get_rank() if has_logits else None)
+        dist.all_gather_object(ranks, dist.get_rank() if has_logits else None, group=self.group)
         self.chooser: int = next(rank for rank in ranks if rank is not None)
         """Global rank of the process that has the logits and chooses the tokens."""
 
@@ -175,8 +177,8 @@ class IncrementalModel:
         chosen = torch.zeros(state.lanes, dtype=torch.int64, device=self.topology.device)
         if tokens is not None:
             chosen.copy_(torch.tensor(tokens))
-        if dist.get_world_size() > 1:
-            dist.broadcast(chosen, src=self.chooser)
+        if dist.get_world_size(self.group) > 1:
+            dist.broadcast(chosen, src=self.chooser, group=self.group)
         for segment, token in zip(state.segment, chosen.tolist(), strict=True):
             segment.append(token)
         return chosen.tolist()
