@@ -34,7 +34,9 @@ def choose_documents(
 ) -> list[Document]:
     """Documents to evaluate, cut to `max_segments` segments.
 
-    Those that are long enough come first, in an order drawn from `seed`; when they are too few, the longest others.
+    Those of so many segments come first, in an order drawn from `seed`; when they are too few, those of the most
+    segments. Not of the most tokens: of documents cut to a length, the pieces that came out a few tokens longer are
+    those of one source.
 
     Raises:
         ValueError: no document of the split has two tokens.
@@ -42,7 +44,8 @@ def choose_documents(
     full = max_segments * segment_length + 1
     lengths = np.minimum(source.lengths, full)
     order = np.random.default_rng(seed).permutation(len(lengths))
-    order = order[np.argsort(-lengths[order], kind="stable")][:documents]
+    segments = -(-(lengths - 1) // segment_length)
+    order = order[np.argsort(-segments[order], kind="stable")][:documents]
     chosen = [
         Document(
             source.document_name(int(i)), int(lengths[i]), lambda start, stop, i=int(i): source.read(i, start, stop)

@@ -124,6 +124,12 @@ def test_long_documents_come_first_in_a_drawn_order(tmp_path):
     assert len(orders) > 1
 
 
+def test_pieces_of_a_source_that_are_a_token_longer_do_not_come_first(tmp_path):
+    source = PreparedSet(write_set(tmp_path / "set", [80] * 8 + [79] * 8), "valid")
+    found = choose_documents(source, documents=8, max_segments=5, segment_length=16, seed=0)
+    assert {document.length for document in found} == {79, 80}
+
+
 @pytest.mark.parametrize("number, limit", [(4, 3), (64, 64), (65, 64), (7, 3), (2, 64), (130, 64)])
 def test_batches_are_even_and_leave_nobody_alone(number, limit):
     batches = Streamer.batches(SimpleNamespace(max_lanes=limit), list(range(number)))
