@@ -285,6 +285,13 @@ def update_and_trace(world: int, bucket: int, settings: str) -> dict[str, Any]:
         return _estimate_and_trace(config, world, VOCAB)
 
 
+def packed_and_trace(settings: str) -> dict[str, Any]:
+    """The same of a small model with long segments, whose mask is a good part of it."""
+    long = "data.packing=true model.segment_length=512 train.lanes=4 train.precision=bf16 "
+    with small_buckets(10**4):
+        return _estimate_and_trace(small(long + settings), 1, VOCAB)
+
+
 def _estimate_and_trace(config: Config, world: int, vocab: int) -> dict[str, Any]:
     needs = max(per_rank_bytes(config, world, vocab), key=lambda needs: needs.total)
     trace = trace_step(config, world, first_rank(config, world, needs.stage), vocab)

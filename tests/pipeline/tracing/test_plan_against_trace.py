@@ -48,6 +48,16 @@ UPDATES = {
 }
 
 
+@pytest.mark.parametrize(
+    "settings",
+    ["model.memory.rule=none", "model.memory.rule=delta", "model.memory.rule=none model.local_context=sliding"],
+)
+def test_packed_documents(tracing_process, settings):
+    found = tracing_process(cases.packed_and_trace, settings=settings)
+    assert not found["in_update"]
+    check(found)
+
+
 @pytest.mark.parametrize("name", UPDATES)
 def test_what_reduction_and_update_need(tracing_process, name):
     world, bucket, settings = UPDATES[name]
