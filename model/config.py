@@ -30,8 +30,8 @@ class MemoryConfig:
     (`model.local_context`): they have no gates and carry no memory."""
     short_convolution: bool | None = None
     """Queries, keys and values pass a causal convolution over 4 tokens on their way to the memory, so that a key can
-    hold the token before it (see `model.rules.convolution`). null: `gated_deltanet` has them, as in its paper, the
-    others do not."""
+    hold the token before it (see `model.rules.convolution`). null: `gated_deltanet`, `kda` and `gdn2` have them, as in
+    their papers, the others do not."""
     mix_gate: str = "head"
     """What decides the memory's share of the output, sigmoid(beta): `head`, one beta per query head (the paper), or
     `token`, a linear function of the layer's normalised input per query head."""

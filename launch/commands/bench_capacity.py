@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from launch.commands.bench_note import Note
 
 HELP = "pairs that one head of each memory rule holds, random keys, nothing learnt"
-RULES = ("linear", "delta", "deltanet")
-"""`gated_deltanet` that forgets nothing is `deltanet`."""
+RULES = ("linear", "delta", "deltanet", "gdn2")
+"""`gated_deltanet` and `kda` that forget nothing are `deltanet`."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,8 @@ def measure(args: argparse.Namespace, note: Note) -> None:
         f"One head, M is {dim} x {dim}: at most {dim} independent pairs. Gaussian values from a list of {CODES}, the "
         f"nearest by its angle is the answer (chance {1 / CODES:.3f}). Segments of {length} pairs; "
         f"{LANES * repetitions} memories a cell, all pairs of each asked. `x 3`: keys three times as long, which "
-        "sharpens phi; rules that normalise keys do not see it. gated_deltanet is deltanet where it forgets nothing."
+        "sharpens phi; rules that normalise keys do not see it. gated_deltanet and kda are deltanet where they forget "
+        "nothing; gdn2 has its gates as they begin, 0.88 of every channel."
     )
     curves, rows = {}, []
     for kind in ("random", "orthogonal"):

@@ -105,7 +105,8 @@ class InfiniAttention(nn.Module):
         rows = {"write_gate": groups} if config.memory.write_gate != "none" else {}
         if self.rule is not None:
             rows |= {"mix_gate": heads} if config.memory.mix_gate == "token" else {}
-            rows |= {PREFIX + name: groups for name in self.rule.token_inputs}
+            inputs = self.rule.token_inputs(layer_shape(config))
+            rows |= {PREFIX + name: groups * numbers for name, numbers in inputs.items()}
         self.token_linears = TokenLinears(config.hidden_size, rows, wide)
 
     @property
@@ -182,7 +183,7 @@ class InfiniAttention(nn.Module):
 
         numbers = self.token_numbers(hidden)
         gate = self.token_gate(numbers, b, segments)
-        inputs = rule_inputs(self.rule, numbers, b, segments)
+        inputs = rule_inputs(self.rule, self.shape, numbers, b, segments)
         share = self.memory_share(numbers, b, segments)
         q, k, v = (x.unflatten(0, (b, segments)) for x in heads[3:])
         if probes is not None:  # which are not written
@@ -217,7 +218,8 @@ class InfiniAttention(nn.Module):
 
     def token_numbers(self, hidden: Tensor) -> dict[str, Tensor]:
         """What gates and rule want to know of every token, by the name of the layer that gives it: `[s, b, n]`, of
-        the mix gate `[s, b, n*r]`, in the memory's precision, from hidden states `[s, b, h]`."""
+        the mix gate `[s, b, n*r]`, of a rule `[s, b, n * its numbers]`, in the memory's precision, from hidden states
+        `[s, b, h]`."""
         return self.token_linears(hidden, dict(self.named_children()), self.memory_dtype)
 
     def memory_share(self, numbers: Mapping[str, Tensor], b: int, segments: int) -> Tensor:

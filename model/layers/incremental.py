@@ -28,7 +28,7 @@ def empty_cache(attention: InfiniAttention, lanes: int, device: torch.device, dt
         lanes,
         attention.shape,
         attention.segment_length,
-        inputs=0 if attention.rule is None else len(attention.rule.token_inputs),
+        inputs=sum(_inputs(attention).values()),
         dtype=dtype,
         gate_dtype=attention.memory_dtype,
         device=device,
@@ -54,14 +54,14 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     positions = span.positions(c)
     own = attention.tables.own(hidden.device, attention.memory_dtype)
     table = tuple(x[positions].unsqueeze(1) for x in own)
-    inputs = cache.inputs.new_empty(b, attention.groups, c, 0)
+    inputs = [cache.inputs.new_empty(b, attention.groups, c, 0)]
     numbers = attention.token_numbers(hidden)
     gate = attention.token_gate(numbers, b, 1)
-    if attention.rule is not None and attention.rule.token_inputs:
-        found = rule_inputs(attention.rule, numbers, b, 1)
-        inputs = torch.stack([x.squeeze(1) for x in found.values()], dim=-1)
+    if attention.rule is not None:
+        found = rule_inputs(attention.rule, attention.shape, numbers, b, 1)
+        inputs += [x.squeeze(1) for x in found.values()]
     gate = cache.gate.new_ones(b, attention.groups, c) if gate is None else gate.squeeze(1)
-    put(cache, SegmentCache(query, key, rotate(key, table), value, gate, inputs), span)
+    put(cache, SegmentCache(query, key, rotate(key, table), value, gate, torch.cat(inputs, dim=-1)), span)
     mask = (torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)).unsqueeze(1)
     keys, values = cache.rotated[:, :, : span.stop], cache.value[:, :, : span.stop]
     memory, context = split_state(memory)
@@ -81,6 +81,11 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     share = attention.shown_share(attention.memory_share(numbers, b, 1), attention.rule.present(before).unsqueeze(-1))
     mixed = mix(share, read, local.reshape(b * attention.groups, -1, c, attention.dim))
     return attention.project_out(mixed)
+
+
+def _inputs(attention: InfiniAttention) -> dict[str, int]:
+    """The rule's `token_inputs`."""
+    return {} if attention.rule is None else attention.rule.token_inputs(attention.shape)
 
 
 def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +120,8 @@ def commit(attention: InfiniAttention, memory: State | None, cache: SegmentCache
         x[lanes].unsqueeze(1) for x in (cache.query, cache.key, cache.value, cache.gate, cache.inputs)
     )
     gate = None if attention.memory_config.write_gate == "none" else gate
-    inputs = dict(zip(attention.rule.token_inputs, inputs.unbind(-1), strict=True))
+    widths = _inputs(attention)
+    inputs = dict(zip(widths, inputs.split(list(widths.values()), dim=-1), strict=True))
     q = q.unflatten(2, (attention.groups, -1))
     tokens = Tokens(q, k, v, gate, inputs, bfloat16=q.dtype == torch.bfloat16)
     carried = map_state(memory, lambda x: x[lanes])

@@ -31,7 +31,8 @@ class SegmentCache(NamedTuple):
     gate: Tensor
     """Write gate `[b, n, S]` in the memory's precision; not used when every token is written."""
     inputs: Tensor
-    """The memory rule's `token_inputs`, `[b, n, S, how many]`, in the memory's precision."""
+    """The memory rule's `token_inputs` one behind the other, `[b, n, S, all their numbers]`, in the memory's
+    precision."""
 
 
 class Span(NamedTuple):

@@ -53,6 +53,7 @@ class TokenLinears(nn.Module):
         if len(own) == 1:
             return {self.names[0]: own[0](hidden.to(dtype))[0]}
         numbers, _ = self.product(hidden.to(dtype), torch.cat([layer.weight for layer in own]))
-        numbers = numbers + torch.cat([layer.bias for layer in own])
+        biases = [numbers.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in own]
+        numbers = numbers + torch.cat(biases)
         parts = numbers.split([layer.weight.shape[0] for layer in own], dim=-1)
         return dict(zip(self.names, parts, strict=True))

@@ -18,6 +18,7 @@ from model.rules.base import (
 from model.rules.convolution import ConvolvedRule
 from model.rules.deltanet import DeltaNetRule
 from model.rules.gated_deltanet import GatedDeltaNetRule
+from model.rules.gdn2 import GatedDeltaNet2Rule
 from model.rules.normalized import NormalizedRule, NormalizedState
 from model.rules.state import LocalContext, State, join_state
 
@@ -38,11 +39,13 @@ RULES: dict[str, Callable[[MemoryConfig], MemoryRule | None]] = {
     "delta": lambda memory: NormalizedRule(delta=True, epsilon=memory.epsilon),
     "deltanet": lambda memory: DeltaNetRule(memory.kernel),
     "gated_deltanet": lambda memory: GatedDeltaNetRule(memory.kernel),
+    "kda": lambda memory: GatedDeltaNet2Rule(gates=False),
+    "gdn2": lambda memory: GatedDeltaNet2Rule(gates=True),
 }
 """By the name that `memory.rule` gives them. `none` is the plain transformer."""
 
 
-CONVOLVED_BY_DEFAULT = ("gated_deltanet",)
+CONVOLVED_BY_DEFAULT = ("gated_deltanet", "kda", "gdn2")
 """Rules that stand behind short convolutions where `memory.short_convolution` is null."""
 
 

@@ -58,7 +58,7 @@ class Tokens(NamedTuple):
     gate: Tensor | None
     """Write gate `[b, t, n, s]`, or None to write every token."""
     inputs: Mapping[str, Tensor]
-    """The rule's `token_inputs`, each `[b, t, n, s]`."""
+    """The rule's `token_inputs`, each `[b, t, n, s, its number of numbers]`."""
     bfloat16: bool = False
     """The run computes matrix products in bfloat16: a kernel may, too."""
     part: ContextPart | None = None
@@ -88,10 +88,6 @@ class Reads(NamedTuple):
 class MemoryRule:
     """Base of the rules. A rule has no tensors of its own: its parameters are made by the layer and handed in."""
 
-    token_inputs: tuple[str, ...] = ()
-    """Names of numbers that the rule wants per token and key/value head, each a linear function of the layer's
-    normalised input: `parameters` has its `<name>.weight [groups, hidden]` and `<name>.bias [groups]`."""
-
     composes: ClassVar[bool] = True
     """A part of a chunk can be summed up in one pair (`model.rules.scan`), so that ranks may share a chunk."""
 
@@ -102,6 +98,12 @@ class MemoryRule:
     def keeps_value(self) -> bool:
         """The backward pass needs the values as they came, in the memory's precision."""
         return False
+
+    def token_inputs(self, layer: LayerShape) -> dict[str, int]:
+        """What the rule wants to know of every token, by name: how many numbers per key/value head, all linear
+        functions of the layer's normalised input. `parameters` has the `<name>.weight [groups * numbers, hidden]` and,
+        where there is a bias, the `<name>.bias [groups * numbers]`."""
+        return {}
 
     def parameters(self, layer: LayerShape) -> dict[str, RuleParameter]:
         """What the rule adds to a layer, by name."""

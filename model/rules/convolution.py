@@ -45,7 +45,9 @@ class ConvolvedRule(MemoryRule):
     def __init__(self, rule: MemoryRule) -> None:
         self.rule = rule
         self.silu = not rule.has_feature_map
-        self.token_inputs = rule.token_inputs
+
+    def token_inputs(self, layer: LayerShape) -> dict[str, int]:
+        return self.rule.token_inputs(layer)
 
     def parameters(self, layer: LayerShape) -> dict[str, RuleParameter]:
         def taps(generator: torch.Generator) -> Tensor:

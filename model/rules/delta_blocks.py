@@ -58,7 +58,7 @@ class _Solve(Function):
 
     @staticmethod
     def forward(ctx, key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor | None):
-        """`[b, t, n, blocks, c, d]`, `[b, t, n, blocks, c, 2 d]` and `[b, t, n, blocks]`, None without a decay."""
+        """`[b, t, n, blocks, c, d]`, `[b, t, n, blocks, c, 2 d]` and `[b, t, n, blocks, 1]`, None without a decay."""
         b, t, n, s, d = key.shape
         c = block_length(s, d)
         right = key.new_empty(b, t, n, s, 2 * d).view(-1, c, 2 * d)
@@ -88,7 +88,7 @@ class _Solve(Function):
         minus_key = None if ratio is None else minus_key
         ctx.save_for_backward(right, inverse, y, column, products, minus_key, e, ratio)
         blocks = (b, t, n, s // c)
-        decay = None if e is None else e[:, -1].view(blocks)
+        decay = None if e is None else e[:, -1].view(*blocks, 1)
         return y.view(*blocks, c, d), right.view(*blocks, c, 2 * d), decay
 
     @staticmethod

@@ -34,28 +34,31 @@ SLOWEST_DECAY, FASTEST_DECAY = 1e-5, 1e-3
 """Initial -log a of the first and the last key/value head."""
 
 
+def initial_decays(layer: LayerShape) -> Tensor:
+    """The bias that every key/value head's decays begin with, `[groups]`."""
+    step = torch.logspace(math.log10(SLOWEST_DECAY), math.log10(FASTEST_DECAY), layer.groups)
+    return torch.log(torch.expm1(step))  # softplus backwards
+
+
 class GatedDeltaNetRule(DeltaNetRule):
     """`DeltaNetRule` with a decay."""
 
-    token_inputs = ("decay",)
+    def token_inputs(self, layer: LayerShape) -> dict[str, int]:
+        return {"decay": 1}
 
     def parameters(self, layer: LayerShape) -> dict[str, RuleParameter]:
-        def decays(_: torch.Generator) -> Tensor:
-            step = torch.logspace(math.log10(SLOWEST_DECAY), math.log10(FASTEST_DECAY), layer.groups)
-            return torch.log(torch.expm1(step))  # softplus backwards
-
         return {
             "decay.weight": RuleParameter(
                 (layer.groups, layer.hidden), lambda _: torch.zeros(layer.groups, layer.hidden), is_gate=True
             ),
-            "decay.bias": RuleParameter((layer.groups,), decays, is_gate=True),
+            "decay.bias": RuleParameter((layer.groups,), lambda _: initial_decays(layer), is_gate=True),
             "decay_rate": RuleParameter((layer.groups,), lambda _: torch.zeros(layer.groups), is_gate=True),
         }
 
     def write(
         self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, borders: Borders
     ) -> tuple[MatrixState, MatrixState]:
-        log_decay = _LogDecay.apply(weights["decay_rate"], tokens.inputs["decay"])
+        log_decay = LogDecay.apply(weights["decay_rate"], tokens.inputs["decay"].squeeze(-1))
         return self.write_tokens(tokens, log_decay, state, borders)
 
     def flops_per_token(self, layer: LayerShape) -> int:
@@ -69,13 +72,13 @@ class GatedDeltaNetRule(DeltaNetRule):
         return per_token + of_decay, per_segment
 
 
-class _LogDecay(Function):
-    """log a = -exp(R) softplus(x) of R `[n]` and x `[b, t, n, s]`. Backward: dx = -exp(R) sigmoid(x) da, and dR is the
-    sum of da log a."""
+class LogDecay(Function):
+    """log a = -exp(R) softplus(x) of R `[n]` and x `[b, t, n, s]` or `[b, t, n, s, d]`. Backward: dx = -exp(R)
+    sigmoid(x) da, and dR is the sum of da log a."""
 
     @staticmethod
     def forward(ctx, rate: Tensor, x: Tensor) -> Tensor:
-        factor = rate.exp().neg_().unsqueeze(-1)
+        factor = rate.exp().neg_().view(-1, *(1,) * (x.dim() - 3))
         log_decay = factor * F.softplus(x)
         ctx.save_for_backward(factor, x, log_decay)
         return log_decay
@@ -84,5 +87,5 @@ class _LogDecay(Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         factor, x, log_decay = ctx.saved_tensors
-        of_rate = (gradient * log_decay).sum(dim=(0, 1, 3))
+        of_rate = (gradient * log_decay).sum(dim=[i for i in range(log_decay.dim()) if i != 2])
         return of_rate, torch.ops.aten.softplus_backward(gradient * factor, x, 1, 20)

@@ -91,6 +91,37 @@ def window_deltanet(
     return torch.stack(reads).view(segments, queries, tokens, dim), M
 
 
+def window_gdn2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    M: Tensor,
+    reset: list[bool],
+    log_decay: Tensor,
+    erase: Tensor | None = None,
+    write: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gdn2` over a window, and `kda` without erase and write gates; log a and the gates `[t, s, d]`, the other
+    arguments as in `window_deltanet`."""
+    segments, queries, tokens, dim = q.shape
+    erase, write = (torch.ones_like(v) if x is None else x for x in (erase, write))
+    identity = torch.eye(dim, dtype=q.dtype)
+    reads = []
+    for t in range(segments):
+        if reset[t]:
+            M, _ = _empty(dim, q)
+        for r in range(queries):
+            for i in range(tokens):
+                query = q[t, r, i]
+                reads.append((query / query.norm()) @ M)
+        for i in range(tokens):
+            key = k[t, i] / k[t, i].norm()
+            erased = identity - gate[t, i] * torch.outer(key, erase[t, i] * key)
+            M = erased @ torch.diag(log_decay[t, i].exp()) @ M + gate[t, i] * torch.outer(key, write[t, i] * v[t, i])
+    return torch.stack(reads).view(segments, queries, tokens, dim), M
+
+
 def window_convolution(
     q: Tensor, k: Tensor, v: Tensor, taps: Tensor, tail: Tensor, reset: list[bool], *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

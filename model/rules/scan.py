@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
     right: Tensor
     """[V | E], `[b, t, n, m, c, e + d]`."""
     decay: Tensor | None
-    """a, `[b, t, n, m]`; None for 1."""
+    """a, one number `[b, t, n, m, 1]` or one per row of X, `[b, t, n, m, d]`; None for 1."""
 
 
 def scan_blocks(
@@ -167,15 +167,16 @@ class _Scan(Function):
 
 
 class _Pairs(Function):
-    """[C | T] = [0 | a I] + U^T R with U = g L and R = [V | E]. Backward: dU = R dP^T, dR = U dP, da = tr dT."""
+    """[C | T] = [0 | a I] + U^T R with U = g L and R = [V | E]. Backward: dU = R dP^T, dR = U dP, da = diag dT, or its
+    sum."""
 
     @staticmethod
     def forward(ctx, left: Tensor, gate: Tensor | None, right: Tensor, decay: Tensor | None) -> Tensor:
         written = _written(left, gate).flatten(0, 3)
         pairs = torch.bmm(written.mT, right.flatten(0, 3)).view(*left.shape[:4], left.shape[-1], right.shape[-1])
         transition = pairs[..., -left.shape[-1] :]
-        transition.diagonal(dim1=-2, dim2=-1).add_(1 if decay is None else decay.unsqueeze(-1))
-        ctx.decays = decay is not None
+        transition.diagonal(dim1=-2, dim2=-1).add_(1 if decay is None else decay)
+        ctx.decays = None if decay is None else decay.shape[-1]
         ctx.save_for_backward(left, gate, right)
         return pairs
 
@@ -191,14 +192,15 @@ class _Pairs(Function):
             of_gate = (of_left * left).sum(dim=-1)
             of_left.mul_(gate.unsqueeze(-1))
         if ctx.decays:
-            of_decay = gradient[..., -left.shape[-1] :].diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+            of_decay = gradient[..., -left.shape[-1] :].diagonal(dim1=-2, dim2=-1)
+            of_decay = of_decay.sum(dim=-1, keepdim=True) if ctx.decays == 1 else of_decay
         return of_left, of_gate, of_right, of_decay
 
 
 class _BlockScan(Function):
     """With R = V + E X of a block, and G the gradient of the X that it leaves behind, from the last one to the first:
 
-    dR = U G,   dU = R G^T,   dE = dR X^T,   da = the sum of G X,   G <- a G + E^T dR
+    dR = U G,   dU = R G^T,   dE = dR X^T,   da = the row sums of G X, or their sum,   G <- a G + E^T dR
 
     A part of a chunk is gone through twice, as in `_Scan`.
     """
@@ -254,7 +256,9 @@ class _BlockScan(Function):
                 of_written.mul_(gate_part.unsqueeze(-1))
             of_left.copy_(of_written.view(of_left.shape))
             if decay_part is not None:
-                of_decay.copy_((gradient * state).sum(dim=(1, 2)).view(of_decay.shape))
+                of_rows = (gradient * state).sum(dim=-1)
+                of_rows = of_rows.sum(dim=-1) if of_decay.shape[-1] == 1 else of_rows
+                of_decay.copy_(of_rows.view(of_decay.shape))
                 gradient = gradient * decay_part
             gradient = torch.baddbmm(gradient, stored.mT, of_rest)
             if i % m == 0:
@@ -276,7 +280,7 @@ def _in_turn(
         return [block.flatten(0, 1) for block in found] if joined else found
 
     if decay is not None and joined:
-        decay = decay[..., None, None]
+        decay = decay.unsqueeze(-1)
     return zip(*(parts(x) for x in (left, gate, right, decay)), strict=True)
 
 

@@ -16,10 +16,12 @@ dimension d and an MLP width f, autograd keeps per layer and token
                 g (2 d + 1) m                              delta
                 g (4 d + 1 + 64) m, and 64 g m with gates  deltanet, gated_deltanet
                 g (d + 64 + 4) m                           gated_deltanet
+                g (4 d + 16) m                             kda
+                g (8 d + 48) m                             gdn2
                 (n + 2 g) d m, twice behind SiLU           short convolutions
                 + 3 n m                                    mix gate per token
+                + h c                                      a decay, write gate, mix gate per token
     packing     d e n + n m                                heads put together, the memory's share per token
-                + h c                                      any of gated_deltanet, write gate, mix gate per token
     states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
                 with context parallelism g d^2 m per lane: what a rank's segments do to a state (all but linear)
 
@@ -141,7 +143,7 @@ def _own_transition(model: ModelConfig, tensor: int) -> int:
 def has_token_linears(model: ModelConfig) -> bool:
     """A layer has a linear function per token beside the q, k, v projection (`model.layers.token_linears`)."""
     rule = build_rule(model.memory)
-    asks = rule is not None and (rule.token_inputs or model.memory.mix_gate == "token")
+    asks = rule is not None and (rule.token_inputs(layer_shape(model)) or model.memory.mix_gate == "token")
     return bool(asks) or model.memory.write_gate != "none"
 
 

@@ -16,6 +16,7 @@ With h hidden size, d head dimension, n query heads, g key/value heads, f MLP wi
     memory            layers with one * (what the rule says: 2 n d^2 read + 2 g d^2 write
                                 [+ 2 g d^2 the value already stored: all but linear]
                                 [+ 2 h g decay: gated_deltanet]
+                                [+ 32 g (h + d) decay, erase and write gate each: kda the first, gdn2 all]
                                 [+ 8 d (n + 2 g) short convolutions]
                                 [+ 2 h g write gate] [+ 2 h n mix gate per token])
     output            2 h V

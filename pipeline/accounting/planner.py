@@ -202,9 +202,12 @@ LAUNCHES = {
     "delta": (64, 84),
     "deltanet": (55, 77),
     "gated_deltanet": (84, 126),
+    "kda": (115, 179),
+    "gdn2": (134, 203),
 }
 """Kernels that a layer starts for a chunk, forward and backward, by rule: as `infini trace` counts them, in bf16 and
-without gates, which add some ten. A chunk of many segments has a few more."""
+without gates, which add some ten. A chunk of many segments has a few more, and `kda` and `gdn2` have 6 and 10 more for
+every doubling of their blocks of tokens, which are of 16 here."""
 LAUNCHES_BESIDE_ATTENTION = 17
 """Of the forward ones: the MLP's and the second norm's."""
 

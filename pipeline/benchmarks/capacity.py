@@ -22,7 +22,7 @@ CODES = 90
 LANES = 64
 """Memories that are filled at a time."""
 NO_DECAY = -30.0
-"""Input of a decay of e^-30 per token: none."""
+"""Bias of a decay of e^-30 per token: none."""
 
 
 def recalled(
@@ -57,9 +57,14 @@ def recalled(
     layer = LayerShape(dim, 1, 1, dim)
     gate = split(torch.ones(LANES, pairs))
     query = split(k).unsqueeze(3)
-    inputs = {name: torch.full_like(gate, NO_DECAY) for name in rule.token_inputs}
-    tokens = Tokens(query, split(k), split(codes[chosen]), gate, inputs)
     weights = {name: parameter.initial(generator) for name, parameter in rule.parameters(layer).items()}
+    if "decay_bias" in weights:
+        weights["decay_bias"] = torch.full_like(weights["decay_bias"], NO_DECAY)
+    inputs = {}
+    for name, numbers in rule.token_inputs(layer).items():
+        bias = NO_DECAY if f"{name}.bias" in weights else 0.0  # without one they are features
+        inputs[name] = gate.new_full((*gate.shape, numbers), bias)
+    tokens = Tokens(query, split(k), split(codes[chosen]), gate, inputs)
     state = rule.empty(LANES, layer, dtype=torch.float32, device=k.device)
     _, after = rule.scan(tokens, weights, state, Borders(torch.zeros(LANES, segments, dtype=torch.bool)))
     last = map_state(after, lambda x: x.unsqueeze(1).expand(-1, segments, *x.shape[1:]))

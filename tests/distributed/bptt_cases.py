@@ -129,6 +129,10 @@ def prepare(overrides: list[str]) -> tuple[Any, Topology, Any, WindowBatch, list
     parallel = config.parallel
     topology = join(tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context, timeout_s=60)
     stage = build_stage(config, topology, VOCAB)
+    for name, parameter in stage.global_parameters():
+        if name.endswith("_up"):  # begins at 0, where what stands before it has no gradient
+            with torch.no_grad():
+                parameter.copy_(torch.linspace(-0.2, 0.3, parameter.shape[1]).expand_as(parameter))
     lanes = topology.lanes(config.train.lanes)
     return config, topology, stage, random_batch(config, *lanes), carried_memory(config, stage, *lanes)
 

@@ -220,10 +220,10 @@ def scans() -> dict[str, float]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def blocks(gate: bool, decay: bool) -> list[Tensor | None]:
+    def blocks(gate: bool, decays: int) -> list[Tensor | None]:
         shape = (b, SEGMENTS, n, m, c)
         found = [random(*shape, d), random(*shape) if gate else None, random(*shape, d + 1 + d) / 3]
-        return [*found, random(*shape[:-1]) if decay else None]
+        return [*found, random(*shape[:-1], decays) if decays else None]
 
     def by_blocks(initial: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         *given, borders, part = given
@@ -235,8 +235,8 @@ def scans() -> dict[str, float]:
         "sums": (scan_sums, [vector, random(b, SEGMENTS, n, d)]),
         "sums of matrices": (scan_sums, [matrix, random(b, SEGMENTS, n, d, d + 1)]),
     }
-    for gate, decay in itertools.product((False, True), repeat=2):
-        kinds[f"blocks {gate} {decay}"] = (by_blocks, [matrix, *blocks(gate, decay)])
+    for gate, decays in itertools.product((False, True), (0, 1, d)):
+        kinds[f"blocks {gate} {decays}"] = (by_blocks, [matrix, *blocks(gate, decays)])
     distances = {}
     for name, (scan, (initial, *written)) in kinds.items():
         weights, of_end = random(b, SEGMENTS, *initial.shape[1:]), random(*initial.shape)

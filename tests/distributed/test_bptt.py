@@ -23,6 +23,7 @@ RULES = {
         "model.memory.write_gate=hard",
         "model.memory.mix_gate=token",
     ],
+    "gdn2": ["model.memory.rule=gdn2", "model.memory.write_gate=hard"],
     "sliding-convolution": [
         "model.memory.rule=delta",
         "model.local_context=sliding",

@@ -35,6 +35,7 @@ MODELS = {
         "model.memory.gate_floor=0.1",
         "model.qk_init=tied",
     ],
+    "gdn2": ["model.memory.rule=gdn2", "model.memory.write_gate=hard", "model.memory.write_gate_bias=0.5"],
     "linear-convolution": [
         "model.memory.rule=linear",
         "model.memory.write_gate=hard",
@@ -91,6 +92,9 @@ ROWS = [
     row((2, 1, 1, 1), "gated_deltanet", chunks=2, **SP),
     row((1, 2, 1, 1), "gated_deltanet", chunks=4, recompute="selective"),
     row((1, 1, 2, 3), "gated_deltanet", chunks=2),
+    row((2, 1, 1, 1), "gdn2", chunks=2, **SP),
+    row((1, 2, 1, 1), "gdn2", chunks=4, recompute="selective", marks=pytest.mark.slow),
+    row((1, 1, 2, 3), "gdn2", context=2, chunks=2, marks=pytest.mark.slow),
     row((2, 1, 1, 1), "linear-convolution", chunks=4, recompute="window", **SP),
     row((1, 2, 1, 1), "linear-convolution", chunks=4),
     row((1, 2, 1, 1), "some-layers", chunks=2),

@@ -7,13 +7,21 @@ import pytest
 import torch
 
 from model.config import MemoryConfig
-from model.rules import Tokens, build_rule
+from model.rules import build_rule
 from model.rules.borders import Borders
 from model.rules.kernel import choose_kernel
 from model.rules.window import remember, write_gate
 from tests.gpu.golden import GATE, PATH, golden
 from tests.gpu.target import eps, relative_error
-from tests.model.rules.test_memory import RULES, is_convolved, plain, random_window, state_type
+from tests.model.rules.test_memory import (
+    RULES,
+    is_convolved,
+    plain,
+    random_window,
+    state_type,
+    tokens_of,
+    weights_of,
+)
 
 TOLERANCE = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 4}
 """Roundings: sums over 8 to 64 tokens and 16 to 64 numbers of a head, three segments one after the other, a triangular
@@ -37,14 +45,12 @@ def test_the_golden_values_are_of_the_rules_token_by_token(arrays):
 def computed(rule, window, reset, weights, *, kernel="torch", bfloat16=False):
     """Outputs and gradients under the keys of the golden file."""
     leaves = {name: x.clone().requires_grad_() for name, x in window.items()}
-    n = leaves["k"].shape[2]
     memory = MemoryConfig(rule=plain(rule), short_convolution=is_convolved(rule), epsilon=1e-6, kernel=kernel)
     fields = state_type(rule)._fields
-    q, gate = leaves["q"].unflatten(2, (n, -1)), write_gate(GATE, leaves["a"])
-    tokens = Tokens(q, leaves["k"], leaves["v"], gate, {"decay": leaves["x"]}, bfloat16=bfloat16)
-    own = {"decay_rate": leaves["rate"], "convolution": leaves["taps"]}
+    tokens = tokens_of(rule, leaves, write_gate(GATE, leaves["a"]))._replace(bfloat16=bfloat16)
     state = state_type(rule)(*(leaves[name] for name in fields))
-    read, _, after = remember(build_rule(memory), tokens, own, state, Borders(reset), detach_reads=False)
+    own, borders = weights_of(leaves), Borders(reset)
+    read, _, after = remember(build_rule(memory), tokens, own, state, borders, detach_reads=False)
     outputs = {"read": read} | dict(zip(fields, after, strict=True))
     sum((x * weights[name]).sum() for name, x in outputs.items()).backward()
     found = {"read" if name == "read" else f"after/{name}": x for name, x in outputs.items()}
@@ -53,12 +59,13 @@ def computed(rule, window, reset, weights, *, kernel="torch", bfloat16=False):
 
 def errors_of(found, expected):
     """Relative errors. The gradient of `rate` is one number a head, a sum over all tokens of which most cancels: it is
-    compared together with that of `x`, which it scales."""
+    compared together with that of what it scales."""
     assert found.keys() == expected.keys()
     found, expected = dict(found), dict(expected)
     for tensors in (found, expected):
         if "gradient/rate" in tensors:
-            rate, x = (tensors.pop(f"gradient/{name}").detach().double().cpu() for name in ("rate", "x"))
+            scaled = "x" if "gradient/x" in tensors else "x_decay"
+            rate, x = (tensors.pop(f"gradient/{name}").detach().double().cpu() for name in ("rate", scaled))
             tensors["gradient/x, rate"] = torch.cat([rate.flatten(), x.flatten()])
     return {key: relative_error(found[key], x) for key, x in expected.items() if x.any()}
 
@@ -92,7 +99,8 @@ def real_size(rule, device):
     """A window of four blocks a segment in float32, and the rule's float64 outputs and gradients on the CPU."""
     window, _ = random_window(7, b=1, t=3, n=2, r=2, s=256, d=64)
     window = {name: x.detach().bfloat16().double() for name, x in window.items()}
-    window["x"] -= 5  # decays that a trained model has
+    for name in ("x", "bias_decay"):
+        window[name] -= 5  # decays that a trained model has
     reset = torch.tensor([[False, False, True]])
     generator = torch.Generator().manual_seed(8)
     shapes = {"read": window["q"].shape} | {name: window[name].shape for name in state_type(rule)._fields}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.config import MemoryConfig, ModelConfig
 from model.rules import has_convolution
-from model.rules.reference import window_convolution, window_deltanet, window_normalized
+from model.rules.reference import window_convolution, window_deltanet, window_gdn2, window_normalized
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -50,6 +50,18 @@ def memory_share(config: ModelConfig, p: dict[str, Tensor], x: Tensor, head: int
     return (floor + (1 - floor) / (1 + (-beta).exp())).expand(len(x)).unsqueeze(-1)
 
 
+CHANNEL_GATES = {"kda": ("decay",), "gdn2": ("decay", "erase", "write")}
+"""Rules with gates per channel."""
+
+
+def channel_numbers(p: dict[str, Tensor], x: Tensor, gate: str, group: int, groups: int) -> Tensor:
+    """What a gate per channel of one key/value head is made of, for tokens `[s, h]`: `[s, d]`."""
+    down, up, bias = (
+        p[f"memory_{gate}{part}"].unflatten(0, (groups, -1))[group] for part in (".weight", "_up", "_bias")
+    )
+    return x @ down.T @ up.T + bias
+
+
 def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, reset: Tensor):
     """One lane: `x [t, s, h]`, memory `(M, z)` or `(M,)`, `[n, d, d]` and `[n, d]`, reset `[t]`.
 
@@ -88,7 +100,7 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
             qkv, convolution = (q[i : i + 1], k[i : i + 1], v[i : i + 1]), ()
             if has_convolution(config.memory):
                 taps = p["memory_convolution"].view(groups, ratio + 2, d, -1)[group]
-                found = window_convolution(*qkv, taps, state.pop(), starts, silu="deltanet" in rule)
+                found = window_convolution(*qkv, taps, state.pop(), starts, silu=rule not in ("linear", "delta"))
                 qkv, convolution = found[:3], found[3:]
             arguments = (*qkv, gate[i : i + 1])
             if rule == "deltanet":
@@ -97,6 +109,12 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
                 x_decay = x[i : i + 1] @ p["memory_decay.weight"][group] + p["memory_decay.bias"][group]
                 log_decay = -p["memory_decay_rate"][group].exp() * (1 + x_decay.exp()).log()
                 read, *state = window_deltanet(*arguments, *state, starts, log_decay)
+            elif rule in CHANNEL_GATES:
+                made = [channel_numbers(p, x[i], gate, group, groups) for gate in CHANNEL_GATES[rule]]
+                log_decay = -p["memory_decay_rate"][group].exp() * (1 + made[0].exp()).log()
+                opened = [1 / (1 + (-a).exp()) for a in made[1:]]
+                of_channels = [a.unsqueeze(0) for a in (log_decay, *opened)]
+                read, *state = window_gdn2(*arguments, *state, starts, *of_channels)
             else:
                 normalized = {"delta": rule == "delta", "epsilon": config.memory.epsilon}
                 read, *state = window_normalized(*arguments, *state, starts, **normalized)

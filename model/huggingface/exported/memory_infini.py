@@ -12,6 +12,10 @@ Memory = tuple[Tensor, ...]
 
 WRITE_BLOCK = 64
 """Tokens that the token-by-token delta rule solves for at once."""
+CHANNEL_BLOCK = 16
+"""The same with decays per channel, whose ratios are `[tokens, tokens, d]`."""
+RANK = 16
+"""Features per head that gates per channel are made of, at most."""
 WIDTH = 4
 """Tokens that the short convolutions see."""
 
@@ -30,8 +34,12 @@ def divide(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
 class Rule:
     """What every rule has. `weights` are the rule's own parameters by name."""
 
-    inputs: tuple[str, ...] = ()
-    """Numbers per token and head that come from the layer's input by a linear layer of this name."""
+    input_bias = True
+    """The linear layers of `inputs` have biases."""
+
+    def inputs(self, dim: int) -> dict[str, int]:
+        """How many numbers per token and head come from the layer's input by a linear layer of this name."""
+        return {}
 
     def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
         """The rule's own parameters with their initial values, but for the linear layers in `inputs`."""
@@ -59,7 +67,8 @@ class Rule:
         weights: dict[str, Tensor],
         memory: Memory,
     ) -> Memory:
-        """The memory after a whole segment: key, value `[b, n, s, d]`, gate and every input `[b, n, s]`."""
+        """The memory after a whole segment: key, value `[b, n, s, d]`, gate `[b, n, s]`, every input
+        `[b, n, s, its numbers]`."""
         raise NotImplementedError
 
     def present(self, memory: Memory) -> Tensor:
@@ -130,14 +139,69 @@ class DeltaNetRule(Rule):
 class GatedDeltaNetRule(DeltaNetRule):
     """`gated_deltanet`: the same with a decay."""
 
-    inputs = ("decay",)
+    def inputs(self, dim: int) -> dict[str, int]:
+        return {"decay": 1}
 
     def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
         return {"decay_rate": torch.zeros(groups)}
 
     def write(self, key, value, gate, inputs, weights, memory) -> Memory:
-        log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(inputs["decay"])
+        log_decay = -weights["decay_rate"].exp().unsqueeze(-1) * F.softplus(inputs["decay"].squeeze(-1))
         return (write_token_by_token(F.normalize(key, dim=-1), value, gate, log_decay, memory[0]),)
+
+
+def write_channels(
+    key: Tensor, erase_key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor, matrix: Tensor
+) -> Tensor:
+    """`M <- (I - g k h^T) Diag(a) M + g k v^T` over the tokens of a segment, h the erase key, log a `[b, n, s, d]`.
+
+    As `write_token_by_token`, with `L_ij = g_i` times the sum over channels of `h_i e^{c_i - c_j} k_j`.
+    """
+    gate = torch.ones_like(key[..., 0]) if gate is None else gate
+    blocks = (x.split(CHANNEL_BLOCK, dim=2) for x in (key, erase_key, value, gate.unsqueeze(-1), log_decay))
+    for k, h, v, g, log_a in zip(*blocks, strict=True):
+        total = log_a.cumsum(dim=-2)
+        earlier = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril(-1)
+        ratio = (total.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill(~earlier.unsqueeze(-1), -torch.inf).exp()
+        products = (h.unsqueeze(-2) * k.unsqueeze(-3) * ratio).sum(dim=-1)
+        lower = g * products + torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+        change = g * (v - (h * total.exp()) @ matrix)
+        update = torch.linalg.solve_triangular(lower, change, upper=False, unitriangular=True)
+        last = total[..., -1:, :]
+        matrix = last.exp().transpose(-1, -2) * matrix + (k * (last - total).exp()).transpose(-1, -2) @ update
+    return matrix
+
+
+class GatedDeltaNet2Rule(DeltaNetRule):
+    """`kda`: a decay per channel; `gdn2`: erase and write gates per channel as well. Each channel's number comes from a
+    few features of its head."""
+
+    input_bias = False
+
+    def __init__(self, gates: tuple[str, ...]):
+        self.gates = gates
+
+    def inputs(self, dim: int) -> dict[str, int]:
+        return dict.fromkeys(self.gates, min(RANK, dim))
+
+    def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
+        found = {"decay_rate": torch.zeros(groups)}
+        for name, rank in self.inputs(dim).items():
+            # Decays of about 1e-4 per token, and gates that are open.
+            bias = -9.0 if name == "decay" else 2.0
+            found |= {f"{name}_up": torch.zeros(groups * dim, rank), f"{name}_bias": torch.full((groups * dim,), bias)}
+        return found
+
+    def write(self, key, value, gate, inputs, weights, memory) -> Memory:
+        groups, key = key.shape[1], F.normalize(key, dim=-1)
+        logits = {}
+        for name in self.gates:
+            up, bias = (weights[f"{name}_{part}"].unflatten(0, (groups, -1)) for part in ("up", "bias"))
+            logits[name] = inputs[name] @ up.transpose(-1, -2) + bias.unsqueeze(-2)
+        log_decay = -weights["decay_rate"].exp().view(-1, 1, 1) * F.softplus(logits.pop("decay"))
+        opened = {name: torch.sigmoid(x) for name, x in logits.items()}
+        erase_key, value = key * opened.get("erase", 1.0), value * opened.get("write", 1.0)
+        return (write_channels(key, erase_key, value, gate, log_decay, memory[0]),)
 
 
 class ConvolvedRule(Rule):
@@ -148,8 +212,11 @@ class ConvolvedRule(Rule):
     """
 
     def __init__(self, rule: Rule):
-        self.rule, self.inputs = rule, rule.inputs
+        self.rule, self.input_bias = rule, rule.input_bias
         self.activation = nn.Identity() if isinstance(rule, NormalizedRule) else F.silu
+
+    def inputs(self, dim: int) -> dict[str, int]:
+        return self.rule.inputs(dim)
 
     def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
         taps = torch.randn((heads + 2 * groups) * dim, WIDTH) * (3 * WIDTH) ** -0.5
@@ -198,13 +265,17 @@ RULES = {
     "delta": lambda config: NormalizedRule(True, config.memory_epsilon),
     "deltanet": lambda config: DeltaNetRule(),
     "gated_deltanet": lambda config: GatedDeltaNetRule(),
+    "kda": lambda config: GatedDeltaNet2Rule(("decay",)),
+    "gdn2": lambda config: GatedDeltaNet2Rule(("decay", "erase", "write")),
 }
+CONVOLVED_BY_DEFAULT = ("gated_deltanet", "kda", "gdn2")
 
 
 def build_rule(config) -> Rule:
-    """The rule that `config.json` describes; without a word about convolutions `gated_deltanet` alone has them."""
+    """The rule that `config.json` describes; without a word about convolutions those have them that have them in their
+    papers."""
     rule, convolved = RULES[config.memory_rule](config), config.memory_short_convolution
-    convolved = config.memory_rule == "gated_deltanet" if convolved is None else convolved
+    convolved = config.memory_rule in CONVOLVED_BY_DEFAULT if convolved is None else convolved
     return ConvolvedRule(rule) if convolved else rule
 
 

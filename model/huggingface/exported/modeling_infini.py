@@ -95,9 +95,10 @@ class InfiniMemory(nn.Module):
         for name, value in self.rule.parameters(config.num_attention_heads, self.groups, config.head_dim).items():
             self.register_parameter(name, nn.Parameter(value))
         # Numbers per token and key/value head, in the cache until the segment is written.
-        self.numbers = (() if self.gate is None else ("write_gate",)) + self.rule.inputs
-        for name in self.numbers:
-            self.add_module(name, nn.Linear(config.hidden_size, self.groups))
+        self.numbers = ({} if self.gate is None else {"write_gate": 1}) | self.rule.inputs(config.head_dim)
+        for name, width in self.numbers.items():
+            bias = name == "write_gate" or self.rule.input_bias
+            self.add_module(name, nn.Linear(config.hidden_size, self.groups * width, bias=bias))
 
     def forward(self, hidden: Tensor, query: Tensor, local: Tensor, piece: Piece, cache: InfiniCacheLayer) -> Tensor:
         """Mix what the memory holds into the local attention, and write the segments that are full.
@@ -124,8 +125,10 @@ class InfiniMemory(nn.Module):
             share = share * self.rule.present(cache.memory).repeat_interleave(self.ratio, dim=1)[..., None, None]
         cache.memory = self.rule.advance(grouped, piece.count, cache.memory)
         if self.numbers:
-            found = [F.linear(hidden.to(dtype), weights[f"{x}.weight"], weights[f"{x}.bias"]) for x in self.numbers]
-            new = torch.stack(found, dim=-1).transpose(1, 2)  # [b, n, m, numbers]
+            wide = hidden.to(dtype)
+            found = [F.linear(wide, weights[f"{x}.weight"], weights.get(f"{x}.bias")) for x in self.numbers]
+            by_head = [x.unflatten(-1, (self.groups, -1)) for x in found]
+            new = torch.cat(by_head, dim=-1).transpose(1, 2)  # [b, n, m, numbers]
             cache.numbers = place(new[:, :, :0] if cache.numbers is None else cache.numbers, new, piece)
         if piece.full is not None:
             self._write(piece.full, weights, cache)
@@ -136,9 +139,10 @@ class InfiniMemory(nn.Module):
         """Write the open segment of the rows where it is full."""
         length = self.config.segment_length
         key, value = (x[:, :, :length].to(cache.memory[0].dtype) for x in (cache.keys, cache.values))
-        columns = () if cache.numbers is None else cache.numbers[:, :, :length].unbind(dim=-1)
-        inputs = dict(zip(self.numbers, columns, strict=True))
-        gate = None if self.gate is None else self.gate(inputs.pop("write_gate"))
+        widths = list(self.numbers.values())
+        parts = cache.numbers[:, :, :length].split(widths, dim=-1) if widths else ()
+        inputs = dict(zip(self.numbers, parts, strict=True))
+        gate = None if self.gate is None else self.gate(inputs.pop("write_gate").squeeze(-1))
         written = self.rule.write(key, value, gate, inputs, weights, cache.memory)
         cache.memory = tuple(
             torch.where(full.view(-1, *[1] * (new.dim() - 1)), new, old)
@@ -256,10 +260,13 @@ class InfiniPreTrainedModel(PreTrainedModel):
             else:
                 init.constant_(module.beta, self.config.memory_beta_init)
             for name in module.numbers:
-                init.zeros_(module.get_submodule(name).weight)
+                linear = module.get_submodule(name)
+                if linear.bias is None:  # features, of which nothing is made at first
+                    init.normal_(linear.weight, std=linear.in_features**-0.5)
+                    continue
+                init.zeros_(linear.weight)
                 # decays of about 1e-4 per token
-                bias = self.config.memory_write_gate_bias if name == "write_gate" else -9.0
-                init.constant_(module.get_submodule(name).bias, bias)
+                init.constant_(linear.bias, self.config.memory_write_gate_bias if name == "write_gate" else -9.0)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

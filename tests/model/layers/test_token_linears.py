@@ -16,6 +16,18 @@ def attention():
     return stage.layers["0"].attention
 
 
+def test_features_without_a_bias():
+    """Two of three layers of `kda` have biases."""
+    attention = small_stage(small_config("kda", "sigmoid", mix="token")).layers["0"].attention
+    layers, hidden = dict(attention.named_children()), torch.randn(6, 3, 24, dtype=torch.float64)
+    found = attention.token_numbers(hidden)
+    assert layers["memory_decay"].bias is None and found["memory_decay"].shape == (6, 3, 2 * 6)
+    for name, x in found.items():
+        expected = hidden @ layers[name].weight.T
+        expected = expected if layers[name].bias is None else expected + layers[name].bias
+        torch.testing.assert_close(x, expected, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("frozen", [(), ("mix_gate",), ("write_gate", "mix_gate", "memory_decay")])
 def test_joint_product(attention, frozen):
     layers = dict(attention.named_children())

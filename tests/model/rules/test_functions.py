@@ -8,10 +8,12 @@ from torch.autograd import gradcheck
 
 from model.rules.base import Reads
 from model.rules.borders import Borders
+from model.rules.channel_blocks import decayed_products, solve_channel_blocks
 from model.rules.convolution import WIDTH, _Convolution
 from model.rules.delta_blocks import block_length, solve_blocks
 from model.rules.feature_maps import phi, phi_of, unit_length_of
-from model.rules.gated_deltanet import _LogDecay
+from model.rules.gated_deltanet import LogDecay
+from model.rules.gdn2 import _Gated
 from model.rules.normalized import _Read, _Stored
 from model.rules.scan import Blocks, block_pairs, compose_neighbours, scan_blocks, scan_pairs, scan_sums
 
@@ -67,14 +69,14 @@ def test_composed_pairs_do_what_their_parts_do(count):
     assert gradcheck(compose_neighbours, pairs)
 
 
-@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.parametrize("decays", [0, 1, D], ids=["none", "one", "per row"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("m", [1, 4])
 def test_blocks_in_turn_do_what_their_pairs_do(m, gated, decays):
     """The form that a CPU takes, and the one for devices that work on many blocks at once."""
     shape = (B, T, N, m, 2)
     blocks = [draw(*shape, D), draw(*shape) if gated else None, draw(*shape, D + 2 + D)]
-    blocks.append(draw(*shape[:-1]) if decays else None)
+    blocks.append(draw(*shape[:-1], decays) if decays else None)
     leaves = [draw(B, N, D, D + 2), *(x for x in blocks if x is not None)]
 
     def scan(initial, *given):
@@ -225,7 +227,55 @@ def test_convolutions_of_a_window(monkeypatch, s, probes, silu):
     assert gradcheck(outputs, (q, k, v, initial, taps))
 
 
-def test_log_decay():
-    rate, x = draw(N), draw(B, T, N, S)
-    torch.testing.assert_close(_LogDecay.apply(rate, x), -rate.exp().unsqueeze(-1) * (1 + x.exp()).log())
-    assert gradcheck(_LogDecay.apply, (rate, x))
+@pytest.mark.parametrize("channels", [(), (D,)])
+def test_log_decay(channels):
+    rate, x = draw(N), draw(B, T, N, S, *channels)
+    expected = -rate.exp().view(N, 1, *(1 for _ in channels)) * (1 + x.exp()).log()
+    torch.testing.assert_close(LogDecay.apply(rate, x), expected)
+    assert gradcheck(LogDecay.apply, (rate, x))
+
+
+def test_gated():
+    x, v = draw(2, 3), draw(2, 3, seed=1)
+    torch.testing.assert_close(_Gated.apply(x, v), v / (1 + (-x).exp()))
+    assert gradcheck(_Gated.apply, (x, v))
+
+
+@pytest.mark.parametrize(("gated", "erases"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("s", "block"), [(1, 64), (6, 64), (8, 2)])
+def test_pairs_of_the_channel_rule(monkeypatch, s, block, gated, erases):
+    """T and C by their definition: the products and sums of ((I - g k h^T) Diag(a), g k v^T) over the tokens."""
+    monkeypatch.setattr("model.rules.delta_blocks.WRITE_BLOCK", block)
+    key, value, log_decay = (draw(1, 1, 1, s, D, seed=seed) for seed in (0, 1, 2))
+    log_decay = log_decay.detach().abs().neg_().requires_grad_()
+    erase_key, gate = draw(1, 1, 1, s, D, seed=3) if erases else None, draw(1, 1, 1, s) if gated else None
+    identity = torch.eye(D, dtype=torch.float64)
+    transition, write = identity.expand(1, 1, 1, D, D), torch.zeros(1, 1, 1, D, D, dtype=torch.float64)
+    for i in range(s):
+        k, v = key[..., i, :], value[..., i, :]
+        h = k if erase_key is None else erase_key[..., i, :]
+        g = 1 if gate is None else gate[..., i, None, None]
+        step = (identity - g * k.unsqueeze(-1) * h.unsqueeze(-2)) @ torch.diag_embed(log_decay[..., i, :].exp())
+        transition, write = step @ transition, step @ write + g * k.unsqueeze(-1) * v.unsqueeze(-2)
+    given = {"key": key, "erase_key": erase_key, "value": value, "gate": gate, "log_decay": log_decay}
+    found = compose_neighbours(block_pairs(solve_channel_blocks(**given)))
+    torch.testing.assert_close(found, torch.cat([write, transition], dim=-1), rtol=1e-11, atol=1e-11)
+    leaves = {name: x for name, x in given.items() if x is not None}
+
+    def pairs(*leaf):
+        changed = given | dict(zip(leaves, leaf, strict=True))
+        return compose_neighbours(block_pairs(solve_channel_blocks(**changed)))
+
+    assert gradcheck(pairs, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("per_token", [1e-4, 3.0, 200.0])
+def test_decayed_products_keep_their_digits(per_token):
+    """In float32 to rounding, whatever is forgotten: e^-t overflows for a block of 64 tokens from 1.4 per token on."""
+    generator = torch.Generator().manual_seed(0)
+    late, early = torch.randn(2, 3, 64, 8, generator=generator)
+    total = (-per_token * torch.rand(3, 64, 8, generator=generator)).cumsum(dim=1)
+    found = decayed_products(late, early, total)
+    exponents = (total.double().unsqueeze(2) - total.double().unsqueeze(1)).clamp_max(0)
+    expected = (late.double().unsqueeze(2) * early.double().unsqueeze(1) * exponents.exp()).sum(dim=-1).tril(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from model.rules import NormalizedState, Tokens, delta_blocks
 from model.rules import build_rule as rule_of
 from model.rules.borders import Borders
 from model.rules.feature_maps import phi
-from model.rules.reference import window_convolution, window_deltanet, window_normalized
+from model.rules.reference import window_convolution, window_deltanet, window_gdn2, window_normalized
 from model.rules.state import MatrixState, extended_state
 from model.rules.window import remember, write_gate
 
@@ -19,9 +19,16 @@ PLAIN_RULES = tuple(name for name in TABLE if name != "none")
 RULES = PLAIN_RULES + tuple(f"{name}+convolution" for name in PLAIN_RULES)
 GATES = ("none", "hard", "sigmoid")
 EPSILON = 1e-6
-TOKENS = "qkvax"
+CHANNEL_GATES = {"kda": ("decay",), "gdn2": ("decay", "erase", "write")}
+"""Of the rules with gates per channel."""
+TOKENS = {"q", "k", "v", "a", "x", *(f"x_{gate}" for gate in CHANNEL_GATES["gdn2"])}
 """Names of the leaves that have a segment dim."""
-STATES = {"linear": NormalizedState, "delta": NormalizedState, "deltanet": MatrixState, "gated_deltanet": MatrixState}
+PARAMETERS = {"taps", "rate", *(f"{part}_{gate}" for gate in CHANNEL_GATES["gdn2"] for part in ("up", "bias"))}
+"""Names of the leaves that belong to the rule."""
+STATES = {name: NormalizedState if name in ("linear", "delta") else MatrixState for name in PLAIN_RULES}
+DECAYING = ("gated_deltanet", *CHANNEL_GATES)
+RANK = 2
+"""Features per head and gate of the rules with gates per channel: fewer than the model has, nothing else knows."""
 
 
 def is_convolved(rule_name):
@@ -69,6 +76,8 @@ def random_window(seed, *, b=2, t=3, n=2, r=2, s=4, d=6, empty=False):
         "taps": draw(n * (r + 2) * d, 4),
         "tail": draw(b, n, r + 2, 3, d),
     }
+    for gate in CHANNEL_GATES["gdn2"]:
+        window |= {f"x_{gate}": draw(b, t, n, s, RANK), f"up_{gate}": draw(n * d, RANK), f"bias_{gate}": draw(n * d)}
     if empty:
         window |= {name: torch.zeros_like(window[name]) for name in ("M", "z", "tail")}
     reset = torch.rand(b, t, generator=generator) < 0.3
@@ -80,20 +89,31 @@ def state_of(rule_name, window):
     return kind(*(window[name] for name in kind._fields))
 
 
-def tokens_of(window, gate):
+def tokens_of(rule_name, window, gate):
     n = window["k"].shape[2]
-    return Tokens(window["q"].unflatten(2, (n, -1)), window["k"], window["v"], gate, {"decay": window["x"]})
+    inputs = {gate: window[f"x_{gate}"] for gate in CHANNEL_GATES["gdn2"]}
+    if plain(rule_name) not in CHANNEL_GATES:
+        inputs = {"decay": window["x"].unsqueeze(-1)}
+    return Tokens(window["q"].unflatten(2, (n, -1)), window["k"], window["v"], gate, inputs)
 
 
 def weights_of(window):
-    return {"decay_rate": window["rate"], "convolution": window["taps"]}
+    channels = {f"{gate}_{part}": window[f"{part}_{gate}"] for gate in CHANNEL_GATES["gdn2"] for part in ("up", "bias")}
+    return channels | {"decay_rate": window["rate"], "convolution": window["taps"]}
+
+
+def channel_logits(window, gate, lane, head):
+    """What a gate per channel is made of, `[t, s, d]`."""
+    features, n = window[f"x_{gate}"][lane, :, head], window["k"].shape[2]
+    up, bias = (window[f"{part}_{gate}"].unflatten(0, (n, -1))[head] for part in ("up", "bias"))
+    return features @ up.T + bias
 
 
 def fast(rule_name, gate_kind, window, reset, **options):
     """Read `[b, t, n*r, s, d]` and memory carried out, by `model.rules`."""
     gate = None if gate_kind == "none" else write_gate(gate_kind, window["a"])
     options = {"detach_reads": False} | options
-    tokens, state = tokens_of(window, gate), state_of(rule_name, window)
+    tokens, state = tokens_of(rule_name, window, gate), state_of(rule_name, window)
     read, _, after = remember(build_rule(rule_name), tokens, weights_of(window), state, Borders(reset), **options)
     return read, after
 
@@ -120,6 +140,13 @@ def naive(rule_name, gate_kind, window, reset):
                 x, rate = window["x"][lane, :, head], window["rate"][head]
                 log_decay = -rate.exp() * (1 + x.exp()).log()
                 read, *after = window_deltanet(q, k, v, g, M, starts, log_decay)
+            elif plain(rule_name) in CHANNEL_GATES:
+                log_decay, *gates = (
+                    channel_logits(window, gate, lane, head) for gate in CHANNEL_GATES[plain(rule_name)]
+                )
+                log_decay = -window["rate"][head].exp() * (1 + log_decay.exp()).log()
+                gates = [1 / (1 + (-x).exp()) for x in gates]
+                read, *after = window_gdn2(q, k, v, g, M, starts, log_decay, *gates)
             else:
                 delta = plain(rule_name) == "delta"
                 read, *after = window_normalized(q, k, v, g, M, z, starts, delta=delta, epsilon=EPSILON)
@@ -184,13 +211,16 @@ def test_everything_at_once(rule_name, gate_kind):
     unused = {"a"} if gate_kind == "none" else set()
     unused |= {"M", "z", "tail"} - set(state_type(rule_name)._fields)
     unused |= set() if is_convolved(rule_name) else {"taps"}
-    unused |= set() if plain(rule_name) == "gated_deltanet" else {"x", "rate"}
+    unused |= set() if plain(rule_name) == "gated_deltanet" else {"x"}
+    unused |= set() if plain(rule_name) in DECAYING else {"rate"}
+    asked = CHANNEL_GATES.get(plain(rule_name), ())
+    unused |= {f"{p}_{gate}" for p in ("x", "up", "bias") for gate in CHANNEL_GATES["gdn2"] if gate not in asked}
     assert {name for name, x in found.items() if not x.any()} == unused
 
 
 @pytest.mark.parametrize("length", [3, 4, 6, 8, 16])
 @pytest.mark.parametrize("gate_kind", GATES)
-@pytest.mark.parametrize("rule_name", ["deltanet", "gated_deltanet", "gated_deltanet+convolution"])
+@pytest.mark.parametrize("rule_name", ["deltanet", "gated_deltanet", "gated_deltanet+convolution", "kda", "gdn2"])
 def test_delta_rule_is_solved_in_blocks(rule_name, gate_kind, length, monkeypatch):
     """Segments shorter than a block, one block, several, and a length that blocks do not divide."""
     monkeypatch.setattr(delta_blocks, "WRITE_BLOCK", 4)
@@ -228,7 +258,7 @@ def test_nothing_crosses_a_reset(rule_name):
     changed = {
         name: torch.cat([other[name][:, :2], x[:, 2:]], dim=1) if name in TOKENS else other[name]
         for name, x in window.items()
-    } | {name: window[name] for name in ("rate", "taps")}
+    } | {name: window[name] for name in PARAMETERS}
     read_changed, after_changed = fast(rule_name, "sigmoid", changed, reset)
     assert torch.equal(read[:, 2:], read_changed[:, 2:])
     assert all(torch.equal(x, y) for x, y in zip(after, after_changed, strict=True))
@@ -246,7 +276,7 @@ def test_detached_reads_teach_the_writes_nothing(rule_name):
     assert torch.equal(read, attached)
     found = gradients([read], window)
     assert found["q"].any()
-    assert not any(found[name].any() for name in ("k", "v", "a", "x", "M", "z", "tail"))
+    assert not any(found[name].any() for name in (TOKENS | {"M", "z", "tail"}) - {"q"})
     found = gradients([attached], window)
     assert all(found[name].any() for name in "kva")
 
@@ -255,7 +285,7 @@ def test_detached_reads_teach_the_writes_nothing(rule_name):
 def test_empty_memory_reads_zero_and_says_so(rule_name):
     window, reset = random_window(19, t=3, empty=True)
     reset[:] = torch.tensor([[False, False, False], [False, False, True]])
-    tokens, state = tokens_of(window, None), state_of(rule_name, window)
+    tokens, state = tokens_of(rule_name, window, None), state_of(rule_name, window)
     rule, borders = build_rule(rule_name), Borders(reset)
     read, present, _ = remember(rule, tokens, weights_of(window), state, borders, detach_reads=False)
     expected = torch.tensor([[0, 1, 1], [0, 1, 0]])
@@ -265,7 +295,7 @@ def test_empty_memory_reads_zero_and_says_so(rule_name):
     assert all(x.isfinite().all() for x in gradients([read], window).values())
 
 
-@pytest.mark.parametrize("rule_name", [name for name in PLAIN_RULES if name != "gated_deltanet"])
+@pytest.mark.parametrize("rule_name", [name for name in PLAIN_RULES if name not in DECAYING])
 def test_closed_gates_leave_the_memory_as_it_is(rule_name):
     window, reset = random_window(23)
     reset[:] = False
@@ -325,7 +355,9 @@ def test_hard_gate_reaches_both_ends_and_keeps_a_slope():
 
 
 def test_unknown_rule_is_named():
-    with pytest.raises(ValueError, match="no rule 'dleta'; valid: none, linear, delta, deltanet, gated_deltanet"):
+    with pytest.raises(
+        ValueError, match="no rule 'dleta'; valid: none, linear, delta, deltanet, gated_deltanet, kda, gdn2"
+    ):
         build_rule("dleta")
 
 
@@ -356,13 +388,41 @@ def test_closed_gate_decays_and_nothing_else():
     torch.testing.assert_close(after.M, decay[..., None, None] * window["M"], rtol=1e-12, atol=1e-14)
 
 
-def test_decay_keeps_ratios_that_would_overflow():
-    """e^(c_i - c_j) for j > i is masked as an exponent: with 40 per token it is infinite in float32."""
+@pytest.mark.parametrize("rule_name", DECAYING)
+def test_decay_keeps_ratios_that_would_overflow(rule_name):
+    """e^(c_i - c_j) for j > i is no exponent that is taken: with 40 per token it is infinite in float32."""
     window, reset = random_window(41, s=8)
     window = {name: x.detach().float().requires_grad_() for name, x in window.items()}
-    window["x"] = torch.full_like(window["x"], 40.0).requires_grad_()
-    read, after = fast("gated_deltanet", "none", window, reset)
+    window |= {name: torch.full_like(window[name], 40.0).requires_grad_() for name in ("x", "bias_decay")}
+    read, after = fast(rule_name, "none", window, reset)
     assert all(x.isfinite().all() for x in [read, *after, *gradients([read, *after], window).values()])
+
+
+def tied_channels(window):
+    """Gates that are the same in every channel: the decay of `gated_deltanet`, and erase and write gates of 1."""
+    ones = torch.ones_like(window["up_decay"])
+    tied = {"x_decay": window["x"].unsqueeze(-1).expand(*window["x"].shape, RANK) / RANK, "up_decay": ones}
+    tied["bias_decay"] = torch.zeros_like(window["bias_decay"])
+    for gate in ("erase", "write"):
+        tied |= {f"up_{gate}": 0 * ones, f"bias_{gate}": torch.full_like(tied["bias_decay"], 60.0)}
+    return window | tied
+
+
+@pytest.mark.parametrize("gate_kind", GATES)
+@pytest.mark.parametrize("convolution", ["", "+convolution"])
+def test_tied_channels_are_gated_deltanet(convolution, gate_kind):
+    """`gdn2` with open gates is `kda`, `kda` with one decay per head `gated_deltanet`: all numbers, all gradients."""
+    window, reset = random_window(43, s=6)
+    expected_read, expected_after = fast("gated_deltanet" + convolution, gate_kind, window, reset)
+    expected = gradients([expected_read, *expected_after], window)
+    for rule_name in ("kda", "gdn2"):
+        read, after = fast(rule_name + convolution, gate_kind, tied_channels(window), reset)
+        assert_close(read, expected_read, "read")
+        for x, y in zip(after, expected_after, strict=True):
+            assert_close(x, y, "memory")
+        found = gradients([read, *after], window)
+        for name in {"q", "k", "v", "a", "x", "M", "tail", "taps", "rate"}:
+            assert_close(found[name], expected[name], f"gradient of {name}")
 
 
 @pytest.mark.parametrize("rule_name", RULES)
@@ -375,8 +435,10 @@ def test_parameters_and_state_have_the_declared_shapes(rule_name):
         assert value.shape == parameter.shape and parameter.shape[0] % layer.groups == 0, name
     state = rule.empty(3, layer, dtype=torch.float64, device=torch.device("cpu"))
     assert all(x.shape[:2] == (3, 4) and not x.any() for x in state)
-    if plain(rule_name) == "gated_deltanet":
+    if plain(rule_name) in DECAYING:
         found = {n: p.initial(torch.Generator()) for n, p in rule.parameters(layer).items() if p.is_gate}
-        decay = found["decay_rate"].exp() * torch.nn.functional.softplus(found["decay.bias"])
-        torch.testing.assert_close(decay, torch.logspace(-5, -3, 4), rtol=1e-4, atol=0)
-        assert not found["decay.weight"].any()
+        by_channel = plain(rule_name) in CHANNEL_GATES
+        bias = found["decay_bias"].view(4, 6) if by_channel else found["decay.bias"].unsqueeze(-1)
+        decay = found["decay_rate"].exp().unsqueeze(-1) * torch.nn.functional.softplus(bias)
+        torch.testing.assert_close(decay, torch.logspace(-5, -3, 4).unsqueeze(-1).expand_as(bias), rtol=1e-4, atol=0)
+        assert not found["decay_up" if by_channel else "decay.weight"].any()

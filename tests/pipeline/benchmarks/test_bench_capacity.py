@@ -25,11 +25,11 @@ def test_written_token_by_token_the_segments_do_not_matter(segment_length):
 
 
 def test_a_decay_of_one_is_no_decay():
-    assert share("gated_deltanet", 24, "random") == share("deltanet", 24, "random")
+    assert share("gated_deltanet", 24, "random") == share("kda", 24, "random") == share("deltanet", 24, "random")
 
 
 def test_no_rule_holds_four_times_its_rank():
-    for rule in ("linear", "delta", "deltanet", "gated_deltanet"):
+    for rule in ("linear", "delta", "deltanet", "gated_deltanet", "gdn2"):
         assert 1 / CODES < share(rule, 64, "random") < 0.5
 
 

@@ -26,6 +26,7 @@ STEPS = {
         "parallel.sequence_parallel=true bptt.recompute=selective train.precision=bf16",
     ),
     "gated_deltanet": (1, 0, "model.memory.rule=gated_deltanet train.precision=bf16 bptt.recompute=selective"),
+    "gdn2": (1, 0, "model.memory.rule=gdn2 train.precision=bf16 bptt.recompute=selective"),
     "gated_deltanet, window": (
         1,
         0,
@@ -113,7 +114,7 @@ def test_a_checkpoint_is_copied_to_the_host(tracing_process, settings):
     assert "pipeline/checkpoint/run_state.py own_tensors" in places
 
 
-RULES = ["rule=none", "rule=delta", "rule=deltanet", "rule=gated_deltanet", "rule=linear"]
+RULES = ["rule=none", "rule=delta", "rule=deltanet", "rule=gated_deltanet", "rule=gdn2", "rule=linear"]
 
 
 EVALUATIONS = {
@@ -148,7 +149,7 @@ def test_generation(tracing_process, rule):
 
 def test_a_plan_starts_as_many_kernels_as_a_layer(steps):
     """`LAUNCHES` is by rule and rounded: gates, normed queries and keys and more segments have some more."""
-    for name, rule in (("plain", "none"), ("linear", "linear"), ("gated_deltanet", "gated_deltanet")):
+    for name, rule in (("plain", "none"), ("linear", "linear"), ("gated_deltanet", "gated_deltanet"), ("gdn2", "gdn2")):
         traced = steps[name]["in_layers"]
         forward, backward = LAUNCHES[rule]
         assert traced["forward"] == pytest.approx(forward, rel=0.25), name
