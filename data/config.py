@@ -24,7 +24,8 @@ class DataConfig:
     sets: list[SetConfig] = field(default_factory=list)
     """The mixture the lanes draw documents from."""
     stagger: bool = True
-    """Start the first document of each lane at a random segment, so that lanes do not reset together."""
+    """Start the first document of each lane at a random segment (with packing: token), so that lanes do not reset
+    together."""
     packing: bool = False
     """Start the next document right behind the last one, inside of its segment, in place of padding. Documents stay
     apart: none attends to another, or reads what it has written to the memory."""
