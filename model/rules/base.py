@@ -5,7 +5,8 @@ scanned over time. Every rule has the form
 
     M_t = T_t (0 where a document starts, else M_{t-1}) + C_t
 
-where T_t and C_t come from segment t alone (and, for `delta`, from the normaliser z, which is a prefix sum).
+where T_t and C_t come from segment t alone (and, for `delta`, from the normaliser z, which is a prefix sum): from its
+last document alone where documents share it (`model.rules.borders`).
 Pairs (C, T) of neighbouring segments compose (`model.rules.scan`).
 
 A rule is a pure function of its arguments, in float32 (or float64 when the caller's tensors are). A tensor-parallel
@@ -113,11 +114,20 @@ class MemoryRule:
         """An empty memory for the heads of `layer`."""
         return MatrixState(torch.zeros(lanes, layer.groups, layer.dim, layer.dim, dtype=dtype, device=device))
 
-    def features(self, q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Queries and keys as the rule reads and writes with them, in the memory's `dtype`.
+    def features(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        dtype: torch.dtype,
+        blind: Tensor | None = None,
+        unwritten: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries and keys as the rule reads and writes with them, in the memory's `dtype`: 0 for tokens that read
+        nothing or are not written. A zero query has to read 0, and a zero key to write nothing and take nothing off.
 
         Args:
             q, k: as in `Tokens`; k may be None.
+            blind, unwritten: as in `Borders`.
         """
         raise NotImplementedError
 
@@ -145,7 +155,7 @@ class MemoryRule:
         Returns:
             What every segment reads, each tensor with a time dim of t behind the lane dim, and the memory carried out.
         """
-        k, _ = self.features(tokens.k.unsqueeze(3), None, state.M.dtype)
+        k, _ = self.features(tokens.k.unsqueeze(3), None, state.M.dtype, borders.unwritten)
         return self.write(tokens._replace(k=k.squeeze(3)), weights, state, borders)
 
     def read(self, q: Tensor, weights: Mapping[str, Tensor], state: State) -> Tensor:
@@ -162,10 +172,13 @@ class MemoryRule:
             The read `[b, t + p, n, r, s, d]`, `present` of what it was read from `[b, t + p, n, s]`, or 1 for s, and
             the memory carried out.
         """
-        query, key = self.features(tokens.q, tokens.k, state.M.dtype)
+        query, key = self.features(tokens.q, tokens.k, state.M.dtype, borders.blind, borders.unwritten)
         before, after = self.write(tokens._replace(k=key), weights, state, borders)
         before = reads.states(before)
-        return self.look(query, before), self.present(before).unsqueeze(-1), after
+        present = self.present(before).unsqueeze(-1)
+        if borders.blind is not None:
+            present = present * ~borders.blind.unsqueeze(2)
+        return self.look(query, before), present, after
 
     def inside(self, state: State, q: Tensor, start: Tensor) -> State:
         """The state as tokens in the middle of a segment read it: M is that of the segment's start, but what is carried

@@ -40,6 +40,19 @@ class Borders(NamedTuple):
         """Bool `[b, t]`: nothing from before the segment goes on behind it."""
         return self.reset if self.cut is None else self.reset | self.cut
 
+    def for_writes(self, state: Tensor) -> Tensor:
+        """What the tokens that are written find of states `[b, t, ...]` before segments."""
+        if self.cut is None:
+            return state
+        # Not a product with 0: what is cleared may have overflowed.
+        return state.masked_fill(self.cut.view(*self.cut.shape, *(1,) * (state.dim() - 2)), 0)
+
+    def of_written(self, x: Tensor) -> Tensor:
+        """Numbers of tokens `[b, t, n, s, ...]` with 0 for those that are not written: decays do not count them."""
+        if self.unwritten is None:
+            return x
+        return x.masked_fill(self.unwritten.view(*x.shape[:2], 1, x.shape[3], *(1,) * (x.dim() - 4)), 0)
+
 
 def own_borders(
     context: ContextGroup | None, reset: Tensor, starts: Tensor | None = None, *, probes: int = 0

@@ -8,7 +8,7 @@ all keys into one corner of phi: nothing below -0.28 is left, and phi is then 0.
 
 Keys then hold something of the tokens before them, which is what binds a value to its name. Only the memory sees
 convolved tokens; the local attention gets them as they are. The convolutions run through segment borders inside a
-document, so the last 3 tokens' q, k and v are part of the state.
+document, so the last 3 tokens' q, k and v are part of the state. They see no token of another document.
 
 Initial values have the variance of PyTorch's default, as in the paper's code. Where queries and keys start tied, both
 begin as the plain sum of 4 tokens: places that follow the same tokens match, whichever they are.
@@ -144,13 +144,19 @@ def _taps(weights: Mapping[str, Tensor], tail: Tensor) -> Tensor:
     return weights["convolution"].view(-1, parts, dim, WIDTH)
 
 
-def convolution(padded: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+def convolution(
+    padded: Tensor, weights: Tensor, out: Tensor | None = None, foreign: tuple[Tensor | None, ...] = (None,) * WIDTH
+) -> Tensor:
     """The causal convolution of `[..., n, parts, 3 + s, d]`, a tail and the tokens behind it, with taps
-    `[WIDTH, n, parts, 1, d]`: `[..., n, parts, s, d]`."""
+    `[WIDTH, n, parts, 1, d]`: `[..., n, parts, s, d]`.
+
+    Args:
+        foreign: by tap, where the token that it sees is of another document; broadcasts to `[..., s, d]`.
+    """
     length = padded.shape[-2] - (WIDTH - 1)
-    out = torch.mul(padded[..., :length, :], weights[0], out=out)
+    out = torch.mul(_without(padded[..., :length, :], foreign[0]), weights[0], out=out)
     for i in range(1, WIDTH):
-        out.addcmul_(padded[..., i : i + length, :], weights[i])
+        out.addcmul_(_without(padded[..., i : i + length, :], foreign[i]), weights[i])
     return out
 
 
@@ -171,12 +177,12 @@ class _Convolution(Function):
         padded = _time_first(initial, b, segments, n, r + 2, WIDTH - 1 + s, d)
         own, tails = padded[..., WIDTH - 1 :, :], padded[..., : WIDTH - 1, :]
         own[:, :, :, :r], own[:, :t, :, r], own[:, :t, :, r + 1] = q, k, v
-        clear = _per_tail(borders.reset, initial)
+        clear, foreign = _cleared(borders), _foreign(borders.piece)
         context = None if part is None else part.context
         left = initial
         if context is not None:
             own_last = initial.new_empty(initial.shape)
-            for place, segment, tokens, lost in _last_tokens(t, s, clear):
+            for place, segment, tokens, lost in _last_tokens(t, s, borders):
                 own_last[..., place, :] = own[:, segment, ..., tokens, :].masked_fill(lost, 0)
             left, carried_out = pass_around(own_last, initial, context)
         tails[:, 0] = left.masked_fill(clear[:, 0], 0)
@@ -192,13 +198,15 @@ class _Convolution(Function):
         activated = torch.empty_like(convolved) if silu else convolved
         for first, last in _blocks(convolved):
             block = convolved[..., first:last, :]
-            convolution(padded[..., first : last + WIDTH - 1, :], weights, out=block)
+            convolution(padded[..., first : last + WIDTH - 1, :], weights, block, _of_block(foreign, first, last))
             if silu:
                 torch.ops.aten.silu.out(block, out=activated[..., first:last, :])
         ctx.set_materialize_grads(False)
         ctx.reads, ctx.silu, ctx.shapes, ctx.dtype, ctx.context = reads, silu, (q.shape, t), q.dtype, context
-        ctx.save_for_backward(padded, weights, clear, convolved if silu else None, reads.probes)
+        ctx.save_for_backward(padded, weights, convolved if silu else None, reads.probes, *borders)
         last = (padded[:, t - 1, ..., -(WIDTH - 1) :, :] if context is None else carried_out).clone()
+        if context is None and borders.cut is not None:
+            last.masked_fill_(clear[:, t], 0)
         before = tails[:, :t]
         ctx.mark_non_differentiable(before)
         return activated[:, :, :, :r], activated[:, :t, :, r], activated[:, :t, :, r + 1], before, last
@@ -206,7 +214,9 @@ class _Convolution(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, of_q, of_k, of_v, _, of_last):
-        padded, weights, clear, convolved, probes = ctx.saved_tensors
+        padded, weights, convolved, probes, *borders = ctx.saved_tensors
+        borders = Borders(*borders)
+        clear, foreign = _cleared(borders), _foreign(borders.piece)
         (b, segments, n, r, s, d), t = ctx.shapes
         gradient = _time_first(padded, b, segments, n, r + 2, s, d)
         if segments > t:
@@ -222,18 +232,21 @@ class _Convolution(Function):
                 into.zero_() if of_part is None else into.copy_(of_part[..., first:last, :])
             if ctx.silu:
                 torch.ops.aten.silu_backward(block, convolved[..., first:last, :], grad_input=block)
+            of_block = _of_block(foreign, first, last)
             for i in range(WIDTH):
-                seen = padded[..., first + i : last + i, :]
+                seen = _without(padded[..., first + i : last + i, :], of_block[i])
                 if first == 0:
                     products[i] = block * seen
                 else:
                     products[i][..., : last - first, :].addcmul_(block, seen)
             end = last if last < s else s + WIDTH - 1
-            torch.mul(block, weights[0], out=found[..., first:last, :])
+            torch.mul(_without(block, of_block[0]), weights[0], out=found[..., first:last, :])
             found[..., last:end, :].zero_()
             for i in range(1, WIDTH):
                 low, high = max(first, i), min(end, s + i)
-                found[..., low:high, :].addcmul_(gradient[..., low - i : high - i, :], weights[i])
+                seeing = _of_block(foreign, low - i, high - i)[i]
+                of_seen = _without(gradient[..., low - i : high - i, :], seeing)
+                found[..., low:high, :].addcmul_(of_seen, weights[i])
         of_taps = torch.stack([x.sum(dim=(0, 1, 4)) for x in products], dim=-1)
         of_tails = found[..., : WIDTH - 1, :]
         if ctx.reads.detach:
@@ -242,6 +255,7 @@ class _Convolution(Function):
             lane = torch.arange(b, device=probes.device).unsqueeze(1)
             of_tails.index_put_((lane, probes), of_tails[:, t:], accumulate=True)
         if of_last is not None and ctx.context is None:
+            of_last = of_last if borders.cut is None else of_last.masked_fill(clear[:, t], 0)
             found[:, t - 1, ..., -(WIDTH - 1) :, :].add_(of_last)
         for before, after in reversed(_neighbours(t, s)):
             passed = of_tails[:, after].masked_fill_(clear[:, after], 0)
@@ -251,7 +265,7 @@ class _Convolution(Function):
         if ctx.context is not None:
             of_last = torch.zeros_like(of_initial) if of_last is None else of_last
             of_own_last, of_initial = pass_around_back(of_initial, of_last, of_initial.dtype, ctx.context)
-            for place, segment, tokens, lost in _last_tokens(t, s, clear):
+            for place, segment, tokens, lost in _last_tokens(t, s, borders):
                 own[:, segment, ..., tokens, :].add_(of_own_last[..., place, :].masked_fill(lost, 0))
         own = own.to(ctx.dtype)
         return (
@@ -265,6 +279,25 @@ class _Convolution(Function):
             None,
             None,
         )
+
+
+def _without(x: Tensor, foreign: Tensor | None) -> Tensor:
+    # Not a product with 0: what another document leaves behind may have overflowed.
+    return x if foreign is None else x.masked_fill(foreign, 0)
+
+
+def _foreign(piece: Tensor | None) -> tuple[Tensor | None, ...]:
+    """By tap, where the token that it sees is of another document, bool `[b, t + p, 1, 1, s, 1]`, from `Borders.piece`;
+    None where it never is. What a tail holds is of piece 0, or has been cleared."""
+    if piece is None:
+        return (None,) * WIDTH
+    seen = F.pad(piece, (WIDTH - 1, 0)).unfold(-1, WIDTH, 1)  # [b, t + p, s, WIDTH]
+    foreign = (seen != piece.unsqueeze(-1))[:, :, None, None, :, None]
+    return *foreign.unbind(-1)[:-1], None
+
+
+def _of_block(foreign: tuple[Tensor | None, ...], first: int, last: int) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x[..., first:last, :] for x in foreign)
 
 
 def _rows(taps: Tensor) -> Tensor:
@@ -293,7 +326,7 @@ def _neighbours(t: int, s: int) -> list[tuple[slice, slice]]:
     return [(slice(i, i + 1), slice(i + 1, i + 2)) for i in range(t - 1)]
 
 
-def _last_tokens(t: int, s: int, clear: Tensor) -> Iterator[tuple[slice, int, slice, Tensor]]:
+def _last_tokens(t: int, s: int, borders: Borders) -> Iterator[tuple[slice, int, slice, Tensor]]:
     """Where the last tokens of t segments stand, which must have as many: places in a tail, the segment and tokens of
     it, and whether a document starts between them and the end (broadcasts over tails)."""
     assert t * s >= WIDTH - 1, "a part is shorter than a tail"
@@ -301,9 +334,21 @@ def _last_tokens(t: int, s: int, clear: Tensor) -> Iterator[tuple[slice, int, sl
     for end in range(WIDTH - 1, 0, -step):
         segment = t - 1 - (WIDTH - 1 - end) // step
         size = min(step, end)
-        yield slice(end - size, end), segment, slice(s - size, s), clear[:, segment + 1 :].any(dim=1)
+        tokens = slice(s - size, s)
+        lost = borders.clears[:, segment + 1 :].any(dim=1).view(-1, 1, 1, 1, 1)
+        if borders.unwritten is not None:
+            lost = lost | borders.unwritten[:, None, None, segment, tokens, None]
+        yield slice(end - size, end), segment, tokens, lost
 
 
-def _per_tail(of_segments: Tensor, tail: Tensor) -> Tensor:
-    """`[b, t]` so that it broadcasts over the tails before every segment."""
-    return of_segments.reshape(*of_segments.shape, *(1,) * (tail.dim() - 1))
+def _cleared(borders: Borders) -> Tensor:
+    """Where the tails before segments are cleared, which broadcasts over tails: bool `[b, t, 1, 1, 1, 1]`, and where
+    documents share segments `[b, t + 1, 1, 1, 3, 1]`, the last one being the tail that is carried out."""
+    reset = borders.reset[:, :, None, None, None, None]
+    if borders.unwritten is None:
+        return reset
+    # What a segment shorter than a tail leaves behind begins with what it found.
+    found = borders.clears.unsqueeze(-1).expand(-1, -1, WIDTH - 1)
+    lost = torch.cat([found, borders.unwritten], dim=-1)[..., -(WIDTH - 1) :]
+    lost = F.pad(lost, (0, 0, 1, 0))[:, :, None, None, :, None]
+    return lost | F.pad(reset, (0, 0) * 4 + (0, 1))

@@ -57,8 +57,15 @@ class DeltaNetRule(MemoryRule):
     def __init__(self, kernel: str = "auto") -> None:
         self.kernel = kernel
 
-    def features(self, q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        return unit_length_of(q, k, dtype)
+    def features(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        dtype: torch.dtype,
+        blind: Tensor | None = None,
+        unwritten: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return unit_length_of(q, k, dtype, blind, unwritten)
 
     def write(
         self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, borders: Borders

@@ -40,50 +40,73 @@ def unit_length_(x: Tensor) -> Tensor:
     return length
 
 
-def phi_of(q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def phi_of(
+    q: Tensor, k: Tensor | None, dtype: torch.dtype, blind: Tensor | None = None, unwritten: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """phi of queries and keys.
 
     Args:
         q: `[b, t + p, n, r, s, d]`, of any precision and strides.
         k: `[b, t, n, s, d]`, or None.
         dtype: the memory's.
+        blind: bool `[b, t + p, s]` or None, True where a query becomes 0.
+        unwritten: bool `[b, t, s]` or None, True where a key becomes 0.
 
     Returns:
         Both in `dtype`; the `[r s, d]` of a query's head and the `[s, d]` of a key's are contiguous.
     """
-    return _Mapped.apply(q, k, dtype, True)
+    return _Mapped.apply(q, k, dtype, blind, unwritten, True)
 
 
-def unit_length_of(q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def unit_length_of(
+    q: Tensor, k: Tensor | None, dtype: torch.dtype, blind: Tensor | None = None, unwritten: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`phi_of` with length one in place of phi."""
-    return _Mapped.apply(q, k, dtype, False)
+    return _Mapped.apply(q, k, dtype, blind, unwritten, False)
 
 
-def plain_phi_of(q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def plain_phi_of(
+    q: Tensor, k: Tensor | None, dtype: torch.dtype, blind: Tensor | None = None, unwritten: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`phi_of` for the compiler."""
 
-    def mapped(x: Tensor) -> Tensor:
+    def mapped(x: Tensor, absent: Tensor | None) -> Tensor:
         x = x.to(dtype)
-        return torch.where(x > 0, x + 1, x.clamp(max=0).exp()).contiguous()
+        x = torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+        return (x if absent is None else x.masked_fill(_per_token(absent, x), 0)).contiguous()
 
-    return mapped(q), None if k is None else mapped(k)
+    return mapped(q, blind), None if k is None else mapped(k, unwritten)
 
 
-def plain_unit_length_of(q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def plain_unit_length_of(
+    q: Tensor, k: Tensor | None, dtype: torch.dtype, blind: Tensor | None = None, unwritten: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`unit_length_of` for the compiler."""
 
-    def mapped(x: Tensor) -> Tensor:
+    def mapped(x: Tensor, absent: Tensor | None) -> Tensor:
         x = x.to(dtype)
-        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)).contiguous()
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)
+        return (x if absent is None else x.masked_fill(_per_token(absent, x), 0)).contiguous()
 
-    return mapped(q), None if k is None else mapped(k)
+    return mapped(q, blind), None if k is None else mapped(k, unwritten)
 
 
 class _Mapped(Function):
-    """phi: dx = min(phi, 1) dy. Unit length: dx = (dy - y (y dy)) / |x|."""
+    """phi: dx = min(phi, 1) dy. Unit length: dx = (dy - y (y dy)) / |x|.
+
+    What becomes 0 has no gradient: min(phi, 1) is 0 there, and |x| is set to infinity.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor | None, dtype: torch.dtype, is_phi: bool):
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor | None,
+        dtype: torch.dtype,
+        blind: Tensor | None,
+        unwritten: Tensor | None,
+        is_phi: bool,
+    ):
         together = k is not None and q.shape[1] == k.shape[1]
         buffers = _buffers(q, k, together, dtype)
         mapped = _parts(buffers, k is not None, together)
@@ -95,6 +118,9 @@ class _Mapped(Function):
                 phi_(buffer)
             else:
                 lengths.append(unit_length_(buffer))
+        absent = (blind, unwritten)
+        _fill(mapped, absent, 0)
+        _fill(_parts(lengths, k is not None, together) if lengths else (), absent, torch.inf)
         ctx.is_phi, ctx.has_key, ctx.together = is_phi, k is not None, together
         ctx.dtype = q.dtype
         ctx.save_for_backward(*buffers, *lengths)
@@ -117,7 +143,7 @@ class _Mapped(Function):
                 along = (gradient * mapped).sum(dim=-1, keepdim=True)
                 across = torch.addcmul(gradient, mapped, along, value=-1)
                 found.append(torch.div(across, length, out=_empty_as(gradient, ctx.dtype)))
-        return found[0], found[1] if ctx.has_key else None, None, None
+        return found[0], found[1] if ctx.has_key else None, None, None, None, None
 
 
 def _buffers(q: Tensor, k: Tensor | None, together: bool, dtype: torch.dtype) -> list[Tensor]:
@@ -133,6 +159,18 @@ def _parts(buffers: list[Tensor] | tuple[Tensor, ...], has_key: bool, together: 
     if together and has_key:
         return buffers[0][:, :, :, :-1], buffers[0][:, :, :, -1]
     return tuple(buffers)
+
+
+def _fill(parts: tuple[Tensor, ...], absent: tuple[Tensor | None, ...], value: float) -> None:
+    """Set what queries and keys have, in this order, to `value` for tokens that are `absent`."""
+    for x, tokens in zip(parts, absent, strict=False):
+        if tokens is not None:
+            x.masked_fill_(_per_token(tokens, x), value)
+
+
+def _per_token(of_tokens: Tensor, x: Tensor) -> Tensor:
+    """`[b, t, s]` so that it broadcasts over queries `[b, t, n, r, s, d]` or keys `[b, t, n, s, d]`."""
+    return of_tokens.view(*of_tokens.shape[:2], *(1,) * (x.dim() - 4), of_tokens.shape[2], 1)
 
 
 def _empty_as(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,7 +59,7 @@ class GatedDeltaNetRule(DeltaNetRule):
         self, tokens: Tokens, weights: Mapping[str, Tensor], state: MatrixState, borders: Borders
     ) -> tuple[MatrixState, MatrixState]:
         log_decay = LogDecay.apply(weights["decay_rate"], tokens.inputs["decay"].squeeze(-1))
-        return self.write_tokens(tokens, log_decay, state, borders)
+        return self.write_tokens(tokens, borders.of_written(log_decay), state, borders)
 
     def flops_per_token(self, layer: LayerShape) -> int:
         return super().flops_per_token(layer) + 2 * layer.hidden * layer.groups

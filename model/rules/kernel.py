@@ -126,8 +126,9 @@ def scan_by_fla(
     key, value = key.to(products), value.to(products)
     if t == 1 and part is None:
         start = initial.masked_fill(borders.reset.view(b, 1, 1, 1), 0)
-        end = _final_states(key[:, 0], value[:, 0], gate[:, 0], log_decay[:, 0], start)
-        return start.unsqueeze(1), end
+        before = start.unsqueeze(1)
+        found = borders.for_writes(before).squeeze(1)
+        return before, _final_states(key[:, 0], value[:, 0], gate[:, 0], log_decay[:, 0], found)
     unit = torch.eye(d, dtype=initial.dtype, device=initial.device)
     empty_and_unit = torch.cat([torch.zeros_like(unit), unit], dim=-1).expand(b * t, n, d, 2 * d)
     value = torch.cat([value, torch.zeros_like(value)], dim=-1)

@@ -51,8 +51,15 @@ class NormalizedRule(MemoryRule):
             torch.zeros(lanes, layer.groups, layer.dim, dtype=dtype, device=device),
         )
 
-    def features(self, q: Tensor, k: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        return phi_of(q, k, dtype)
+    def features(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        dtype: torch.dtype,
+        blind: Tensor | None = None,
+        unwritten: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return phi_of(q, k, dtype, blind, unwritten)
 
     def write(
         self, tokens: Tokens, weights: Mapping[str, Tensor], state: NormalizedState, borders: Borders
@@ -61,7 +68,7 @@ class NormalizedRule(MemoryRule):
         sums = key.sum(dim=-2) if gate is None else (gate.unsqueeze(-2) @ key).squeeze(-2)
         z, z_after = scan_sums(state.z, sums, borders, tokens.part)
         if self.delta:
-            right = _Stored.apply(key, tokens.v, z, self.epsilon)
+            right = _Stored.apply(key, tokens.v, borders.for_writes(z), self.epsilon)
             # A segment is one block: what it takes off is what was stored before it.
             left, gate, right = (None if x is None else x.unsqueeze(3) for x in (key, gate, right))
             M, M_after = scan_blocks(state.M, Blocks(left, gate, right, None), borders, tokens.part)

@@ -49,7 +49,7 @@ def scan_blocks(
     Arguments and results are those of `scan_pairs`.
     """
     if initial.device.type == "cpu":
-        return _BlockScan.apply(initial, *blocks, borders.reset, part)
+        return _BlockScan.apply(initial, *blocks, borders.reset, borders.cut, part)
     return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), borders, part)
 
 
@@ -61,7 +61,7 @@ def block_pairs(blocks: Blocks) -> Tensor:
 def scan_pairs(
     initial: Tensor, pairs: Tensor, borders: Borders, part: ContextPart | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run `X <- T_t (0 where reset_t, else X) + C_t` over the segments of a window.
+    """Run `X <- T_t (0 where reset_t or cut_t, else X) + C_t` over the segments of a window.
 
     Args:
         initial: `[b, n, d, e]`, the state carried in.
@@ -70,22 +70,22 @@ def scan_pairs(
         part: the segments are this rank's part of a chunk; `initial` is what the chunk starts with, on every rank.
 
     Returns:
-        What every segment reads `[b, t, n, d, e]`, after its reset, and the state carried out `[b, n, d, e]`: with a
-        `part` what the chunk ends with, on every rank.
+        What every segment reads `[b, t, n, d, e]`, after its reset and before its cut, and the state carried out
+        `[b, n, d, e]`: with a `part` what the chunk ends with, on every rank.
     """
-    return _Scan.apply(initial, pairs, borders.reset, True, part)
+    return _Scan.apply(initial, pairs, borders.reset, borders.cut, True, part)
 
 
 def scan_sums(
     initial: Tensor, writes: Tensor, borders: Borders, part: ContextPart | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`scan_pairs` where nothing is taken off: `X <- (0 where reset_t, else X) + C_t`.
+    """`scan_pairs` where nothing is taken off: `X <- (0 where reset_t or cut_t, else X) + C_t`.
 
     Args:
         initial: `[b, n, ...]`.
         writes: C_t, `[b, t, n, ...]`.
     """
-    return _Scan.apply(initial, writes, borders.reset, False, part)
+    return _Scan.apply(initial, writes, borders.reset, borders.cut, False, part)
 
 
 def compose_neighbours(pairs: Tensor) -> Tensor:
@@ -99,7 +99,8 @@ def compose_neighbours(pairs: Tensor) -> Tensor:
 class _Scan(Function):
     """Gradients, from the last segment to the first, with G the gradient of the state that a segment leaves behind:
 
-    dC_t = G,   dT_t = G X_t^T,   G <- (0 where reset_t, else T_t^T G + dX_t)
+    dC_t = G,   dT_t = (0 where cut_t, else G X_t^T)
+    G <- (0 where reset_t, else dX_t + (0 where cut_t, else T_t^T G))
 
     A part of a chunk is gone through twice each way: for its pair, or the G of its first state; then from what the
     other ranks say.
@@ -107,34 +108,41 @@ class _Scan(Function):
 
     @staticmethod
     def forward(
-        ctx, initial: Tensor, pairs: Tensor, reset: Tensor, has_transition: bool, part: ContextPart | None
+        ctx,
+        initial: Tensor,
+        pairs: Tensor,
+        reset: Tensor,
+        cut: Tensor | None,
+        has_transition: bool,
+        part: ContextPart | None,
     ) -> tuple[Tensor, Tensor]:
         columns, segments = initial.shape[-1], pairs.shape[1]
-        clear = over_states(reset, initial)
+        clear, cut = over_states(reset, initial), _over_states(cut, initial)
         states, state, end, transition_of_part = [], initial, None, None
         if part is not None:
-            own = _pair_of_segments(pairs, clear, columns)
+            own = _pair_of_segments(pairs, clear if cut is None else clear | cut, columns)
             state, end = pass_on(initial, own, part)
             transition_of_part = own[..., columns:].clone() if has_transition else None
         for t in range(segments):
             # Not a product with 0: what is cleared may have overflowed.
             states.append(state.masked_fill(clear[t], 0))
+            kept = states[t] if cut is None else states[t].masked_fill(cut[t], 0)
             if end is not None and t == segments - 1:
                 state = end
             elif has_transition:
                 write, transition = _flat(pairs[:, t, ..., :columns]), _flat(pairs[:, t, ..., columns:])
-                state = torch.baddbmm(write, transition, _flat(states[t])).view(initial.shape)
+                state = torch.baddbmm(write, transition, _flat(kept)).view(initial.shape)
             else:
-                state = states[t] + pairs[:, t]
+                state = kept + pairs[:, t]
         before = torch.stack(states) if segments > 1 else states[0].unsqueeze(0)
         ctx.has_transition, ctx.part = has_transition, part
-        ctx.save_for_backward(clear, *((before, pairs, transition_of_part) if has_transition else ()))
+        ctx.save_for_backward(clear, cut, *((before, pairs, transition_of_part) if has_transition else ()))
         return before.transpose(0, 1), state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, before: Tensor, after: Tensor):
-        clear, *saved = ctx.saved_tensors
+        clear, cut, *saved = ctx.saved_tensors
         segments, columns = before.shape[1], after.shape[-1]
         wide = after.shape[-1] + after.shape[-2] if ctx.has_transition else columns
         found = after.new_empty(segments, *after.shape[:-1], wide)  # of the pairs
@@ -143,12 +151,14 @@ class _Scan(Function):
         def pass_through(first: int) -> Tensor:
             """G of the state that segment 0 starts with, from `writes[first]` of the one that `first` leaves behind."""
             for t in reversed(range(first + 1)):
-                into = writes[t - 1] if t else torch.empty_like(after)
+                into, behind = writes[t - 1] if t else torch.empty_like(after), writes[t]
+                # Nothing goes through a cut.
+                behind = behind if cut is None else behind.masked_fill(cut[t], 0)
                 if ctx.has_transition:
                     transition = _flat(saved[1][:, t, ..., columns:])
-                    torch.baddbmm(_flat(before[:, t]), transition.mT, _flat(writes[t]), out=_flat(into))
+                    torch.baddbmm(_flat(before[:, t]), transition.mT, _flat(behind), out=_flat(into))
                 else:
-                    torch.add(before[:, t], writes[t], out=into)
+                    torch.add(before[:, t], behind, out=into)
                 into.masked_fill_(clear[t], 0)
             return into
 
@@ -163,7 +173,9 @@ class _Scan(Function):
         of_start = pass_through(segments - 1)
         if ctx.has_transition:
             torch.bmm(writes.flatten(0, 2), saved[0].flatten(0, 2).mT, out=found[..., columns:].flatten(0, 2))
-        return of_start if ctx.part is None else of_initial, found.transpose(0, 1), None, None, None
+            if cut is not None:
+                found[..., columns:].masked_fill_(cut, 0)
+        return of_start if ctx.part is None else of_initial, found.transpose(0, 1), None, None, None, None
 
 
 class _Pairs(Function):
@@ -202,17 +214,20 @@ class _BlockScan(Function):
 
     dR = U G,   dU = R G^T,   dE = dR X^T,   da = the row sums of G X, or their sum,   G <- a G + E^T dR
 
+    A segment's first block finds X = 0 where the state is cut, and hands no G on.
+
     A part of a chunk is gone through twice, as in `_Scan`.
     """
 
     @staticmethod
-    def forward(ctx, initial, left, gate, right, decay, reset, part):
+    def forward(ctx, initial, left, gate, right, decay, reset, cut, part):
         b, t, n, m, c, d = left.shape
         columns = initial.shape[-1]
-        clear = over_states(reset, initial)
+        clear, cut = over_states(reset, initial), _over_states(cut, initial)
         start, end, transition = initial, None, None
         if part is not None:
-            own = _pair_of_blocks(left, gate, right, decay, clear, columns)
+            clears = clear if cut is None else clear | cut
+            own = _pair_of_blocks(left, gate, right, decay, clears, columns)
             start, end = pass_on(initial, own, part)
             transition = own[..., columns:].clone()
         states = initial.new_empty(t * m + 1, b * n, d, columns)
@@ -223,30 +238,31 @@ class _BlockScan(Function):
             if i % m == 0:
                 # Not a product with 0: what is cleared may have overflowed.
                 state.view(initial.shape).masked_fill_(clear[i // m], 0)
+                state = _cut_off(state, cut, i // m)
             torch.baddbmm(right_part[..., :columns], right_part[..., columns:], state, out=rest[i])
             kept = state if decay_part is None else state * decay_part
             torch.baddbmm(kept, _written(left_part, gate_part).mT, rest[i], out=states[i + 1])
         ctx.part = part
-        ctx.save_for_backward(left, gate, right, decay, clear, states, rest, transition)
+        ctx.save_for_backward(left, gate, right, decay, clear, cut, states, rest, transition)
         before = states[:-1].view(t, m, *initial.shape)[:, 0].transpose(0, 1)
         return before, states[-1].view(initial.shape) if end is None else end
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_before: Tensor, of_after: Tensor):
-        left, gate, right, decay, clear, states, rest, transition = ctx.saved_tensors
+        left, gate, right, decay, clear, cut, states, rest, transition = ctx.saved_tensors
         b, t, n, m = left.shape[:4]
         columns = of_after.shape[-1]
         found = [None if x is None else torch.empty_like(x) for x in (left, gate, right, decay)]
         steps = zip(_in_turn(left, gate, right, decay), _in_turn(*found, joined=False), strict=True)
         if ctx.part is not None:
-            of_start = _of_start(left, gate, right, decay, clear, of_before)
+            of_start = _of_start(left, gate, right, decay, clear, cut, of_before)
             of_after, of_initial = pass_back(of_start, transition, of_after, ctx.part)
         gradient = of_after.flatten(0, 1)
         for i, (parts, places) in reversed(list(enumerate(steps))):
             left_part, gate_part, right_part, decay_part = parts
             of_left, of_gate, of_right, of_decay = places
-            state, stored = states[i], right_part[..., columns:]
+            state, stored = states[i] if i % m else _cut_off(states[i], cut, i // m), right_part[..., columns:]
             of_rest = torch.bmm(_written(left_part, gate_part), gradient)
             of_right[..., :columns] = of_rest.view(b, n, *of_rest.shape[1:])
             of_right[..., columns:] = torch.bmm(of_rest, state.mT).view(of_left.shape)
@@ -262,9 +278,10 @@ class _BlockScan(Function):
                 gradient = gradient * decay_part
             gradient = torch.baddbmm(gradient, stored.mT, of_rest)
             if i % m == 0:
+                gradient = _cut_off(gradient, cut, i // m)
                 gradient.view(of_after.shape).add_(of_before[:, i // m]).masked_fill_(clear[i // m], 0)
         of_start = gradient.view(of_after.shape)
-        return of_start if ctx.part is None else of_initial, *found, None, None
+        return of_start if ctx.part is None else of_initial, *found, None, None, None
 
 
 def _in_turn(
@@ -317,8 +334,8 @@ class _Compose(Function):
 
 
 def _pair_of_segments(pairs: Tensor, clear: Tensor, columns: int) -> Tensor:
-    """The pair of all segments, `[b, n, d, e + d]`; their sum where there are no transitions. Where a reset lies
-    between, of what is behind it: that nothing passes through is said by `ContextPart.cleared`."""
+    """The pair of all segments, `[b, n, d, e + d]`; their sum where there are no transitions. Where documents
+    start in between (`clear`), of the last one: that nothing passes through is said by `ContextPart.cleared`."""
     own = pairs[:, 0]
     for t in range(1, pairs.shape[1]):
         own = own.masked_fill(clear[t], 0)
@@ -347,7 +364,7 @@ def _pair_of_blocks(left, gate, right, decay, clear: Tensor, columns: int) -> Te
     return own.view(b, n, d, -1)
 
 
-def _of_start(left, gate, right, decay, clear: Tensor, of_before: Tensor) -> Tensor:
+def _of_start(left, gate, right, decay, clear: Tensor, cut: Tensor | None, of_before: Tensor) -> Tensor:
     """Gradient of the state that the first of all blocks starts with, where what the last one leaves behind has none;
     `of_before` is that of the states before every segment."""
     m, columns = left.shape[3], of_before.shape[-1]
@@ -360,9 +377,19 @@ def _of_start(left, gate, right, decay, clear: Tensor, of_before: Tensor) -> Ten
             kept = gradient if decay_part is None else gradient * decay_part
             gradient = torch.baddbmm(kept, right_part[..., columns:].mT, of_rest)
         if i % m == 0:
+            gradient = _cut_off(gradient, cut, i // m)
             gradient = (gradient.view(of_before[:, 0].shape) + of_before[:, i // m]).masked_fill_(clear[i // m], 0)
             gradient = gradient.flatten(0, 1)
     return gradient.view(of_before[:, 0].shape)
+
+
+def _over_states(cut: Tensor | None, state: Tensor) -> Tensor | None:
+    return None if cut is None else over_states(cut, state)
+
+
+def _cut_off(state: Tensor, cut: Tensor | None, segment: int) -> Tensor:
+    """A state `[b n, d, e]`, or a gradient of one, with 0 in the lanes whose memory is cut in the segment."""
+    return state if cut is None else state.unflatten(0, (cut.shape[1], -1)).masked_fill(cut[segment], 0).flatten(0, 1)
 
 
 def _flat(x: Tensor) -> Tensor:
