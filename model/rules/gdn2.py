@@ -86,7 +86,7 @@ class GatedDeltaNet2Rule(DeltaNetRule):
         logits = {
             name: _channels(tokens.inputs[name], weights[f"{name}_up"], weights[f"{name}_bias"]) for name in self.gates
         }
-        log_decay = LogDecay.apply(weights["decay_rate"], logits["decay"])
+        log_decay = borders.of_written(LogDecay.apply(weights["decay_rate"], logits["decay"]))
         erase_key, value = None, tokens.v
         if "erase" in logits:
             erase_key = _Gated.apply(logits["erase"], tokens.k)

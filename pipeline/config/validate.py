@@ -290,16 +290,6 @@ def _memory(config: Config) -> Iterator[str]:
             f"model.memory.kernel = fla: must be auto or torch with train.precision = {config.train.precision}, its "
             "products are bfloat16"
         )
-    if memory.rule != "none" and config.data.packing:
-        yield (
-            f"data.packing = true: must be false with model.memory.rule = {memory.rule}, which does not keep the "
-            "documents of a segment apart yet"
-        )
-    if memory.kernel == "fla" and config.data.packing:
-        yield (
-            "model.memory.kernel = fla: must be auto or torch with data.packing = true; flash-linear-attention does "
-            "not know of documents that start inside a segment"
-        )
     if memory.write_gate == "none" and config.train.write_gate_penalty:
         gates = " or ".join(gate for gate in WRITE_GATES if gate != "none")
         yield (

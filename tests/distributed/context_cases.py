@@ -41,12 +41,23 @@ def resets() -> Tensor:
     return reset
 
 
+def starts_of(reset: Tensor, length: int) -> Tensor:
+    """Documents that start inside segments too, `[b, t, length]`: in every lane another number, and some parts have
+    none."""
+    generator = torch.Generator().manual_seed(3)
+    share = torch.tensor([0.02, 0.1, 0.02, 0.3]).view(-1, 1, 1)
+    starts = torch.rand(*reset.shape, length, generator=generator) < share
+    starts[..., 0] = reset
+    return starts
+
+
 class Window:
     """A window's inputs, what its outputs are weighed with, and a memory carried in; the same on every rank."""
 
-    def __init__(self, stage, reset: Tensor, probes: int) -> None:
+    def __init__(self, stage, reset: Tensor, probes: int, *, packed: bool = False) -> None:
         lanes, segments = reset.shape
         self.reset, length = reset, stage.config.segment_length
+        self.starts = starts_of(reset, length) if packed else None
         generator = torch.Generator().manual_seed(5)
 
         def random(*shape: int) -> Tensor:
@@ -88,8 +99,10 @@ class Window:
 
             def compute(chunk=chunk, leaves=leaves):
                 given, weights, asked = self.part(chunks, chunk, parts, rank)
-                reset = self.reset.chunk(chunks, dim=1)[chunk]
-                output = stage(given[0], leaves, reset, given[1], probes=asked)
+                reset, starts = (
+                    None if x is None else x.chunk(chunks, dim=1)[chunk] for x in (self.reset, self.starts)
+                )
+                output = stage(given[0], leaves, reset, given[1], probes=asked, starts=starts)
                 return output, (output.token_loss * weights).sum() + GATE_SCALE * output.gate_sum
 
             with torch.set_grad_enabled(not replay):
@@ -126,7 +139,7 @@ def compare(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
 
     Args:
         cases: `model` (of `small_config`), and optional `probes`, `chunks`, `replay`, `options` (of the stage), `form`
-            (one of `FORMS`).
+            (one of `FORMS`), `packed` (documents start inside segments).
     """
     join(tensor=1, pipeline=1, timeout_s=60)
     context = ContextGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
@@ -141,10 +154,11 @@ def _compare(
     replay: bool = False,
     options: dict[str, Any] | None = None,
     form: str = "in turn",
+    packed: bool = False,
 ) -> dict[str, float]:
     config = small_config(**model)
     alone, shared = (small_stage(config, context=c, **options or {}) for c in (None, context))
-    window = Window(alone, resets(), probes)
+    window = Window(alone, resets(), probes, packed=packed)
     expected = window.run(alone, None)
     with FORMS[form]():
         found = window.run(shared, context, chunks=chunks, replay=replay)
@@ -207,12 +221,13 @@ FORMS = {"in turn": contextlib.nullcontext, "pairs": by_pairs, "kernel": by_kern
 """How a window is written: block after block as on a CPU, or by one of the forms for a GPU."""
 
 
-def scans() -> dict[str, float]:
+def scans(packed: bool) -> dict[str, float]:
     """Of the scans themselves, with random gradients everywhere, the largest relative distance from one process."""
     join(tensor=1, pipeline=1, timeout_s=60)
     context = ContextGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
     reset = resets()
-    part, borders = own_borders(context, reset)
+    starts = starts_of(reset, 4) if packed else None
+    (_, whole), (part, borders) = (own_borders(c, reset, starts) for c in (None, context))
     (b, t), n, d, m, c = borders.reset.shape, 2, 3, 2, 4
     own = slice(context.rank * t, (context.rank + 1) * t)
     generator = torch.Generator().manual_seed(1)
@@ -240,7 +255,7 @@ def scans() -> dict[str, float]:
     distances = {}
     for name, (scan, (initial, *written)) in kinds.items():
         weights, of_end = random(b, SEGMENTS, *initial.shape[1:]), random(*initial.shape)
-        of_one = _scanned(scan, [initial, *written], Borders(reset), None, weights, of_end)
+        of_one = _scanned(scan, [initial, *written], whole, None, weights, of_end)
         shared = [initial, *(None if x is None else x[:, own] for x in written)]
         of_ranks = _scanned(scan, shared, borders, part, weights[:, own], of_end)
         for i, (found, expected) in enumerate(zip(of_ranks, of_one, strict=True)):
@@ -257,18 +272,22 @@ def _scanned(scan, inputs: list[Tensor | None], borders: Borders, part, weights:
     return [before, after, *torch.autograd.grad([before, after], given, [weights, of_end])]
 
 
-def overflow(blocks: bool) -> None:
-    """What has overflowed before a reset reaches no rank whose part is behind it, in either direction.
+def overflow(blocks: bool, packed: bool) -> None:
+    """What has overflowed before a document starts reaches no rank whose part is behind it, in either direction.
 
-    Lane 0 is cleared where the second rank's part starts, lane 1 inside of it; the first rank's writes are infinite, as
-    is what lane 2 carries in, which is cleared at once.
+    Lane 0 is cleared where the second rank's part starts, lane 1 inside of it, before its second segment or, `packed`,
+    by a cut of its first one; the first rank's writes are infinite, as is what lane 2 carries in, which is cleared at
+    once.
     """
     join(tensor=1, pipeline=1, timeout_s=60)
     context = ContextGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
     t, d, m, c = 2, 3, 2, 2
     reset = torch.zeros(3, t * context.size, dtype=torch.bool)
-    reset[0, t] = reset[1, t + 1] = reset[2, 0] = True
-    part, own = own_borders(context, reset)
+    reset[0, t] = reset[2, 0] = True
+    reset[1, t + 1] = not packed
+    starts = torch.stack([reset, torch.zeros_like(reset)], dim=-1)
+    starts[1, t, 1] = True
+    part, own = own_borders(context, reset, starts if packed else None)
     generator = torch.Generator().manual_seed(context.rank)
 
     def random(*shape: int) -> Tensor:

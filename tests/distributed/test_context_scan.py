@@ -40,12 +40,32 @@ def chunked(rule: str) -> list[dict[str, Any]]:
     return cases + [{"model": model, "form": form, "chunks": chunks} for form in forms for chunks in (1, 2)]
 
 
+def packed(rule: str) -> list[dict[str, Any]]:
+    """Documents that share segments: gates and surroundings, probes, chunks, detached reads and forms in turn."""
+    return [
+        {"model": {"rule": rule, "gate": "hard"}, "probes": 8, "packed": True},
+        {"model": {"rule": rule + "+sliding", "gate": "none"}, "options": {"detach_reads": True}, "packed": True},
+        {"model": {"rule": rule + "+convolution"}, "chunks": 2, "form": "pairs", "packed": True},
+        {
+            "model": {"rule": rule + "+sliding+convolution", "gate": "sigmoid", "skip_empty": False},
+            "probes": 8,
+            "chunks": 2,
+            "options": {"recompute": "layer"},
+            "packed": True,
+        },
+    ]
+
+
 OTHERS = [
     {"model": {"rule": "none"}},
     {"model": {"rule": "none+sliding"}, "chunks": 2},
     {"model": {"rule": "none+sliding"}, "options": {"detach_reads": True}},
     # Segments shorter than a convolution's tail, and so long that they have several blocks.
-    *({"model": {"rule": "deltanet+convolution", "segment_length": length}} for length in (2, 3)),
+    *(
+        {"model": {"rule": "deltanet+convolution", "segment_length": length}, "packed": packed}
+        for length in (2, 3)
+        for packed in (False, True)
+    ),
     *({"model": {"rule": rule, "segment_length": 128}, "probes": 4} for rule in ("deltanet", "gated_deltanet")),
     {"model": {"rule": "gated_deltanet", "segment_length": 128}, "form": "pairs"},
     {"model": {"rule": "delta", "qkv_bias": True, "qk_norm": True, "floor": 0.1, "beta": -1.0}},
@@ -83,6 +103,12 @@ def test_ranks_that_share_a_window_are_one(pools, ranks, rule):
     assert_same(cases, pools.run(ranks, context_cases.compare, cases=cases))
 
 
+@pytest.mark.parametrize("rule", ["none", *WITH_MEMORY])
+def test_documents_that_share_segments(pools, rule):
+    cases = packed(rule) if rule in WITH_MEMORY else [{"model": {"rule": "none+sliding"}, "chunks": 2, "packed": True}]
+    assert_same(cases, pools.run(2, context_cases.compare, cases=cases))
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_other_surroundings(pools, ranks):
     assert_same(OTHERS, pools.run(ranks, context_cases.compare, cases=OTHERS))
@@ -94,14 +120,16 @@ def test_lower_precision(pools, ranks):
     assert_same(MIXED, pools.run(ranks, context_cases.compare, cases=MIXED), tolerance=0.02)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_scans_alone(pools, ranks):
+def test_scans_alone(pools, ranks, packed):
     """With a gradient of every state: what is cleared is empty, and most rules give its reads none."""
-    for found in pools.run(ranks, context_cases.scans):
+    for found in pools.run(ranks, context_cases.scans, packed=packed):
         assert max(found.values()) <= TOLERANCE, found
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_what_overflowed_before_a_reset_reaches_nobody_behind_it(pools, ranks, blocks):
-    pools.run(ranks, context_cases.overflow, blocks=blocks)
+def test_what_overflowed_before_a_reset_reaches_nobody_behind_it(pools, ranks, blocks, packed):
+    pools.run(ranks, context_cases.overflow, blocks=blocks, packed=packed)

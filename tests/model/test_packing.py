@@ -135,12 +135,12 @@ def compare(config, *, probes: bool = False, seen: bool = True, **options) -> No
         assert_close(zero if x is None else x, zero if y is None else y, name)
 
 
-@pytest.mark.parametrize("rule", ["none", "none+sliding"])
+@pytest.mark.parametrize("rule", ["none", *COMBINED])
 def test_a_packed_window_is_its_documents_one_by_one(rule):
     compare(small_config(rule, "none" if rule.startswith("none") else "sigmoid"))
 
 
-@pytest.mark.parametrize("rule", ["none", "none+sliding"])
+@pytest.mark.parametrize("rule", ["none", *COMBINED])
 def test_where_the_host_knows_nothing_of_the_starts(rule, monkeypatch):
     """A mask for every segment, and probes; without a gate, and what an empty memory gives is mixed in."""
     monkeypatch.setattr(packing, "host_knows", lambda device: False)

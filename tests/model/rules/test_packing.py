@@ -12,13 +12,13 @@ from model.rules.borders import own_borders
 from model.rules.window import remember, write_gate
 from tests.distributed.context_cases import FORMS
 from tests.model.rules.test_memory import (
+    DECAYING,
     GATES,
     RULES,
     TOKENS,
     assert_close,
     build_rule,
     gradients,
-    is_convolved,
     naive,
     random_window,
     state_of,
@@ -34,7 +34,7 @@ def packed(rule_name, gate_kind, window, starts, asked, *, detach=False):
     _, borders = own_borders(None, starts[..., 0], starts, probes=asked.shape[1])
     read, present, after = remember(
         build_rule(rule_name),
-        tokens_of(window | {"q": torch.cat([window["q"], window["asking"]], dim=1)}, gate),
+        tokens_of(rule_name, window | {"q": torch.cat([window["q"], window["asking"]], dim=1)}, gate),
         weights_of(window),
         state_of(rule_name, window),
         borders,
@@ -71,10 +71,7 @@ def alone(rule_name, gate_kind, window, starts, asked, *, detach=False):
                 own = slice(max(first - segment * s, 0), min(end - segment * s, s))
                 if own.start == 0:
                     found[segment] = state
-                piece = window | {
-                    name: window[name][lane : lane + 1, segment : segment + 1, ..., own, :] for name in ("q", "k", "v")
-                }
-                piece |= {name: window[name][lane : lane + 1, segment : segment + 1, :, own] for name in ("a", "x")}
+                piece = window | {name: window[name][lane, segment, :, own][None, None] for name in TOKENS}
                 read, _ = read_of(piece, state)
                 holds[lane, segment, :, own] = held(state)
                 reads[lane][segment][own] = read[0, 0].unbind(dim=-2)
@@ -82,7 +79,7 @@ def alone(rule_name, gate_kind, window, starts, asked, *, detach=False):
                 state = dict(zip(fields, after, strict=True))
         ends.append([state[name][0] for name in fields])
         for i, segment in enumerate(asked[lane].tolist()):
-            piece = window | {name: torch.ones_like(window[name][:1, :1]) for name in "kvax"}
+            piece = window | {name: torch.ones_like(window[name][:1, :1]) for name in TOKENS - {"q"}}
             read, _ = read_of(piece | {"q": window["asking"][lane : lane + 1, i : i + 1]}, found[segment])
             holds[lane, t + i] = held(found[segment])
             asking.append(read[0, 0])
@@ -158,7 +155,7 @@ def test_forms_for_a_gpu(rule_name, form):
         assert_same(rule_name, "none", *random_case(5, t=1, s=6))
 
 
-@pytest.mark.parametrize("rule_name", [name for name in RULES if "deltanet" in name and not is_convolved(name)])
+@pytest.mark.parametrize("rule_name", ("deltanet", *DECAYING))
 def test_blocks_of_packed_segments(rule_name, monkeypatch):
     monkeypatch.setattr("model.rules.delta_blocks.WRITE_BLOCK", 4)
     assert_same(rule_name, "hard", *random_case(7, s=16, share=0.05))
@@ -178,7 +175,7 @@ def test_what_overflowed_before_a_cut_is_gone_behind_it(rule_name, form):
     assert torch.equal(read[:, 1:], healthy[:, 1:])
     assert all(torch.equal(x, y) for x, y in zip(after, healthy_after, strict=True))
     found = gradients([read[:, 1:], *after], broken)
-    assert all(found[name].isfinite().all() for name in "kvax") and found["q"][:, 1:].isfinite().all()
+    assert all(found[name].isfinite().all() for name in TOKENS - {"q"}) and found["q"][:, 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("rule_name", RULES)
@@ -187,7 +184,8 @@ def test_documents_that_start_with_their_segments_are_as_without_packing(rule_na
     starts = torch.zeros(2, 4, 5, dtype=torch.bool)
     starts[0, 2, 0] = True
     packed_read, packed_present, packed_after = packed(rule_name, "sigmoid", window, starts, asked)
-    tokens = tokens_of(window | {"q": torch.cat([window["q"], window["asking"]], dim=1)}, torch.sigmoid(window["a"]))
+    queries = torch.cat([window["q"], window["asking"]], dim=1)
+    tokens = tokens_of(rule_name, window | {"q": queries}, torch.sigmoid(window["a"]))
     _, borders = own_borders(None, starts[..., 0])
     state = state_of(rule_name, window)
     read, present, after = remember(
