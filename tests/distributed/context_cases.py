@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.rules import deltanet, normalized
+from model.rules import deltanet, gdn2, normalized
 from model.rules.borders import Borders, own_borders
 from model.rules.context import ContextGroup
 from model.rules.kernel import Kernel, scan_by_fla
@@ -198,7 +198,9 @@ def by_pairs():
     def scan(initial, blocks, borders, part=None):
         return scan_pairs(initial, compose_neighbours(block_pairs(blocks)), borders, part)
 
-    with mock.patch.object(deltanet, "scan_blocks", scan), mock.patch.object(normalized, "scan_blocks", scan):
+    with contextlib.ExitStack() as patches:
+        for rule in (deltanet, gdn2, normalized):
+            patches.enter_context(mock.patch.object(rule, "scan_blocks", scan))
         yield
 
 
