@@ -5,7 +5,7 @@ A task is named and set up by a *spec*, the same for `infini prepare` and for an
     TASK:N[,length=...][,depth=...][,seed=...][,filler=SET][,OPTION=...]
 
 N documents, their lengths in tokens. `filler=SET` hides the facts in the text of a prepared set in place of the paper's
-sentences.
+sentences, `filler=FILE` between the sentences of a text file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from data.files import read_text
 from data.prepared.shards import PreparedSet
+from data.synthetic.babilong import BABILONG
 from data.synthetic.base import FILLER, Generator, SyntheticDocument
+from data.synthetic.essay_filler import EssayFiller
 from data.synthetic.facts import FactsGenerator
 from data.synthetic.needles import NeedlesGenerator
 from data.synthetic.passkey import PasskeyGenerator
 from data.synthetic.recall import RecallGenerator
+from data.synthetic.ruler_niah import NIAH
+from data.synthetic.ruler_vt import VtGenerator
+from data.synthetic.ruler_words import CweGenerator, FweGenerator
 from data.synthetic.text_filler import TextFiller
 from data.synthetic.tracking import TrackingGenerator
 from data.synthetic.words import WordsGenerator
@@ -36,8 +42,15 @@ TASKS = {
     "words": WordsGenerator,
     "facts": FactsGenerator,
     "recall": RecallGenerator,
+    **NIAH,
+    "vt": VtGenerator,
+    "cwe": CweGenerator,
+    "fwe": FweGenerator,
+    **BABILONG,
 }
 
+TEXT_LIMIT = 1 << 28
+"""Bytes of a text file that is a filler: far above what essays have."""
 _MOST_OF_AN_OPTION = 10_000
 """Far above what a document of a million tokens holds of anything; generators make a list of it."""
 
@@ -82,6 +95,8 @@ class Spec:
             raise ValueError(f"unknown option {unknown[0]!r}")
         if "length" not in values:
             raise ValueError("length is missing")
+        if (needed := getattr(TASKS[task], "needs_filler", None)) and "filler" not in values:
+            raise ValueError(f"filler is missing: {task} needs {needed}; give a text file or a prepared set")
         return cls(text, task, count, values)
 
     @staticmethod
@@ -93,10 +108,17 @@ class Spec:
         return f"{task}:N,length=LO..HI{depth}[,seed=K]{filler}{own}, for instance {task}:500,length=512..16K"
 
 
+def is_text_file(filler: str) -> bool:
+    """Whether a filler is a text file, not a prepared set."""
+    return Path(filler).is_file()
+
+
 @lru_cache(maxsize=64)
 def _cached(task: str, tokenizer: Tokenizer, filler: str | None, split: str, options: tuple) -> Generator:
     arguments = dict(options)
-    if filler is not None:
+    if filler is not None and is_text_file(filler):
+        arguments["filler"] = EssayFiller(tokenizer.encode, read_text(filler, TEXT_LIMIT), filler)
+    elif filler is not None:
         source = PreparedSet(filler, split)
         if source.tokenizer_hash != tokenizer.hash:
             raise ValueError(f"filler {filler} was prepared with another tokenizer")
@@ -116,7 +138,7 @@ def build_generator(
 
     Args:
         options: of the task, see `task_options`.
-        filler: a prepared set whose text the facts are hidden in; None is the paper's sentences.
+        filler: a prepared set or a text file, whose text the facts are hidden in; None is the paper's sentences.
         split: of that set.
 
     Raises:

@@ -12,12 +12,13 @@ list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from data.prepared.questions import Question
+from data.synthetic.scoring import MatchAll, Written
 
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DIGITS = 5
@@ -41,13 +42,16 @@ class SyntheticDocument:
     """What can be asked once the facts that it needs have been read (see `data.prepared.questions`)."""
     key: str
     """Task, length asked for, depth and seed: names the document."""
+    written: Written | None = None
+    """How a benchmark scores what a model writes at the end; None where an answer is right when it is the one here."""
 
 
 class Generator(Protocol):
     """Makes the documents of one task with one tokenizer."""
 
     def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
-        """A document of `length` tokens (`words`: at most): a function of the arguments and the task's options alone.
+        """A document of `length` tokens (of words or needles alone: at most), of these arguments and the task's options
+        alone.
 
         Args:
             depth: where the fact that is asked first stands, 0 (beginning) to 1 (end), in tasks that have depths.
@@ -61,8 +65,8 @@ class Generator(Protocol):
 class Filler(Protocol):
     """What the facts are hidden in."""
 
-    def place(self, depth: float, room: int) -> int:
-        """Where a fact at `depth` of `room` tokens stands."""
+    def place(self, depth: float, room: int, seed: int) -> int:
+        """Where a fact at `depth` of `room` tokens stands, in the text of the same room and seed."""
         ...
 
     def tokens(self, room: int, seed: int, last_fact: int) -> list[int]:
@@ -71,17 +75,17 @@ class Filler(Protocol):
 
 
 class SentenceFiller:
-    """The paper's five sentences again and again; facts stand between whole repetitions.
+    """The paper's five sentences (or another text) again and again; facts stand between whole repetitions.
 
     What whole repetitions leave of the room is the end of one, behind the last fact. Without it, question and filler
     would stand in few positions of a segment (segments of 64 tokens and fillers of 24: in 8), and a model that has seen
     no others answers half as often in those.
     """
 
-    def __init__(self, tokenizer: Encoder) -> None:
-        self._tokens = tokenizer.encode(FILLER)
+    def __init__(self, tokenizer: Encoder, text: str = FILLER) -> None:
+        self._tokens = tokenizer.encode(text)
 
-    def place(self, depth: float, room: int) -> int:
+    def place(self, depth: float, room: int, seed: int) -> int:
         return round(depth * (room // len(self._tokens))) * len(self._tokens)
 
     def tokens(self, room: int, seed: int, last_fact: int) -> list[int]:
@@ -147,7 +151,7 @@ class FillerTask:
             task = key.partition("-")[0]
             raise ValueError(f"a {task} document has at least {fixed} tokens with this tokenizer, not {length}")
         room = length - fixed
-        places = [self._filler.place(depth, room) for depth in draft.depths]
+        places = [self._filler.place(depth, room, seed) for depth in draft.depths]
         text = self._filler.tokens(room, seed, places[-1])
         tokens, start, ends = list(introduction), 0, []
         for fact, place in zip(facts, places, strict=True):
@@ -174,6 +178,15 @@ def ask_tokens(tokenizer: Encoder, question: str, answer: str) -> tuple[list[int
     while lead < len(after) - 1 and not tokenizer.decode(after[: lead + 1]).strip():
         lead += 1
     return before + after, (len(before) + lead, len(before) + len(after))
+
+
+def with_match(
+    made: SyntheticDocument, tokenizer: Encoder, ask: Ask, new_tokens: int, references: Sequence[str]
+) -> SyntheticDocument:
+    """A document that ends with `ask`, scored as by RULER: `references` that are in what is written after it."""
+    question, answer = tokenizer.encode(ask.question), tokenizer.encode(ask.answer)
+    kept = len(made.tokens) - len(question) - len(answer)
+    return replace(made, written=MatchAll(kept, tuple(question), new_tokens, tuple(references)))
 
 
 def digits(rng: np.random.Generator, count: int = DIGITS) -> str:

@@ -32,7 +32,7 @@ ATTEMPTS = 100
 
 
 @dataclass
-class _Story:
+class Story:
     """What has happened so far."""
 
     facts: list[str] = field(default_factory=list)
@@ -52,14 +52,14 @@ class _Story:
             if holder == person:
                 self.visits[thing].append((place, len(self.facts) - 1))
 
-    def take(self, person: str, thing: str, verb: str) -> None:
-        self.facts.append(f" {person} {verb} the {thing}.")
+    def take(self, person: str, thing: str, verb: str, where: str = "") -> None:
+        self.facts.append(f" {person} {verb} the {thing}{where}.")
         if thing not in self.visits:  # from now on it is known where the thing is
             self.visits[thing] = [(self.place[person], len(self.facts) - 1)]
         self.holder[thing] = person
 
-    def drop(self, person: str, thing: str, verb: str) -> None:
-        self.facts.append(f" {person} {verb} the {thing}.")
+    def drop(self, person: str, thing: str, verb: str, where: str = "") -> None:
+        self.facts.append(f" {person} {verb} the {thing}{where}.")
         self.holder[thing] = None
 
 
@@ -105,8 +105,8 @@ class FactsGenerator(FillerTask):
         draft = Draft(INTRODUCTION, story.facts, sorted(rng.uniform(size=len(story.facts))), asks)
         return self.assemble(draft, length=length, seed=seed, key=f"facts-{self._task}-{length}-{seed}")
 
-    def _tell(self, rng: np.random.Generator) -> _Story:
-        story = _Story()
+    def _tell(self, rng: np.random.Generator) -> Story:
+        story = Story()
 
         def one(choices) -> str:
             return choices[int(rng.integers(len(choices)))]
@@ -130,7 +130,7 @@ class FactsGenerator(FillerTask):
             story.go(person, one([place for place in PLACES if place != story.place.get(person)]), one(GO))
         return story
 
-    def _asks(self, story: _Story) -> list[Ask]:
+    def _asks(self, story: Story) -> list[Ask]:
         if self._task == 1:
             return [
                 Ask(f" Question: Where is {person}? Answer:", f" {place}", story.last_move[person])

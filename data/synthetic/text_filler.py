@@ -24,7 +24,7 @@ class TextFiller:
         if len(self._ends) == 0 or self._ends[-1] == 0:
             raise ValueError(f"filler {source.path} has no text in its split {source.split}")
 
-    def place(self, depth: float, room: int) -> int:
+    def place(self, depth: float, room: int, seed: int) -> int:
         return round(depth * room)
 
     def tokens(self, room: int, seed: int, last_fact: int) -> list[int]:

@@ -12,6 +12,7 @@ The variables of the answer come in the order of their assignment.
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -56,15 +57,8 @@ class TrackingGenerator(FillerTask):
     def document(self, length: int, depth: float, seed: int) -> SyntheticDocument:
         """See `base.Generator`; `depth` is not used, the assignments stand anywhere."""
         rng = np.random.default_rng(seed)
-        names, values = self._draw(rng)
-        # Which chain each assignment in the text belongs to.
-        turns = rng.permutation(np.repeat(np.arange(self._chains), self._hops + 1)).tolist()
-        facts, done, ends = [], [0] * self._chains, [0] * self._chains
-        for place, chain in enumerate(turns):
-            own, step = names[chain], done[chain]
-            form = NEXT if step else FIRST
-            facts.append(form.format(name=own[step], before=own[step - 1], value=values[chain]))
-            done[chain], ends[chain] = step + 1, place
+        names, values = draw_chains(rng, self._chains, self._hops + 1, LETTERS, digits)
+        facts, ends = assignments(rng, names, values, FIRST, NEXT)
         asks = [
             Ask(QUESTION.format(value=value, count=len(own)), " " + " ".join(own), end)
             for value, own, end in zip(values, names, ends, strict=True)
@@ -72,14 +66,34 @@ class TrackingGenerator(FillerTask):
         draft = Draft(INTRODUCTION, facts, sorted(rng.uniform(size=len(facts))), asks)
         return self.assemble(draft, length=length, seed=seed, key=f"tracking-{length}-{seed}")
 
-    def _draw(self, rng: np.random.Generator) -> tuple[list[list[str]], list[str]]:
-        """Different names of every chain's variables, and different values."""
-        names: dict[str, None] = {}
-        while len(names) < self._chains * (self._hops + 1):
-            names["".join(rng.choice(list(string.ascii_uppercase), LETTERS))] = None
-        values: dict[str, None] = {}
-        while len(values) < self._chains:
-            values[digits(rng)] = None
-        each = self._hops + 1
-        flat = list(names)
-        return [flat[i * each : (i + 1) * each] for i in range(self._chains)], list(values)
+
+def draw_chains(
+    rng: np.random.Generator, chains: int, each: int, letters: int, draw_value: Callable[[np.random.Generator], str]
+) -> tuple[list[list[str]], list[str]]:
+    """Different names of every chain's `each` variables, and different values of the chains."""
+    names: dict[str, None] = {}
+    while len(names) < chains * each:
+        names["".join(rng.choice(list(string.ascii_uppercase), letters))] = None
+    values: dict[str, None] = {}
+    while len(values) < chains:
+        values[draw_value(rng)] = None
+    flat = list(names)
+    return [flat[i * each : (i + 1) * each] for i in range(chains)], list(values)
+
+
+def assignments(
+    rng: np.random.Generator, names: Sequence[Sequence[str]], values: Sequence[str], first: str, following: str
+) -> tuple[list[str], list[int]]:
+    """The assignments of all chains, each chain in order and the chains mixed, and where each chain's last one stands.
+
+    Args:
+        first, following: forms of an assignment, with `name`, `value` and `before`.
+    """
+    turns = rng.permutation(np.repeat(np.arange(len(names)), len(names[0]))).tolist()
+    facts, done, ends = [], [0] * len(names), [0] * len(names)
+    for place, chain in enumerate(turns):
+        own, step = names[chain], done[chain]
+        form = following if step else first
+        facts.append(form.format(name=own[step], before=own[step - 1], value=values[chain]))
+        done[chain], ends[chain] = step + 1, place
+    return facts, ends

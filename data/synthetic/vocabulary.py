@@ -13,6 +13,15 @@ NOUNS = tuple(
 )
 """Everyday nouns, each different in its first letters."""
 
+ADJECTIVES = tuple(
+    "able bold brave brief bright broad busy calm careful cheap clean clever cold curious dark deep distant "
+    "dry eager early fair famous fast fierce fine firm flat fresh full gentle gifted glad golden grand green "
+    "happy heavy helpful hollow honest humble keen kind large late lazy light lively long loud lucky mighty "
+    "modern narrow neat noble odd patient plain polite proud quick quiet rapid rare ready rich rough round "
+    "royal sad sharp shy silent simple slim slow small smooth soft solid steady steep strict strong sturdy "
+    "sudden sweet swift tall tame thick tidy tiny tough useful vast warm wide wild wise young".split()
+)
+
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _SYLLABLES = [consonant + vowel for vowel in _VOWELS for consonant in _CONSONANTS]
 CODED_WORDS = len(_SYLLABLES) ** 2

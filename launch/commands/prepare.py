@@ -30,13 +30,31 @@ sources:
   TASK:N,length=LO..HI[,seed=K][,OPTION=V ...]
                                N synthetic documents with questions; lengths in tokens (16K is 16,384) and options
                                drawn log-uniformly from LO..HI, or one value; tasks and their options:
-    passkey                    keys, questions, depth=A..B (0..1), filler=SET (a prepared set to hide the keys in, in
-                               place of the paper's sentences)
+    passkey                    keys, questions, depth=A..B (0..1), filler=SET (a prepared set, or a text file, to hide
+                               the keys in, in place of the paper's sentences)
     needles                    keys, values, queries, questions, depth, filler
     tracking                   chains, hops, questions, filler
     words                      none
     facts                      task (1 to 3), facts, questions, filler
     recall                     pairs, questions, digits, filler
+                               RULER's, with its templates; filler=FILE are the essays:
+    niah_single_1              depth
+    niah_single_2              depth, filler
+    niah_single_3              depth, filler
+    niah_multikey_1            depth, filler
+    niah_multikey_2            depth
+    niah_multikey_3            depth
+    niah_multivalue            depth, filler
+    niah_multiquery            depth, filler
+    vt                         chains, hops
+    cwe                        none
+    fwe                        none
+                               BABILong's, with its prompts; filler=FILE is the background text:
+    babilong_qa1               facts, filler
+    babilong_qa2               facts, filler
+    babilong_qa3               facts, filler
+    babilong_qa4               filler
+    babilong_qa5               facts, filler
                                texts, defaults and prompts: docs/synthetic_data.md
 
 example:

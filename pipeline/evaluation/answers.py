@@ -47,6 +47,8 @@ class Cell:
     """First tokens that all of them have in common with `beginning`; no answer is among them."""
     beginning: Document | None = None
     """Cells with the same one compute it together."""
+    writes: Callable[[int], Any] | None = None
+    """From the number of a document, what the model writes after its question (`pipeline.evaluation.written`)."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 from pipeline.evaluation import passkey, report
 from pipeline.evaluation.work import Work, own_sets
+from pipeline.inference.generate import Generator
+from pipeline.inference.memory_file import Identity
 from pipeline.inference.streaming import Document, Streamer, open_checkpoint
 from pipeline.parallel.setup import versions
 from pipeline.parallel.topology import Topology, initialize, on_main
@@ -127,7 +129,16 @@ def evaluate_checkpoint(
         "memory": {},
     }
     told = f"evaluating {config.name} step {results['step']}, tokens"
-    found = work.measure(streamer, lambda total: _progress(topology, total, told))
+    generator = None
+    if config.parallel.context > 1 or config.parallel.sequence_parallel:
+        if any(cell.writes is not None for task in work.tasks for cell in work.cells[task.spec]):
+            notes.append(
+                "what benchmarks score is left out: nothing is written with parallel.context or sequence_parallel"
+            )
+    elif tasks:
+        identity = Identity(asdict(config.model), reader.summary.sha256, tokenizer.hash)
+        generator = Generator(streamer, tokenizer, identity, reader.summary.vocab_size, reader=reader)
+    found = work.measure(streamer, lambda total: _progress(topology, total, told), generator)
     tokens = found.pop("tokens")
     results |= found
     if streamer.has_memory:

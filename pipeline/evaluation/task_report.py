@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,21 @@ from pipeline.reporting.console import print_table
 
 Results = dict[str, Any]
 
+BENCHMARK = "memory on, written, as the benchmark scores"
+
 
 def short_name(spec: str) -> str:
     """A spec as part of a file's name."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in spec)[:120].rstrip("_")
 
 
-def score_points(facts: Results, control: str, x: str) -> dict[str, list[plots.Score]]:
-    """Exact match against the axis `x`: a curve per setting of the other swept axes."""
+def score_points(facts: Results, control: str, x: str, measure: str = "exact_match") -> dict[str, list[plots.Score]]:
+    """Exact match (or another measure) against the axis `x`: a curve per setting of the other swept axes."""
     others = [name for name in facts["swept"] if name != x]
     curves: dict[str, list[plots.Score]] = {}
     for cell in facts["cells"]:
-        if cell["control"] == control:
-            point = plots.Score(
-                cell["settings"][x], cell["exact_match"], *cell["exact_match_interval"], cell["answers"]
-            )
+        if cell["control"] == control and measure in cell:
+            point = plots.Score(cell["settings"][x], cell[measure], *cell[f"{measure}_interval"], cell["answers"])
             curves.setdefault(label(cell["settings"], others), []).append(point)
     return curves
 
@@ -65,6 +66,8 @@ def plot_tasks(results: Results, folder: Path, way_names: dict[str, str]) -> dic
                 if not several or control == "on"
                 for name, points in score_points(facts, control, x).items()
             }
+            for name, points in score_points(facts, "on", x, "benchmark_score").items():
+                curves[f"{BENCHMARK}, {name}" if several else BENCHMARK] = points
             _draw(target, curves, title, x, capacity_marks(results["config"]["model"], x))
         images[f"task/{spec}"] = target
     return images
@@ -73,14 +76,24 @@ def plot_tasks(results: Results, folder: Path, way_names: dict[str, str]) -> dic
 def show_tasks(results: Results, console: Any, way_names: dict[str, str]) -> None:
     """A table per task."""
     for spec, facts in results["tasks"].items():
-        rows = []
+        rows, scored = [], any("benchmark_score" in cell for cell in facts["cells"])
         for cell in facts["cells"]:
-            low, high = cell["exact_match_interval"]
-            between = "-" if low is None else f"{low:.3f} to {high:.3f}"
+            between = _between(cell["exact_match_interval"])
             name = label(cell["settings"]) if cell["control"] == facts["controls"][0] else ""
             exact, tokens = f"{cell['exact_match']:.3f}", f"{cell['token_accuracy']:.3f}"
-            rows.append([name, way_names[cell["control"]], str(cell["answers"]), exact, between, tokens])
-        print_table(spec, rows, header=["", "", "n", "exact", "95 %", "tokens"], console=console)
+            row = [name, way_names[cell["control"]], str(cell["answers"]), exact, between, tokens]
+            if scored:
+                own = "benchmark_score" in cell
+                row += [f"{cell['benchmark_score']:.3f}" if own else "-"]
+                row += [_between(cell["benchmark_score_interval"]) if own else "-"]
+            rows.append(row)
+        header = ["", "", "n", "exact", "95 %", "tokens", *(["benchmark", "95 %"] if scored else [])]
+        print_table(spec, rows, header=header, console=console)
+
+
+def _between(interval: Sequence[float | None]) -> str:
+    low, high = interval
+    return "-" if low is None else f"{low:.3f} to {high:.3f}"
 
 
 def compare_tasks(names: list[str], results: list[Results], folder: Path, way_names: dict[str, str]) -> list[list[str]]:

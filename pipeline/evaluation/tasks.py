@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from data.synthetic import Generator, build_generator, task_options
+from data.synthetic import Generator, SyntheticDocument, build_generator, task_options
 from data.tokenizer.tokenizer import Tokenizer
 from pipeline.config.task_spec import Settings, Task
 from pipeline.evaluation.answers import CONTROLS, Cell, score
 from pipeline.evaluation.passkey import evaluation_seed
+from pipeline.evaluation.written import Writing, benchmark_score
 from pipeline.inference.streaming import Document, array_document
 
 
@@ -26,40 +28,57 @@ def task_cells(task: Task, tokenizer: Tokenizer, segment_length: int, seed: int)
         options = {name: int(settings[name]) for name in task_options(task.task) if name in settings}
         try:
             generator = build_generator(task.task, tokenizer, options, filler=task.filler, split="valid")
-            _document(task, settings, generator, seed, 0, tokenizer.begin_ids)
+            first = _made(task, settings, generator, seed, tokenizer.begin_ids, 0)
         except ValueError as error:
             raise ValueError(f"evaluate.tasks: {task.spec!r}: {error}") from None
 
-        def make(number: int, settings: Settings = settings, generator: Generator = generator) -> Document:
-            return _document(task, settings, generator, seed, number, tokenizer.begin_ids)
-
-        cells.append(Cell(make, task.documents, -(-(int(settings["length"]) - 1) // segment_length)))
+        made = partial(_made, task, settings, generator, seed, tokenizer.begin_ids)
+        writes = None if first.written is None else partial(_writing, made, tokenizer.begin_ids)
+        make = partial(_document, made, tokenizer.begin_ids)
+        cells.append(Cell(make, task.documents, -(-(int(settings["length"]) - 1) // segment_length), writes=writes))
     return cells
 
 
-def _document(
-    task: Task, settings: Settings, generator: Generator, seed: int, number: int, begin_ids: tuple[int, ...]
-) -> Document:
+def _made(
+    task: Task, settings: Settings, generator: Generator, seed: int, begin_ids: tuple[int, ...], number: int
+) -> SyntheticDocument:
     """Depends on the cell's own settings, not on the other cells of the spec."""
     named = ",".join(f"{name}={value}" for name, value in sorted(settings.items()))
     own = evaluation_seed(f"{seed} {task.task} {named} {number}")
     depth = settings.get("depth", float(np.random.default_rng([own, 3]).uniform()))
-    begin = len(begin_ids)
-    made = generator.document(int(settings["length"]) - begin, depth, own)
-    answers = [(start + begin, stop + begin) for start, stop in made.answers]
-    return array_document(made.key, np.array([*begin_ids, *made.tokens], dtype=np.int32), answers)
+    return generator.document(int(settings["length"]) - len(begin_ids), depth, own)
 
 
-def task_results(task: Task, counts: Sequence[np.ndarray], seed: int) -> dict[str, Any]:
+def _writing(made: Callable[[int], SyntheticDocument], begin_ids: tuple[int, ...], number: int) -> Writing:
+    document = made(number)
+    prompt = [*begin_ids, *document.tokens[: document.written.kept], *document.written.question]
+    return Writing(np.array(prompt, dtype=np.int64), document.written.new_tokens, document.written.score)
+
+
+def _document(made: Callable[[int], SyntheticDocument], begin_ids: tuple[int, ...], number: int) -> Document:
+    document, begin = made(number), len(begin_ids)
+    answers = [(start + begin, stop + begin) for start, stop in document.answers]
+    return array_document(document.key, np.array([*begin_ids, *document.tokens], dtype=np.int32), answers)
+
+
+def task_results(
+    task: Task, counts: Sequence[np.ndarray], written: Sequence[np.ndarray | None], seed: int
+) -> dict[str, Any]:
     """What a task's cells say.
+
+    Args:
+        counts: of `answers.measure`.
+        written: of `written.written_scores`.
 
     Returns:
         `task`, `filler`, `swept`, `axes`, `controls`, and `cells`: per cell and control its `settings`, `control` and
-        what `answers.score` says.
+        what `answers.score` says; with the memory on, what `written.benchmark_score` says.
     """
     cells = [
-        {"settings": settings, "control": control} | scores
-        for settings, found in zip(task.settings, counts, strict=True)
+        {"settings": settings, "control": control}
+        | scores
+        | ({} if own is None or control != "on" else benchmark_score(own, seed))
+        for settings, found, own in zip(task.settings, counts, written, strict=True)
         for c, control in enumerate(CONTROLS)
         if (scores := score(found[c], seed)) is not None
     ]

@@ -11,8 +11,9 @@ from data.synthetic import is_synthetic
 from data.tokenizer.tokenizer import Tokenizer
 from pipeline.config.schema import Config, EvaluateConfig
 from pipeline.config.task_spec import Task
-from pipeline.evaluation import answers, heldout, passkey
+from pipeline.evaluation import answers, heldout, passkey, written
 from pipeline.evaluation.tasks import task_cells, task_results
+from pipeline.inference.generate import Generator
 from pipeline.inference.streaming import Document, Streamer
 
 PASSKEY = "passkey"
@@ -66,8 +67,11 @@ class Work:
             return documents, source.eos_id
         return [cell.make(0) for own in self.cells.values() for cell in own], self.tokenizer.eos_id
 
-    def measure(self, streamer: Streamer, shown: Shown) -> dict[str, Any]:
+    def measure(self, streamer: Streamer, shown: Shown, generator: Generator | None = None) -> dict[str, Any]:
         """Run all of it; collective.
+
+        Args:
+            generator: the same model, to write what benchmarks score; None leaves that out.
 
         Returns:
             `tokens` that were run; `perplexity` by the path of the set: what `heldout.summarize` says, and
@@ -80,6 +84,8 @@ class Work:
         plans = {name: answers.plan(streamer, own) for name, own in self.cells.items()}
         total = sum(document.length - 1 for _, documents in self.held_out for document in documents)
         total += sum(own.tokens for own in plans.values())
+        writing = [] if generator is None else [cell for task in self.tasks for cell in self.cells[task.spec]]
+        total += written.tokens_to_read(writing, self.segment_length)
         results: dict[str, Any] = {"tokens": total, "perplexity": {}, "passkey": None, "tasks": {}}
         counts = {}
         with shown(total) as advance:
@@ -89,9 +95,13 @@ class Work:
                 results["perplexity"][str(source.path)] = heldout.summarize(sums, self.seed) | {"each_document": each}
             for name, own in plans.items():
                 counts[name] = answers.measure(streamer, own, self.tokenizer.eos_id, advance)
+            scores = written.written_scores(generator, writing, advance) if writing else []
         if self.rows:
             results["passkey"] = passkey.passkey_results(self.rows, counts[PASSKEY], self.segment_length, self.seed)
-        results["tasks"] = {task.spec: task_results(task, counts[task.spec], self.seed) for task in self.tasks}
+        for task in self.tasks:
+            count = len(self.cells[task.spec])
+            own, scores = scores[:count] or [None] * count, scores[count:]
+            results["tasks"][task.spec] = task_results(task, counts[task.spec], own, self.seed)
         return results
 
 

@@ -13,7 +13,7 @@ from data.files import place, read_bytes
 from data.preparation.sources.base import Encoded, Job, Loaded, Source, parse_size
 from data.prepared.manifest import MANIFEST
 from data.prepared.shards import PreparedSet
-from data.synthetic import Spec, SyntheticDocument, build_generator, task_options
+from data.synthetic import TASKS, TEXT_LIMIT, Spec, SyntheticDocument, build_generator, is_text_file, task_options
 from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
 
 _BYTES = byte_tokenizer()
@@ -78,10 +78,13 @@ class SyntheticSource(Source):
             for corner in (0, 1):
                 build_generator(self._task, _BYTES, {name: ends[corner] for name, ends in self._options.items()})
             if self._filler is not None:
-                PreparedSet(self._filler).close()
-                # A manifest has the hashes of everything in its set.
-                manifest = read_bytes(place(self._filler) / MANIFEST)
-                self.digests[f"filler={self._filler}"] = hashlib.sha256(manifest).hexdigest()
+                if is_text_file(self._filler):
+                    known = read_bytes(place(self._filler), TEXT_LIMIT)
+                else:
+                    PreparedSet(self._filler).close()
+                    # A manifest has the hashes of everything in its set.
+                    known = read_bytes(place(self._filler) / MANIFEST)
+                self.digests[f"filler={self._filler}"] = hashlib.sha256(known).hexdigest()
         except ValueError as error:
             raise ValueError(f"source {spec!r}: {error}; valid is {Spec.usage(self._task)}") from None
 
@@ -122,10 +125,11 @@ class SyntheticSource(Source):
             yield SyntheticJob(name, length, self._task, length - 1, depth, seed, options, self._filler)
 
     def sample_jobs(self) -> Iterator[Job]:
-        """Documents of some 4K characters: the words of long ones are no others."""
+        """Documents of some 4K characters, or what a task needs: the words of long ones are no others."""
+        length = getattr(TASKS[self._task], "sample_length", 4096)
         for number in range(self._count):
             _, depth, seed, options = self._draw(number)
-            yield SyntheticJob(f"{self.spec}#{number}", 4096, self._task, 4096, depth, seed, options, self._filler)
+            yield SyntheticJob(f"{self.spec}#{number}", length, self._task, length, depth, seed, options, self._filler)
 
     def check(self, tokenizer: Tokenizer) -> None:
         try:
