@@ -62,13 +62,13 @@ def _document(made: Callable[[int], SyntheticDocument], begin_ids: tuple[int, ..
 
 
 def task_results(
-    task: Task, counts: Sequence[np.ndarray], written: Sequence[np.ndarray | None], seed: int
+    task: Task, counts: Sequence[np.ndarray], seed: int, written: Sequence[np.ndarray | None] = ()
 ) -> dict[str, Any]:
     """What a task's cells say.
 
     Args:
         counts: of `answers.measure`.
-        written: of `written.written_scores`.
+        written: of `written.written_scores`; empty where the model did not write.
 
     Returns:
         `task`, `filler`, `swept`, `axes`, `controls`, and `cells`: per cell and control its `settings`, `control` and
@@ -78,7 +78,7 @@ def task_results(
         {"settings": settings, "control": control}
         | scores
         | ({} if own is None or control != "on" else benchmark_score(own, seed))
-        for settings, found, own in zip(task.settings, counts, written, strict=True)
+        for settings, found, own in zip(task.settings, counts, written or [None] * len(counts), strict=True)
         for c, control in enumerate(CONTROLS)
         if (scores := score(found[c], seed)) is not None
     ]

@@ -100,8 +100,8 @@ class Work:
             results["passkey"] = passkey.passkey_results(self.rows, counts[PASSKEY], self.segment_length, self.seed)
         for task in self.tasks:
             count = len(self.cells[task.spec])
-            own, scores = scores[:count] or [None] * count, scores[count:]
-            results["tasks"][task.spec] = task_results(task, counts[task.spec], own, self.seed)
+            results["tasks"][task.spec] = task_results(task, counts[task.spec], self.seed, scores[:count])
+            scores = scores[count:]
         return results
 
 
