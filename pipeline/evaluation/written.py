@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluation.answers import Cell
-from pipeline.evaluation.intervals import ratio_intervals, resample_counts
+from pipeline.evaluation.intervals import ratio_intervals, resample_counts, wilson_interval
 from pipeline.inference.generate import Generator
 
 
@@ -67,6 +67,10 @@ def written_scores(
 
 
 def benchmark_score(scores: np.ndarray, seed: int) -> dict[str, Any]:
-    """`benchmark_score`, the mean, and its 95 % `benchmark_score_interval` from a bootstrap over documents."""
-    interval = ratio_intervals(scores, np.ones(len(scores)), resample_counts(len(scores), seed))
-    return {"benchmark_score": float(scores.mean()), "benchmark_score_interval": interval.tolist()}
+    """`benchmark_score`, the mean, and its 95 % `benchmark_score_interval`: Wilson's where every score is 0 or 1 (and the
+    resamples of a mean at an end would all be alike), else from a bootstrap over documents."""
+    if np.isin(scores, (0, 1)).all():
+        interval = list(wilson_interval(int(scores.sum()), len(scores)))
+    else:
+        interval = ratio_intervals(scores, np.ones(len(scores)), resample_counts(len(scores), seed)).tolist()
+    return {"benchmark_score": float(scores.mean()), "benchmark_score_interval": interval}

@@ -11,7 +11,7 @@ from data.tokenizer.tokenizer import byte_tokenizer
 from pipeline.config.task_spec import Task
 from pipeline.evaluation.answers import CONTROLS, COUNTS
 from pipeline.evaluation.tasks import task_cells, task_results
-from pipeline.evaluation.written import written_scores
+from pipeline.evaluation.written import benchmark_score, written_scores
 
 BYTES = byte_tokenizer()
 
@@ -52,6 +52,11 @@ def test_copies_share_the_documents_and_words_in_the_text_count(tmp_path):
     on = [cell for cell in results["cells"] if "benchmark_score" in cell]
     assert [cell["control"] for cell in on] == ["on", "on"]
     assert [cell["benchmark_score"] for cell in on] == pytest.approx([0.25, 0.25])
+
+
+def test_no_hits_are_no_certainty():
+    low, high = benchmark_score(np.zeros(12), 1)["benchmark_score_interval"]
+    assert low == pytest.approx(0) and high == pytest.approx(3.8415 / (12 + 3.8415), rel=1e-3)  # Wilson at 0 of 12
 
 
 def test_other_tasks_are_not_written():
