@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,8 @@ def open_backend(definition: bytes, where: str) -> Any:
     """
     from tokenizers import Tokenizer as Backend
 
+    # Texts are encoded one at a time: a pool of threads would stand idle in every rank, and not survive a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if len(definition) > TOKENIZER_LIMIT:
         raise FileError(f"the tokenizer.json in {where} has more than {TOKENIZER_LIMIT:,} bytes")
     parsed = decode_json(definition, dict[str, Any], f"the tokenizer.json in {where}")

@@ -112,8 +112,9 @@ class Tokenizer:
         return whole == [token for piece in _PROBE for token in self._encode_piece(piece)]
 
     def _encode_piece(self, text: str) -> list[int]:
+        # `encode` gives the same ids, and spends a quarter of its time on where in the text each token stands.
         with library(self._where):
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end token."""

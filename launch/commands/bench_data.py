@@ -1,4 +1,4 @@
-"""`infini bench data`: preparing text and reading it back, against plain `tokenizers` and webdataset."""
+"""`infini bench data`: preparing text and reading it back, against plain `tokenizers`, Megatron-LM and webdataset."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from pipeline.benchmarks.alternating import Spread
     from pipeline.benchmarks.data_rates import Text, Timed, Window
 
-HELP = "infini prepare against plain tokenizers, the lane loader against webdataset"
-QUICK = {"megabytes": 1, "vocab": 512, "processes": [1], "rounds": 1, "windows": 8}
+HELP = "infini prepare against plain tokenizers and Megatron-LM, the lane loader against webdataset"
+QUICK = {"megabytes": 1, "vocab": 512, "processes": [1], "rounds": 1, "windows": 8, "times": 2}
+PARTS = 4
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1, 2],
         metavar="N",
-        help="encoding processes of prepare, and threads of tokenizers (1 2)",
+        help="encoding processes of prepare and Megatron-LM, threads of tokenizers (1 2)",
+    )
+    parser.add_argument(
+        "--times",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="of the text, repeated so often, for the memory at two sizes (%(default)s)",
     )
     parser.add_argument("--lanes", type=positive_int, default=8, metavar="G", help="of the loader (%(default)s)")
     parser.add_argument(
@@ -67,6 +75,8 @@ def measure(args: argparse.Namespace, note: Note) -> None:
             "in each of which all run, in an order that turns and reverses; medians, in brackets the quartiles."
         )
         prepared = _prepare(args, note, text, folder)
+        _grow(args, note, text, folder)
+        _join(args, note, text, folder)
         window = Window(args.lanes, args.segments, args.segment_length)
         read = _read(args, note, window, folder / "set")
     _draw(note.picture("rates"), prepared, read)
@@ -80,19 +90,18 @@ def _turns(args: argparse.Namespace, contestants: Mapping[str, Callable[[], Time
 
 
 def _prepare(args: argparse.Namespace, note: Note, text: Text, folder: Path) -> dict[str, Spread]:
-    from pipeline.benchmarks.data_rates import rates, ratios, run_prepare, run_tokenizers
-    from pipeline.benchmarks.measuring import in_fresh_process
+    from pipeline.benchmarks.data_rates import rates, ratios
 
-    tokenizer, out, contestants = str(folder / "set"), folder / "out", {}
+    contestants = {}
     for count in args.processes:
-        contestants[f"infini prepare, {count}"] = partial(in_fresh_process, run_prepare, text, out, tokenizer, count)
-        contestants[f"tokenizers, {count}"] = partial(in_fresh_process, run_tokenizers, text, tokenizer, count)
+        contestants |= _contestants(text, folder, count)
     runs = _turns(args, contestants)
     note.text("## Preparing")
     note.text(
         "`infini prepare` reads, encodes, and writes shards and index, hashed and synced, with so many processes. "
-        "`tokenizers` reads the same lines and encodes them as one batch on so many threads; it writes nothing. The "
-        "tokenizer is the same and there already."
+        "`tokenizers` reads the same lines and encodes them as one batch on so many threads; it writes nothing. "
+        "Megatron-LM is its `tools/preprocess_data.py` with so many workers: a pool that encodes line by line, and "
+        "megatron-core's `IndexedDatasetBuilder`, without hashes. The tokenizer is the same and there already."
     )
     rows = []
     for name in contestants:
@@ -107,6 +116,52 @@ def _prepare(args: argparse.Namespace, note: Note, text: Text, folder: Path) -> 
         rows.append([name, rate.in_words(",.0f"), f"{megabytes:,.2f}", share.in_words(".2f")])
     note.table(["what, processes or threads", "tokens/s", "MB/s of text", "x tokenizers"], rows)
     return {name: rates(runs[name]) for name in contestants}
+
+
+def _contestants(text: Text, folder: Path, count: int) -> dict[str, Callable[[], Timed]]:
+    from pipeline.benchmarks.data_rates import run_megatron, run_prepare, run_tokenizers
+    from pipeline.benchmarks.measuring import in_fresh_process
+
+    tokenizer, out = str(folder / "set"), folder / "out"
+    return {
+        f"infini prepare, {count}": partial(in_fresh_process, run_prepare, text, out, tokenizer, count),
+        f"tokenizers, {count}": partial(in_fresh_process, run_tokenizers, text, tokenizer, count),
+        f"Megatron-LM, {count}": partial(in_fresh_process, run_megatron, text, folder / "megatron", tokenizer, count),
+    }
+
+
+def _grow(args: argparse.Namespace, note: Note, text: Text, folder: Path) -> None:
+    from pipeline.benchmarks.alternating import spread
+    from pipeline.benchmarks.data_rates import repeat_text
+
+    more = repeat_text(text, folder / "more.jsonl", args.times)
+    note.text("## Memory")
+    note.text(
+        "By how much the resident set of the process that was started grows at most, encoding children (of Megatron-LM "
+        f"one, of the others none) aside: for the text, and for {args.times} times the text, {more.bytes / 1e6:.1f} MB."
+    )
+    rows = []
+    for name, small in _contestants(text, folder, 1).items():
+        kind = name.split(", ")[0]
+        grown = [found().growth_bytes for found in (small, _contestants(more, folder, 1)[name])]
+        for amount, size in zip(grown, (text.bytes, more.bytes), strict=True):
+            note.number("grown", "bytes", spread([amount]), part="prepare", kind=kind, text_bytes=size)
+        rows.append([kind, *(f"{amount / 1e6:.1f}" for amount in (*grown, grown[1] - grown[0]))])
+    note.table(["what", "MB", f"MB, {args.times} x the text", "difference"], rows)
+
+
+def _join(args: argparse.Namespace, note: Note, text: Text, folder: Path) -> None:
+    from pipeline.benchmarks.data_rates import prepare_in_parts, rates, run_join
+
+    prepare_in_parts(text, folder / "joined", str(folder / "set"), PARTS)
+    runs = _turns(args, {"join": partial(run_join, folder / "joined", 1)})["join"]
+    rate = rates(runs)
+    note.number("joined_per_second", "tokens/s", rate, part="join")
+    note.text("## Joining")
+    note.text(
+        f"`infini prepare --join` of {PARTS} parts, one process: {rate.in_words(',.0f')} tokens/s. It reads them, "
+        "compares every document with its hash, and writes shards, index and manifest, hashed and synced."
+    )
 
 
 def _read(args: argparse.Namespace, note: Note, window: Window, folder: Path) -> dict[str, Spread]:

@@ -1,9 +1,11 @@
-"""How fast text becomes a prepared set, and how fast a set is read: against the libraries that lie below."""
+"""How fast text becomes a prepared set, at which peak of memory, and how fast a set is read: against the libraries that
+lie below, and against Megatron-LM's way of preparing."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,9 +15,11 @@ from pathlib import Path
 from data.config import DataConfig, SetConfig
 from data.lanes.loader import build_loader
 from data.preparation.options import PrepareOptions
-from data.preparation.prepare import prepare
+from data.preparation.prepare import join_parts, prepare, prepare_parts
 from data.prepared.shards import PreparedSet
+from data.tokenizer.tokenizer import load_tokenizer
 from pipeline.benchmarks.alternating import Spread, order_of_round, spread
+from pipeline.benchmarks.measuring import peak_growth
 
 PACKAGES = ("torch", "transformers", "numpy", "megatron", "deepspeed")
 """Whose Python source is the text: real text, and no download."""
@@ -30,6 +34,15 @@ class Text:
     documents: int
     bytes: int
     """Of the documents' text, in UTF-8."""
+
+
+def repeat_text(text: Text, path: Path, times: int) -> Text:
+    """The same documents, so many times one after the other."""
+    contents = text.path.read_bytes()
+    with open(path, "wb") as file:
+        for _ in range(times):
+            file.write(contents)
+    return Text(path, times * text.documents, times * text.bytes)
 
 
 def write_text(path: Path, wanted_bytes: int) -> Text:
@@ -68,6 +81,8 @@ class Timed:
 
     seconds: float
     tokens: int
+    growth_bytes: int = 0
+    """By how much the process's resident set grew at most; its children's is not in it."""
 
 
 def take_turns(
@@ -99,9 +114,33 @@ def options(tokenizer: str) -> PrepareOptions:
 
 def run_prepare(text: Text, out: Path, tokenizer: str, processes: int) -> Timed:
     """`infini prepare`: read, encode, check, write shards and index with their hashes, sync them."""
-    start = time.perf_counter()
+    grown, start = peak_growth(), time.perf_counter()
     prepared = prepare([str(text.path)], out, options(tokenizer), processes=processes, overwrite=True)
-    return Timed(time.perf_counter() - start, sum(split.tokens for split in prepared.manifest.splits.values()))
+    tokens = sum(split.tokens for split in prepared.manifest.splits.values())
+    return Timed(time.perf_counter() - start, tokens, grown())
+
+
+def prepare_in_parts(text: Text, out: Path, tokenizer: str, parts: int) -> None:
+    """What `run_join` joins: the text's parts, of one document at least each."""
+    files = _split(text, out.with_suffix(".texts"), parts)
+    prepare_parts(list(map(str, files)), out, options(tokenizer), range(1, parts + 1), parts)
+
+
+def _split(text: Text, folder: Path, parts: int) -> list[Path]:
+    folder.mkdir()
+    lines = text.path.read_bytes().splitlines(keepends=True)
+    files = [folder / f"{number}.jsonl" for number in range(parts)]
+    for number, file in enumerate(files):
+        file.write_bytes(b"".join(lines[number * len(lines) // parts : (number + 1) * len(lines) // parts]))
+    return files
+
+
+def run_join(out: Path, processes: int) -> Timed:
+    """`infini prepare --join`: read the parts, compare every document with its hash, write one set."""
+    grown, start = peak_growth(), time.perf_counter()
+    joined = join_parts(out, processes=processes, overwrite=True)
+    tokens = sum(split.tokens for split in joined.manifest.splits.values())
+    return Timed(time.perf_counter() - start, tokens, grown())
 
 
 def run_tokenizers(text: Text, tokenizer: str, threads: int) -> Timed:
@@ -113,12 +152,52 @@ def run_tokenizers(text: Text, tokenizer: str, threads: int) -> Timed:
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer" / "tokenizer.json"))
-    start = time.perf_counter()
+    grown, start = peak_growth(), time.perf_counter()
     with open(text.path, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
     tokens = sum(len(one.ids) for one in encoded)
-    return Timed(time.perf_counter() - start, tokens)
+    return Timed(time.perf_counter() - start, tokens, grown())
+
+
+class MegatronEncoder:
+    """The `Encoder` of Megatron-LM's `tools/preprocess_data.py`: one document at a time, in a pool's process."""
+
+    def __init__(self, definition: Path, eod: int) -> None:
+        self.definition, self.eod = definition, eod
+
+    def initializer(self) -> None:
+        from tokenizers import Tokenizer
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        MegatronEncoder.backend = Tokenizer.from_file(str(self.definition))
+
+    def encode(self, line: str) -> tuple[list[int], list[int], int]:
+        ids = MegatronEncoder.backend.encode(json.loads(line)["text"], add_special_tokens=False).ids
+        if ids:
+            ids.append(self.eod)  # --append-eod
+        return ids, [len(ids)], len(line)
+
+
+def run_megatron(text: Text, out: Path, tokenizer: str, workers: int) -> Timed:
+    """Megatron-LM's `tools/preprocess_data.py --append-eod --workers N`, with megatron-core's own builder: a pool of
+    encoders, whose documents go into one `.bin` and `.idx`, without hashes.
+
+    Source: github.com/NVIDIA/Megatron-LM, `Partition.process_json_file`; the order of its calls, not its text.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    known, tokens = load_tokenizer(tokenizer), 0
+    encoder = MegatronEncoder(Path(tokenizer) / "tokenizer" / "tokenizer.json", known.eos_id)
+    builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(known.vocab_size))
+    grown, start = peak_growth(), time.perf_counter()
+    context = multiprocessing.get_context("fork")
+    with open(text.path, encoding="utf-8") as file, context.Pool(workers, encoder.initializer) as pool:
+        for ids, lengths, _ in pool.imap(encoder.encode, file, 32):
+            builder.add_document(ids, lengths)
+            tokens += len(ids)
+    builder.finalize(f"{out}.idx")
+    return Timed(time.perf_counter() - start, tokens, grown())
 
 
 @dataclass(frozen=True)

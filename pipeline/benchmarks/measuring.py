@@ -32,7 +32,7 @@ def timed(function: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
         `wall_s` and `cpu_s` (of this process) of the quickest run each, and `rss_bytes`, by how much the resident set
         grew at most; the process must never have been larger than it is at the start.
     """
-    before = psutil.Process().memory_info().rss
+    grown = peak_growth()
     runs = []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -41,13 +41,22 @@ def timed(function: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
     return {
         "wall_s": min(wall for wall, _ in runs),
         "cpu_s": min(cpu for _, cpu in runs),
-        "rss_bytes": peak_rss_bytes() - before,
+        "rss_bytes": grown(),
     }
 
 
 def peak_rss_bytes() -> int:
     """Largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_growth() -> Callable[[], int]:
+    """A function that says by how many bytes the resident set has grown at most since this call.
+
+    The process must never have been larger than it is now.
+    """
+    before = psutil.Process().memory_info().rss
+    return lambda: max(peak_rss_bytes() - before, 0)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -130,21 +130,26 @@ def test_data(pools, tmp_path):
     assert numbers(record, "times_tokenizers", kind="infini prepare") == [ours[0] / theirs[0]]
     assert numbers(record, "times_tokenizers", kind="tokenizers") == [1]
     assert len(numbers(record, "times_webdataset")) == 3
+    assert len(numbers(record, "grown", part="prepare")) == 6 and len(numbers(record, "joined_per_second")) == 1
     assert "1.0 MB of text" in note
 
 
 def test_both_sides_of_data_handle_the_same_tokens(pools, tmp_path):
     """A rate is of tokens: prepare writes, plain tokenizers encode and webdataset reads the same ones."""
-    made, encoded, read, documents = pools.run(1, tokens_of_data, folder=tmp_path)[0]
-    assert made == encoded + documents == read  # each document ends with the end token
+    made, encoded, read, documents, megatrons, joined = pools.run(1, tokens_of_data, folder=tmp_path)[0]
+    assert made == encoded + documents == read == megatrons == joined  # each document ends with the end token
 
 
-def tokens_of_data(folder: Path) -> tuple[int, int, int, int]:
+def tokens_of_data(folder: Path) -> tuple[int, ...]:
     text = data_rates.write_text(folder / "text.jsonl", 200_000)
     data_rates.prepare([str(text.path)], folder / "set", data_rates.options("train:300"))
     made = data_rates.run_prepare(text, folder / "out", str(folder / "set"), 1)
     encoded = data_rates.run_tokenizers(text, str(folder / "set"), 1)
-    return made.tokens, encoded.tokens, data_rates.run_webdataset(folder / "out").tokens, text.documents
+    read = data_rates.run_webdataset(folder / "out")
+    megatrons = data_rates.run_megatron(text, folder / "megatron", str(folder / "set"), 1)
+    data_rates.prepare_in_parts(text, folder / "joined", str(folder / "set"), 2)
+    joined = data_rates.run_join(folder / "joined", 1)
+    return made.tokens, encoded.tokens, read.tokens, text.documents, megatrons.tokens, joined.tokens
 
 
 def test_overhead(pools, tmp_path):
