@@ -3,7 +3,7 @@
     python -m tests.s3_server FOLDER PORT
 
 A file `FAULTS` in the folder orders what goes wrong from now on, a word a line: `throttle` answers every request with
-503 SlowDown, `short` breaks off every answer with data in its middle.
+503 SlowDown, `read-only` every one that writes, `short` breaks off every answer with data in its middle.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         self.faults = set()
         with contextlib.suppress(FileNotFoundError):
             self.faults = set((self.root / FAULTS).read_text().split())
-        if "throttle" in self.faults:
+        if "throttle" in self.faults or ("read-only" in self.faults and self.command in ("PUT", "POST", "DELETE")):
             self._error(503, "SlowDown")
             return None
         parts = urlsplit(self.path)

@@ -10,7 +10,7 @@ and rename it when all is on the disk: the old contents or the new ones, never h
 removed that was not made here.
 
 Stores. What is read may also lie in an object store (`s3://bucket/set`, see `data.files.store`): `place` makes a path
-of such a name, and everything here that reads takes it. What is written here goes to the disk.
+of such a name, and everything here that reads takes it, as does `write_whole`. All else here writes to the disk.
 """
 
 from __future__ import annotations
@@ -343,14 +343,18 @@ def writing(path: Path | str) -> Iterator[BinaryIO]:
         raise
 
 
-def write_whole(path: Path | str, contents: bytes | str) -> None:
-    """Write a file so that it is either the old one or all of the new one.
+def write_whole(path: Place | str, contents: bytes | str) -> None:
+    """Write a file, or a store's object, so that it is either the old one or all of the new one.
 
     Raises:
-        OSError: the disk would not have it.
+        OSError: the disk, or the store, would not have it.
     """
+    contents = contents.encode("utf-8") if isinstance(contents, str) else contents
+    if isinstance(path, StorePath):
+        path.write(contents)
+        return
     with writing(path) as file:
-        file.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
+        file.write(contents)
 
 
 @contextlib.contextmanager

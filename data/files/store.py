@@ -1,9 +1,12 @@
-"""Files in an object store, under names such as `s3://bucket/sets/books`: read through fsspec, which knows the stores.
+"""Files in an object store, under names such as `s3://bucket/sets/books`: through fsspec, which knows the stores.
 
 A store fails in ways that a disk does not: it throttles, times out, breaks off in the middle of an answer, and is well
 again a minute later. So every request is repeated with growing pauses until it succeeds, or until a patience is at its
 end; then the error names the object, the range, and what was said last. What waiting cannot mend (no such object, no
 permission, no driver) is said at once.
+
+An object appears whole or not at all, whoever is killed meanwhile; there is no renaming. Several objects that belong
+together therefore count once one of them, written last, says so.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from data.files.messages import FileError, shown
@@ -30,6 +35,8 @@ PATIENCE_S = 120.0
 """Unless it says something else: well below `resilience.hang_timeout_s`, so that the store is named, not the rank."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _CHUNK_BYTES = 8 << 20
+_READERS = 8
+"""Requests under way for one large range."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DRIVERS = {
     "s3": "s3fs",
@@ -44,6 +51,8 @@ _ONCE = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 10
 _OPTIONS = {"s3": _ONCE, "s3a": _ONCE}
 """s3fs repeats a request five times and botocore each of them again, a minute or more in which nobody hears a word. Who
 repeats, and for how long, is decided here alone."""
+_TRIES_OF_A_PART = 5
+"""Except for the parts of an object that is uploaded: one that fails must not cost all the others."""
 _FOR_GOOD = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidRegionError")
 """Errors of botocore that no waiting mends, by their class, which need not be installed."""
 
@@ -58,13 +67,19 @@ def is_store(path: object) -> bool:
 
 
 @functools.cache
-def _filesystem(scheme: str, process: int) -> Any:
-    """fsspec's file system, one for each process (its threads do not outlive a fork)."""
+def _filesystem(scheme: str, process: int, tries: int = 1) -> Any:
+    """fsspec's file system, one for each process (its threads do not outlive a fork).
+
+    Args:
+        tries: s3fs's own for each request.
+    """
     import fsspec
 
     try:
         # A listing that was kept would hide what another machine has written since.
-        filesystem = fsspec.filesystem(scheme, use_listings_cache=False, **_OPTIONS.get(scheme, {}))
+        # Kept here, not by fsspec, which would give one of other tries.
+        options = {"use_listings_cache": False, "skip_instance_cache": True} | _OPTIONS.get(scheme, {})
+        filesystem = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         driver = _DRIVERS.get(scheme)
         advice = f"`pip install {driver}` brings it" if driver else str(error)
@@ -72,7 +87,7 @@ def _filesystem(scheme: str, process: int) -> Any:
     except ValueError as error:
         raise ValueError(f"{scheme}:// is no store that fsspec knows: {error}") from None
     if scheme in _OPTIONS:
-        filesystem.retries = 1
+        filesystem.retries = tries
     return filesystem
 
 
@@ -104,7 +119,9 @@ def patiently(what: str, request: Callable[[], T], *, sleep: Callable[[float], N
         tries += 1
         try:
             answer = request()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError):
+        except (FileNotFoundError, PermissionError) as error:
+            raise type(error)(f"{what}: {error}") from error
+        except (IsADirectoryError, NotADirectoryError, ValueError, TypeError):
             raise
         except Exception as error:  # drivers raise what their own libraries raise
             if type(error).__name__ in _FOR_GOOD:
@@ -255,6 +272,67 @@ class StorePath:
             return data
 
         return patiently(f"{self} (bytes {start:,} to {stop:,})", request) if stop > start else b""
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` with the bytes from `start` on; a large range comes in several requests at a time.
+
+        Raises:
+            FileNotFoundError, StoreError: as `read`; that of the first part that cannot be had.
+        """
+
+        def fetch(at: int) -> None:
+            stop = min(at + _CHUNK_BYTES, len(buffer))
+            buffer[at:stop] = self.read(start + at, start + stop)
+
+        pieces = range(0, len(buffer), _CHUNK_BYTES)
+        if len(pieces) == 1:
+            return fetch(0)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="store") as threads:
+            for _ in threads.map(fetch, pieces):
+                pass
+
+    def write(self, contents: bytes) -> None:
+        """Make the object, or replace it.
+
+        Raises:
+            PermissionError, FileNotFoundError (no such bucket), StoreError: as `patiently`.
+        """
+        filesystem = self.filesystem
+        patiently(f"{self} (writing)", lambda: filesystem.pipe_file(self.key, contents))
+
+    def upload(self, file: Path) -> None:
+        """Make the object of a file on the disk, or replace it; a large one goes in parts.
+
+        Raises:
+            OSError: the file cannot be read.
+            PermissionError, FileNotFoundError (no such bucket), StoreError: as `patiently`; also where the store has
+                not so many bytes afterwards.
+        """
+        size = file.stat().st_size
+        filesystem = _filesystem(self._scheme, os.getpid(), _TRIES_OF_A_PART)
+
+        def request() -> None:
+            filesystem.put_file(str(file), self.key)
+            if (there := filesystem.info(self.key)["size"]) != size:
+                raise OSError(f"{there:,} of {size:,} bytes arrived")
+
+        patiently(f"{self} (uploading)", request)
+
+    def remove(self) -> None:
+        """Remove the object; nothing where there is none.
+
+        Raises:
+            PermissionError, StoreError: as `patiently`.
+        """
+        filesystem = self.filesystem
+
+        def request() -> None:
+            try:
+                filesystem.rm_file(self.key)
+            except FileNotFoundError:
+                pass
+
+        patiently(f"{self} (removing)", request)
 
     def open(self) -> io.BufferedReader:
         """The object from beginning to end, in large pieces; it can be sought in.

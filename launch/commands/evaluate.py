@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from data.files import is_store, place
 from launch.arguments import count, port, positive_int, processes
 
 
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
     world_size = join_world(args.master_port)
     run_rank(lambda: _check(args, world_size), None)
-    return run_rank(lambda: _evaluate(args), Path(args.run_dirs[0]))
+    first = place(args.run_dirs[0])
+    return run_rank(lambda: _evaluate(args), first if isinstance(first, Path) else Path(args.out))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -88,6 +90,8 @@ def _sort_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--all-checkpoints is for one run, and without --checkpoint: leave it out for the others")
     if args.passkey and args.no_passkey:
         raise ValueError("--passkey and --no-passkey contradict each other: leave one of them out")
+    if args.out is None and any(map(is_store, args.run_dirs)):
+        raise ValueError("results are written to a disk: with a run in a store give their folder with --out DIR")
     if args.no_passkey and args.no_perplexity:
         raise ValueError("--no-passkey and --no-perplexity together leave nothing to evaluate")
 
@@ -128,7 +132,7 @@ def _check(args: argparse.Namespace, world_size: int) -> None:
     if args.lm_eval is not None:
         return  # it goes by the checkpoint's own configuration, and an import has no other
     for run_dir in args.run_dirs:
-        evaluation_config(Path(run_dir), args.overrides, world_size)
+        evaluation_config(place(run_dir), args.overrides, world_size)
 
 
 def _start(args: argparse.Namespace) -> int:

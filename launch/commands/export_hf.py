@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from data.files import place
 from launch.commands.terminal import visible
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -19,7 +20,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the code of the model with its memory (from_pretrained(DIR, trust_remote_code=True)). Reads and writes one "
         "tensor at a time.",
     )
-    parser.add_argument("source", metavar="CHECKPOINT", type=Path, help="checkpoint folder, or a run's (its newest)")
+    parser.add_argument(
+        "source", metavar="CHECKPOINT", type=place, help="checkpoint folder, or a run's (its newest); also in a store"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
     parser.add_argument(
         "--plain", action="store_true", help="leave the memory out: an ordinary Llama or Qwen without code of its own"

@@ -64,15 +64,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from data.files import StorePath, is_there, place
+    from data.files import is_there, place
 
     folder = place(args.folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} {'is not a folder' if is_there(folder) else 'does not exist'}")
-    if isinstance(folder, StorePath):
-        if not _is_prepared_set(folder):
-            raise ValueError(f"{folder} is no prepared set: nothing else is read from a store")
-        return _inspect_prepared_set(folder, args)
     for kind in KINDS:
         if kind.recognises(folder):
             given = [name for name in ("segment_length", "config", "plot") if getattr(args, name) is not None]

@@ -14,7 +14,7 @@ from pipeline.config.schema import Config
 
 def find_tokenizer(
     reader: CheckpointReader, config: Config, given: str | Path | None, notes: list[str]
-) -> tuple[Path, Tokenizer]:
+) -> tuple[Place, Tokenizer]:
     """The tokenizer of a checkpoint's model, and the folder that holds its files.
 
     It is `given`, a folder of a tokenizer or of a prepared set; else the one in the run's folder, else its data's.

@@ -1,7 +1,8 @@
 """The folder of a run's checkpoints: which names in it are ours, what `latest` says, what each one records of itself.
 
 A name that this module does not know is somebody else's: it is neither read nor removed. Names that a file gives stay
-inside the folder of that file.
+inside the folder of that file. The folder may lie in a store (`pipeline.checkpoint.uploading`). What fails there is a
+`StoreError` and told as such: it says nothing about a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,11 +10,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.files import FileError, convert, decode_json, inside, open_regular, read_bytes, read_text, sealed, shown
+from data.files import (
+    FileError,
+    Place,
+    StoreError,
+    StorePath,
+    convert,
+    decode_json,
+    inside,
+    is_there,
+    open_regular,
+    read_bytes,
+    read_text,
+    sealed,
+    shown,
+    size_of,
+)
 from pipeline.checkpoint.schema import FORMAT_VERSION, FileFacts, Summary
 from pipeline.config.load import ConfigError
 
@@ -40,7 +56,7 @@ def checkpoint_errors() -> Iterator[None]:
     """What a file's contents or the disk do wrong is the checkpoint's error."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, StoreError):
         raise
     except FileError as error:
         raise CheckpointError(str(error)) from error
@@ -54,23 +70,37 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def checkpoint_step(path: Path) -> int | None:
+def checkpoint_step(path: Place) -> int | None:
     """The step of a checkpoint's folder by its name; None where the name is not one that we give."""
     match = _NAME.match(path.name)
     step = int(match[1]) if match else None
     return step if step is not None and checkpoint_name(step) == path.name else None
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Place) -> list[Place]:
     """Folders with a checkpoint's name, be they whole or not, by step. Links are the user's own, and so left alone."""
+    if isinstance(folder, StorePath):
+        found = [folder / name for name, size in folder.sizes().items() if size is None]
+        return sorted((path for path in found if checkpoint_step(path) is not None), key=checkpoint_step)
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if checkpoint_step(path) is not None]
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=checkpoint_step)
 
 
-def linked(folder: Path) -> list[str]:
+def superfluous(found: Sequence[Place], last: int, *, keep: int, keep_every: int) -> list[Place]:
+    """The checkpoints that `keep` and `keep_every` do not hold.
+
+    Those of later steps than `last`, the newest, were left aside when the run went back: they go first.
+    """
+    found = sorted(found, key=lambda path: (checkpoint_step(path) <= last, checkpoint_step(path)))
+    return [old for old in found[:-keep] if not (keep_every and checkpoint_step(old) % keep_every == 0)]
+
+
+def linked(folder: Place) -> list[str]:
     """What is passed over because it bears a checkpoint's name, but is a link, one message each."""
+    if isinstance(folder, StorePath):  # which has no links
+        return []
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [
         f"{path} is a link and was passed over: name the folder that it leads to instead"
@@ -86,10 +116,15 @@ def leftovers(folder: Path) -> list[Path]:
 
 def others_in(checkpoint: Path) -> list[str]:
     """Names in a checkpoint's folder that no save has made."""
-    return sorted(path.name for path in checkpoint.iterdir() if not (_CONTENT.match(path.name) and path.is_file()))
+    return sorted(path.name for path in checkpoint.iterdir() if not (is_content(path.name) and path.is_file()))
 
 
-def read_latest(folder: Path) -> tuple[str | None, str | None]:
+def is_content(name: str) -> bool:
+    """Whether a file of a checkpoint's folder bears a name that a save gives."""
+    return _CONTENT.match(name) is not None
+
+
+def read_latest(folder: Place) -> tuple[str | None, str | None]:
     """The checkpoint that `latest` in a run's `checkpoints` folder names, and what is wrong with that.
 
     Returns:
@@ -97,10 +132,12 @@ def read_latest(folder: Path) -> tuple[str | None, str | None]:
         None.
     """
     pointer = folder / LATEST
-    if not pointer.is_symlink() and not pointer.exists():
+    if not is_there(pointer):
         return None, None
     try:
         text = read_text(inside(folder, LATEST, str(folder)), LATEST_LIMIT).strip()
+    except StoreError:
+        raise
     except (FileError, OSError) as error:
         return None, str(error)
     if checkpoint_step(Path(text)) is None or "/" in text:
@@ -118,20 +155,30 @@ def check_new(run_dir: Path) -> None:
         )
 
 
-def candidates(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` folder, best first: what `latest` names, the ones before it, newest
-    first, and then those after it: a run that went back to an earlier checkpoint has left them aside."""
-    found = [path for path in reversed(checkpoint_folders(folder)) if (path / SUMMARY).is_file()]
-    name, _ = read_latest(folder)
-    named = None if name is None else checkpoint_step(Path(name))
-    return sorted(found, key=lambda path: named is not None and checkpoint_step(path) > named)
+def whole_checkpoints(folder: Place) -> list[Place]:
+    """The checkpoints of a run's `checkpoints` folder whose last file was written, by step."""
+    return [path for path in checkpoint_folders(folder) if (path / SUMMARY).is_file()]
 
 
-def find_checkpoint(folder: Path) -> Path:
+def candidates(*folders: Place) -> list[Place]:
+    """The checkpoints in a run's `checkpoints` folders, best first: what `latest` names, the ones before it, newest
+    first, and then those after it: a run that went back to an earlier checkpoint has left them aside. Of equal ones
+    those in the folder that is named first."""
+    left_aside: dict[Place, bool] = {}
+    for folder in folders:
+        name, _ = read_latest(folder)
+        named = None if name is None else checkpoint_step(Path(name))
+        for path in reversed(whole_checkpoints(folder)):
+            left_aside[path] = named is not None and checkpoint_step(path) > named
+    return sorted(left_aside, key=lambda path: (left_aside[path], -checkpoint_step(path)))
+
+
+def find_checkpoint(folder: Place) -> Place:
     """The checkpoint that `latest` names in a run's `checkpoints` folder, or `folder` itself when it is a checkpoint.
 
     Raises:
         CheckpointError: there is none.
+        StoreError: the store does not say.
     """
     if (folder / SUMMARY).is_file():
         return folder
@@ -145,7 +192,7 @@ def find_checkpoint(folder: Path) -> Path:
     return folder / name
 
 
-def read_summary(folder: Path) -> Summary:
+def read_summary(folder: Place) -> Summary:
     """What a checkpoint's `checkpoint.json` says.
 
     Raises:
@@ -169,7 +216,7 @@ def read_summary(folder: Path) -> Summary:
         return summary
 
 
-def read_index(folder: Path, name: str, facts: FileFacts) -> bytes:
+def read_index(folder: Place, name: str, facts: FileFacts) -> bytes:
     """The contents of one of a checkpoint's indices, compared with what `checkpoint.json` records of it.
 
     Raises:
@@ -184,7 +231,7 @@ def read_index(folder: Path, name: str, facts: FileFacts) -> bytes:
         return contents
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: Place) -> str:
     """SHA-256 of a regular file.
 
     Raises:
@@ -194,7 +241,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_damage(folder: Path, name: str, facts: FileFacts, *, contents: bool) -> str | None:
+def file_damage(folder: Place, name: str, facts: FileFacts, *, contents: bool) -> str | None:
     """What is wrong with a file of a checkpoint; None when it is as recorded.
 
     Args:
@@ -204,9 +251,7 @@ def file_damage(folder: Path, name: str, facts: FileFacts, *, contents: bool) ->
     path = folder / name
     try:
         inside(folder, name, str(folder / SUMMARY))
-        with open_regular(path) as file:
-            size = file.seek(0, 2)
-        if size != facts.bytes:
+        if (size := size_of(path)) != facts.bytes:
             return f"{path} has {size} bytes; the checkpoint recorded {facts.bytes} bytes"
         if contents and file_hash(path) != facts.sha256:
             return f"{path} was changed after it was written (SHA-256 differs)"
@@ -214,6 +259,8 @@ def file_damage(folder: Path, name: str, facts: FileFacts, *, contents: bool) ->
         return f"{path} is missing; the checkpoint recorded {facts.bytes} bytes"
     except FileError as error:
         return str(error)
+    except StoreError:
+        raise
     except OSError as error:
         return f"{path} cannot be read: {error}"
     return None

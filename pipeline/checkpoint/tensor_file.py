@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.files import writing
 
-_TYPES = {
+TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -26,6 +26,7 @@ _TYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
+"""Names of types in a file's header."""
 
 
 class TensorFile:
@@ -53,7 +54,7 @@ class TensorFile:
         end = 0
         for name, shape in shapes.items():
             start, end = end, end + math.prod(shape) * self._dtypes[name].itemsize
-            header[name] = {"dtype": _TYPES[self._dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": TYPES[self._dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)
         self._file = file

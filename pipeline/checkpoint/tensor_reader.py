@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.files import FileError, open_regular, shown
+from data.files import FileError, Place, StorePath, open_regular, shown
+from pipeline.checkpoint.store_tensors import StoreTensors
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorReader:
-    """An open safetensors file.
+    """An open safetensors file, on the disk or in a store, of which only what is asked for is fetched.
 
     Raises:
         FileError: it is no regular file or no safetensors file; the message names it.
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.bytes_read = 0
         """Of all tensors that were asked for."""
-        with open_regular(path):
-            pass  # a fifo would never answer
+        if not isinstance(path, StorePath):
+            with open_regular(path):
+                pass  # a fifo would never answer
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = StoreTensors(path) if isinstance(path, StorePath) else safe_open(path, framework="pt")
             self.shapes, self.dtypes = {}, {}
             for name in self._file.keys():
                 part = self._file.get_slice(name)
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
-        except OSError:
+        except (OSError, FileError):
             raise
         except Exception as error:  # the library's own kinds, and what torch makes of an empty file
             raise FileError(f"{path} is damaged or holds no tensors (safetensors): {error}") from error

@@ -2,7 +2,8 @@
 
 A step waits only while this process's tensors are copied to host memory. A thread then writes them and, through a
 process group of its own, agrees with the other processes' threads whether all succeeded; only then does rank 0 give
-the checkpoint its name and move `latest`. At most one save is in flight.
+the checkpoint its name and move `latest`; where the run has a store, the thread goes on to copy it there (see
+`pipeline.checkpoint.uploading`). At most one save is in flight.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from data.files import sealed, shown, sync_folder, temporary_name, write_whole
+from data.files import Place, StorePath, sealed, shown, sync_folder, temporary_name, write_whole
 from pipeline.checkpoint.folder import (
     LATEST,
     SUMMARY,
@@ -32,10 +33,12 @@ from pipeline.checkpoint.folder import (
     checkpoint_step,
     leftovers,
     others_in,
+    superfluous,
 )
 from pipeline.checkpoint.run_state import FIELDS, HasState, HasTensors, Parts
 from pipeline.checkpoint.schema import FORMAT_VERSION
 from pipeline.checkpoint.tensor_file import write_tensors
+from pipeline.checkpoint.uploading import Uploader, UploadReport
 
 
 @dataclass
@@ -68,6 +71,8 @@ class SaveReport:
     """Written by this process."""
     notes: list[str] = field(default_factory=list)
     """What was left alone while older checkpoints were removed; on rank 0."""
+    upload: UploadReport | None = None
+    """What came of the copy in the store; None where there is no store, or nothing to copy."""
 
 
 def take_snapshot(parts: Parts, summary: dict[str, Any], *, owns_lanes: bool) -> Snapshot:
@@ -104,10 +109,18 @@ class CheckpointSaver:
         keep_every: steps whose multiples are kept for good; 0 for none.
         asynchronous: write in a thread.
         timeout_s: a process that waits longer for another one's part gives up.
+        store: where copies go, see `checkpoints_in`; None for nowhere.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int, keep_every: int = 0, asynchronous: bool = False, timeout_s: float = 1800.0
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        asynchronous: bool = False,
+        timeout_s: float = 1800.0,
+        store: StorePath | None = None,
     ) -> None:
         self.folder = folder
         self.keep, self.keep_every = keep, keep_every
@@ -117,6 +130,7 @@ class CheckpointSaver:
         self._report: SaveReport | None = None
         self._failure: BaseException | None = None
         self._noted: set[Path] = set()
+        self._uploader = store and Uploader(folder, store, keep=keep, keep_every=keep_every, group=self.group)
 
     def save(self, make_snapshot) -> None:
         """Save what `make_snapshot()` returns; collective. Fetch the outcome with `finished`.
@@ -135,6 +149,11 @@ class CheckpointSaver:
             return
         self._run(snapshot)
         self._report.stall_s = time.perf_counter() - start
+
+    def upload(self) -> UploadReport | None:
+        """Copy to the store what it lacks, and wait for it; collective. None where there is no store."""
+        self.wait()
+        return self._uploader and self._uploader.upload()
 
     def close(self) -> None:
         """Wait for the save in flight and give the process group back (its threads cost time even when idle)."""
@@ -179,13 +198,14 @@ class CheckpointSaver:
         start = time.perf_counter()
         try:
             self._write(snapshot)
+            self._report.write_s = time.perf_counter() - start
+            if self._uploader and self._report.error is None:
+                self._report.upload = self._uploader.upload()
         except BaseException as failure:
             # The training thread raises it when it looks. It may never come to that, waiting for a rank that waits for
             # this thread: so the thread fails as well, and whoever watches over the process can end it.
             self._failure = failure
             raise
-        finally:
-            self._report.write_s = time.perf_counter() - start
 
     def _write(self, snapshot: Snapshot) -> None:
         """Write this process's files and finish the checkpoint together with the others."""
@@ -236,16 +256,11 @@ class CheckpointSaver:
     def _prune(self, newest: Path) -> None:
         """Remove what `keep` and `keep_every` do not hold. Left-overs of killed saves go as well.
 
-        Checkpoints of later steps than `newest` were left aside when the run went back: they go first. Whatever has
-        another name than a save gives is the user's and stays, a checkpoint with a file of theirs in it as well.
+        Whatever has another name than a save gives is the user's and stays, a checkpoint with a file of theirs in it
+        as well.
         """
-        last = checkpoint_step(newest)
-        found = sorted(
-            checkpoint_folders(self.folder), key=lambda path: (checkpoint_step(path) <= last, checkpoint_step(path))
-        )
-        for old in found[: -self.keep]:
-            if self.keep_every and checkpoint_step(old) % self.keep_every == 0:
-                continue
+        found = checkpoint_folders(self.folder)
+        for old in superfluous(found, checkpoint_step(newest), keep=self.keep, keep_every=self.keep_every):
             if others := others_in(old):
                 self._note(old, f"{old} is not removed: {shown(others[0])} in it was not put there by a save")
                 continue
@@ -275,8 +290,8 @@ def _set_aside(checkpoint: Path) -> Path:
     return aside
 
 
-def move_latest(checkpoint: Path) -> None:
-    """Make a run's `latest` name this one of its checkpoints."""
+def move_latest(checkpoint: Place) -> None:
+    """Make the `latest` of a `checkpoints` folder name this one."""
     write_whole(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 

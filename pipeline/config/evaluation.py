@@ -4,9 +4,9 @@ before any rank."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from data.files import Place
 from model.config import same_function
 from pipeline.config.derived import processes_per_lane, told_per_lane
 from pipeline.config.load import ConfigError, load_config, stored_config
@@ -30,7 +30,7 @@ OWN_LAYOUT = [
 watches."""
 
 
-def evaluation_config(run_dir: Path, overrides: Sequence[str], world_size: int) -> Config:
+def evaluation_config(run_dir: Place, overrides: Sequence[str], world_size: int) -> Config:
     """The run's configuration with the layout of an evaluation on `world_size` processes.
 
     Raises:

@@ -16,13 +16,12 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from data.files import FileError, read_text, shown, write_whole
+from data.files import FileError, Place, place, read_text, shown, write_whole
 from pipeline.config import yaml as config_yaml
 from pipeline.config.keys import UnknownKey, item_section, type_at
 from pipeline.config.schema import Config
@@ -66,7 +65,7 @@ class _Source:
 _COMMAND_LINE = _Source("command line", own=True)
 
 
-def load_config(path: str | os.PathLike | None, overrides: list[str], *, own: bool = True) -> Config:
+def load_config(path: Place | str | None, overrides: list[str], *, own: bool = True) -> Config:
     """The configuration of a run.
 
     Args:
@@ -79,7 +78,7 @@ def load_config(path: str | os.PathLike | None, overrides: list[str], *, own: bo
         ConfigError: unknown keys, values of the wrong type, missing values, interpolations that name nothing.
         OSError, FileError: the file cannot be read.
     """
-    return _load([] if path is None else [(_Source(str(path), own), _read(Path(path)))], overrides)
+    return _load([] if path is None else [(_Source(str(path), own), _read(place(path)))], overrides)
 
 
 def stored_config(settings: Any, overrides: list[str], where: str) -> Config:
@@ -100,7 +99,7 @@ def stored_config(settings: Any, overrides: list[str], where: str) -> Config:
     return _load([(_Source(where, own=False), root)], overrides)
 
 
-def save_config(config: Config, path: str | os.PathLike) -> None:
+def save_config(config: Config, path: Place | str) -> None:
     """Write the resolved configuration as YAML, whole: `load_config(path, [])` gives it back.
 
     Raises:
@@ -135,7 +134,7 @@ def _load(sources: list[tuple[_Source, Node]], overrides: list[str]) -> Config:
         raise ConfigError([f"{where}{_dotted(error)} must be given"]) from error
 
 
-def _read(path: Path) -> Node:
+def _read(path: Place) -> Node:
     try:
         root = config_yaml.parse(read_text(path, config_yaml.LIMIT_BYTES))
     except FileNotFoundError:

@@ -129,6 +129,9 @@ class CheckpointConfig:
     """Write behind the training: a step waits only for the copy to host memory. One save is in flight at a time."""
     attempts: int = 3
     """Failed saves in a row that end the run; before that each is reported and tried again."""
+    store: str | None = None
+    """Folder of an object store, such as `s3://bucket/runs/${name}`, where every checkpoint is copied behind the
+    training; null copies none. A run goes on from there where its own folder has nothing newer."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import operator
 import os
 from collections.abc import Collection, Iterator, Sequence
 
-from data.files import is_store, place
+from data.files import StorePath, is_store, place
 from model.config import (
     BACKENDS,
     KERNELS,
@@ -176,7 +176,15 @@ def _choices(config: Config) -> Iterator[str]:
         if not text.strip():
             yield f"{key} is empty: it must be a name"
         if is_store(text):
-            yield f"{key} = {text}: a run writes to a disk, which an object store is not; only data.sets may lie in one"
+            yield (
+                f"{key} = {text}: a run writes to a disk, which an object store is not; checkpoint.store copies its "
+                "checkpoints to one"
+            )
+    if config.checkpoint.store is not None:
+        try:
+            StorePath(config.checkpoint.store)
+        except ValueError as error:
+            yield f"checkpoint.store = {config.checkpoint.store}: {error}"
     stop = config.resilience.stop_file
     if not stop or "/" in stop or stop in (".", "..", *RUN_FILES):
         yield (

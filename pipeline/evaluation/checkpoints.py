@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoint.folder import SUMMARY, CheckpointError, checkpoint_folders
+from data.files import Place, place
+from pipeline.checkpoint.folder import CheckpointError, whole_checkpoints
 from pipeline.evaluation import scalars
 from pipeline.evaluation.evaluate import evaluate_checkpoint, join
 from pipeline.evaluation.report import Results, write_json
@@ -36,25 +37,24 @@ def evaluate_checkpoints(
     Raises:
         CheckpointError: there is none, or one is damaged.
     """
-    run_dir = Path(run_dir)
+    run_dir = place(run_dir)
     folder = run_dir / "evaluation" if out is None else Path(out)
     config, topology = join(run_dir, overrides)
     results = []
-    for path in on_main(lambda: whole_checkpoints(run_dir)):
+    for path in on_main(lambda: _checkpoints(run_dir)):
         own = None if out is None else folder / path.name
         results.append(evaluate_checkpoint(config, topology, run_dir, path, overrides=overrides, out=own, **options))
     on_main(lambda: _report(results, folder))
     return results
 
 
-def whole_checkpoints(run_dir: Path) -> list[Path]:
+def _checkpoints(run_dir: Place) -> list[Place]:
     """A run's checkpoints, by step.
 
     Raises:
         CheckpointError: there is none.
     """
-    found = [path for path in checkpoint_folders(run_dir / "checkpoints") if (path / SUMMARY).is_file()]
-    if not found:
+    if not (found := whole_checkpoints(run_dir / "checkpoints")):
         raise CheckpointError(f"{run_dir}: no checkpoint here")
     return found
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.files import place
+from data.files import Place, place
 from data.prepared.shards import PreparedSet
 from data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pipeline.checkpoint.find_tokenizer import check_tokenizer
@@ -53,18 +53,18 @@ def evaluate_run(
         checkpoint: a checkpoint's folder; None takes the run's newest.
         options: see `evaluate_checkpoint`, which also says what is returned and raised.
     """
-    run_dir = Path(run_dir)
+    run_dir = place(run_dir)
     config, topology = join(run_dir, overrides)
     # One looks for all: a run that is going on moves what is its newest.
-    path = on_main(lambda: find_checkpoint(Path(checkpoint) if checkpoint is not None else run_dir))
+    path = on_main(lambda: find_checkpoint(place(checkpoint) if checkpoint is not None else run_dir))
     return evaluate_checkpoint(config, topology, run_dir, path, overrides=overrides, **options)
 
 
 def evaluate_checkpoint(
     config: Config,
     topology: Topology,
-    run_dir: Path,
-    path: Path,
+    run_dir: Place,
+    path: Place,
     *,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
@@ -78,7 +78,7 @@ def evaluate_checkpoint(
     Args:
         config, topology: what `join` gives for `run_dir` and `overrides`.
         path: the checkpoint's folder.
-        out: folder for the results; None is `evaluation/<checkpoint>` in the run's folder.
+        out: folder for the results; None is `evaluation/<checkpoint>` in the run's folder, which is on a disk then.
         data: prepared sets whose held-out documents are used in place of the run's own.
         with_synthetic, with_perplexity: leave a part out.
         with_passkey: measure the passkey grid even where none were trained, see `passkey.grid_wanted`.
@@ -155,12 +155,12 @@ def evaluate_checkpoint(
     return results
 
 
-def _report(results: dict[str, Any], folder: Path, run_dir: Path, *, own_folder: bool) -> None:
+def _report(results: dict[str, Any], folder: Path, run_dir: Place, *, own_folder: bool) -> None:
     report.write(results, folder, run_dir, own_folder=own_folder)
     report.show(results, folder)
 
 
-def join(run_dir: Path, overrides: Sequence[str]) -> tuple[Config, Topology]:
+def join(run_dir: Place, overrides: Sequence[str]) -> tuple[Config, Topology]:
     """The configuration of the evaluation, and the processes in its layout; collective."""
     config = evaluation_config(run_dir, overrides, int(os.environ.get("WORLD_SIZE", "1")))
     parallel = config.parallel

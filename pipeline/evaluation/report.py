@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.files import write_whole
+from data.files import Place, write_whole
 from pipeline.evaluation import plots, task_report
 from pipeline.evaluation.scalars import by_length, doubling_spans, mean_over, scalars, set_names, span_name
 from pipeline.evaluation.training_curves import training_curves
@@ -40,7 +40,7 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(results: Results, folder: Path, run_dir: Path, *, own_folder: bool) -> None:
+def write(results: Results, folder: Path, run_dir: Place, *, own_folder: bool) -> None:
     """Write `results.json` and the plots into `folder`, and both to TensorBoard.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data.files import making_folder, some, write_whole, writing
+from data.files import Place, making_folder, some, write_whole, writing
 from data.tokenizer.huggingface import tokenizer_files
 from data.tokenizer.tokenizer import INFO, TOKENIZER_JSON, Tokenizer, tokenizer_of_files
 from model.config import ModelConfig, memory_layers
@@ -38,7 +38,7 @@ _MASTER = "master/"
 class Export:
     """What an export came to."""
 
-    checkpoint: Path
+    checkpoint: Place
     parameters: int = 0
     bytes: int = 0
     shards: int = 0
@@ -54,7 +54,7 @@ class _Shard:
 
 
 def export_model(
-    source: Path,
+    source: Place,
     out: Path,
     *,
     plain: bool = False,
@@ -118,7 +118,7 @@ def _token_files(kept: SourceTokens, tokenizer: Tokenizer, described: dict[str, 
     return {GENERATION_CONFIG: as_json({"eos_token_id": ids.get("eos_token_id"), "do_sample": False})} | files
 
 
-def _exported_tokenizer(files: dict[str, bytes], folder: Path, trained: Tokenizer, notes: list[str]) -> Tokenizer:
+def _exported_tokenizer(files: dict[str, bytes], folder: Place, trained: Tokenizer, notes: list[str]) -> Tokenizer:
     """The tokenizer as an import of the folder would read it.
 
     Raises:
@@ -138,7 +138,7 @@ def _exported_tokenizer(files: dict[str, bytes], folder: Path, trained: Tokenize
     return tokenizer
 
 
-def exported_elements(source: Path) -> int:
+def exported_elements(source: Place) -> int:
     """Elements of all parameters of a checkpoint."""
     reader = CheckpointReader(find_checkpoint(source))
     return sum(torch.Size(reader.shape(key)).numel() for key in reader.keys() if key.startswith(_MASTER))

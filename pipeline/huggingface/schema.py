@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from data.files import FileError, convert, inside, read_bytes, read_json
+from data.files import FileError, Place, StorePath, convert, inside, read_bytes, read_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -231,7 +231,7 @@ def read_settings(path: Path, kind: type[T]) -> tuple[T, dict[str, Any]]:
     return convert(raw, kind, str(path)), raw
 
 
-def file_of(folder: Path, name: str, where: str) -> Path:
+def file_of(folder: Place, name: str, where: str) -> Place:
     """A file of a model's folder: inside it, or, where the folder is a snapshot in the hub's cache, one of its blobs.
 
     Args:
@@ -243,7 +243,7 @@ def file_of(folder: Path, name: str, where: str) -> Path:
     return inside(folder, name, where, also=_blobs(folder))
 
 
-def read_file(folder: Path, name: str, limit: int) -> bytes | None:
+def read_file(folder: Place, name: str, limit: int) -> bytes | None:
     """The contents of one of a model's files; None where there is none.
 
     Raises:
@@ -257,8 +257,10 @@ def read_file(folder: Path, name: str, limit: int) -> bytes | None:
         return None
 
 
-def _blobs(folder: Path) -> Path | None:
+def _blobs(folder: Place) -> Path | None:
     """`blobs` of the hub's cache when `folder` is in one of its `snapshots`, whose files are links to it."""
+    if isinstance(folder, StorePath):  # which has no links
+        return None
     for parent in folder.resolve().parents:
         if parent.name == "snapshots":
             return parent.parent / "blobs"

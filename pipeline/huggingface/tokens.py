@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from data.files import FileError, shown, some, write_whole
+from data.files import FileError, Place, place, shown, some, write_whole
 from data.tokenizer.library import TOKENIZER_LIMIT, open_backend
 from data.tokenizer.special_tokens import TOKENIZER_FILES, begin_tokens, end_token
 from data.tokenizer.tokenizer import TOKENIZER_JSON, Tokenizer, load_tokenizer
@@ -96,7 +96,7 @@ class SourceTokens:
         return _declared(generation, "eos_token_id") or _declared(self.ids, "eos_token_id")
 
 
-def read_tokens(folder: Path) -> SourceTokens:
+def read_tokens(folder: Place) -> SourceTokens:
     """The tokenizer of a Hugging Face folder, or of an imported model.
 
     Raises:
@@ -146,7 +146,7 @@ def read_tokens(folder: Path) -> SourceTokens:
     return tokens
 
 
-def source_tokens(folder: Path, tokenizer: Tokenizer, init_from: str | None) -> SourceTokens:
+def source_tokens(folder: Place, tokenizer: Tokenizer, init_from: str | None) -> SourceTokens:
     """What an imported model came with, for a tokenizer of a checkpoint.
 
     It stands beside the tokenizer, or, where that is a prepared set's, in the folder that the run began with: an
@@ -165,21 +165,21 @@ def source_tokens(folder: Path, tokenizer: Tokenizer, init_from: str | None) -> 
     while init_from is not None and init_from not in seen:
         seen.add(init_from)
         try:
-            reader = CheckpointReader(find_checkpoint(Path(init_from)))
+            reader = CheckpointReader(find_checkpoint(place(init_from)))
         except (ValueError, OSError) as error:
             tokens.notes.append(
                 f"train.init_from = {init_from} cannot be read ({error}): the chat template, the end tokens and the "
                 "generation settings that its model came with, if any, are left out; --tokenizer names their folder"
             )
             break
-        place = reader.folder.parent.parent / "tokenizer"
-        if any((place / name).exists() for name in _COMPANIONS):
-            if load_tokenizer(place).hash == tokenizer.hash:
-                tokens = read_tokens(place)
-                tokens.notes.append(f"what goes with the tokenizer is from {place}")
+        beside = reader.folder.parent.parent / "tokenizer"
+        if any((beside / name).exists() for name in _COMPANIONS):
+            if load_tokenizer(beside).hash == tokenizer.hash:
+                tokens = read_tokens(beside)
+                tokens.notes.append(f"what goes with the tokenizer is from {beside}")
             else:
                 tokens.notes.append(
-                    f"{place} is another tokenizer than the training data's: its chat template, end tokens and "
+                    f"{beside} is another tokenizer than the training data's: its chat template, end tokens and "
                     "generation settings are left out"
                 )
             break

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.files import place
 from data.tokenizer.tokenizer import Tokenizer
 from pipeline.checkpoint.find_tokenizer import find_tokenizer
 from pipeline.checkpoint.folder import find_checkpoint
@@ -110,7 +111,7 @@ class Generator:
             ValueError: checkpoint, tokenizer and settings do not fit together (`ConfigError`, `CheckpointError`).
             OSError: something cannot be read.
         """
-        path = find_checkpoint(Path(checkpoint))
+        path = find_checkpoint(place(checkpoint))
         reader = CheckpointReader(path)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         config = generation_config(reader.summary.config, overrides, world_size, str(path), copies=copies)

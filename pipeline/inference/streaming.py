@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.files import some
+from data.files import Place, some
 from data.lanes.loader import WindowBatch
 from model.decoder import DecoderStage
 from model.layers.statistics import MemoryStatistics
@@ -338,7 +337,7 @@ def repeating_document(
     return Document(name, int(ends[-1]), read, answers, shared)
 
 
-def open_checkpoint(config: Config, topology: Topology, path: Path) -> tuple[Streamer, CheckpointReader]:
+def open_checkpoint(config: Config, topology: Topology, path: Place) -> tuple[Streamer, CheckpointReader]:
     """The model of the checkpoint at `path`.
 
     Raises:

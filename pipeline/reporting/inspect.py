@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data.files import Place
 from data.prepared.shards import PreparedSet
 from model.layers.statistics import effective_rank
 from pipeline.checkpoint.folder import (
@@ -60,7 +61,7 @@ class Layer:
 class CheckpointContents:
     """A checkpoint, as far as it can be read."""
 
-    folder: Path
+    folder: Place
     damage: list[str]
     """One message per damaged file; nothing below is filled in when there are any."""
     summary: Summary | None = None
@@ -74,7 +75,7 @@ class CheckpointContents:
     """What is wrong with the memory, from the run's metrics up to here and the checkpoint itself."""
 
 
-def find_damage(folder: Path, *, contents: bool) -> list[str]:
+def find_damage(folder: Place, *, contents: bool) -> list[str]:
     """What is wrong with a checkpoint, one message per damaged file; with `contents` every byte is read."""
     try:
         summary = read_summary(folder)
@@ -86,7 +87,7 @@ def find_damage(folder: Path, *, contents: bool) -> list[str]:
     return [message for message in damage if message]
 
 
-def read_contents(folder: Path, *, verify: bool) -> CheckpointContents:
+def read_contents(folder: Place, *, verify: bool) -> CheckpointContents:
     """Look into a checkpoint; `verify` compares all hashes."""
     found = CheckpointContents(folder, find_damage(folder, contents=verify))
     if found.damage:
@@ -156,7 +157,8 @@ def _layers(reader: CheckpointReader) -> tuple[list[Layer], int]:
 
 def _findings(found: CheckpointContents) -> list[Finding]:
     memory = found.config.model.memory
-    metrics = found.folder.resolve().parent.parent / METRICS_FILE
+    folder = found.folder.resolve() if isinstance(found.folder, Path) else found.folder
+    metrics = folder.parent.parent / METRICS_FILE
     history = read_history(read_metrics(metrics), found.summary.step) if metrics.is_file() else []
     measured = history[-1][1] if history else {}
     now = {}
@@ -197,7 +199,7 @@ class RunContents:
         return next((path for path, damage in reversed(self.checkpoints) if not damage), None)
 
 
-def read_run(folder: Path, *, verify: bool) -> RunContents:
+def read_run(folder: Place, *, verify: bool) -> RunContents:
     """Look at a run's checkpoints and metrics; `verify` compares all hashes."""
     checkpoints = folder / "checkpoints"
     found = [(path, find_damage(path, contents=verify)) for path in checkpoint_folders(checkpoints)]

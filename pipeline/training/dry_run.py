@@ -104,7 +104,8 @@ def measure(config: Config, topology: Topology) -> DryRun:
     meter = _Meter(topology.device, planned)
     place = on_main(lambda: _beside(Path(config.run_dir)))
     with meter.explaining("building the model and its optimizer"):
-        trainer = Trainer(replace(config, run_dir=str(place)), topology)
+        saving = replace(config.checkpoint, store=None)
+        trainer = Trainer(replace(config, run_dir=str(place), checkpoint=saving), topology)
         trainer.optimizer.initialize(config.train.seed)
     try:
         step_s = _take_steps(trainer, meter)

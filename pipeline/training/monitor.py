@@ -18,6 +18,7 @@ from model.device import device_memory_peaks, device_name, rounds_to_tf32
 from model.layers.statistics import MemoryStatistics
 from pipeline.accounting.devices import sheet_flops_per_s
 from pipeline.accounting.flops import measured_matmul_peak, train_flops_per_token
+from pipeline.checkpoint.uploading import UploadReport
 from pipeline.checkpoint.writer import SaveReport
 from pipeline.config import derived
 from pipeline.config import yaml as config_yaml
@@ -362,6 +363,23 @@ class Monitor:
         self.console.message(
             f"saved {report.path} (training waited {report.stall_s:.2f} s, writing took {report.write_s:.2f} s)"
         )
+        if report.upload is not None:
+            self.uploaded(report.upload)
+
+    def uploaded(self, upload: UploadReport) -> None:
+        """Checkpoints were copied to the run's store, or could not all be."""
+        if not self.is_main:
+            return
+        store = self.config.checkpoint.store
+        if upload.names:
+            self.console.message(f"uploaded {', '.join(upload.names)} to {store} in {upload.seconds:.2f} s")
+        if upload.error is not None:
+            self.console.message(
+                f"UPLOAD TO {store} FAILED, the checkpoint is in {self.config.run_dir} alone and will go with the next "
+                f"one: {upload.error}"
+            )
+        for note in upload.notes:
+            self.console.message(note)
 
     def recovered(self, text: str, values: dict[str, float]) -> None:
         """What a change of the nodes has cost, after the first step that followed it."""

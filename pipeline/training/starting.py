@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data.files import Place, place
 from pipeline.checkpoint.find_tokenizer import check_run_folder, check_tokenizer
 from pipeline.checkpoint.folder import candidates, check_new, find_checkpoint
 from pipeline.checkpoint.loading import open_newest, open_verified
 from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.uploading import CONFIG, check_new_store, folders_of
 from pipeline.checkpoint.weights_only import start_from
 from pipeline.checkpoint.writer import move_latest
 from pipeline.config.load import save_config
@@ -47,29 +49,29 @@ def begin(
         What is to be said about it; whether the run goes on with what its folder holds.
     """
     notes: list[str] = []
-    run_dir = Path(config.run_dir)
+    run_dir, folders = Path(config.run_dir), folders_of(config)
     restart = _told_restart(topology)
     if restart:
         notes.append(restart)
-        if resume is None or on_main(lambda: bool(candidates(run_dir / "checkpoints"))):
+        if resume is None or on_main(lambda: bool(candidates(*folders))):
             resume = "latest"
-    on_main(lambda: _check_folder(run_dir, tokenizer, new=resume is None))
+    on_main(lambda: _check_folder(config, tokenizer, new=resume is None))
     reader = None
     if resume == "latest":
-        reader = open_newest(run_dir, notes.append)
+        reader = open_newest(folders, notes.append)
         if reader is None:
-            notes.append(f"no whole checkpoint in {run_dir} yet: starting from the beginning")
+            notes.append(f"no whole checkpoint in {' or '.join(map(str, folders))} yet: starting from the beginning")
     elif resume is not None:
-        reader = open_verified(on_main(lambda: find_checkpoint(Path(resume))))
+        reader = open_verified(on_main(lambda: find_checkpoint(place(resume))))
     if reader is not None:
         notes += check_tokenizer(reader, *tokenizer)
         load(reader)
         if resume != "latest":
-            on_main(lambda: _go_on_from(reader.folder, run_dir))
+            on_main(lambda: _go_on_from(reader.folder, folders))
     else:
         optimizer.initialize(config.train.seed)
         if config.train.init_from is not None:
-            source = open_verified(on_main(lambda: find_checkpoint(Path(config.train.init_from))))
+            source = open_verified(on_main(lambda: find_checkpoint(place(config.train.init_from))))
             notes += check_tokenizer(source, *tokenizer)
             notes += start_from(source, optimizer, topology, config, vocab_size)
     if reader is not None and reader.summary.step >= config.train.steps:
@@ -89,17 +91,30 @@ def _told_restart(topology: Topology) -> str | None:
     return f"restart {restarts} after a failure" if restarts else None
 
 
-def _check_folder(run_dir: Path, tokenizer: tuple[str, Path | str], *, new: bool) -> None:
+def _check_folder(config: Config, tokenizer: tuple[str, Path | str], *, new: bool) -> None:
+    run_dir = Path(config.run_dir)
     if new:
         check_new(run_dir)
+        if config.checkpoint.store is not None:
+            check_new_store(config.checkpoint.store)
+            # It can be written to: better said now than at the first checkpoint.
+            save_config(config, place(config.checkpoint.store) / CONFIG)
     check_run_folder(run_dir, *tokenizer)
 
 
-def _go_on_from(checkpoint: Path, run_dir: Path) -> None:
-    if checkpoint.resolve().parent == (run_dir / "checkpoints").resolve():
-        move_latest(checkpoint)  # restarts and roll-backs must not pass it
+def _go_on_from(checkpoint: Place, folders: list[Place]) -> None:
+    """Restarts and roll-backs must not pass it: every folder of the run's checkpoints that holds some names it."""
+    if any(_same(checkpoint.parent, folder) for folder in folders):
+        for folder in folders:
+            if candidates(folder):
+                move_latest(folder / checkpoint.name)
+
+
+def _same(folder: Place, other: Place) -> bool:
+    both_here = isinstance(folder, Path) and isinstance(other, Path)
+    return folder.resolve() == other.resolve() if both_here else folder == other
 
 
 def _write_config(config: Config, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
+    save_config(config, run_dir / CONFIG)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.files import StoreError
 from data.lanes.loader import WindowBatch, build_loader
 from data.lanes.window import WindowPart
 from model.device import keep_freed_memory
@@ -18,6 +19,7 @@ from model.rules.state import Memory, clear_lanes
 from pipeline.checkpoint.loading import open_newest
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.run_state import CarriedMemory, Parts, Progress, RandomState, SavedOptimizer, load_parts
+from pipeline.checkpoint.uploading import checkpoints_in, folders_of
 from pipeline.checkpoint.writer import CheckpointSaver, take_snapshot
 from pipeline.config import derived
 from pipeline.config.schema import Config
@@ -138,6 +140,7 @@ class Trainer:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
+            store=config.checkpoint.store and checkpoints_in(config.checkpoint.store),
         )
         self.saved_step: int | None = 0
         self.failed_saves = self.rollbacks = 0
@@ -217,7 +220,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: too many steps in a row were skipped.
-            OSError: checkpoints cannot be written.
+            OSError: checkpoints cannot be written, or (`StoreError`) those of a run that is done not be copied.
         """
         stop = StopRequest(self.config.resilience, self.run_dir)
         stop.install()
@@ -234,6 +237,7 @@ class Trainer:
             while self.saved_step != self.progress.step:
                 self.save()
                 self._settle_save()
+            self._finish_uploading()
         finally:
             stop.uninstall()
 
@@ -427,6 +431,26 @@ class Trainer:
             tell_job(stopping.JOB_SAVED, str(report.step))
             tell_launcher(SAVED, str(report.step))
 
+    def _finish_uploading(self) -> None:
+        """The run ends here: bring to its store what is not there yet.
+
+        Raises:
+            StoreError: it cannot be brought, and the run will not come back to try again.
+        """
+        for _ in range(self.config.checkpoint.attempts):
+            self.watchdog.progress(self.progress.step, "upload", patient=True)
+            report = self.saver.upload()
+            if report is None:
+                return
+            self.monitor.uploaded(report)
+            if report.error is None:
+                return
+        if self.is_done:
+            raise StoreError(
+                f"all is trained and saved in {self.run_dir}, but not all of it could be copied to "
+                f"{self.config.checkpoint.store}: {report.error}; `infini train --resume` does it"
+            )
+
     def load(self, reader: CheckpointReader) -> None:
         """Go on from a checkpoint; collective."""
         self.watchdog.progress(self.progress.step, "load", patient=True)
@@ -457,7 +481,7 @@ class Trainer:
         self._settle_save()
         if self.rollbacks == self.config.resilience.max_rollbacks:
             raise SpikeError(f"loss spike at step {at}, after {self.rollbacks} roll-backs to the same checkpoint")
-        reader = open_newest(self.run_dir, self.monitor.message)
+        reader = open_newest(folders_of(self.config), self.monitor.message)
         if reader is None:
             self.monitor.message("there is no checkpoint to roll back to: the step was skipped")
             return False

@@ -271,7 +271,7 @@ def test_inspect_reads_a_store_and_a_run_cannot_write_to_one(tmp_path, capsys):
     assert cli.main(["inspect", url]) == 0
     assert "intact: all hashes match" in capsys.readouterr().out
     assert cli.main(["inspect", "memory://sets"]) == 2
-    assert "nothing else is read from a store" in capsys.readouterr().err
+    assert "nothing that can be inspected" in capsys.readouterr().err
     assert cli.main(["config", "configs/demo.yaml", "run_dir=s3://bucket/run"]) == 2
     assert "run_dir = s3://bucket/run: a run writes to a disk" in capsys.readouterr().err
 
