@@ -21,6 +21,8 @@ from data.tokenizer.tokenizer import load_tokenizer
 from pipeline.benchmarks.alternating import Spread, order_of_round, spread
 from pipeline.benchmarks.measuring import peak_growth
 
+worker_pool = multiprocessing.get_context("fork").Pool
+"""Megatron-LM's kind: as Linux starts processes by default."""
 PACKAGES = ("torch", "transformers", "numpy", "megatron", "deepspeed")
 """Whose Python source is the text: real text, and no download."""
 
@@ -191,8 +193,7 @@ def run_megatron(text: Text, out: Path, tokenizer: str, workers: int) -> Timed:
     encoder = MegatronEncoder(Path(tokenizer) / "tokenizer" / "tokenizer.json", known.eos_id)
     builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(known.vocab_size))
     grown, start = peak_growth(), time.perf_counter()
-    context = multiprocessing.get_context("fork")
-    with open(text.path, encoding="utf-8") as file, context.Pool(workers, encoder.initializer) as pool:
+    with open(text.path, encoding="utf-8") as file, worker_pool(workers, encoder.initializer) as pool:
         for ids, lengths, _ in pool.imap(encoder.encode, file, 32):
             builder.add_document(ids, lengths)
             tokens += len(ids)

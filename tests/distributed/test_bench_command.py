@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -30,6 +31,7 @@ def bench(name: str, folder: Path, options: Sequence[str] = ()) -> str:
     """Run a benchmark at its smallest size; returns the note. Called in a process of a pool, which has loaded all
     libraries and joined its group: what would be measured in a process of its own is measured here."""
     measuring.in_fresh_process = lambda function, *arguments: function(*arguments)
+    data_rates.worker_pool = ThreadPool
     assert cli.main(["bench", name, "--quick", "--out", str(folder), *options]) == 0
     (note,) = folder.glob("*.md")
     return note.read_text(encoding="utf-8")
@@ -141,6 +143,7 @@ def test_both_sides_of_data_handle_the_same_tokens(pools, tmp_path):
 
 
 def tokens_of_data(folder: Path) -> tuple[int, ...]:
+    data_rates.worker_pool = ThreadPool  # ranks of the pools may not have children
     text = data_rates.write_text(folder / "text.jsonl", 200_000)
     data_rates.prepare([str(text.path)], folder / "set", data_rates.options("train:300"))
     made = data_rates.run_prepare(text, folder / "out", str(folder / "set"), 1)
