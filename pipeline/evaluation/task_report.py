@@ -13,7 +13,7 @@ from pipeline.reporting.console import print_table
 
 Results = dict[str, Any]
 
-BENCHMARK = "memory on, written, as the benchmark scores"
+BENCHMARK = "written, benchmark's score"
 
 
 def short_name(spec: str) -> str:

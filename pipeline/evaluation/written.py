@@ -67,8 +67,11 @@ def written_scores(
 
 
 def benchmark_score(scores: np.ndarray, seed: int) -> dict[str, Any]:
-    """`benchmark_score`, the mean, and its 95 % `benchmark_score_interval`: Wilson's where every score is 0 or 1 (and the
-    resamples of a mean at an end would all be alike), else from a bootstrap over documents."""
+    """`benchmark_score`, the mean, and its 95 % `benchmark_score_interval`.
+
+    The interval is Wilson's where every score is 0 or 1 (resamples of zeros alone are all alike), else from a bootstrap
+    over documents.
+    """
     if np.isin(scores, (0, 1)).all():
         interval = list(wilson_interval(int(scores.sum()), len(scores)))
     else:
