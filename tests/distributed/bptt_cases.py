@@ -53,6 +53,13 @@ def random_batch(config, first_lane: int, last_lane: int) -> WindowBatch:
     weight = torch.randint(0, 4, shape, generator=generator).float()
     reset = torch.zeros(lanes, segments, dtype=torch.bool)
     reset[0, 3] = reset[1, 0] = reset[2, 1] = reset[2, 6] = True  # lane 3 goes on from carried memory
+    starts = None
+    if config.data.packing:
+        starts = torch.zeros(shape, dtype=torch.bool)
+        starts[:, :, 0] = reset
+        # In the first and the last segment, twice in one, at a last token, behind a reset.
+        for place in ((0, 5, 2), (1, 0, 3), (1, 7, 1), (2, 1, 1), (2, 1, 2), (2, 4, 3), (3, 0, 2), (3, 7, 3)):
+            starts[place] = True
     own = slice(first_lane, last_lane)
     count = config.train.probes_per_window
     probes = None
@@ -72,6 +79,7 @@ def random_batch(config, first_lane: int, last_lane: int) -> WindowBatch:
         loss_weight=weight[own],
         answer_mask=torch.zeros(shape, dtype=torch.bool)[own],
         reset=reset[own],
+        starts=None if starts is None else starts[own],
         position_in_document=torch.zeros(lanes, segments, dtype=torch.int64)[own],
         lane_ids=torch.arange(first_lane, last_lane),
         padded_tokens=0,
@@ -117,9 +125,10 @@ def carried_memory(config, stage, first_lane: int, last_lane: int) -> list:
         state = type(empty)(*fields)
         if "z" in state._fields:
             state = state._replace(z=3 + state.z.abs())
-        if "local_seen" in state._fields:  # of every other lane
-            other = torch.arange(first_lane, last_lane) % 2
-            state = state._replace(local_seen=(1 - other).to(state.M.dtype).view(-1, 1, 1).expand_as(state.local_seen))
+        if "local_seen" in state._fields:  # of every other lane, with packing a part of it
+            seen = 1 - torch.arange(first_lane, last_lane) % 2
+            seen = seen * (0.5 if config.data.packing else 1)
+            state = state._replace(local_seen=seen.to(state.M.dtype).view(-1, 1, 1).expand_as(state.local_seen))
         result.append(state)
     return result
 
@@ -159,12 +168,12 @@ def one_graph(overrides: list[str]) -> dict[str, Any]:
     _, topology, stage, batch, memory = prepare(overrides)
     segments, probes = batch.tokens.shape[1], batch.probes
     if probes is None:
-        output = stage(batch.tokens, memory, batch.reset, batch.labels)
+        output = stage(batch.tokens, memory, batch.reset, batch.labels, starts=batch.starts)
     else:
         tokens, labels = (
             torch.cat([getattr(batch, name), getattr(probes, name)], dim=1) for name in ("tokens", "labels")
         )
-        output = stage(tokens, memory, batch.reset, labels, probes=probes.segment)
+        output = stage(tokens, memory, batch.reset, labels, probes=probes.segment, starts=batch.starts)
     objective = (output.token_loss[:, :segments] * batch.loss_weight).sum() / 100 + GATE_SCALE * output.gate_sum
     if probes is not None:
         objective = objective + (output.token_loss[:, segments:] * probes.loss_weight).sum() / 100

@@ -164,7 +164,7 @@ def train_steps(
             for i, segment in enumerate(places):
                 parts = (batch.tokens, batch.labels, batch.loss_weight, batch.position_in_document)
                 content = b"".join(part[row, i].numpy().tobytes() for part in parts)
-                content += batch.reset[row].numpy().tobytes()
+                content += (batch.reset if batch.starts is None else batch.starts)[row].numpy().tobytes()
                 hashes[segment] = hashlib.sha256(content).hexdigest()
             batches.setdefault(lane, []).append(hashes)
         return forward_backward(batch, **kwargs)

@@ -147,6 +147,34 @@ def test_parts_of_chunks_give_the_gradients_of_one_graph(pools, reference, world
         assert_same(whole(list(ranks)), expected)
 
 
+PACKED = ["data.packing=true"]
+
+
+@pytest.mark.parametrize(
+    ("world", "rule", "overrides"),
+    [
+        (1, "gated_deltanet", ["bptt.recompute=selective", "train.probes_per_window=4"]),
+        (1, "sliding-convolution", ["bptt.recompute=layer"]),
+        (2, "delta", ["parallel.pipeline=2", "bptt.recompute=window"]),
+        (2, "sliding-convolution", ["parallel.tensor=2"]),
+        (2, "gated_deltanet", [*CONTEXT, "train.probes_per_window=8"]),
+        (2, "sliding-convolution", [*CONTEXT, "bptt.recompute=window"]),
+        *(
+            pytest.param(2, rule, layout, marks=pytest.mark.slow)
+            for rule in RULES
+            for layout in (["parallel.pipeline=2"], ["parallel.tensor=2", "parallel.sequence_parallel=true"], CONTEXT)
+        ),
+    ],
+)
+def test_packed_windows_have_the_gradients_of_one_graph(pools, reference, world, rule, overrides):
+    """Documents share segments; that the graph is right for each of them is seen in tests/model/test_packing.py."""
+    settings = [*RULES[rule], *PACKED, *overrides]
+    expected = reference(tuple(s for s in settings if s.startswith(("model.", "data.", "train.probes"))))
+    per_rank = pools.run(world, bptt_cases.by_schedule, overrides=settings, chunk_counts=[2])
+    for ranks in zip(*per_rank, strict=True):
+        assert_same(whole(list(ranks)), expected)
+
+
 def test_parts_have_the_statistics_of_the_whole(pools):
     """Means over tokens and lanes; what is a ratio of sums is averaged over context ranks, as it is over chunks."""
     settings = [*RULES["gated_deltanet"], "bptt.chunks_per_window=2"]

@@ -28,6 +28,11 @@ MODELS = {
         "model.local_context=sliding",
         "model.memory.short_convolution=true",
     ],
+    "packed": [
+        "data.packing=true",
+        "model.memory.rule=gated_deltanet",
+        "model.local_context=sliding",
+    ],
     "transformer-xl": ["model.memory.rule=none", "model.local_context=sliding"],
 }
 LAYOUTS = {
@@ -142,6 +147,15 @@ def test_context_parallel_runs_go_on_with_any_number_of_ranks(runs, model):
     )
     assert {name.rsplit("/", 1)[1] for name in own if name.startswith("memory/")} >= {"M", "tail"}
     assert_bitwise(found, own)
+
+
+@pytest.mark.parametrize("layout", ["1212", pytest.param("1111", marks=pytest.mark.slow)])
+def test_documents_that_share_segments_go_on_inside_of_them(runs, layout):
+    """On two stages: 10 steps from the middle of a run on one process; the same batches, losses to float32 rounding."""
+    whole = runs.whole("1111", "packed")
+    resumed = merged(runs.run(layout, "packed", steps=10, resume=whole["checkpoint"]))
+    assert resumed["batches"] == {lane: hashes[10:] for lane, hashes in whole["batches"].items()}
+    assert resumed["losses"] == pytest.approx(whole["losses"][10:], rel=1e-6 if layout != "1111" else 0, abs=0)
 
 
 def test_new_processes_go_on_bit_for_bit(runs):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import decoder
 from model.layers import packing
+from model.rules import RULES
 from tests.model import naive
 from tests.model.build import random_memory, random_tokens, small_config, small_stage
 
@@ -135,13 +137,40 @@ def compare(config, *, probes: bool = False, seen: bool = True, **options) -> No
         assert_close(zero if x is None else x, zero if y is None else y, name)
 
 
-@pytest.mark.parametrize("rule", ["none", *COMBINED])
+@pytest.mark.parametrize("rule", [*RULES, *COMBINED])
 def test_a_packed_window_is_its_documents_one_by_one(rule):
     compare(small_config(rule, "none" if rule.startswith("none") else "sigmoid"))
 
 
-@pytest.mark.parametrize("rule", ["none", *COMBINED])
+@pytest.mark.parametrize("rule", [*COMBINED, *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES)])
 def test_where_the_host_knows_nothing_of_the_starts(rule, monkeypatch):
     """A mask for every segment, and probes; without a gate, and what an empty memory gives is mixed in."""
     monkeypatch.setattr(packing, "host_knows", lambda device: False)
     compare(small_config(rule, skip_empty=False, qkv_bias=True, qk_norm=True), probes=True)
+
+
+def no(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+BROKEN = {
+    "a mask off by one": lambda _, mask: {"mask": mask._replace(bias=mask.bias.roll(1, dims=-1))},
+    "a start does not clear": lambda borders, _: {"borders": borders._replace(cut=no(borders.cut))},
+    "a document that ends is written": lambda borders, _: {
+        "borders": borders._replace(unwritten=no(borders.unwritten))
+    },
+    "a document that starts reads": lambda borders, _: {"borders": borders._replace(blind=no(borders.blind))},
+    "convolutions look across a start": lambda borders, _: {"borders": borders._replace(piece=no(borders.piece))},
+    "all of the last segment is seen": lambda _, mask: {"mask": mask._replace(seen=torch.ones_like(mask.seen))},
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_what_is_broken_is_seen(how, monkeypatch):
+    def broken(*arguments):
+        found = packing.packing_of(*arguments)
+        return found._replace(**BROKEN[how](found.borders, found.mask))
+
+    monkeypatch.setattr(decoder, "packing_of", broken)
+    with pytest.raises(AssertionError):
+        compare(small_config("delta+convolution+sliding"))
