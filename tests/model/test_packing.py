@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model import decoder
 from model.layers import packing
+from model.layers.statistics import read_variation
 from model.rules import RULES
 from tests.model import naive
 from tests.model.build import random_memory, random_tokens, small_config, small_stage
@@ -174,3 +175,16 @@ def test_what_is_broken_is_seen(how, monkeypatch):
     monkeypatch.setattr(decoder, "packing_of", broken)
     with pytest.raises(AssertionError):
         compare(small_config("delta+convolution+sliding"))
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_statistics_are_of_tokens_that_read(precision):
+    stage = small_stage(small_config("delta+sliding", "sigmoid"), precision=precision)
+    starts, tokens = window_starts(), random_tokens(len(LANES), T, S)
+    memory = carried(stage, len(LANES), seen=True)
+    found = stage(tokens, memory, starts[:, :, 0], tokens, starts=starts, statistics=True).statistics
+    assert all(x.isfinite().all() for measured in found.values() for x in measured)
+    read = torch.randn(2, 3, 4, S, 5, generator=torch.Generator().manual_seed(1))
+    blind = torch.arange(S).expand(2, 3, S) > 2
+    read[..., 3:, :] = 0
+    torch.testing.assert_close(read_variation(read, blind), read_variation(read[..., :3, :]))

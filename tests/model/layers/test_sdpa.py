@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from model.layers.sdpa import attention_kernel, is_flash
+from model.layers.sdpa import attention_kernel, is_flash, masked_attention_kernel, masked_in_words
 
 
 @pytest.mark.parametrize(
@@ -24,4 +24,17 @@ def test_flash_attention_is_asked_for_where_there_is_one(device, dtype, dim, fla
 
 
 def test_elsewhere_pytorch_chooses():
-    assert isinstance(attention_kernel(torch.zeros(1, 1, 4, 8)), contextlib.nullcontext)
+    for kernel in (attention_kernel, masked_attention_kernel):
+        assert isinstance(kernel(torch.zeros(1, 1, 4, 8)), contextlib.nullcontext)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "told"),
+    [
+        ("cuda", torch.bfloat16, "memory-efficient"),
+        ("cuda", torch.float64, "what PyTorch chooses"),
+        ("cpu", torch.float32, "for a CPU"),
+    ],
+)
+def test_what_computes_under_a_mask_is_told(device, dtype, told):
+    assert told in masked_in_words(device, dtype)
