@@ -113,11 +113,12 @@ def random_case(seed, *, b=2, t=4, s=5, probes=0, share=0.2, **sizes):
 
 
 def chosen_case(*, probes=0):
-    """Lane 0: a start at a last token, the next segment whole, many starts in one segment. Lane 1: a document from lane
-    to lane's segment 2, which starts at its first token and at its last, and a whole segment without one."""
+    """Lane 0: a start at a last token, the next segment whole, many starts in one segment, one among the window's last
+    three tokens. Lane 1: a document that ends before segment 2, where one starts at its first token and one at its
+    last, and a whole segment without one."""
     window, starts, asked = random_case(3, probes=probes)
     starts[:] = False
-    starts[0, 0, 4] = starts[0, 2, 1] = starts[0, 2, 2] = starts[0, 2, 4] = True
+    starts[0, 0, 4] = starts[0, 2, 1] = starts[0, 2, 2] = starts[0, 2, 4] = starts[0, 3, 3] = True
     starts[1, 2, 0] = starts[1, 2, 4] = True
     return window, starts, asked
 
@@ -176,6 +177,30 @@ def test_what_overflowed_before_a_cut_is_gone_behind_it(rule_name, form):
     assert all(torch.equal(x, y) for x, y in zip(after, healthy_after, strict=True))
     found = gradients([read[:, 1:], *after], broken)
     assert all(found[name].isfinite().all() for name in TOKENS - {"q"}) and found["q"][:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("rule_name", RULES)
+def test_nothing_crosses_a_start(rule_name):
+    """Bit for bit: what stands before a document's first token, in its segment too, does not exist for it."""
+    window, starts, asked = random_case(13, b=1)
+    starts[:] = False
+    starts[0, 1, 2] = True
+    other, _, _ = random_case(14, b=1)
+    behind = (torch.arange(20) >= 7).view(1, 4, 1, 5)
+
+    def changed(name):
+        mine, others = window[name].detach(), other[name].detach()
+        if name not in TOKENS:
+            return others if name in state_type(rule_name)._fields else mine
+        return mine.where(behind.view(*behind.shape, *(1,) * (mine.dim() - 4)), others)
+
+    read, _, after = packed(rule_name, "sigmoid", window, starts, asked)
+    of_changed, _, after_changed = packed(rule_name, "sigmoid", {name: changed(name) for name in window}, starts, asked)
+    assert torch.equal(read[:, 2:], of_changed[:, 2:]) and not torch.equal(read[:, :2], of_changed[:, :2])
+    assert all(torch.equal(x, y) for x, y in zip(after, after_changed, strict=True))
+    found = gradients([read[:, 2:], *after], window | {"asking": window["q"]})
+    assert not any(found[name].any() for name in ("M", "z", "tail"))
+    assert not any(found[name][:, 0].any() or found[name][:, 1, :, :2].any() for name in TOKENS)
 
 
 @pytest.mark.parametrize("rule_name", RULES)
