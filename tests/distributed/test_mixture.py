@@ -26,7 +26,7 @@ def test_losses_by_set_and_by_segment_on_every_layout(pools, tmp_path, packing):
         for name, lengths in (("short", [17, 9, 30, 64, 21]), ("long", [500, 250]))
     ]
     sets = f"data.sets=[{{path: {paths[0]}, weight: 2.0}}, {{path: {paths[1]}}}]"
-    settings = [sets, f"data.packing={packing}", "model.memory.rule=none", "train.steps=4", "metrics.interval=1"]
+    settings = [sets, f"data.packing={packing}", "train.steps=4", "metrics.interval=1"]
     found = []
     for number, (nproc, layout) in enumerate(LAYOUTS):
         run = Run(tmp_path / f"run_{number}", paths[0], *settings, *layout, nproc=nproc)
