@@ -96,8 +96,8 @@ def test_nothing_is_compiled_again():
 
 
 def test_damage_to_a_plain_form_would_show(monkeypatch):
-    def damaged(q, k, dtype):
-        return tuple(1.001 * x for x in plain_phi_of(q, k, dtype))
+    def damaged(q, k, dtype, blind, unwritten):
+        return tuple(1.001 * x for x in plain_phi_of(q, k, dtype, blind, unwritten))
 
     monkeypatch.setattr("model.compiling.plain_phi_of", damaged)
     (written, compiled), _ = both(MODELS["delta"])

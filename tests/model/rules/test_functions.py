@@ -11,7 +11,7 @@ from model.rules.borders import Borders
 from model.rules.channel_blocks import decayed_products, solve_channel_blocks
 from model.rules.convolution import WIDTH, _Convolution
 from model.rules.delta_blocks import block_length, solve_blocks
-from model.rules.feature_maps import phi, phi_of, unit_length_of
+from model.rules.feature_maps import phi, phi_of, plain_phi_of, plain_unit_length_of, unit_length_of
 from model.rules.gated_deltanet import LogDecay
 from model.rules.gdn2 import _Gated
 from model.rules.normalized import _Read, _Stored
@@ -111,6 +111,28 @@ def test_feature_maps(feature, probes):
     assert feature(q, None, torch.float64)[1] is None
     assert gradcheck(lambda *x: feature(*x, torch.float64), (q, k))
     assert gradcheck(lambda x: feature(x, None, torch.float64)[0], q)
+
+
+@pytest.mark.parametrize(
+    "feature, plain", [(phi_of, plain_phi_of), (unit_length_of, plain_unit_length_of)], ids=["phi", "length"]
+)
+@pytest.mark.parametrize("probes", [0, 1])
+def test_features_of_absent_tokens_are_zero(feature, plain, probes):
+    """In both forms, and without a gradient; those of the others are as ever."""
+    q, k = draw(B, T + probes, N, R, S, D), draw(B, T, N, S, D)
+    blind, unwritten = (draw(B, t, S).detach() > 0 for t in (T + probes, T))
+    masks = blind[:, :, None, None, :, None], unwritten[:, :, None, :, None]
+    found = feature(q, k, torch.float64, blind, unwritten)
+    for x, one, whole, mask in zip(
+        found,
+        plain(q, k, torch.float64, blind, unwritten),
+        feature(q, k, torch.float64),
+        masks,
+        strict=True,
+    ):
+        assert torch.equal(x, whole.masked_fill(mask, 0))
+        torch.testing.assert_close(one, x, rtol=1e-15, atol=1e-15)
+    assert gradcheck(lambda *x: feature(*x, torch.float64, blind, unwritten), (q, k))
 
 
 @pytest.mark.parametrize("feature", [phi_of, unit_length_of])
