@@ -25,7 +25,7 @@ compare-sliding: $(VENV)/.installed-base
 capacity: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/capacity.sh
 
-# Two processes at a time: one has tests/distributed, the other the rest (tests/conftest.py). JOBS=0 runs all in one.
+# Two processes at a time, which take file after file (tests/conftest.py). JOBS=0 runs all in one.
 JOBS ?= 2
 test: $(VENV)/.installed-all
 	$(BIN)/pytest -n $(JOBS) --no-loadscope-reorder

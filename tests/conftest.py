@@ -7,8 +7,8 @@ import pytest
 # Tests start many small processes on few cores: more than one thread each makes them wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TOGETHER = ("cluster", "distributed")
-"""Folders whose tests share what is dear to start: a Slurm, pools of processes."""
+TOGETHER = ("cluster",)
+"""Folders whose tests share what is dear to start: a Slurm. Pools of processes are not, see tests/distributed/pool."""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,8 +1,7 @@
 """Layouts that ranks go back to: one set of process groups per layout instead of one per case.
 
 `pipeline.parallel.topology.initialize` makes new groups at every call, for a process that calls it once. Gloo gives
-each of them three threads, which cost processor time even when nobody talks: a hundred cases would leave thousands per
-rank.
+each of them threads: a hundred cases would leave thousands per rank.
 """
 
 from __future__ import annotations

@@ -1,26 +1,29 @@
 """Processes that stay alive for the whole test session and run test cases as ranks of one process group.
 
-Importing torch, Megatron and DeepSpeed takes seconds of CPU; a pool pays for it once per world size, and joins its
-process group once. Between cases the processes are stopped (SIGSTOP): gloo's threads poll, and the idle ranks of a few
-pools would take a core from the tests that need none of them. A case is a module-level function that every rank calls
-with the same arguments; it lays out its own parallel groups. When a rank fails the pool is thrown away, and the next
-case gets a fresh one.
+Importing torch, Megatron and DeepSpeed takes more than five seconds of CPU: one process does it, and all ranks are
+forked from that. They join their process group once. A case is a module-level function that every rank calls with the
+same arguments; it lays out its own parallel groups. When a rank fails the pool is thrown away, and the next case gets a
+fresh one.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import datetime
 import importlib
 import io
-import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
-import signal
 import socket
 import traceback
 from typing import Any
+from unittest import mock
 
 TIMEOUT_S = 240
+
+PRELOADED = ["pipeline.training.trainer", "pipeline.evaluation.evaluate"]
+"""What most cases need."""
 
 
 class CaseFailed(AssertionError):
@@ -31,6 +34,36 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _forking() -> multiprocessing.context.ForkServerContext:
+    """The process that ranks are forked from, started when first asked for. No accelerator is seen there: whoever has
+    used one cannot be forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _share_gloo_device() -> None:
+    """Let one thread poll the sockets of all process groups of this process, and not one for each of them: the cases
+    lay out a hundred groups, and the threads of idle ones would take a core of their own.
+
+    Connections are made with the group, as by gloo's default: lazily made ones do not find each other on a device that
+    several groups share (torch 2.13).
+    """
+    from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+    device = ProcessGroupGloo.create_default_device(lazy_init=False)
+
+    class SharedDevice(ProcessGroupGloo):
+        def __init__(self, store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout, options._threads = [device], timeout, 2
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = SharedDevice
 
 
 def _serve(rank: int, world: int, port: int, pipe) -> None:
@@ -50,11 +83,12 @@ def _serve(rank: int, world: int, port: int, pipe) -> None:
     import torch
 
     torch.set_num_threads(1)
+    _share_gloo_device()
     while True:
-        request = pipe.recv()
-        if request is None:
-            return
-        module, function, arguments = request
+        try:
+            module, function, arguments = pipe.recv()
+        except EOFError:  # the tests are over, or were killed
+            os._exit(0)
         output = io.StringIO()
         try:
             with contextlib.redirect_stdout(output):
@@ -70,7 +104,7 @@ class Pool:
 
     def __init__(self, world: int, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s
-        context = multiprocessing.get_context("spawn")
+        context = _forking()
         port = _free_port()
         self.pipes, self.processes = [], []
         for rank in range(world):
@@ -80,11 +114,6 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
         self.broken = False
-        atexit.register(self.close)  # a stopped process cannot be asked to end, only killed
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self.processes:
-            os.kill(process.pid, number)
 
     def run(self, function: Any, **arguments: Any) -> list[Any]:
         """Call `function(**arguments)` on every rank; returns the results in rank order.
@@ -92,7 +121,6 @@ class Pool:
         Raises:
             CaseFailed: with the traceback of the first rank that reported one.
         """
-        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__name__, arguments))
         results: list[Any] = [None] * len(self.pipes)
@@ -114,12 +142,10 @@ class Pool:
                     raise CaseFailed(f"rank {rank}: {value}")
                 results[rank] = value
                 del waiting[rank]
-        self._signal(signal.SIGSTOP)
         return results
 
     def close(self) -> None:
         self.broken = True
-        atexit.unregister(self.close)
         for process in self.processes:
             process.kill()
         for process in self.processes:
