@@ -114,7 +114,7 @@ def summed(traffic: dict, kind: str) -> dict[torch.dtype, int]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["zero2", "zero3", "tensor"])
+@pytest.mark.parametrize("layout", ["zero2", "zero3", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_resumed_run_is_the_run_that_never_stopped(runs, layout):
     world, overrides = LAYOUTS[layout]
     first = runs(world, BF16, *overrides, steps=3, save=True)

@@ -79,9 +79,21 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert difference <= TOLERANCE, f"{name} differs by {difference:.1e}"
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "layer", "window"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("stages", [1, 2, 4])
+RECOMPUTE = ["none", "selective", "layer", "window"]
+
+
+def _with_stages() -> list:
+    """On one and two stages everything, on four, whose middle ones both get and pass on, each rule and each way to
+    recompute once; the rest of those is slow."""
+    diagonal = list(zip(RULES, itertools.cycle(RECOMPUTE)))
+    found = []
+    for stages, rule, recompute in itertools.product([1, 2, 4], RULES, RECOMPUTE):
+        is_slow = stages == 4 and (rule, recompute) not in diagonal
+        found.append(pytest.param(stages, rule, recompute, marks=[pytest.mark.slow] * is_slow))
+    return found
+
+
+@pytest.mark.parametrize(("stages", "rule", "recompute"), _with_stages())
 def test_chunks_and_stages_give_the_gradients_of_one_graph(pools, reference, stages, rule, recompute):
     expected = reference(tuple(RULES[rule]))
     overrides = [*RULES[rule], f"parallel.pipeline={stages}", f"bptt.recompute={recompute}"]

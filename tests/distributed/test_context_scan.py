@@ -90,16 +90,18 @@ def assert_same(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rule"),
+    ("ranks", "rule", "step"),
     [
         # `kda` is `gdn2` without two gates, and pairs are composed over 4 ranks as `gated_deltanet`'s are.
-        pytest.param(ranks, rule, marks=[pytest.mark.slow] if rule == "kda" or (rule, ranks) == ("gdn2", 4) else [])
-        for ranks in (2, 4)
+        pytest.param(2, rule, 1, marks=[pytest.mark.slow] * (rule == "kda"))
         for rule in WITH_MEMORY
-    ],
+    ]
+    + [pytest.param(4, rule, 5, marks=[pytest.mark.slow] * (rule in ("gdn2", "kda"))) for rule in WITH_MEMORY]
+    + [pytest.param(4, rule, 1, marks=pytest.mark.slow) for rule in WITH_MEMORY],
 )
-def test_ranks_that_share_a_window_are_one(pools, ranks, rule):
-    cases = grid(rule) + chunked(rule)
+def test_ranks_that_share_a_window_are_one(pools, ranks, rule, step):
+    """On 4 ranks every fifth case of the grid, which is its diagonal, has all gates and surroundings once."""
+    cases = grid(rule)[::step] + chunked(rule)
     assert_same(cases, pools.run(ranks, context_cases.compare, cases=cases))
 
 

@@ -106,7 +106,7 @@ def check(pools, tmp_path: Path, moments: list[str], seed: int, nproc: int, *ove
 
 def test_killed_ranks_cost_nothing_but_time(pools, tmp_path):
     """A few kills of two processes, each holding half of the optimizer's state and half of the lanes."""
-    moments = ["saving", "starting", "training", "saving"]
+    moments = ["saving", "starting", "saving"]  # killed while it trains: test_elastic, tests/cluster/test_jobs
     kills = check(pools, tmp_path, moments, 1, 2, "train.steps=60", "parallel.zero_stage=2")
     assert all(kill.others_gone_s < 20 for kill in kills)
     assert any(kill.partial for kill in kills)
