@@ -121,6 +121,13 @@ class Pool:
         Raises:
             CaseFailed: with the traceback of the first rank that reported one.
         """
+        try:
+            return self._run(function, arguments)
+        except BaseException:  # pytest's time limit among them: what comes late would be taken for the next case's
+            self.close()
+            raise
+
+    def _run(self, function: Any, arguments: dict[str, Any]) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__name__, arguments))
         results: list[Any] = [None] * len(self.pipes)
@@ -128,7 +135,6 @@ class Pool:
         while waiting:
             ready = multiprocessing.connection.wait(list(waiting.values()), timeout=self.timeout_s)
             if not ready:
-                self.close()
                 raise CaseFailed(f"ranks {sorted(waiting)} of {len(self.pipes)} hang in {function.__name__}")
             for rank, pipe in list(waiting.items()):
                 if pipe not in ready:
@@ -138,7 +144,6 @@ class Pool:
                 except EOFError:
                     status, value = "failed", f"rank {rank} died"
                 if status != "ok":
-                    self.close()
                     raise CaseFailed(f"rank {rank}: {value}")
                 results[rank] = value
                 del waiting[rank]
