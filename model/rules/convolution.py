@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from model.config import LayerShape
-from model.device import cache_rows
+from model.device import cache_rows, host_knows
 from model.rules.base import MemoryRule, Reads, RuleParameter, Tokens
 from model.rules.borders import Borders
 from model.rules.context import pass_around, pass_around_back
@@ -244,7 +244,7 @@ class _Convolution(Function):
             found[..., last:end, :].zero_()
             for i in range(1, WIDTH):
                 low, high = max(first, i), min(end, s + i)
-                seeing = _of_block(foreign, low - i, high - i)[i]
+                (seeing,) = _of_block(foreign[i : i + 1], low - i, high - i)
                 of_seen = _without(gradient[..., low - i : high - i, :], seeing)
                 found[..., low:high, :].addcmul_(of_seen, weights[i])
         of_taps = torch.stack([x.sum(dim=(0, 1, 4)) for x in products], dim=-1)
@@ -297,7 +297,10 @@ def _foreign(piece: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _of_block(foreign: tuple[Tensor | None, ...], first: int, last: int) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x[..., first:last, :] for x in foreign)
+    """`foreign` of some tokens; None as well where the host knows that no document starts near them: most blocks, and
+    what is not copied there is half of what packing costs a convolution."""
+    parts = [None if x is None else x[..., first:last, :] for x in foreign]
+    return tuple(None if x is None or (host_knows(x.device) and not x.any()) else x for x in parts)
 
 
 def _rows(taps: Tensor) -> Tensor:

@@ -156,6 +156,13 @@ def test_forms_for_a_gpu(rule_name, form):
         assert_same(rule_name, "none", *random_case(5, t=1, s=6))
 
 
+@pytest.mark.parametrize("rule_name", ["linear+convolution", "deltanet+convolution"])
+def test_convolutions_in_blocks(rule_name, monkeypatch):
+    """Blocks of 4 tokens, some of which see no start."""
+    monkeypatch.setattr("model.device.CACHE_BLOCK_BYTES", 1)
+    assert_same(rule_name, "sigmoid", *random_case(15, s=11, share=0.06, probes=2))
+
+
 @pytest.mark.parametrize("rule_name", ("deltanet", *DECAYING))
 def test_blocks_of_packed_segments(rule_name, monkeypatch):
     monkeypatch.setattr("model.rules.delta_blocks.WRITE_BLOCK", 4)
