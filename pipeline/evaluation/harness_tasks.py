@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.files import write_whole
+from data.files import Place, place, write_whole
 from pipeline.config.load import ConfigError
 from pipeline.evaluation.report import RESULTS, number, without_nan, write_json
 from pipeline.evaluation.task_report import short_name
@@ -87,10 +87,10 @@ def evaluate_tasks(
         bootstrap_iters=BOOTSTRAP if model.topology.is_main else 0,
         task_manager=manager,
     )
-    on_main(lambda: _write(found, model, options, Path(run_dir), out))
+    on_main(lambda: _write(found, model, options, place(run_dir), out))
 
 
-def _write(found: dict[str, Any], model: Any, options: HarnessOptions, run_dir: Path, out: str | Path | None) -> None:
+def _write(found: dict[str, Any], model: Any, options: HarnessOptions, run_dir: Place, out: str | Path | None) -> None:
     reader, topology = model.generator.reader, model.topology
     folder = Path(out) if out is not None else run_dir / "evaluation" / reader.folder.name / "lm_eval"
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.files import place
 from data.prepared.shards import PreparedSet
 from data.synthetic import PasskeyGenerator
 from data.tokenizer.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def grid_wanted(config: Config, overrides: Sequence[str], demanded: bool) -> tup
     if any(getattr(evaluate, name) != getattr(default, name) for name in names):
         return True, ""
     paths = list(dict.fromkeys(entry.path for entry in config.data.sets))
-    there = [path for path in paths if Path(path, "manifest.json").is_file()]
+    there = [path for path in paths if (place(path) / "manifest.json").is_file()]
     sources = [entry.spec for path in there for entry in PreparedSet(path).manifest.sources]
     if any(spec.startswith("passkey:") for spec in sources):
         return True, ""

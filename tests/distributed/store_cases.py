@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
 
-from data.files import store
+from data.files import ranges, store
 from tests.distributed import saving_cases
 from tests.s3_server import FAULTS
+
+
+def within(environment: dict[str, str], case: Callable[..., Any], **arguments) -> Any:
+    """`case` with an environment that names a store's server."""
+    # Another server than the last case's, with other files under the same names.
+    store._filesystem.cache_clear()
+    ranges._shared.clear()
+    with mock.patch.dict(os.environ, environment):
+        return case(**arguments)
 
 
 def train(
@@ -38,6 +48,5 @@ def train(
         trainer.train_step = step
         return trainer
 
-    store._filesystem.cache_clear()  # another server than the last case's
-    with mock.patch.dict(os.environ, environment), mock.patch.object(saving_cases, "make_trainer", made):
-        return saving_cases.train(**arguments)
+    with mock.patch.object(saving_cases, "make_trainer", made):
+        return within(environment, saving_cases.train, **arguments)

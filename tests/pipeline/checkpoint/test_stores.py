@@ -157,6 +157,12 @@ def test_a_run_goes_on_from_the_newest_wherever_it_is(saver, tmp_path, monkeypat
     shard.write(contents[:-1] + bytes([contents[-1] ^ 1]))
     assert find_damage(there / "step_00000002", contents=False) == []
     assert "SHA-256 differs" in find_damage(there / "step_00000002", contents=True)[0]
+    told.clear()
+    shard.remove()
+    assert open_newest([tmp_path / "bare", there], told.append).folder == there / "step_00000001"
+    assert len(told) == 1 and f"{shard} is missing" in told[0]
+    with pytest.raises(CheckpointError, match=f"{shard} is missing"):
+        open_verified(there / "step_00000002")
     # A store that is silent: the disk's is taken, and that is said; with nothing on the disk the store is named.
     monkeypatch.setenv(store.PATIENCE, "0")
     monkeypatch.setattr(FailingMemory, "info", lambda *_: (_ for _ in ()).throw(Down("no route")))

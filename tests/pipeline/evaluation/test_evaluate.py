@@ -43,6 +43,7 @@ from pipeline.evaluation.passkey import (
 from pipeline.evaluation.task_report import capacity_marks
 from pipeline.evaluation.tasks import task_cells, task_results
 from pipeline.inference.streaming import Output, Streamer, array_document, window
+from tests.data.test_stores import upload
 from tests.prepared import write_set
 
 CPU = torch.device("cpu")
@@ -536,8 +537,9 @@ def test_the_passkey_grid_is_for_those_who_trained_it_or_ask(tmp_path):
         grid_wanted(load_config(None, [*plain, "evaluate.passkey_lengths=[]"]), [], True)
 
     passkeys = write_set(tmp_path / "passkeys", [300], source="passkey:5,length=1K")
-    both = [f"data.sets=[{{path: {books}}}, {{path: {passkeys}}}]"]
-    assert grid_wanted(load_config(None, both), [], False) == (True, "")
+    for place in (passkeys, upload(passkeys, "memory://bucket/passkeys")):
+        both = [f"data.sets=[{{path: {books}}}, {{path: '{place}'}}]"]
+        assert grid_wanted(load_config(None, both), [], False) == (True, "")
 
 
 # Command line
