@@ -282,7 +282,7 @@ def _inspect_checkpoint(folder: Path, args: argparse.Namespace) -> int:
     print_table(
         f"{len(found.lanes)} lanes" + (f", the first {_LANES_SHOWN}" if len(found.lanes) > _LANES_SHOWN else ""),
         lanes,
-        header=["lane", "document", "next segment", "documents begun"],
+        header=["lane", "document", f"next {'token' if found.config.data.packing else 'segment'}", "documents begun"],
         console=console,
     )
     fields = sorted({name for layer in found.layers for name in layer.norms})

@@ -111,10 +111,11 @@ def diagnose(history: History, memory: MemoryConfig) -> list[Finding]:
     """What is wrong with a memory, nothing where nothing is seen.
 
     Args:
-        history: at least one step.
+        history: at least one step. Layers of which nothing is known are left out: they have no memory.
         memory: the run's settings.
     """
     step, now = history[-1]
+    now = {layer: numbers for layer, numbers in now.items() if numbers != LayerNumbers()}
     if memory.rule == "none" or step < MIN_STEPS:
         return []
     return [finding for rule in RULES for finding in rule(history, now, memory)]

@@ -37,7 +37,7 @@ class Lane:
     document: str
     """Name of its document, `between documents`, or the document's number where the set cannot be opened."""
     segment: int
-    """Next segment of the document."""
+    """Next segment of the document; with `data.packing`, the next token."""
     begun: int
     """Documents begun so far."""
 

@@ -88,6 +88,15 @@ def test_only_the_layers_that_are_ill_are_named():
     assert diagnose(steps, MEMORY) == []
 
 
+def test_layers_without_a_memory_hide_nothing():
+    for changes in ({"mix_gate_range": (0.4985, 0.501)}, {"write_gate": 1e-5}, {"share_of_output": 0.002}):
+        steps = history(layers=1, **changes)
+        expected = names(diagnose(steps, MEMORY))
+        for _, layers in steps:
+            layers |= {layer: LayerNumbers() for layer in range(1, 4)}
+        assert names(diagnose(steps, MEMORY)) == expected != []
+
+
 def test_an_empty_memory_has_not_collapsed():
     assert diagnose(history(effective_rank=0.0, norm_M=0.0, write_gate=0.5), MEMORY) == []
     # A memory of few facts has few directions; without its run's metrics a checkpoint does not say how many.
