@@ -14,15 +14,13 @@ tokens of a segment, d head dimension.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from model.device import host_knows
 from model.layers.heads import Heads
+from model.layers.packed_attention import causal_attention, packed_attention
 from model.layers.packing import DocumentMask, seen_tokens
 from model.layers.rotary import Table, rotate
-from model.layers.sdpa import attention_kernel, masked_attention_kernel
 from model.rules.base import Reads
 from model.rules.context import ContextPart, shift
 from model.rules.state import LocalContext
@@ -34,11 +32,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, mask: DocumentM
     Args:
         mask: where documents share segments.
     """
-    if mask is not None and mask.is_of_all:
-        return _masked(query, key, value, mask.bias)
-    with attention_kernel(query):
-        local = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] > 1)
-    return local if mask is None else _masked_where_needed(local, query, key, value, mask)
+    return causal_attention(query, key, value) if mask is None else packed_attention(query, key, value, mask)
 
 
 def sliding_attention(
@@ -99,45 +93,14 @@ def sliding_attention(
 
     key_before, value_before = before(keys, first[0]), before(values, first[1])
     wide = torch.cat([rotate(key_before, table), heads.key], dim=2), torch.cat([value_before, heads.value], dim=2)
-    if mask is not None and mask.is_of_all:
-        local = _masked(heads.query, *wide, mask.bias)
-    else:
-        with attention_kernel(heads.query):
-            local = F.scaled_dot_product_attention(
-                heads.query, *wide, attn_mask=causal_lower_right(s, 2 * s), enable_gqa=heads.query.shape[1] > 1
-            )
+    if mask is None:
+        local = causal_attention(heads.query, *wide)
         local = _alone_where_first(local, heads, ~with_probes(seen).repeat_interleave(n))
-        local = local if mask is None else _masked_where_needed(local, heads.query, *wide, mask)
+    else:
+        local = packed_attention(heads.query, *wide, mask)
     share_seen = torch.ones_like(context.local_seen)
     share_seen = share_seen if mask is None else share_seen * mask.seen.view(-1, 1, 1)
     return local, LocalContext(*last, share_seen)
-
-
-def _masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention of queries `[k*n, r, s, d]` to keys and values `[k*n, 1, s or 2s, d]` under a `DocumentMask.bias`,
-    `[k*n, r, s, d]`.
-
-    One call per key/value head, whose query heads then share a mask without a copy: kernels want four dims, and one
-    that varies over k alone would have to be repeated for n heads. Fused kernels that take a mask want equally many
-    heads of keys, which an expanded view is.
-    """
-    heads = (x.unflatten(0, (bias.shape[0], -1)).unbind(1) for x in (query, key, value))
-    found = []
-    for q, k, v in zip(*heads, strict=True):
-        with masked_attention_kernel(q):
-            k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
-            found.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
-    return torch.stack(found, dim=1).flatten(0, 1)
-
-
-def _masked_where_needed(local: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask) -> Tensor:
-    """`local`, and in the segments that need a mask what it lets their tokens see."""
-    if mask.bias is None:
-        return local
-    of_segments = [x.unflatten(0, (mask.segments, -1)) for x in (query, key, value)]
-    masked = _masked(*(x[mask.rows].flatten(0, 1) for x in of_segments), mask.bias)
-    whole = local.unflatten(0, (mask.segments, -1))
-    return whole.index_copy(0, mask.rows, masked.unflatten(0, (len(mask.rows), -1))).flatten(0, 1)
 
 
 def _alone_where_first(wide: Tensor, heads: Heads, first: Tensor) -> Tensor:

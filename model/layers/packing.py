@@ -11,13 +11,15 @@ they are. What the memory makes of pieces is in `model.rules.borders`.
     on the right, what tokens of the        . . . . .   . x x x .
     second segment see of the two           . . . . .   . x x x x
 
-Every layer and head has the same mask: it is made once per call of a stage.
+Every layer and head has the same mask: it is made once per call of a stage. On a CPU, where the host knows the starts,
+it is no tensor but the pieces' lengths, and every piece is attended to by itself (`model.layers.packed_attention`).
 
 Shapes: b lanes, t segments, p probes behind them, B = b (t + p), C context ranks, s tokens of a segment.
 """
 
 from __future__ import annotations
 
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -30,25 +32,32 @@ from model.rules.context import ContextGroup, ContextPart
 from model.rules.state import LocalContext
 
 
+class Piece(NamedTuple):
+    length: int
+    """Tokens of the segment."""
+    before: int
+    """Tokens of the segment before, its last ones, that the piece's tokens see."""
+
+
+class Run(NamedTuple):
+    """Neighbouring segments, and probes, that are cut alike."""
+
+    segments: int
+    pieces: tuple[Piece, ...]
+
+
 class DocumentMask(NamedTuple):
-    """Who sees whom in the local attention."""
+    """Who sees whom in the local attention: `runs` where the host knows it, `bias` elsewhere."""
 
     bias: Tensor | None
-    """What is added to the scores, 0 where a token sees a key and -inf elsewhere: `[k, 1, s, s]`, with a sliding
-    context `[k, 1, s, 2s]`, the segment before first. None where no segment needs one."""
-    rows: Tensor | None
-    """int64 `[k]`: for which of the segments and probes; None for all."""
-    segments: int
-    """B."""
+    """What is added to the scores, 0 where a token sees a key and -inf elsewhere: `[B, 1, s, s]`, with a sliding
+    context `[B, 1, s, 2s]`, the segment before first."""
+    runs: tuple[Run, ...] | None
+    """Of all B segments and probes, in their order."""
     before: Tensor | None
     """With a sliding context bool `[b, t, s]`: which tokens of the segment before a segment's piece 0 sees."""
     seen: Tensor | None
     """With a sliding context `[b]`: the part of the chunk's last segment that the next one's piece 0 sees."""
-
-    @property
-    def is_of_all(self) -> bool:
-        """Every segment has a mask: nothing is to be computed without."""
-        return self.bias is not None and len(self.bias) == self.segments
 
 
 class Packing(NamedTuple):
@@ -86,7 +95,12 @@ def packing_of(
         if context is not None:
             before = before.unflatten(1, (context.size, -1))[:, context.rank]
         before = before & ~borders.reset.unsqueeze(2)
-    return Packing(part, borders, DocumentMask(*_bias(borders.piece, before, probes, dtype), before, seen))
+    visible = None if before is None else Reads(probes, detach=False).chosen(before)
+    if host_knows(starts.device):
+        mask = DocumentMask(None, _runs(borders.piece, visible), before, seen)
+    else:
+        mask = DocumentMask(_bias(borders.piece, visible, dtype), None, before, seen)
+    return Packing(part, borders, mask)
 
 
 def seen_tokens(context: LocalContext) -> Tensor:
@@ -96,22 +110,25 @@ def seen_tokens(context: LocalContext) -> Tensor:
     return torch.arange(length, device=count.device) >= length - count
 
 
-def _bias(
-    piece: Tensor, before: Tensor | None, probes: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """The first fields of `DocumentMask`. Where the host knows which segments hold a start, the others have no mask,
-    under which a kernel would take longer."""
+def _runs(piece: Tensor, before: Tensor | None) -> tuple[Run, ...]:
+    """`DocumentMask.runs` of `Borders.piece` and of what each segment and probe sees of the one before, bool
+    `[b, t + p, s]`, with a sliding context."""
+    piece = piece.flatten(0, 1)
+    inner: list[list[int]] = [[] for _ in piece]
+    for segment, place in (piece[:, 1:] != piece[:, :-1]).nonzero().tolist():
+        inner[segment].append(place + 1)
+    visible = [0] * len(inner) if before is None else before.sum(dim=-1).flatten().tolist()
+    cut = []
+    for places, count in zip(inner, visible, strict=True):
+        lengths = [last - first for first, last in pairwise([0, *places, piece.shape[1]])]
+        cut.append((Piece(lengths[0], count), *(Piece(length, 0) for length in lengths[1:])))
+    return tuple(Run(len(list(alike)), pieces) for pieces, alike in groupby(cut))
+
+
+def _bias(piece: Tensor, before: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`DocumentMask.bias` of the arguments of `_runs`."""
     sees = (piece[..., :, None] == piece[..., None, :]).tril()
-    needed = piece[..., -1] > piece[..., 0]
     if before is not None:
-        of_all = Reads(probes, detach=False).chosen(before)
-        needed = needed | (of_all.any(dim=-1) & ~of_all.all(dim=-1))
-        sees = torch.cat([(piece == 0)[..., :, None] & of_all[..., None, :], sees], dim=-1)
-    sees, rows = sees.flatten(0, 1), None
-    if host_knows(piece.device):
-        rows = needed.flatten().nonzero().squeeze(1)
-        if len(rows) == 0:
-            return None, rows, needed.numel()
-        sees = sees[rows]
-    bias = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)
-    return bias.unsqueeze(1), rows, needed.numel()
+        sees = torch.cat([(piece == 0)[..., :, None] & before[..., None, :], sees], dim=-1)
+    sees = sees.flatten(0, 1)
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf).unsqueeze(1)

@@ -45,4 +45,4 @@ def masked_in_words(device: str, dtype: torch.dtype) -> str:
     """What computes attention under a mask, for the start of a run."""
     if is_efficient(device, dtype):
         return "PyTorch's memory-efficient attention"
-    return "PyTorch's attention for a CPU" if device == "cpu" else "what PyTorch chooses"
+    return "what PyTorch chooses"

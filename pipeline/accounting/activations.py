@@ -25,7 +25,8 @@ dimension d and an MLP width f, autograd keeps per layer and token
     states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
                 with context parallelism g d^2 m per lane: what a rank's segments do to a state (all but linear)
 
-with packing a stage's layers share one mask, S e per token, twice that with a sliding context;
+with packing a stage's layers share one mask, S e per token, twice that with a sliding context (on a CPU there is none;
+it is counted all the same);
 and the last stage 2 h e for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
 (`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one microbatch's lanes x segments_per_window /
 chunks_per_window segments. Recomputation leaves less per chunk, and one part at a time in full:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from model.compiling import in_words
 from model.config import rule_and_layers
 from model.device import rounds_to_tf32
-from model.layers.sdpa import masked_in_words
+from model.layers.packed_attention import kept_apart_in_words
 from model.precision import COMPUTE_DTYPES
 from model.rules.kernel import memory_kernel
 from pipeline.accounting.devices import known_as
@@ -41,7 +41,7 @@ def derived_rows(
     kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}
     dtype = COMPUTE_DTYPES[train.precision]
     packed = (
-        {"packing": f"documents share segments, kept apart by a mask: {masked_in_words(topology.device.type, dtype)}"}
+        {"packing": f"documents share segments, {kept_apart_in_words(topology.device, dtype)}"}
         if config.data.packing
         else {}
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_upper_left
 
 from model import decoder
 from model.layers import packing
@@ -154,8 +155,28 @@ def no(x: Tensor) -> Tensor:
     return torch.zeros_like(x)
 
 
+def off_by_one(mask):
+    """In every segment with a start inside the first one a token later."""
+    runs = []
+    for segments, (first, *others) in mask.runs:
+        if others and others[0].length > 1:
+            others[0] = others[0]._replace(length=others[0].length - 1)
+            first = first._replace(length=first.length + 1)
+        runs.append(packing.Run(segments, (first, *others)))
+    return mask._replace(runs=tuple(runs))
+
+
+def one_more_seen(mask):
+    """Where a part of the segment before is seen, one token more of it."""
+    runs = [
+        (segments, [x._replace(before=x.before + (0 < x.before < S)) for x in pieces]) for segments, pieces in mask.runs
+    ]
+    return mask._replace(runs=tuple(packing.Run(segments, tuple(pieces)) for segments, pieces in runs))
+
+
 BROKEN = {
-    "a mask off by one": lambda _, mask: {"mask": mask._replace(bias=mask.bias.roll(1, dims=-1))},
+    "pieces off by one": lambda _, mask: {"mask": off_by_one(mask)},
+    "one token more of the last segment is seen": lambda _, mask: {"mask": one_more_seen(mask)},
     "a start does not clear": lambda borders, _: {"borders": borders._replace(cut=no(borders.cut))},
     "a document that ends is written": lambda borders, _: {
         "borders": borders._replace(unwritten=no(borders.unwritten))
@@ -175,6 +196,32 @@ def test_what_is_broken_is_seen(how, monkeypatch):
     monkeypatch.setattr(decoder, "packing_of", broken)
     with pytest.raises(AssertionError):
         compare(small_config("delta+convolution+sliding"))
+
+
+def test_a_mask_off_by_one_is_seen(monkeypatch):
+    def broken(*arguments):
+        found = packing.packing_of(*arguments)
+        return found._replace(mask=found.mask._replace(bias=found.mask.bias.roll(1, dims=-1)))
+
+    monkeypatch.setattr(packing, "host_knows", lambda device: False)
+    monkeypatch.setattr(decoder, "packing_of", broken)
+    with pytest.raises(AssertionError):
+        compare(small_config("none+sliding", "none"))
+
+
+def test_a_piece_aligned_at_the_top_left_is_seen(monkeypatch):
+    """With a segment before it, a piece's last token sees all of its keys, not its first token the first key alone."""
+    monkeypatch.setattr("model.layers.packed_attention.causal_lower_right", causal_upper_left)
+    with pytest.raises(AssertionError):
+        compare(small_config("none+sliding", "none"))
+
+
+def test_segments_that_are_cut_alike_are_attended_to_at_once():
+    starts = torch.zeros(1, 5, S, dtype=torch.bool)
+    starts[0, 2:4, 4] = starts[0, 4, 0] = starts[0, 4, 1] = True
+    whole, cut = (packing.Piece(S, 0),), (packing.Piece(4, 0), packing.Piece(2, 0))
+    found = packing.packing_of(starts, None, None, torch.float64).mask.runs
+    assert found == ((2, whole), (2, cut), (1, (packing.Piece(1, 0), packing.Piece(S - 1, 0))))
 
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])

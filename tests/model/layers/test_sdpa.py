@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from model.layers.packed_attention import kept_apart_in_words
 from model.layers.sdpa import attention_kernel, is_flash, masked_attention_kernel, masked_in_words
 
 
@@ -33,8 +34,12 @@ def test_elsewhere_pytorch_chooses():
     [
         ("cuda", torch.bfloat16, "memory-efficient"),
         ("cuda", torch.float64, "what PyTorch chooses"),
-        ("cpu", torch.float32, "for a CPU"),
     ],
 )
 def test_what_computes_under_a_mask_is_told(device, dtype, told):
     assert told in masked_in_words(device, dtype)
+
+
+def test_how_documents_are_kept_apart_is_told():
+    assert "by itself" in kept_apart_in_words(torch.device("cpu"), torch.float32)
+    assert "memory-efficient" in kept_apart_in_words(torch.device("cuda"), torch.bfloat16)
