@@ -9,7 +9,7 @@ from typing import NamedTuple
 SHORT_WAYS = {"on": "on", "off": "off", "shuffled": "exchanged", "reset": "emptied"}
 
 _NAME = re.compile(
-    r"evaluation/(?:(?P<set>[^/]+)/loss_(?P<way>on|off|shuffled)"
+    rf"evaluation/(?:(?P<set>[^/]+)/loss_(?P<way>{'|'.join(SHORT_WAYS)})"
     r"|(?:task|(?P<passkey>passkey))_(?P<control>on|off|shuffled)/(?P<asked>.+))"
 )
 

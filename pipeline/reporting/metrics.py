@@ -24,8 +24,9 @@ Names are paths, one spelling from the trainer to the plots (`pipeline.reporting
     data/share/<set>  data/asked_share/<set>    of the tokens so far, and by the sets' weights; where there are several
     data/epochs/<set>                           how often the set has been read so far, by its tokens
     data/skipped_documents                      unreadable ones left out so far, with data.skip_bad_documents
-    evaluation/<set>/loss_<way>                 of held-out documents, with the memory `on`, `off` and `shuffled` (that
-                                                of another document)
+    evaluation/<set>/loss_<way>                 of held-out documents, with the memory `on`, `off`, `shuffled` (that of
+                                                another document) and `reset` (emptied every evaluate.reset_every
+                                                segments)
     evaluation/<set>/loss_by_segment_<way>/<0, 1, 2-3, 4-7, ...>
     evaluation/task_<way>/<task and settings>   share of a task's questions that are answered right
     evaluation/seconds                          that all of it took, which the speed does not count

@@ -87,6 +87,7 @@ def test_the_screen_says_what_was_written(tmp_path, clock):
     evaluated = {
         "text/loss_on": 2.5,
         "text/loss_off": 2.75,
+        "text/loss_reset": 2.625,
         "task_on/recall pairs 4": 0.5,
         "task_shuffled/recall pairs 4": 0,
     }
@@ -105,7 +106,7 @@ def test_the_screen_says_what_was_written(tmp_path, clock):
         "optimizer            learning rate 1.00e-03, gradient norm 0.7",
         "4 on node1, node2; SLOW: rank 2 on node2, 1.9 s of its own per step, 1.36 times the others",
         "checkpoint           step 30, 5s ago (training waited 0.5 s, writing took 3 s)",
-        "evaluation, step 30  loss of text: on 2.5, off 2.75\n"
+        "evaluation, step 30  loss of text: on 2.5, off 2.75, emptied 2.625\n"
         "                     recall pairs 4, right: on 0.5, exchanged 0\n"
         "                     other: 7\n",
         "memory at step 30, mean over 2 layers",
