@@ -145,7 +145,7 @@ def _seconds(value: float) -> str:
 
 
 def _evaluation(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """What was evaluated -> way (memory on, off, exchanged, emptied) -> value; losses by segment are left to TensorBoard."""
+    """What was evaluated -> way (memory on, off, exchanged, emptied) -> value; losses by segment are in TensorBoard."""
     rows: dict[str, dict[str, float]] = {}
     for name, value in values.items():
         group, _, rest = name.partition("/")
