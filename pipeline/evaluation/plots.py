@@ -119,8 +119,9 @@ def score_curves(
     sizes: bool = False,
     logarithmic: bool = True,
     marks: Mapping[float, str] | None = None,
+    measure: str = "exact match",
 ) -> None:
-    """Plot exact match against length, number of pairs or the like, one curve per control or run.
+    """Plot a score against length, number of pairs or the like, one curve per control or run.
 
     Args:
         path: PNG file to write.
@@ -130,6 +131,7 @@ def score_curves(
         sizes: x is in tokens, shown as 4K, 1M (powers of 1024).
         logarithmic: the scale of x.
         marks: places on x with what is special about them, drawn where the points reach so far.
+        measure: what the score is.
     """
     legend = Legend(list(curves), 7.5)
     figure = titled_figure(7.5, 4.0, title, legend)
@@ -170,7 +172,7 @@ def score_curves(
     labels = [f"{_tokens(int(x)) if sizes else f'{x:g}'}\nn={max(answers[x])}" for x in ticks]
     show_some_ticks(axes, ticks, labels)
     axes.minorticks_off()
-    axes.set(ylabel="exact match (bars: 95 % interval)", ylim=(-0.04, 1.04))
+    axes.set(ylabel=f"{measure} (bars: 95 % interval)", ylim=(-0.04, 1.04))
     plain(axes.set_xlabel(break_lines(xlabel, 6.5, TEXT_POINTS, 2)))
     legend.draw(figure, handles)
     quiet(axes)

@@ -66,9 +66,13 @@ def plot_tasks(results: Results, folder: Path, way_names: dict[str, str]) -> dic
                 if not several or control == "on"
                 for name, points in score_points(facts, control, x).items()
             }
-            for name, points in score_points(facts, "on", x, "benchmark_score").items():
+            written = score_points(facts, "on", x, "benchmark_score")
+            if written:
+                curves = {f"{name}, exact match": points for name, points in curves.items()}
+            for name, points in written.items():
                 curves[f"{BENCHMARK}, {name}" if several else BENCHMARK] = points
-            _draw(target, curves, title, x, capacity_marks(results["config"]["model"], x))
+            marks = capacity_marks(results["config"]["model"], x)
+            _draw(target, curves, title, x, marks, measure="score" if written else "exact match")
         images[f"task/{spec}"] = target
     return images
 
@@ -117,8 +121,17 @@ def compare_tasks(names: list[str], results: list[Results], folder: Path, way_na
     return rows
 
 
-def _draw(target: Path, curves: dict[str, list[plots.Score]], title: str, x: str, marks: dict[float, str]) -> None:
-    plots.score_curves(target, curves, title, xlabel=x, sizes=x == "length", logarithmic=x != "depth", marks=marks)
+def _draw(
+    target: Path,
+    curves: dict[str, list[plots.Score]],
+    title: str,
+    x: str,
+    marks: dict[float, str],
+    *,
+    measure: str = "exact match",
+) -> None:
+    scale = {"sizes": x == "length", "logarithmic": x != "depth"}
+    plots.score_curves(target, curves, title, xlabel=x, marks=marks, measure=measure, **scale)
 
 
 def _on(facts: Results, x: str) -> list[list[plots.Score]]:

@@ -9,7 +9,9 @@ import pytest
 
 from data.tokenizer.tokenizer import byte_tokenizer
 from pipeline.config.task_spec import Task
+from pipeline.evaluation import plots
 from pipeline.evaluation.answers import CONTROLS, COUNTS
+from pipeline.evaluation.task_report import BENCHMARK, plot_tasks
 from pipeline.evaluation.tasks import task_cells, task_results
 from pipeline.evaluation.written import benchmark_score, written_scores
 
@@ -36,7 +38,7 @@ class Writer:
         return "It is " + text.partition(" is: ")[2].partition(".")[0]  # one of the four values that are asked for
 
 
-def test_copies_share_the_documents_and_words_in_the_text_count(tmp_path):
+def test_copies_share_the_documents_and_words_in_the_text_count(monkeypatch, tmp_path):
     (tmp_path / "essays.txt").write_text("A mill stood there. " * 30)
     task = Task.parse(f"niah_multivalue:8,length=2K/3K,filler={tmp_path / 'essays.txt'}")
     cells = task_cells(task, BYTES, 64, seed=1)
@@ -52,6 +54,13 @@ def test_copies_share_the_documents_and_words_in_the_text_count(tmp_path):
     on = [cell for cell in results["cells"] if "benchmark_score" in cell]
     assert [cell["control"] for cell in on] == ["on", "on"]
     assert [cell["benchmark_score"] for cell in on] == pytest.approx([0.25, 0.25])
+    whole = {"name": "run", "step": 1, "tasks": {"needles": results}}
+    whole["config"] = {"model": {"memory": {"rule": "delta"}}}
+    drawn = {}
+    monkeypatch.setattr(plots, "score_curves", lambda path, curves, title, **options: drawn.update(options, on=curves))
+    plot_tasks(whole, tmp_path, {control: control for control in CONTROLS})
+    assert drawn["measure"] == "score"  # two measures on one axis, each curve named by its own
+    assert [*drawn["on"]] == [*(f"{control}, exact match" for control in CONTROLS), BENCHMARK]
 
 
 def test_no_hits_are_no_certainty():
