@@ -5,7 +5,7 @@ A task is named and set up by a *spec*, the same for `infini prepare` and for an
     TASK:N[,length=...][,depth=...][,seed=...][,filler=SET][,OPTION=...]
 
 N documents, their lengths in tokens. `filler=SET` hides the facts in the text of a prepared set in place of the paper's
-sentences, `filler=FILE` between the sentences of a text file.
+sentences, `filler=FILE` between the sentences of a text file. `questions=FILE` is what `qa_1` and `qa_2` ask.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from data.synthetic.needles import NeedlesGenerator
 from data.synthetic.passkey import PasskeyGenerator
 from data.synthetic.recall import RecallGenerator
 from data.synthetic.ruler_niah import NIAH
+from data.synthetic.ruler_qa import QA
 from data.synthetic.ruler_vt import VtGenerator
 from data.synthetic.ruler_words import CweGenerator, FweGenerator
 from data.synthetic.text_filler import TextFiller
@@ -46,6 +47,7 @@ TASKS = {
     "vt": VtGenerator,
     "cwe": CweGenerator,
     "fwe": FweGenerator,
+    **QA,
     **BABILONG,
 }
 
@@ -63,7 +65,15 @@ def is_synthetic(spec: str) -> bool:
 def task_options(task: str) -> dict[str, int]:
     """The options of a task's own, with their defaults."""
     parameters = inspect.signature(TASKS[task]).parameters
-    return {name: p.default for name, p in parameters.items() if name not in ("tokenizer", "filler")}
+    return {name: p.default for name, p in parameters.items() if name not in ("tokenizer", source_option(task))}
+
+
+def source_option(task: str) -> str | None:
+    """The option that names the text that a task's documents are made with: `filler`, or `questions`; None where there
+    is no such option."""
+    if task in QA:
+        return "questions"
+    return "filler" if "filler" in inspect.signature(TASKS[task]).parameters else None
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,14 @@ class Spec:
     task: str
     count: str
     values: dict[str, str]
-    """`length`, `depth`, `seed`, `filler` and the task's own options, as far as they are given."""
+    """`length`, `depth`, `seed`, `filler` (or `questions`, a file) and the task's own options, as far as they are
+    given."""
+
+    @property
+    def source(self) -> str | None:
+        """The value of `source_option`."""
+        option = source_option(self.task)
+        return None if option is None else self.values.get(option)
 
     @classmethod
     def parse(cls, text: str) -> Spec:
@@ -89,7 +106,7 @@ class Spec:
             raise ValueError(f"an option stands twice in {text!r}")
         known = ["length", "seed", *task_options(task)]
         known += ["depth"] if TASKS[task].has_depth else []
-        known += ["filler"] if "filler" in inspect.signature(TASKS[task]).parameters else []
+        known += [option] if (option := source_option(task)) else []
         unknown = [name for name in values if name not in known]
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}")
@@ -97,15 +114,17 @@ class Spec:
             raise ValueError("length is missing")
         if (needed := getattr(TASKS[task], "needs_filler", None)) and "filler" not in values:
             raise ValueError(f"filler is missing: {task} needs {needed}; give a text file or a prepared set")
+        if task in QA and "questions" not in values:
+            raise ValueError(f"questions is missing: {task} needs {QA[task].needs}")
         return cls(text, task, count, values)
 
     @staticmethod
     def usage(task: str) -> str:
         """How a task's spec looks."""
         depth = "[,depth=A..B]" if TASKS[task].has_depth else ""
-        filler = "[,filler=SET]" if "filler" in inspect.signature(TASKS[task]).parameters else ""
+        source = {None: "", "filler": "[,filler=SET]", "questions": ",questions=FILE"}[source_option(task)]
         own = "".join(f"[,{name}=K]" for name in task_options(task))
-        return f"{task}:N,length=LO..HI{depth}[,seed=K]{filler}{own}, for instance {task}:500,length=512..16K"
+        return f"{task}:N,length=LO..HI{depth}[,seed=K]{source}{own}, for instance {task}:500,length=512..16K"
 
 
 def is_text_file(filler: str) -> bool:
@@ -114,15 +133,21 @@ def is_text_file(filler: str) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _cached(task: str, tokenizer: Tokenizer, filler: str | None, split: str, options: tuple) -> Generator:
+def _cached(task: str, tokenizer: Tokenizer, source: str | None, split: str, options: tuple) -> Generator:
     arguments = dict(options)
-    if filler is not None and is_text_file(filler):
-        arguments["filler"] = EssayFiller(tokenizer.encode, read_text(filler, TEXT_LIMIT), filler)
-    elif filler is not None:
-        source = PreparedSet(filler, split)
-        if source.tokenizer_hash != tokenizer.hash:
-            raise ValueError(f"filler {filler} was prepared with another tokenizer")
-        arguments["filler"] = TextFiller(source)
+    if source is None:
+        pass
+    elif task in QA:
+        if not is_text_file(source):
+            raise ValueError(f"questions: there is no file {source}")
+        arguments["questions"] = QA[task].read(source)
+    elif is_text_file(source):
+        arguments["filler"] = EssayFiller(tokenizer.encode, read_text(source, TEXT_LIMIT), source)
+    else:
+        prepared = PreparedSet(source, split)
+        if prepared.tokenizer_hash != tokenizer.hash:
+            raise ValueError(f"filler {source} was prepared with another tokenizer")
+        arguments["filler"] = TextFiller(prepared)
     return TASKS[task](tokenizer, **arguments)
 
 
@@ -131,14 +156,15 @@ def build_generator(
     tokenizer: Tokenizer,
     options: Mapping[str, int],
     *,
-    filler: str | Path | None = None,
+    source: str | Path | None = None,
     split: str = "train",
 ) -> Generator:
     """The generator of a task.
 
     Args:
         options: of the task, see `task_options`.
-        filler: a prepared set or a text file, whose text the facts are hidden in; None is the paper's sentences.
+        source: a prepared set or a text file, whose text the facts are hidden in; None is the paper's sentences. Of
+            `qa_1` and `qa_2` the file of questions.
         split: of that set.
 
     Raises:
@@ -147,5 +173,5 @@ def build_generator(
     for name, value in options.items():
         if value > _MOST_OF_AN_OPTION:
             raise ValueError(f"{name} = {value}: must not be more than {_MOST_OF_AN_OPTION:,}")
-    path = None if filler is None else str(filler)
+    path = None if source is None else str(source)
     return _cached(task, tokenizer, path, split, tuple(sorted(options.items())))

@@ -33,8 +33,20 @@ class MatchAll(Written):
     references: tuple[str, ...]
 
     def score(self, text: str) -> float:
+        return sum(self._found(text)) / len(self.references)
+
+    def _found(self, text: str) -> list[bool]:
+        """Whether each reference stands in the text."""
         text = re.sub(r"[\x00-\x1f]", "\n", text.strip()).strip().lower()
-        return sum(reference.lower() in text for reference in self.references) / len(self.references)
+        return [reference.lower() in text for reference in self.references]
+
+
+@dataclass(frozen=True)
+class MatchPart(MatchAll):
+    """RULER's `string_match_part`: any of the references stands in the text."""
+
+    def score(self, text: str) -> float:
+        return float(any(self._found(text)))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ sources:
     vt                         chains, hops
     cwe                        none
     fwe                        none
+    qa_1                       questions (a JSON file of SQuAD's)
+    qa_2                       questions (a JSON file of HotpotQA's)
                                BABILong's, with its prompts; filler=FILE is the background text:
     babilong_qa1               facts, filler
     babilong_qa2               facts, filler

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 from data.preparation.sources import parse_size
-from data.synthetic import Spec
+from data.synthetic import Spec, source_option
 
 MAX_SIZE = 1 << 40
 """Of a number: a document of a million million tokens."""
@@ -35,7 +35,8 @@ class Task:
     """Per cell."""
     axes: dict[str, tuple[int | float, ...]]
     """Values of `length`, `depth` and the options that are given."""
-    filler: str | None
+    source: str | None
+    """What its `filler`, or the `questions` of `qa_1` and `qa_2`, names."""
 
     @property
     def swept(self) -> list[str]:
@@ -57,7 +58,7 @@ class Task:
             axes = {
                 name: tuple((float if name == "depth" else parse_size)(part) for part in text.split("/"))
                 for name, text in parsed.values.items()
-                if name != "filler"
+                if name != source_option(parsed.task)
             }
             documents = parse_size(parsed.count)
             least = min([documents, *(value for name, values in axes.items() if name != "depth" for value in values)])
@@ -71,4 +72,4 @@ class Task:
             raise ValueError(
                 f"{spec!r}: {error}; valid is such as passkey:20,length=4K/16K,keys=4 (docs/synthetic_data.md)"
             ) from None
-        return cls(spec, parsed.task, documents, axes, parsed.values.get("filler"))
+        return cls(spec, parsed.task, documents, axes, parsed.source)

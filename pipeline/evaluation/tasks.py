@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.synthetic import Generator, SyntheticDocument, build_generator, task_options
+from data.synthetic import Generator, SyntheticDocument, build_generator, source_option, task_options
 from data.tokenizer.tokenizer import Tokenizer
 from pipeline.config.task_spec import Settings, Task
 from pipeline.evaluation.answers import CONTROLS, Cell, score
@@ -27,7 +27,7 @@ def task_cells(task: Task, tokenizer: Tokenizer, segment_length: int, seed: int)
     for settings in task.settings:
         options = {name: int(settings[name]) for name in task_options(task.task) if name in settings}
         try:
-            generator = build_generator(task.task, tokenizer, options, filler=task.filler, split="valid")
+            generator = build_generator(task.task, tokenizer, options, source=task.source, split="valid")
             first = _made(task, settings, generator, seed, tokenizer.begin_ids, 0)
         except ValueError as error:
             raise ValueError(f"evaluate.tasks: {task.spec!r}: {error}") from None
@@ -71,8 +71,8 @@ def task_results(
         written: of `written.written_scores`; empty where the model did not write.
 
     Returns:
-        `task`, `filler`, `swept`, `axes`, `controls`, and `cells`: per cell and control its `settings`, `control` and
-        what `answers.score` says; with the memory on, what `written.benchmark_score` says.
+        `task`, `filler` (or `questions`), `swept`, `axes`, `controls`, and `cells`: per cell and control its
+        `settings`, `control` and what `answers.score` says; with the memory on, what `written.benchmark_score` says.
     """
     cells = [
         {"settings": settings, "control": control}
@@ -84,7 +84,7 @@ def task_results(
     ]
     return {
         "task": task.task,
-        "filler": task.filler,
+        source_option(task.task) or "filler": task.source,
         "swept": task.swept,
         "axes": {name: list(values) for name, values in task.axes.items()},
         "controls": [control for control in CONTROLS if any(cell["control"] == control for cell in cells)],

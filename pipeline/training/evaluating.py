@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.prepared.shards import PreparedSet
-from data.synthetic import is_text_file
+from data.synthetic import is_text_file, source_option
 from data.tokenizer.tokenizer import load_tokenizer
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
@@ -184,12 +184,12 @@ def _check_fillers(work: Work, interval: int | None) -> None:
     problems = []
     for task in work.tasks:
         # Of a text file it is not known before its tokens are; its sentences come again.
-        if task.filler is not None and not is_text_file(task.filler):
-            there = int(PreparedSet(task.filler, "valid").lengths.sum())
+        if source_option(task.task) == "filler" and task.source is not None and not is_text_file(task.source):
+            there = int(PreparedSet(task.source, "valid").lengths.sum())
             if (longest := max(task.axes["length"])) > there:
                 problems.append(
                     f"evaluate.interval = {interval}: {task.spec!r} needs documents of {longest:,} tokens, but the "
-                    f"text that {task.filler} holds out has {there:,}: ask for shorter ones"
+                    f"text that {task.source} holds out has {there:,}: ask for shorter ones"
                 )
     if problems:
         raise ConfigError(problems)

@@ -89,7 +89,7 @@ def noise(tmp_path_factory) -> str:
 @pytest.mark.parametrize("task", [1, 2, 3, 4, 5])
 def test_a_reader_of_the_facts_finds_the_answer(noise, task):
     tokenizer = byte_tokenizer()
-    generator = build_generator(f"babilong_qa{task}", tokenizer, {}, filler=noise)
+    generator = build_generator(f"babilong_qa{task}", tokenizer, {}, source=noise)
     questions = set()
     for seed in range(60):
         document = generator.document(7000, 0.5, seed)

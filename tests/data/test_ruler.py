@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from data.synthetic import TASKS, Spec, build_generator
 from data.synthetic.essay_filler import EssayFiller
 from data.synthetic.ruler_niah import FORMS
-from data.synthetic.scoring import MatchAll
+from data.synthetic.scoring import MatchAll, MatchPart
 from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 SENTENCES = [
@@ -33,7 +35,7 @@ def essays(tmp_path_factory) -> str:
 
 def made(task: str, tokenizer: Tokenizer, essays: str, length: int, seed: int, depth: float = 0.4):
     filler = essays if hasattr(TASKS[task], "needs_filler") else None
-    generator = build_generator(task, tokenizer, {}, filler=filler)
+    generator = build_generator(task, tokenizer, {}, source=filler)
     document = generator.document(length, depth, seed)
     assert document == generator.document(length, depth, seed)
     prompt = tokenizer.decode([*document.tokens[: document.written.kept], *document.written.question])
@@ -157,11 +159,118 @@ def test_frequent_words(tokenizer, essays):
     assert others[2][1] > others[3][1]
 
 
+INSTRUCTION = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+)
+PLACES = {"Mill": ["in Hull", "near York"], "Fox": ["on a roof"], "Moon": ["in a well", "over Kent", "by a barn"]}
+
+
+def questions_file(folder: Path, task: str) -> str:
+    """Texts of several lengths, a line break and a letter of three bytes in some; ten are nobody's."""
+    if task == "qa_1":
+        articles = []
+        for name, places in PLACES.items():
+            paragraphs = []
+            for n, place in enumerate(places):
+                text = f"{name} {n} stood {place}.\nThe year was 19{n}0 \u2013 {'or later ' * n}"
+                answers = [{"text": place}, {"text": place[3:]}, {"text": place}]
+                right = {"question": f"Where did {name} {n} stand?", "answers": answers}
+                none = {"question": "Who?", "answers": [], "is_impossible": True}
+                paragraphs.append({"context": text, "qas": [right, none]})
+            articles.append({"title": name, "paragraphs": paragraphs})
+        articles += [{"paragraphs": [{"context": f"Nothing {n} of it.", "qas": []} for n in range(10)]}]
+        content = {"version": "v2.0", "data": articles}
+    else:
+        nobody = [[f"Rest {n}", ["Nothing", f" {n}."]] for n in range(10)]
+        content = [
+            {
+                "_id": name,
+                "question": f"Where is {name}?",
+                "answer": places[0],
+                "context": [[name, [f"{name} is there.", f" It is {place}."]] for place in places] + [nobody[i]],
+            }
+            for i, (name, places) in enumerate(PLACES.items())
+        ] + [{"question": "Is it?", "answer": "yes", "context": nobody[3:]}]
+    path = folder / f"{task}.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize("task", ["qa_1", "qa_2"])
+def test_questions_about_documents(tokenizer, tmp_path, task):
+    """Every document of the file at most once, the question's own always; others of its article first."""
+    path = questions_file(tmp_path, task)
+    content = json.loads(Path(path).read_text())
+    asked = {}  # question: references, own texts, texts of the same article
+    if task == "qa_1":
+        for article in content["data"]:
+            texts = {paragraph["context"] for paragraph in article["paragraphs"]}
+            for paragraph in article["paragraphs"]:
+                for one in paragraph["qas"]:
+                    if one["answers"]:
+                        references = {answer["text"] for answer in one["answers"]}
+                        asked[one["question"]] = references, {paragraph["context"]}, texts
+        known = {paragraph["context"] for article in content["data"] for paragraph in article["paragraphs"]}
+    else:
+        for one in content:
+            texts = {title + "\n" + "".join(sentences) for title, sentences in one["context"]}
+            asked[one["question"]] = {one["answer"]}, texts, texts
+        known = {text for _, texts, _ in asked.values() for text in texts}
+    generator = build_generator(task, tokenizer, {}, source=path)
+    seen, orders = Counter(), set()
+    for seed in range(30):
+        length = (700, 900, 5000)[seed % 3]
+        document = generator.document(length, 0.5, seed)
+        assert document == generator.document(length, 0.5, seed) and len(document.tokens) <= length
+        prompt = tokenizer.decode([*document.tokens[: document.written.kept], *document.written.question])
+        found = re.fullmatch(
+            rf"{INSTRUCTION}\n\nThe following are given documents\.\n\n(?P<context>.*)\n\n{INSTRUCTION}\n\n"
+            r"Question: (?P<question>[^\n]*) Answer:",
+            prompt,
+            re.DOTALL,
+        )
+        pieces = re.split(r"(?:^|\n\n)Document (\d+):\n", found["context"])[1:]
+        texts = pieces[1::2]
+        assert [int(number) for number in pieces[::2]] == list(range(1, len(texts) + 1))
+        references, own, near = asked[found["question"]]
+        assert len(set(texts)) == len(texts) and own <= set(texts) <= known
+        assert set(texts) <= near or near <= set(texts)
+        assert set(document.written.references) == references and document.written.new_tokens == 32
+        [(start, stop)] = document.answers
+        assert stop == len(document.tokens)
+        assert tokenizer.decode(document.tokens[start:stop]).strip() in references
+        [probe] = document.questions
+        before = tokenizer.decode(document.tokens[: probe.after])
+        assert all(text in before for text in own) and any(before.endswith(text) for text in own)
+        seen[found["question"]] += 1
+        orders.add(tuple(texts))
+        if length == 5000:
+            assert set(texts) == known
+    assert set(seen) == set(asked) and len(orders) == 30
+
+
+def test_a_file_of_questions_must_be_one(tmp_path):
+    squad = questions_file(tmp_path, "qa_1")
+    with pytest.raises(ValueError, match=r"qa_1\.json: Expected `?array"):
+        build_generator("qa_2", byte_tokenizer(), {}, source=squad)
+    with pytest.raises(ValueError, match="questions: there is no file qa.json"):
+        build_generator("qa_2", byte_tokenizer(), {}, source="qa.json")
+    with pytest.raises(ValueError, match="questions is missing: qa_2 needs a JSON file of HotpotQA's"):
+        Spec.parse("qa_2:5,length=4K")
+    with pytest.raises(ValueError, match="unknown option 'filler'"):
+        Spec.parse("qa_1:5,length=4K,filler=text")
+    with pytest.raises(ValueError, match=r"a qa_1 document has at least \d+ tokens with this tokenizer, not 100"):
+        build_generator("qa_1", byte_tokenizer(), {}, source=squad).document(100, 0.5, 1)
+
+
 def test_scores_are_the_papers():
     match = MatchAll(0, (), 128, ("1234567", "Fox"))
     assert match.score(" 1234567, and the FOX.") == 1
     assert match.score("\x07fox") == 0.5
     assert match.score("7654321") == 0
+    part = MatchPart(0, (), 32, ("in Hull", "York"))
+    assert part.score("It was near YORK") == part.score("York, not in hull") == 1
+    assert part.score("Hull") == 0
 
 
 def test_a_text_begins_anywhere_and_comes_again():

@@ -114,7 +114,7 @@ def test_a_million_tokens_take_no_time(tokenizer: Tokenizer) -> None:
 
 
 def _generator(name: str, tokenizer: Tokenizer, filler: str | None = None, **options: int):
-    return build_generator(name, tokenizer, options, filler=filler)
+    return build_generator(name, tokenizer, options, source=filler)
 
 
 TASK_OPTIONS = [

@@ -13,7 +13,17 @@ from data.files import place, read_bytes
 from data.preparation.sources.base import Encoded, Job, Loaded, Source, parse_size
 from data.prepared.manifest import MANIFEST
 from data.prepared.shards import PreparedSet
-from data.synthetic import TASKS, TEXT_LIMIT, Spec, SyntheticDocument, build_generator, is_text_file, task_options
+from data.synthetic import (
+    TASKS,
+    TEXT_LIMIT,
+    Spec,
+    SyntheticDocument,
+    build_generator,
+    is_text_file,
+    source_option,
+    task_options,
+)
+from data.synthetic.ruler_qa import FILE_LIMIT as QUESTIONS_LIMIT
 from data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
 
 _BYTES = byte_tokenizer()
@@ -29,18 +39,19 @@ class SyntheticJob(Job):
     depth: float
     seed: int
     options: tuple[tuple[str, int], ...]
-    filler: str | None
+    source: str | None
 
     def load(self) -> Loaded:
         """The text with `length` counted in bytes and the paper's filler: what a tokenizer is trained on."""
-        return Loaded(_BYTES.decode(self._document(_BYTES, None, self.length).tokens))
+        source = None if source_option(self.task) == "filler" else self.source
+        return Loaded(_BYTES.decode(self._document(_BYTES, source, self.length).tokens))
 
     def encode(self, tokenizer: Tokenizer) -> Encoded:
-        document = self._document(tokenizer, self.filler, self.length - len(tokenizer.begin_ids))
+        document = self._document(tokenizer, self.source, self.length - len(tokenizer.begin_ids))
         return Encoded(np.array(document.tokens, dtype=np.uint32), document.answers, document.questions)
 
-    def _document(self, tokenizer: Tokenizer, filler: str | None, length: int) -> SyntheticDocument:
-        generator = build_generator(self.task, tokenizer, dict(self.options), filler=filler)
+    def _document(self, tokenizer: Tokenizer, source: str | None, length: int) -> SyntheticDocument:
+        generator = build_generator(self.task, tokenizer, dict(self.options), source=source)
         return generator.document(length, self.depth, self.seed)
 
 
@@ -61,7 +72,7 @@ class SyntheticSource(Source):
             self._lengths = _bounds(values["length"], parse_size)
             self._depths = _bounds(values.get("depth", "0..1"), float)
             self._seed = int(values.get("seed", seed))
-            self._filler = values.get("filler")
+            self._source = parsed.source
             self._options = {
                 name: _bounds(values[name], parse_size) if name in values else (default, default)
                 for name, default in task_options(self._task).items()
@@ -75,16 +86,21 @@ class SyntheticSource(Source):
             for name, (least, _) in self._options.items():
                 if least < 1:
                     raise ValueError(f"{name} must be at least 1")
+            option = source_option(self._task)
+            source = None if option == "filler" else self._source  # a set of another tokenizer is refused by `check`
             for corner in (0, 1):
-                build_generator(self._task, _BYTES, {name: ends[corner] for name, ends in self._options.items()})
-            if self._filler is not None:
-                if is_text_file(self._filler):
-                    known = read_bytes(place(self._filler), TEXT_LIMIT)
+                corners = {name: ends[corner] for name, ends in self._options.items()}
+                build_generator(self._task, _BYTES, corners, source=source)
+            if self._source is not None:
+                if option == "questions":
+                    known = read_bytes(place(self._source), QUESTIONS_LIMIT)
+                elif is_text_file(self._source):
+                    known = read_bytes(place(self._source), TEXT_LIMIT)
                 else:
-                    PreparedSet(self._filler).close()
+                    PreparedSet(self._source).close()
                     # A manifest has the hashes of everything in its set.
-                    known = read_bytes(place(self._filler) / MANIFEST)
-                self.digests[f"filler={self._filler}"] = hashlib.sha256(known).hexdigest()
+                    known = read_bytes(place(self._source) / MANIFEST)
+                self.digests[f"{option}={self._source}"] = hashlib.sha256(known).hexdigest()
         except ValueError as error:
             raise ValueError(f"source {spec!r}: {error}; valid is {Spec.usage(self._task)}") from None
 
@@ -122,20 +138,20 @@ class SyntheticSource(Source):
         for number in range(self._count)[first:last]:
             length, depth, seed, options = self._draw(number)
             name = f"{self.spec}#{number}"  # 1 token for the end
-            yield SyntheticJob(name, length, self._task, length - 1, depth, seed, options, self._filler)
+            yield SyntheticJob(name, length, self._task, length - 1, depth, seed, options, self._source)
 
     def sample_jobs(self) -> Iterator[Job]:
         """Documents of some 4K characters, or what a task needs: the words of long ones are no others."""
         length = getattr(TASKS[self._task], "sample_length", 4096)
         for number in range(self._count):
             _, depth, seed, options = self._draw(number)
-            yield SyntheticJob(f"{self.spec}#{number}", length, self._task, length, depth, seed, options, self._filler)
+            yield SyntheticJob(f"{self.spec}#{number}", length, self._task, length, depth, seed, options, self._source)
 
     def check(self, tokenizer: Tokenizer) -> None:
         try:
             # Digits may be joined into tokens, differently in each document; the generator says what it needs.
             most = {name: high for name, (_, high) in self._options.items()}
-            generator = build_generator(self._task, tokenizer, most, filler=self._filler)
+            generator = build_generator(self._task, tokenizer, most, source=self._source)
             generator.document(self._lengths[0] - 1 - len(tokenizer.begin_ids), 0.5, 0)
         except ValueError as error:
             raise ValueError(f"source {self.spec!r}, length={self._lengths[0]}: {error}") from None
