@@ -107,9 +107,10 @@ def test_a_run_in_a_store_is_read_like_the_one_on_the_disk(pools, tmp_path, s3):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_whose_set_is_fetched_while_it_trains(tmp_path, s3):
-    """Each step draws ten documents from all over a set of six times the cache. The server is killed in the middle: it
-    comes back, or it does not and the run goes on later."""
+    """Each step draws ten documents from all over a set of twenty times the cache. The server is killed in the middle:
+    it comes back, or it does not and the run goes on later."""
     data = upload(write_set(tmp_path / "set", [400] * 8000), "s3://bucket/set")
     settings = ["train.steps=30", "train.segments_per_window=64", "metrics.interval=1", "checkpoint.interval=2"]
 
