@@ -29,8 +29,8 @@ def by_module(tensors):
     return {name: torch.cat(found) for name, found in parts.items()}
 
 
-def measured(config, precision, weights, device, *, compiled=False):
-    """Loss, memory and gradients by name."""
+def measured(config, precision, weights, device, *, compiled=False, packed=False):
+    """Loss, memory and gradients by name; of windows in which documents share segments, with `packed`."""
     prepare_megatron()
     stage = small_stage(config, scramble=False, precision=precision).to(device)
     if compiled:
@@ -41,19 +41,25 @@ def measured(config, precision, weights, device, *, compiled=False):
     lanes, segments, length = 2, 4, config.segment_length
     tokens = random_tokens(lanes, segments, length).to(device)
     reset = torch.tensor([[False, False, True, False], [False] * 4], device=device)
-    output = stage(tokens, stage.empty_memory(lanes, device), reset, tokens.roll(-1, dims=2))
+    starts = None
+    if packed:
+        starts = torch.zeros(lanes, segments, length, dtype=torch.bool, device=device)
+        starts[:, :, 0] = reset
+        for lane, segment, place in ((0, 0, 5), (0, 1, length - 1), (0, 2, 9), (1, 2, 3), (1, 2, 20)):
+            starts[lane, segment, place] = True
+    output = stage(tokens, stage.empty_memory(lanes, device), reset, tokens.roll(-1, dims=2), starts=starts)
     loss = output.token_loss.double().mean()
     loss.backward()
     memory = {f"memory/{i}/{n}": x for i, m in enumerate(output.memory) if m for n, x in m._asdict().items()}
     return {"loss": loss} | memory | {n: x.grad for n, x in stage.global_parameters()}
 
 
-def check(device, within, rule, precision, *, compiled=False):
-    gates = {} if rule == "none" else {"gate": "sigmoid", "mix": "token"}
+def check(device, within, rule, precision, *, compiled=False, packed=False):
+    gates = {} if rule.startswith("none") else {"gate": "sigmoid", "mix": "token"}
     config = small_config(rule, segment_length=32, **gates, **SIZES)
     weights = {name: x.detach() for name, x in small_stage(config).global_parameters()}
-    expected = measured(config, "fp64", weights, torch.device("cpu"))
-    found = measured(config, precision, weights, device, compiled=compiled)
+    expected = measured(config, "fp64", weights, torch.device("cpu"), packed=packed)
+    found = measured(config, precision, weights, device, compiled=compiled, packed=packed)
     assert {x.device.type for x in found.values()} == {device.type}
     found, expected = by_module(found), by_module(expected)
     errors = {name: relative_error(found[name], x) for name, x in expected.items() if x.any()}
@@ -64,6 +70,13 @@ def check(device, within, rule, precision, *, compiled=False):
 @pytest.mark.parametrize("rule", RULES)
 def test_model(device, within, rule, precision):
     check(device, within, rule, precision)
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("rule", ["none", "none+sliding", "delta", "gated_deltanet+sliding"])
+def test_packed_model(device, within, rule, precision):
+    """By pieces on the CPU, on a device under a mask."""
+    check(device, within, rule, precision, packed=True)
 
 
 @pytest.mark.parametrize(
