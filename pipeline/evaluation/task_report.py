@@ -67,12 +67,10 @@ def plot_tasks(results: Results, folder: Path, way_names: dict[str, str]) -> dic
                 for name, points in score_points(facts, control, x).items()
             }
             written = score_points(facts, "on", x, "benchmark_score")
-            if written:
-                curves = {f"{name}, exact match": points for name, points in curves.items()}
             for name, points in written.items():
                 curves[f"{BENCHMARK}, {name}" if several else BENCHMARK] = points
             marks = capacity_marks(results["config"]["model"], x)
-            _draw(target, curves, title, x, marks, measure="score" if written else "exact match")
+            _draw(target, curves, title, x, marks, measure="exact match or score" if written else "exact match")
         images[f"task/{spec}"] = target
     return images
 
