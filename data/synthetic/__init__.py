@@ -2,7 +2,7 @@
 
 A task is named and set up by a *spec*, the same for `infini prepare` and for an evaluation:
 
-    TASK:N[,length=...][,depth=...][,seed=...][,filler=SET][,OPTION=...]
+    TASK:N[,length=...][,depth=...][,seed=...][,filler=SET or FILE][,OPTION=...]
 
 N documents, their lengths in tokens. `filler=SET` hides the facts in the text of a prepared set in place of the paper's
 sentences, `filler=FILE` between the sentences of a text file. `questions=FILE` is what `qa_1` and `qa_2` ask.
@@ -122,7 +122,9 @@ class Spec:
     def usage(task: str) -> str:
         """How a task's spec looks."""
         depth = "[,depth=A..B]" if TASKS[task].has_depth else ""
-        source = {None: "", "filler": "[,filler=SET]", "questions": ",questions=FILE"}[source_option(task)]
+        must = getattr(TASKS[task], "needs_filler", None) is not None
+        filler = ",filler=SET or FILE" if must else "[,filler=SET or FILE]"
+        source = {None: "", "filler": filler, "questions": ",questions=FILE"}[source_option(task)]
         own = "".join(f"[,{name}=K]" for name in task_options(task))
         return f"{task}:N,length=LO..HI{depth}[,seed=K]{source}{own}, for instance {task}:500,length=512..16K"
 
