@@ -53,7 +53,8 @@ def begin(
     restart = _told_restart(topology)
     if restart:
         notes.append(restart)
-        if resume is None or on_main(lambda: bool(candidates(*folders))):
+        # One after the other: a store that does not answer is not asked where the disk has something.
+        if resume is None or on_main(lambda: any(map(candidates, folders))):
             resume = "latest"
     on_main(lambda: _check_folder(config, tokenizer, new=resume is None))
     reader = None
