@@ -30,8 +30,11 @@ class MemoryConfig:
     (`model.local_context`): they have no gates and carry no memory."""
     short_convolution: bool | None = None
     """Queries, keys and values pass a causal convolution over 4 tokens on their way to the memory, so that a key can
-    hold the token before it (see `model.rules.convolution`). null: `gated_deltanet`, `kda` and `gdn2` have them, as in
-    their papers, the others do not."""
+    hold the token before it (see `model.rules.convolution`). null: `gated_deltanet`, `delta_product`, `kda` and
+    `gdn2` have them, as in their papers, the others do not."""
+    num_householder: int = 2
+    """`delta_product`: steps of the delta rule per token, each with a key and a value of its own (see
+    `model.rules.delta_product`). 1 is `gated_deltanet`."""
     mix_gate: str = "head"
     """What decides the memory's share of the output, sigmoid(beta): `head`, one beta per query head (the paper), or
     `token`, a linear function of the layer's normalised input per query head."""
@@ -45,8 +48,9 @@ class MemoryConfig:
     epsilon: float = 1e-6
     """A read whose normaliser phi(q) z is not larger than this gives 0."""
     kernel: str = "auto"
-    """What writes `deltanet` and `gated_deltanet`: `torch`; `fla`, flash-linear-attention's Triton kernels (CUDA,
-    train.precision=bf16); `auto`, `fla` where it can be had and `torch` elsewhere. The start of a run says which."""
+    """What writes `deltanet`, `gated_deltanet` and `delta_product`: `torch`; `fla`, flash-linear-attention's Triton
+    kernels (CUDA, train.precision=bf16); `auto`, `fla` where it can be had and `torch` elsewhere. The start of a run
+    says which."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 HELP = "pairs that one head of each memory rule holds, random keys, nothing learnt"
 RULES = ("linear", "delta", "deltanet", "gdn2")
-"""`gated_deltanet` and `kda` that forget nothing are `deltanet`."""
+"""`gated_deltanet`, `kda`, and `delta_product` whose other steps are closed, are `deltanet` that forgets nothing."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pipeline.benchmarks.contestants import Sizes
 
-RULES = ("linear", "delta", "deltanet", "gated_deltanet", "kda", "gdn2")
+RULES = ("linear", "delta", "deltanet", "gated_deltanet", "delta_product", "kda", "gdn2")
 """Memory rules that can be asked for."""
 SIZES = {
     "hidden": "hidden size",

@@ -16,6 +16,7 @@ from model.rules.base import (
     Tokens,
 )
 from model.rules.convolution import ConvolvedRule
+from model.rules.delta_product import DeltaProductRule
 from model.rules.deltanet import DeltaNetRule
 from model.rules.gated_deltanet import GatedDeltaNetRule
 from model.rules.gdn2 import GatedDeltaNet2Rule
@@ -39,13 +40,14 @@ RULES: dict[str, Callable[[MemoryConfig], MemoryRule | None]] = {
     "delta": lambda memory: NormalizedRule(delta=True, epsilon=memory.epsilon),
     "deltanet": lambda memory: DeltaNetRule(memory.kernel),
     "gated_deltanet": lambda memory: GatedDeltaNetRule(memory.kernel),
+    "delta_product": lambda memory: DeltaProductRule(memory.kernel, steps=memory.num_householder),
     "kda": lambda memory: GatedDeltaNet2Rule(gates=False),
     "gdn2": lambda memory: GatedDeltaNet2Rule(gates=True),
 }
 """By the name that `memory.rule` gives them. `none` is the plain transformer."""
 
 
-CONVOLVED_BY_DEFAULT = ("gated_deltanet", "kda", "gdn2")
+CONVOLVED_BY_DEFAULT = ("gated_deltanet", "delta_product", "kda", "gdn2")
 """Rules that stand behind short convolutions where `memory.short_convolution` is null."""
 
 

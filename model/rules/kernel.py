@@ -24,7 +24,7 @@ from model.rules.borders import Borders
 from model.rules.context import ContextPart
 from model.rules.scan import scan_pairs
 
-RULES_WITH_KERNELS = ("deltanet", "gated_deltanet")
+RULES_WITH_KERNELS = ("deltanet", "gated_deltanet", "delta_product")
 WIDEST_HEAD = 256
 """Of the kernels: their state is held in four blocks of 64 rows."""
 INSTALL = "pip install 'infini-pretrain[kernels]'"

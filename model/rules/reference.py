@@ -91,6 +91,40 @@ def window_deltanet(
     return torch.stack(reads).view(segments, queries, tokens, dim), M
 
 
+def window_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    M: Tensor,
+    reset: list[bool],
+    log_decay: Tensor,
+    step_key: Tensor,
+    step_value: Tensor,
+    step_gate: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`delta_product` over a window; keys and values of the steps before a token's own `[t, s, n - 1, d]`, their gates
+    `[t, s, n - 1]`, of which g is no part, the other arguments as in `window_deltanet`."""
+    segments, queries, tokens, dim = q.shape
+    identity = torch.eye(dim, dtype=q.dtype)
+    reads = []
+    for t in range(segments):
+        if reset[t]:
+            M, _ = _empty(dim, q)
+        for r in range(queries):
+            for i in range(tokens):
+                query = q[t, r, i]
+                reads.append((query / query.norm()) @ M)
+        for i in range(tokens):
+            M = log_decay[t, i].exp() * M
+            for j in range(step_key.shape[2]):
+                key, g = step_key[t, i, j] / step_key[t, i, j].norm(), gate[t, i] * step_gate[t, i, j]
+                M = (identity - g * torch.outer(key, key)) @ M + g * torch.outer(key, step_value[t, i, j])
+            key = k[t, i] / k[t, i].norm()
+            M = (identity - gate[t, i] * torch.outer(key, key)) @ M + gate[t, i] * torch.outer(key, v[t, i])
+    return torch.stack(reads).view(segments, queries, tokens, dim), M
+
+
 def window_gdn2(
     q: Tensor,
     k: Tensor,

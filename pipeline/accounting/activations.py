@@ -16,6 +16,7 @@ dimension d and an MLP width f, autograd keeps per layer and token
                 g (2 d + 1) m                              delta
                 g (4 d + 1 + 64) m, and 64 g m with gates  deltanet, gated_deltanet
                 g (d + 64 + 4) m                           gated_deltanet
+                all of g N times                           delta_product of N steps
                 g (4 d + 16) m                             kda
                 g (8 d + 48) m                             gdn2
                 (n + 2 g) d m, twice behind SiLU           short convolutions

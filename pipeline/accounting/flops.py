@@ -15,7 +15,8 @@ With h hidden size, d head dimension, n query heads, g key/value heads, f MLP wi
     local_attention   layers * 4 n d * S / 2, with a sliding context 3 S / 2
     memory            layers with one * (what the rule says: 2 n d^2 read + 2 g d^2 write
                                 [+ 2 g d^2 the value already stored: all but linear]
-                                [+ 2 h g decay: gated_deltanet]
+                                [+ 2 h g decay: gated_deltanet, delta_product]
+                                [+ (N - 1) (4 g d^2 + 2 h g (2 d + 1)) the other steps of N: delta_product]
                                 [+ 32 g (h + d) decay, erase and write gate each: kda the first, gdn2 all]
                                 [+ 8 d (n + 2 g) short convolutions]
                                 [+ 2 h g write gate] [+ 2 h n mix gate per token])

@@ -202,6 +202,7 @@ LAUNCHES = {
     "delta": (64, 84),
     "deltanet": (55, 77),
     "gated_deltanet": (84, 126),
+    "delta_product": (98, 149),
     "kda": (115, 179),
     "gdn2": (134, 203),
 }

@@ -17,6 +17,7 @@ from model.config import (
     QK_INITS,
     ROPE_SCALINGS,
     WRITE_GATES,
+    MemoryConfig,
     layer_shape,
 )
 from model.rules import RULES
@@ -288,10 +289,15 @@ def _memory(config: Config) -> Iterator[str]:
             "model.memory.short_convolution = true: must be null or false with model.memory.rule = none, there is "
             "nothing to convolve for"
         )
+    if memory.num_householder != MemoryConfig().num_householder and memory.rule != "delta_product":
+        yield (
+            f"model.memory.num_householder = {memory.num_householder}: must be {MemoryConfig().num_householder}, its "
+            f"default, with model.memory.rule = {memory.rule}; delta_product alone takes several steps per token"
+        )
     if memory.kernel == "fla" and memory.rule not in RULES_WITH_KERNELS:
         yield (
             f"model.memory.kernel = fla: must be auto or torch with model.memory.rule = {memory.rule}; "
-            f"flash-linear-attention writes {' and '.join(RULES_WITH_KERNELS)}"
+            f"flash-linear-attention writes {', '.join(RULES_WITH_KERNELS)}"
         )
     elif memory.kernel == "fla" and config.train.precision != "bf16":
         yield (

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-10
 WITH_MEMORY = tuple(name for name in RULES if name != "none")
+RECENT = ("delta_product", "kda", "gdn2")
+"""Rules whose pairs are composed over 4 ranks as those of `gated_deltanet` are."""
 AROUND = ("", "+sliding", "+convolution", "+sliding+convolution")
 
 
@@ -92,11 +94,11 @@ def assert_same(
 @pytest.mark.parametrize(
     ("ranks", "rule", "step"),
     [
-        # `kda` is `gdn2` without two gates, and pairs are composed over 4 ranks as `gated_deltanet`'s are.
+        # `kda` is `gdn2` without two gates.
         pytest.param(2, rule, 1, marks=[pytest.mark.slow] * (rule == "kda"))
         for rule in WITH_MEMORY
     ]
-    + [pytest.param(4, rule, 5, marks=[pytest.mark.slow] * (rule in ("gdn2", "kda"))) for rule in WITH_MEMORY]
+    + [pytest.param(4, rule, 5, marks=[pytest.mark.slow] * (rule in RECENT)) for rule in WITH_MEMORY]
     + [pytest.param(4, rule, 1, marks=pytest.mark.slow) for rule in WITH_MEMORY],
 )
 def test_ranks_that_share_a_window_are_one(pools, ranks, rule, step):

@@ -35,6 +35,12 @@ MODELS = {
         "model.memory.gate_floor=0.1",
         "model.qk_init=tied",
     ],
+    "delta_product": [
+        "model.memory.rule=delta_product",
+        "model.memory.num_householder=3",
+        "model.memory.write_gate=hard",
+        "model.memory.write_gate_bias=0.5",
+    ],
     "gdn2": ["model.memory.rule=gdn2", "model.memory.write_gate=hard", "model.memory.write_gate_bias=0.5"],
     "linear-convolution": [
         "model.memory.rule=linear",
@@ -95,6 +101,7 @@ ROWS = [
     row((2, 1, 1, 1), "gated_deltanet", chunks=2, **SP),
     row((1, 2, 1, 1), "gated_deltanet", chunks=4, recompute="selective"),
     row((1, 1, 2, 3), "gated_deltanet", chunks=2),
+    row((2, 1, 1, 1), "delta_product", chunks=2, **SP),
     row((2, 1, 1, 1), "gdn2", chunks=2, **SP),
     row((1, 2, 1, 1), "gdn2", chunks=4, recompute="selective", marks=SLOW),
     row((1, 1, 2, 3), "gdn2", context=2, chunks=2, marks=SLOW),

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import MemoryConfig
 from model.rules import build_rule
 from model.rules.borders import Borders
-from model.rules.kernel import choose_kernel
+from model.rules.kernel import RULES_WITH_KERNELS, choose_kernel
 from model.rules.window import remember, write_gate
 from tests.gpu.golden import GATE, PATH, golden
 from tests.gpu.target import eps, relative_error
 from tests.model.rules.test_memory import (
     RULES,
     is_convolved,
-    plain,
+    memory_config,
     random_window,
     state_type,
     tokens_of,
@@ -45,7 +44,7 @@ def test_the_golden_values_are_of_the_rules_token_by_token(arrays):
 def computed(rule, window, reset, weights, *, kernel="torch", bfloat16=False):
     """Outputs and gradients under the keys of the golden file."""
     leaves = {name: x.clone().requires_grad_() for name, x in window.items()}
-    memory = MemoryConfig(rule=plain(rule), short_convolution=is_convolved(rule), epsilon=1e-6, kernel=kernel)
+    memory = memory_config(rule, kernel=kernel)
     fields = state_type(rule)._fields
     tokens = tokens_of(rule, leaves, write_gate(GATE, leaves["a"]))._replace(bfloat16=bfloat16)
     state = state_type(rule)(*(leaves[name] for name in fields))
@@ -117,7 +116,7 @@ def test_real_size(device, within, rule):
     within(errors_of(found, expected), eps(torch.float32, TOLERANCE[torch.float32]))
 
 
-@pytest.mark.parametrize("rule", ["deltanet", "gated_deltanet"])
+@pytest.mark.parametrize("rule", RULES_WITH_KERNELS)
 def test_flash_linear_attention(device, within, rule):
     try:
         choose_kernel("fla", bfloat16=True, device=device.type, dim=64)

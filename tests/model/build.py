@@ -9,7 +9,7 @@ VOCAB = 40
 
 
 def small_config(
-    rule="delta", gate="none", *, skip_empty=True, beta=0.0, mix="head", floor=0.0, **changes
+    rule="delta", gate="none", *, skip_empty=True, beta=0.0, mix="head", floor=0.0, householders=2, **changes
 ) -> ModelConfig:
     """`rule` may be `delta+sliding`, with a sliding local context, `delta+convolution`, `delta+last`, with a memory in
     the last layer alone, or several of these."""
@@ -17,6 +17,7 @@ def small_config(
     assert set(more) <= {"sliding", "convolution", "last"}, more
     changes = changes | ({"local_context": "sliding"} if "sliding" in more else {})
     memory = MemoryConfig(rule, gate, skip_empty=skip_empty, beta_init=beta, mix_gate=mix, gate_floor=floor)
+    memory.num_householder = householders
     if "convolution" in more:
         memory.short_convolution = True
     if "last" in more:

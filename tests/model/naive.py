@@ -7,7 +7,13 @@ from torch import Tensor
 
 from model.config import MemoryConfig, ModelConfig
 from model.rules import has_convolution
-from model.rules.reference import window_convolution, window_deltanet, window_gdn2, window_normalized
+from model.rules.reference import (
+    window_convolution,
+    window_delta_product,
+    window_deltanet,
+    window_gdn2,
+    window_normalized,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -62,6 +68,17 @@ def channel_numbers(p: dict[str, Tensor], x: Tensor, gate: str, group: int, grou
     return x @ down.T @ up.T + bias
 
 
+def other_steps(memory: MemoryConfig, p: dict[str, Tensor], x: Tensor, group: int, groups: int) -> list[Tensor]:
+    """Of tokens `[t, s, h]` keys and values of one key/value head's steps before their own, `[t, s, n - 1, d]`, and
+    their gates `[t, s, n - 1]`."""
+    before = memory.num_householder - 1
+    key, value, gate = (
+        x @ p[f"memory_step_{name}.weight"].unflatten(0, (groups, -1))[group].T for name in ("key", "value", "gate")
+    )
+    gate = gate + p["memory_step_gate.bias"].unflatten(0, (groups, -1))[group]
+    return [key.unflatten(-1, (before, -1)), value.unflatten(-1, (before, -1)), 1 / (1 + (-gate).exp())]
+
+
 def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, reset: Tensor):
     """One lane: `x [t, s, h]`, memory `(M, z)` or `(M,)`, `[n, d, d]` and `[n, d]`, reset `[t]`.
 
@@ -105,10 +122,14 @@ def attention(config: ModelConfig, p: dict[str, Tensor], x: Tensor, memory, rese
             arguments = (*qkv, gate[i : i + 1])
             if rule == "deltanet":
                 read, *state = window_deltanet(*arguments, *state, starts)
-            elif rule == "gated_deltanet":
+            elif rule in ("gated_deltanet", "delta_product"):
                 x_decay = x[i : i + 1] @ p["memory_decay.weight"][group] + p["memory_decay.bias"][group]
                 log_decay = -p["memory_decay_rate"][group].exp() * (1 + x_decay.exp()).log()
-                read, *state = window_deltanet(*arguments, *state, starts, log_decay)
+                if rule == "gated_deltanet":
+                    read, *state = window_deltanet(*arguments, *state, starts, log_decay)
+                else:
+                    steps = other_steps(config.memory, p, x[i : i + 1], group, groups)
+                    read, *state = window_delta_product(*arguments, *state, starts, log_decay, *steps)
             elif rule in CHANNEL_GATES:
                 made = [channel_numbers(p, x[i], gate, group, groups) for gate in CHANNEL_GATES[rule]]
                 log_decay = -p["memory_decay_rate"][group].exp() * (1 + made[0].exp()).log()

@@ -17,6 +17,7 @@ RULES_AND_GATES = [
     ("deltanet", "sigmoid"),
     ("gated_deltanet", "none"),
     ("gated_deltanet", "hard"),
+    ("delta_product", "hard"),
     ("gdn2", "hard"),
     ("none+sliding", "none"),
     ("gated_deltanet+sliding", "hard"),

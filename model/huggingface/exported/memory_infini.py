@@ -34,8 +34,8 @@ def divide(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
 class Rule:
     """What every rule has. `weights` are the rule's own parameters by name."""
 
-    input_bias = True
-    """The linear layers of `inputs` have biases."""
+    unbiased: tuple[str, ...] = ()
+    """The linear layers of `inputs` that have no biases."""
 
     def inputs(self, dim: int) -> dict[str, int]:
         """How many numbers per token and head come from the layer's input by a linear layer of this name."""
@@ -150,6 +150,31 @@ class GatedDeltaNetRule(DeltaNetRule):
         return (write_token_by_token(F.normalize(key, dim=-1), value, gate, log_decay, memory[0]),)
 
 
+class DeltaProductRule(GatedDeltaNetRule):
+    """`delta_product`: several steps of the delta rule per token, the token's own key and value being the last one's;
+    the first one decays."""
+
+    unbiased = ("step_key", "step_value")
+
+    def __init__(self, steps: int):
+        self.before = steps - 1
+
+    def inputs(self, dim: int) -> dict[str, int]:
+        widths = {"step_key": self.before * dim, "step_value": self.before * dim, "step_gate": self.before}
+        return super().inputs(dim) | (widths if self.before else {})
+
+    def write(self, key, value, gate, inputs, weights, memory) -> Memory:
+        if not self.before:
+            return super().write(key, value, gate, inputs, weights, memory)
+        own = torch.ones_like(key[..., :1]) if gate is None else gate.unsqueeze(-1)
+        keys, values = (inputs[name].unflatten(-1, (self.before, -1)) for name in self.unbiased)
+        key, value = (torch.cat([x, y.unsqueeze(3)], dim=3).flatten(2, 3) for x, y in ((keys, key), (values, value)))
+        gate = torch.cat([own * torch.sigmoid(inputs["step_gate"]), own], dim=-1).flatten(2)
+        log_decay = -weights["decay_rate"].exp().view(-1, 1, 1) * F.softplus(inputs["decay"])
+        log_decay = F.pad(log_decay, (0, self.before)).flatten(2)
+        return (write_token_by_token(F.normalize(key, dim=-1), value, gate, log_decay, memory[0]),)
+
+
 def write_channels(
     key: Tensor, erase_key: Tensor, value: Tensor, gate: Tensor | None, log_decay: Tensor, matrix: Tensor
 ) -> Tensor:
@@ -176,10 +201,8 @@ class GatedDeltaNet2Rule(DeltaNetRule):
     """`kda`: a decay per channel; `gdn2`: erase and write gates per channel as well. Each channel's number comes from a
     few features of its head."""
 
-    input_bias = False
-
     def __init__(self, gates: tuple[str, ...]):
-        self.gates = gates
+        self.gates = self.unbiased = gates
 
     def inputs(self, dim: int) -> dict[str, int]:
         return dict.fromkeys(self.gates, min(RANK, dim))
@@ -212,7 +235,7 @@ class ConvolvedRule(Rule):
     """
 
     def __init__(self, rule: Rule):
-        self.rule, self.input_bias = rule, rule.input_bias
+        self.rule, self.unbiased = rule, rule.unbiased
         self.activation = nn.Identity() if isinstance(rule, NormalizedRule) else F.silu
 
     def inputs(self, dim: int) -> dict[str, int]:
@@ -265,10 +288,11 @@ RULES = {
     "delta": lambda config: NormalizedRule(True, config.memory_epsilon),
     "deltanet": lambda config: DeltaNetRule(),
     "gated_deltanet": lambda config: GatedDeltaNetRule(),
+    "delta_product": lambda config: DeltaProductRule(config.memory_num_householder),
     "kda": lambda config: GatedDeltaNet2Rule(("decay",)),
     "gdn2": lambda config: GatedDeltaNet2Rule(("decay", "erase", "write")),
 }
-CONVOLVED_BY_DEFAULT = ("gated_deltanet", "kda", "gdn2")
+CONVOLVED_BY_DEFAULT = ("gated_deltanet", "delta_product", "kda", "gdn2")
 
 
 def build_rule(config) -> Rule:

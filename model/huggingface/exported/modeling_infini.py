@@ -97,7 +97,7 @@ class InfiniMemory(nn.Module):
         # Numbers per token and key/value head, in the cache until the segment is written.
         self.numbers = ({} if self.gate is None else {"write_gate": 1}) | self.rule.inputs(config.head_dim)
         for name, width in self.numbers.items():
-            bias = name == "write_gate" or self.rule.input_bias
+            bias = name not in self.rule.unbiased
             self.add_module(name, nn.Linear(config.hidden_size, self.groups * width, bias=bias))
 
     def forward(self, hidden: Tensor, query: Tensor, local: Tensor, piece: Piece, cache: InfiniCacheLayer) -> Tensor:
@@ -261,12 +261,13 @@ class InfiniPreTrainedModel(PreTrainedModel):
                 init.constant_(module.beta, self.config.memory_beta_init)
             for name in module.numbers:
                 linear = module.get_submodule(name)
-                if linear.bias is None:  # features, of which nothing is made at first
+                if linear.bias is None:  # features, keys, values
                     init.normal_(linear.weight, std=linear.in_features**-0.5)
                     continue
                 init.zeros_(linear.weight)
-                # decays of about 1e-4 per token
-                init.constant_(linear.bias, self.config.memory_write_gate_bias if name == "write_gate" else -9.0)
+                # decays of about 1e-4 per token, and steps of `delta_product` that are small
+                biases = {"write_gate": self.config.memory_write_gate_bias, "step_gate": -2.0}
+                init.constant_(linear.bias, biases.get(name, -9.0))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

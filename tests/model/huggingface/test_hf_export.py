@@ -32,6 +32,8 @@ MODELS = {
     "deltanet-blocks": small_config("deltanet", "hard", segment_length=130, num_layers=1),
     "gated_deltanet": small_config("gated_deltanet", "sigmoid"),
     "gated_deltanet-short": small_config("gated_deltanet", segment_length=2, num_query_groups=None),
+    "delta_product": small_config("delta_product", "sigmoid", segment_length=20, householders=3),
+    "delta_product-one": small_config("delta_product", householders=1, num_layers=1),
     "kda": small_config("kda", "sigmoid", num_query_groups=None),
     "gdn2": small_config("gdn2", segment_length=20),
     "linear-convolution": small_config("linear+convolution", "hard"),

@@ -11,7 +11,13 @@ from model.rules import NormalizedState, Tokens, delta_blocks
 from model.rules import build_rule as rule_of
 from model.rules.borders import Borders
 from model.rules.feature_maps import phi
-from model.rules.reference import window_convolution, window_deltanet, window_gdn2, window_normalized
+from model.rules.reference import (
+    window_convolution,
+    window_delta_product,
+    window_deltanet,
+    window_gdn2,
+    window_normalized,
+)
 from model.rules.state import MatrixState, extended_state
 from model.rules.window import remember, write_gate
 
@@ -21,12 +27,17 @@ GATES = ("none", "hard", "sigmoid")
 EPSILON = 1e-6
 CHANNEL_GATES = {"kda": ("decay",), "gdn2": ("decay", "erase", "write")}
 """Of the rules with gates per channel."""
-TOKENS = {"q", "k", "v", "a", "x", *(f"x_{gate}" for gate in CHANNEL_GATES["gdn2"])}
+STEPS = ("step_key", "step_value", "step_gate")
+"""What `delta_product` asks of a token for its other steps."""
+HOUSEHOLDERS = 3
+"""Steps per token of `delta_product`: more than one beside the token's own."""
+TOKENS = {"q", "k", "v", "a", "x", *STEPS, *(f"x_{gate}" for gate in CHANNEL_GATES["gdn2"])}
 """Names of the leaves that have a segment dim."""
 PARAMETERS = {"taps", "rate", *(f"{part}_{gate}" for gate in CHANNEL_GATES["gdn2"] for part in ("up", "bias"))}
 """Names of the leaves that belong to the rule."""
 STATES = {name: NormalizedState if name in ("linear", "delta") else MatrixState for name in PLAIN_RULES}
-DECAYING = ("gated_deltanet", *CHANNEL_GATES)
+DECAYING = ("gated_deltanet", "delta_product", *CHANNEL_GATES)
+ONE_DECAY = ("gated_deltanet", "delta_product")
 RANK = 2
 """Features per head and gate of the rules with gates per channel: fewer than the model has, nothing else knows."""
 
@@ -45,8 +56,13 @@ def state_type(rule_name):
     return extended_state(kind, ("tail",)) if is_convolved(rule_name) else kind
 
 
+def memory_config(name, **changes):
+    settings = {"rule": plain(name), "short_convolution": is_convolved(name), "num_householder": HOUSEHOLDERS}
+    return MemoryConfig(**settings | {"epsilon": EPSILON} | changes)
+
+
 def build_rule(name, epsilon=EPSILON):
-    return rule_of(MemoryConfig(rule=plain(name), short_convolution=is_convolved(name), epsilon=epsilon))
+    return rule_of(memory_config(name, epsilon=epsilon))
 
 
 def reference_gate(kind: str, a: torch.Tensor) -> torch.Tensor:
@@ -78,6 +94,9 @@ def random_window(seed, *, b=2, t=3, n=2, r=2, s=4, d=6, empty=False):
     }
     for gate in CHANNEL_GATES["gdn2"]:
         window |= {f"x_{gate}": draw(b, t, n, s, RANK), f"up_{gate}": draw(n * d, RANK), f"bias_{gate}": draw(n * d)}
+    before = HOUSEHOLDERS - 1
+    window |= {"step_key": draw(b, t, n, s, before * d), "step_value": draw(b, t, n, s, before * d)}
+    window["step_gate"] = draw(b, t, n, s, before)
     if empty:
         window |= {name: torch.zeros_like(window[name]) for name in ("M", "z", "tail")}
     reset = torch.rand(b, t, generator=generator) < 0.3
@@ -93,7 +112,7 @@ def tokens_of(rule_name, window, gate):
     n = window["k"].shape[2]
     inputs = {gate: window[f"x_{gate}"] for gate in CHANNEL_GATES["gdn2"]}
     if plain(rule_name) not in CHANNEL_GATES:
-        inputs = {"decay": window["x"].unsqueeze(-1)}
+        inputs = {"decay": window["x"].unsqueeze(-1)} | {name: window[name] for name in STEPS}
     return Tokens(window["q"].unflatten(2, (n, -1)), window["k"], window["v"], gate, inputs)
 
 
@@ -136,10 +155,16 @@ def naive(rule_name, gate_kind, window, reset):
                 q, k, v, *convolution = window_convolution(q, k, v, taps, tail, starts, silu=silu)
             if plain(rule_name) == "deltanet":
                 read, *after = window_deltanet(q, k, v, g, M, starts)
-            elif plain(rule_name) == "gated_deltanet":
+            elif plain(rule_name) in ONE_DECAY:
                 x, rate = window["x"][lane, :, head], window["rate"][head]
                 log_decay = -rate.exp() * (1 + x.exp()).log()
-                read, *after = window_deltanet(q, k, v, g, M, starts, log_decay)
+                if plain(rule_name) == "gated_deltanet":
+                    read, *after = window_deltanet(q, k, v, g, M, starts, log_decay)
+                else:
+                    keys, values, gates = (window[name][lane, :, head] for name in STEPS)
+                    keys, values = (y.unflatten(-1, (HOUSEHOLDERS - 1, -1)) for y in (keys, values))
+                    steps = (keys, values, 1 / (1 + (-gates).exp()))
+                    read, *after = window_delta_product(q, k, v, g, M, starts, log_decay, *steps)
             elif plain(rule_name) in CHANNEL_GATES:
                 log_decay, *gates = (
                     channel_logits(window, gate, lane, head) for gate in CHANNEL_GATES[plain(rule_name)]
@@ -211,7 +236,8 @@ def test_everything_at_once(rule_name, gate_kind):
     unused = {"a"} if gate_kind == "none" else set()
     unused |= {"M", "z", "tail"} - set(state_type(rule_name)._fields)
     unused |= set() if is_convolved(rule_name) else {"taps"}
-    unused |= set() if plain(rule_name) == "gated_deltanet" else {"x"}
+    unused |= set() if plain(rule_name) in ONE_DECAY else {"x"}
+    unused |= set() if plain(rule_name) == "delta_product" else set(STEPS)
     unused |= set() if plain(rule_name) in DECAYING else {"rate"}
     asked = CHANNEL_GATES.get(plain(rule_name), ())
     unused |= {f"{p}_{gate}" for p in ("x", "up", "bias") for gate in CHANNEL_GATES["gdn2"] if gate not in asked}
@@ -220,7 +246,9 @@ def test_everything_at_once(rule_name, gate_kind):
 
 @pytest.mark.parametrize("length", [3, 4, 6, 8, 16])
 @pytest.mark.parametrize("gate_kind", GATES)
-@pytest.mark.parametrize("rule_name", ["deltanet", "gated_deltanet", "gated_deltanet+convolution", "kda", "gdn2"])
+@pytest.mark.parametrize(
+    "rule_name", ["deltanet", "gated_deltanet", "gated_deltanet+convolution", "delta_product", "kda", "gdn2"]
+)
 def test_delta_rule_is_solved_in_blocks(rule_name, gate_kind, length, monkeypatch):
     """Segments shorter than a block, one block, several, and a length that blocks do not divide."""
     monkeypatch.setattr(delta_blocks, "WRITE_BLOCK", 4)
@@ -356,7 +384,7 @@ def test_hard_gate_reaches_both_ends_and_keeps_a_slope():
 
 def test_unknown_rule_is_named():
     with pytest.raises(
-        ValueError, match="no rule 'dleta'; valid: none, linear, delta, deltanet, gated_deltanet, kda, gdn2"
+        ValueError, match="no rule 'dleta'; valid: none, linear, delta, deltanet, gated_deltanet, delta_product, kda"
     ):
         build_rule("dleta")
 
@@ -396,6 +424,30 @@ def test_decay_keeps_ratios_that_would_overflow(rule_name):
     window |= {name: torch.full_like(window[name], 40.0).requires_grad_() for name in ("x", "bias_decay")}
     read, after = fast(rule_name, "none", window, reset)
     assert all(x.isfinite().all() for x in [read, *after, *gradients([read, *after], window).values()])
+
+
+@pytest.mark.parametrize("gate_kind", GATES)
+@pytest.mark.parametrize("convolution", ["", "+convolution"])
+def test_one_step_per_token_is_gated_deltanet(convolution, gate_kind):
+    """Bit for bit, with one step or with other steps that are closed: all numbers, all gradients."""
+    window, reset = random_window(45, s=6)
+    expected_read, expected_after = fast("gated_deltanet" + convolution, gate_kind, window, reset)
+    expected = gradients([expected_read, *expected_after], window)
+    gate = None if gate_kind == "none" else write_gate(gate_kind, window["a"])
+    rule = rule_of(memory_config("delta_product" + convolution, num_householder=1))
+    assert rule.token_inputs(LayerShape(8, 2, 2, 6)) == {"decay": 1}
+    tokens, state = tokens_of("gated_deltanet", window, gate), state_of("gated_deltanet" + convolution, window)
+    read, _, after = remember(rule, tokens, weights_of(window), state, Borders(reset), detach_reads=False)
+    assert torch.equal(read, expected_read)
+    assert all(torch.equal(x, y) for x, y in zip(after, expected_after, strict=True))
+    found = gradients([read, *after], window)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    closed = window | {"step_gate": torch.full_like(window["step_gate"], -80.0)}
+    read, after = fast("delta_product" + convolution, gate_kind, closed, reset)
+    assert_close(read, expected_read, "read")
+    found = gradients([read, *after], window)
+    for name in window.keys() - set(STEPS):
+        assert_close(found[name], expected[name], f"gradient of {name}")
 
 
 def tied_channels(window):

@@ -24,6 +24,7 @@ from tests.saved_bytes import saved_bytes
 
 MEMORY_KINDS = [("none", "none"), ("linear", "none"), ("delta", "none"), ("delta", "hard"), ("deltanet", "hard")]
 MEMORY_KINDS += [("gated_deltanet", "none"), ("gated_deltanet", "hard")]
+MEMORY_KINDS += [("delta_product", "none"), ("delta_product", "hard")]
 MEMORY_KINDS += [("kda", "sigmoid"), ("gdn2", "none"), ("gdn2", "hard")]
 MEMORY_KINDS += [("linear+convolution", "none"), ("delta+convolution", "none"), ("deltanet+convolution", "none")]
 

@@ -237,6 +237,12 @@ def refused(overrides, world_size=None) -> list[str]:
             None,
             ["model.memory.short_convolution = true"],
         ),
+        (
+            ["model.memory.rule=gated_deltanet", "model.memory.num_householder=3"],
+            None,
+            ["model.memory.num_householder = 3", "model.memory.rule = gated_deltanet", "delta_product"],
+        ),
+        (["model.memory.num_householder=0"], None, ["model.memory.num_householder = 0", "at least 1"]),
         (["model.local_context=wide"], None, ["model.local_context = wide", "segment, sliding"]),
         (["model.qk_init=equal"], None, ["model.qk_init = equal", "independent, tied"]),
         (["model.memory.mix_gate=layer"], None, ["model.memory.mix_gate = layer", "head, token"]),

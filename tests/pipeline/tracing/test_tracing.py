@@ -26,6 +26,7 @@ STEPS = {
         "parallel.sequence_parallel=true bptt.recompute=selective train.precision=bf16",
     ),
     "gated_deltanet": (1, 0, "model.memory.rule=gated_deltanet train.precision=bf16 bptt.recompute=selective"),
+    "delta_product": (1, 0, "model.memory.rule=delta_product train.precision=bf16 bptt.recompute=selective"),
     "gdn2": (1, 0, "model.memory.rule=gdn2 train.precision=bf16 bptt.recompute=selective"),
     "gated_deltanet, window": (
         1,
@@ -114,7 +115,7 @@ def test_a_checkpoint_is_copied_to_the_host(tracing_process, settings):
     assert "pipeline/checkpoint/run_state.py own_tensors" in places
 
 
-RULES = ["rule=none", "rule=delta", "rule=deltanet", "rule=gated_deltanet", "rule=gdn2", "rule=linear"]
+RULES = ["none", "delta", "deltanet", "gated_deltanet", "delta_product", "gdn2", "linear"]
 
 
 EVALUATIONS = {
@@ -141,7 +142,9 @@ def test_evaluation(tracing_process, name):
     assert found["documents"] == 64 and found["windows"] > 3 * ways
 
 
-@pytest.mark.parametrize("rule", [*RULES, "rule=delta model.local_context=sliding model.memory.mix_gate=token"])
+@pytest.mark.parametrize(
+    "rule", [*(f"rule={name}" for name in RULES), "rule=delta model.local_context=sliding model.memory.mix_gate=token"]
+)
 def test_generation(tracing_process, rule):
     places, unlisted = tracing_process(cases.generation, settings=f"model.memory.{rule} train.precision=bf16")
     assert unlisted == [] and places
@@ -149,7 +152,8 @@ def test_generation(tracing_process, rule):
 
 def test_a_plan_starts_as_many_kernels_as_a_layer(steps):
     """`LAUNCHES` is by rule and rounded: gates, normed queries and keys and more segments have some more."""
-    for name, rule in (("plain", "none"), ("linear", "linear"), ("gated_deltanet", "gated_deltanet"), ("gdn2", "gdn2")):
+    for name in ("plain", "linear", "gated_deltanet", "delta_product", "gdn2"):
+        rule = "none" if name == "plain" else name
         traced = steps[name]["in_layers"]
         forward, backward = LAUNCHES[rule]
         assert traced["forward"] == pytest.approx(forward, rel=0.25), name
