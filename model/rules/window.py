@@ -48,14 +48,14 @@ class _HardGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a: Tensor) -> Tensor:
-        ctx.save_for_backward(a)
+        # Not `a`: a part of the product of all gates and features (`model.layers.token_linears`), which it would keep.
+        ctx.save_for_backward(torch.sigmoid(a))
         return ((a + 2) / 4).clamp(0, 1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        slope = torch.sigmoid(a)
-        return grad * slope * (1 - slope)
+        (logistic,) = ctx.saved_tensors
+        return grad * logistic * (1 - logistic)
 
 
 def write_gate(kind: str, a: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ dimension d and an MLP width f, autograd keeps per layer and token
                 (n + 2 g) d m, twice behind SiLU           short convolutions
                 + 3 n m                                    mix gate per token
                 + h c                                      a decay, write gate, mix gate per token
+                + r h' m per layer, not per token          several of these: their r rows in one matrix, h' not shared
     packing     d e n + n m                                heads put together, the memory's share per token
     states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
                 with context parallelism g d^2 m per lane: what a rank's segments do to a state (all but linear)
@@ -144,9 +145,17 @@ def _own_transition(model: ModelConfig, tensor: int) -> int:
 
 def has_token_linears(model: ModelConfig) -> bool:
     """A layer has a linear function per token beside the q, k, v projection (`model.layers.token_linears`)."""
-    rule = build_rule(model.memory)
-    asks = rule is not None and (rule.token_inputs(layer_shape(model)) or model.memory.mix_gate == "token")
-    return bool(asks) or model.memory.write_gate != "none"
+    return bool(_token_linear_rows(model, 1))
+
+
+def _token_linear_rows(model: ModelConfig, tensor: int) -> list[int]:
+    """Rows of each of these functions on a rank."""
+    rule, layer = build_rule(model.memory), layer_shape(model, tensor)
+    rows = [layer.groups] if model.memory.write_gate != "none" else []
+    if rule is not None:
+        rows += [layer.heads] if model.memory.mix_gate == "token" else []
+        rows += [layer.groups * numbers for numbers in rule.token_inputs(layer).values()]
+    return rows
 
 
 def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: int, segments: int) -> int:
@@ -165,8 +174,10 @@ def _attention_bytes(model: ModelConfig, tensor: int, hidden: int, e: int, m: in
         gated = model.memory.write_gate != "none"
         of_rule, per_segment = rule.saved_bytes(layer, length, m, c, gated=gated)
         per_token += of_rule
-    if has_token_linears(model):
+    joined = 0
+    if rows := _token_linear_rows(model, tensor):
         per_token += hidden * c
+        joined = sum(rows) * model.hidden_size * m if len(rows) > 1 else 0
     if model.memory.mix_gate == "token":
         per_token += 3 * n * m
-    return segments * (length * per_token + per_segment)
+    return segments * (length * per_token + per_segment) + joined

@@ -33,6 +33,7 @@ MODELS = {
         "model.memory.rule=gated_deltanet",
         "model.local_context=sliding",
     ],
+    "gdn2": ["model.memory.rule=gdn2"],
     "transformer-xl": ["model.memory.rule=none", "model.local_context=sliding"],
 }
 LAYOUTS = {
@@ -119,7 +120,12 @@ def test_same_layout_goes_on_bit_for_bit(runs, layout):
 
 @pytest.mark.parametrize(
     ("model", "layout", "other"),
-    [("gated_deltanet", "2111", "1111"), ("sliding-convolution", "1111", "2111"), ("transformer-xl", "1212", "1111")],
+    [
+        ("gated_deltanet", "2111", "1111"),
+        ("sliding-convolution", "1111", "2111"),
+        ("transformer-xl", "1212", "1111"),
+        pytest.param("gdn2", "2111", "1111", marks=pytest.mark.slow),
+    ],
 )
 def test_everything_a_layer_carries_goes_on_bit_for_bit(runs, model, layout, other):
     """The convolutions' last tokens and the previous segment are memory, too; read whole on another layout."""

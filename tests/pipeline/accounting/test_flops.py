@@ -266,6 +266,17 @@ def test_activation_estimate_against_what_autograd_keeps(one_process, rule, gate
     assert rank.chunk_activations == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("rule", ["kda", "gdn2"])
+def test_gates_per_channel_of_narrow_heads(one_process, rule):
+    """Where 16 features per head are as many as it has channels, what is kept of them counts most."""
+    config = small(rule, "hard", hidden_size=64, ffn_hidden_size=128, segment_length=32)
+    stage = build(config, precision="bf16")
+    tokens = torch.randint(0, 500, (2, 8, 32))
+    measured = saved_bytes(stage, tokens, tokens, torch.zeros(2, 8, dtype=torch.bool))
+    run = Config(model=config, train=TrainConfig(lanes=2, segments_per_window=8, precision="bf16"))
+    assert per_rank_bytes(run, world_size=1)[0].chunk_activations == pytest.approx(measured, rel=0.03)
+
+
 # Layouts.
 
 

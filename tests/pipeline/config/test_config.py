@@ -254,6 +254,14 @@ def refused(overrides, world_size=None) -> list[str]:
             None,
             ["model.memory.kernel = fla", "model.memory.rule = delta"],
         ),
+        *(
+            (
+                ["model.memory.kernel=fla", f"model.memory.rule={rule}", "train.precision=bf16"],
+                None,
+                ["model.memory.kernel = fla", f"model.memory.rule = {rule}", "deltanet and gated_deltanet"],
+            )
+            for rule in ("kda", "gdn2")
+        ),
         (
             ["model.memory.kernel=fla", "model.memory.rule=deltanet"],
             None,

@@ -74,6 +74,8 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
         {"rule": "delta", "gate": "hard"},
         {"rule": "deltanet", "gate": "hard", "qk_norm": True},
         {"rule": "gated_deltanet", "gate": "sigmoid"},
+        pytest.param({"rule": "kda", "gate": "sigmoid"}, marks=pytest.mark.slow),
+        {"rule": "gdn2", "gate": "none"},
         {"rule": "delta", "gate": "hard", "layers": [1]},
     ],
     ids=lambda model: model["rule"],
@@ -217,7 +219,10 @@ def test_an_older_export_does_not_speak_of_convolutions(tmp_path, rule):
     assert masters(run).keys() == masters(tmp_path / "back").keys()
 
 
-@pytest.mark.parametrize(("rule", "layers"), [("delta", None), ("gated_deltanet", None), ("gated_deltanet", [1])])
+@pytest.mark.parametrize(
+    ("rule", "layers"),
+    [("delta", None), ("gated_deltanet", None), ("gated_deltanet", [1]), ("kda", None), ("gdn2", None)],
+)
 def test_import_of_an_export_is_bit_equal(tmp_path, rule, layers):
     """Import, (training,) export, import: the memory's parameters included."""
     run = write_run(tmp_path / "run", rule, layers=layers, qk_norm=True, local_context="sliding")
