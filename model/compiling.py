@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.decoder import DecoderStage
 from model.layers import heads, loss
 from model.layers.attention import InfiniAttention
 from model.layers.mixing import plain_mix
 from model.layers.mlp import GatedMLP, plain_silu_product
 from model.layers.norm import RMSNorm, plain_rms_norm
+from model.layers.packed_attention import block_attention
 from model.rules.convolution import ConvolvedRule
 from model.rules.feature_maps import plain_phi_of, plain_unit_length_of
 
@@ -108,8 +110,29 @@ def compile_pieces(stage: nn.Module, device: torch.device) -> None:
             module.passes = loss.Passes(compiled(loss.plain_sums), compiled(loss.plain_gradient))
 
 
-def check_compiler(device: torch.device) -> None:
+def compile_block_attention(stage: DecoderStage, device: torch.device) -> None:
+    """Have the compiler make the attention of `model.packed_attention=flex` when it first runs, in every pass: as it is
+    written it holds all scores of a chunk at once.
+
+    Raises:
+        ValueError: it is not for this device, or the compiler does not work on this machine.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"model.packed_attention = flex: it needs a CUDA device, this process computes on {device.type}, "
+            "or model.packed_attention=auto"
+        )
+    check_compiler(device, "model.packed_attention = flex", "model.packed_attention=auto")
+    stage.block_attention = compiled(block_attention)
+
+
+def check_compiler(
+    device: torch.device, setting: str = "model.compile = true", instead: str = "model.compile=false"
+) -> None:
     """Compile something small, as the pieces will be.
+
+    Args:
+        setting: what asks for the compiler, and `instead` what does not, for messages.
 
     Raises:
         ValueError: it cannot be done, with the compiler's reason.
@@ -122,9 +145,9 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"model.compile = true: PyTorch's compiler does not work here, on {device.type} "
+            f"{setting}: PyTorch's compiler does not work here, on {device.type} "
             f"({type(error).__name__}: {reason}); it needs a C++ compiler (CXX, or g++), on CUDA also triton. "
-            "Or model.compile=false"
+            f"Or {instead}"
         ) from error
 
 

@@ -12,6 +12,9 @@ LOCAL_CONTEXTS = ("segment", "sliding")
 BACKENDS = ("local", "te")
 QK_INITS = ("independent", "tied")
 KERNELS = ("auto", "torch", "fla")
+PACKED_ATTENTIONS = ("auto", "flex")
+FLEX_HEADS = range(16, 257)
+"""Dimensions of heads that `flex` is given: Triton's products are of at least 16 numbers."""
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
@@ -131,6 +134,10 @@ class ModelConfig:
     compile: bool = False
     """Have PyTorch's compiler make the element-wise pieces of training passes (see `model.compiling`). The function is
     the same; `false` is the reference."""
+    packed_attention: str = "auto"
+    """How the local attention keeps documents apart that share segments (`data.packing`): `auto`, by a mask on CUDA and
+    document by document on a CPU; `flex`, by FlexAttention, which leaves out blocks that a mask hides (CUDA, compiled;
+    train.precision=fp32 or bf16). No GPU has run `flex` (docs/gpu.md)."""
 
 
 class LayerShape(NamedTuple):
@@ -191,9 +198,11 @@ def layer_kinds(config: ModelConfig, layers: Iterable[int] | None = None) -> lis
 
 
 def same_function(config: ModelConfig) -> ModelConfig:
-    """`config` without what says only how it is computed, `backend`, `compile` and `memory.kernel`: models that differ
-    in nothing else have the same weights and are the same function, so a checkpoint goes on with others of these."""
-    return replace(config, backend="local", compile=False, memory=replace(config.memory, kernel="auto"))
+    """`config` without what says only how it is computed, `backend`, `compile`, `packed_attention` and `memory.kernel`:
+    models that differ in nothing else have the same weights and are the same function, so a checkpoint goes on with
+    others of these."""
+    memory = replace(config.memory, kernel="auto")
+    return replace(config, backend="local", compile=False, packed_attention="auto", memory=memory)
 
 
 def saved_shape(model: Mapping[str, Any]) -> LayerShape:

@@ -148,8 +148,8 @@ def _print(config: Config, world: int, vocab: int, vocab_source: str, trace: Ste
             "device run dry"
         )
     print(
-        "counted: operations that start a kernel, as PyTorch dispatches them (without model.compile), attention as one "
-        "(flash) each way; "
+        "counted: operations that start a kernel, as PyTorch dispatches them (without model.compile and "
+        "model.packed_attention), attention as one (flash) each way; "
         "not counted: what is inside a kernel or a library, and what the allocator wastes"
     )
 

@@ -1,5 +1,5 @@
 """The local attention where documents share segments (`data.packing`), of a `DocumentMask`: by pieces where the host
-knows them, under a mask elsewhere.
+knows them, under a mask elsewhere, or by FlexAttention (`model.packed_attention`).
 
 Shapes: B segments and probes, n key/value heads of this rank, r query heads per key/value head, s tokens of a segment,
 d head dimension.
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.device import host_knows
 from model.layers.packing import DocumentMask, Piece
@@ -24,7 +25,20 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMa
         query: `[B*n, r, s, d]`.
         key, value: `[B*n, 1, s, d]`, with a sliding context `[B*n, 1, 2s, d]`, the segment before first.
     """
+    if mask.blocks is not None:
+        return mask.blocks.attend(query, key, value, mask.blocks.mask)
     return _by_pieces(query, key, value, mask) if mask.bias is None else _masked(query, key, value, mask.bias)
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """`packed_attention` by FlexAttention, in one call for all heads. As it is written it holds all scores at once:
+    runs compile it."""
+    segments = mask.shape[0]
+    query, key, value = (x.unflatten(0, (segments, -1)).flatten(1, 2) for x in (query, key, value))
+    # Short segments would take the kernel that is made for decoding.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options)
+    return found.unflatten(1, (key.shape[1], -1)).flatten(0, 1)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -38,8 +52,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=shared)
 
 
-def kept_apart_in_words(device: torch.device, dtype: torch.dtype) -> str:
-    """How documents are kept apart, for the start of a run."""
+def kept_apart_in_words(device: torch.device, dtype: torch.dtype, asked: str) -> str:
+    """How documents are kept apart, for the start of a run: with `model.packed_attention` as `asked`."""
+    if asked == "flex":
+        return "kept apart by FlexAttention, asked for; compiled in the first step"
     if host_knows(device):
         return "each attended to by itself"
     return f"kept apart by a mask: {masked_in_words(device.type, dtype)}"

@@ -13,17 +13,21 @@ they are. What the memory makes of pieces is in `model.rules.borders`.
 
 Every layer and head has the same mask: it is made once per call of a stage. On a CPU, where the host knows the starts,
 it is no tensor but the pieces' lengths, and every piece is attended to by itself (`model.layers.packed_attention`).
+With `model.packed_attention=flex` it is FlexAttention's blocks of tokens (arXiv 2412.05496), of which those that hide
+all are not computed.
 
 Shapes: b lanes, t segments, p probes behind them, B = b (t + p), C context ranks, s tokens of a segment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from model.device import host_knows
 from model.rules.base import Reads
@@ -46,8 +50,18 @@ class Run(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
+class Blocks(NamedTuple):
+    """Who sees whom, for FlexAttention."""
+
+    mask: BlockMask
+    """Of all B segments and probes, for every head."""
+    attend: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
+    """`block_attention` of `model.layers.packed_attention`, or what the compiler makes of it."""
+
+
 class DocumentMask(NamedTuple):
-    """Who sees whom in the local attention: `runs` where the host knows it, `bias` elsewhere."""
+    """Who sees whom in the local attention: `blocks` where they are asked for, else `runs` where the host knows it,
+    `bias` elsewhere."""
 
     bias: Tensor | None
     """What is added to the scores, 0 where a token sees a key and -inf elsewhere: `[B, 1, s, s]`, with a sliding
@@ -58,6 +72,7 @@ class DocumentMask(NamedTuple):
     """With a sliding context bool `[b, t, s]`: which tokens of the segment before a segment's piece 0 sees."""
     seen: Tensor | None
     """With a sliding context `[b]`: the part of the chunk's last segment that the next one's piece 0 sees."""
+    blocks: Blocks | None = None
 
 
 class Packing(NamedTuple):
@@ -74,6 +89,7 @@ def packing_of(
     carried: LocalContext | None,
     dtype: torch.dtype,
     context: ContextGroup | None = None,
+    attend: Callable | None = None,
 ) -> Packing:
     """What the layers need to know of a chunk.
 
@@ -83,6 +99,7 @@ def packing_of(
         carried: of any layer: how much of it is seen is the same in all of them. None without a sliding context.
         dtype: of the queries.
         context: the ranks that share the chunk; None where this process has it alone.
+        attend: `Blocks.attend`; None where FlexAttention is not asked for.
     """
     asked = 0 if probes is None else probes.shape[1]
     part, borders = own_borders(context, starts[:, :, 0], starts, probes=asked)
@@ -96,7 +113,9 @@ def packing_of(
             before = before.unflatten(1, (context.size, -1))[:, context.rank]
         before = before & ~borders.reset.unsqueeze(2)
     visible = None if before is None else Reads(probes, detach=False).chosen(before)
-    if host_knows(starts.device):
+    if attend is not None:
+        mask = DocumentMask(None, None, before, seen, Blocks(_block_mask(borders.piece, visible), attend))
+    elif host_knows(starts.device):
         mask = DocumentMask(None, _runs(borders.piece, visible), before, seen)
     else:
         mask = DocumentMask(_bias(borders.piece, visible, dtype), None, before, seen)
@@ -132,3 +151,16 @@ def _bias(piece: Tensor, before: Tensor | None, dtype: torch.dtype) -> Tensor:
         sees = torch.cat([(piece == 0)[..., :, None] & before[..., None, :], sees], dim=-1)
     sees = sees.flatten(0, 1)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf).unsqueeze(1)
+
+
+def _block_mask(piece: Tensor, before: Tensor | None) -> BlockMask:
+    """`Blocks.mask` of the arguments of `_runs`."""
+    own = piece.flatten(0, 1)
+    # Of the segment before, what is seen goes on in piece 0. A segment has no piece -1.
+    keys = own if before is None else torch.cat([before.flatten(0, 1).to(own.dtype) - 1, own], dim=1)
+    length, behind = own.shape[1], keys.shape[1] - own.shape[1]
+
+    def sees(segment: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (own[segment, query] == keys[segment, key]) & (key <= query + behind)
+
+    return create_block_mask(sees, len(own), None, length, length + behind, device=own.device)

@@ -130,7 +130,8 @@ def _hidden_between_matrices(config: Config) -> int:
 
 
 def _mask_columns(config: Config) -> int:
-    """Keys that the mask of packed documents has for every token; 0 without packing."""
+    """Keys that the mask of packed documents has for every token; 0 without packing. With
+    `model.packed_attention=flex`, whose blocks are few numbers, as if there were one: more than is kept."""
     if not config.data.packing:
         return 0
     return config.model.segment_length * (2 if config.model.local_context == "sliding" else 1)

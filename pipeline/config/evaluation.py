@@ -24,6 +24,7 @@ OWN_LAYOUT = [
     "resilience.hang_timeout_s=0",
     "model.backend=local",
     "model.compile=false",
+    "model.packed_attention=auto",
     "model.memory.kernel=auto",
 ]
 """What an evaluation does not take from the run: a checkpoint can be read on any layout and any machine, and nothing

@@ -11,9 +11,11 @@ from collections.abc import Collection, Iterator, Sequence
 from data.files import StorePath, is_store, place
 from model.config import (
     BACKENDS,
+    FLEX_HEADS,
     KERNELS,
     LOCAL_CONTEXTS,
     MIX_GATES,
+    PACKED_ATTENTIONS,
     QK_INITS,
     ROPE_SCALINGS,
     WRITE_GATES,
@@ -45,6 +47,7 @@ CHOICES: dict[str, Collection[str]] = {
     "model.memory.mix_gate": MIX_GATES,
     "model.memory.kernel": KERNELS,
     "model.backend": BACKENDS,
+    "model.packed_attention": PACKED_ATTENTIONS,
     "model.qk_init": QK_INITS,
     "model.local_context": LOCAL_CONTEXTS,
     "model.rope_scaling.type": ROPE_SCALINGS,
@@ -92,6 +95,7 @@ def validate(
             *window_problems(config),
             *_optimizer(config),
             *_memory(config),
+            *_packed_attention(config),
         ]
         problems += [*_profile(config, world_size)]
         problems += (
@@ -315,6 +319,21 @@ def _memory(config: Config) -> Iterator[str]:
         yield (
             f"train.freeze_backbone_steps = {config.train.freeze_backbone_steps}: must be 0 with "
             "model.memory.rule = none, nothing would train"
+        )
+
+
+def _packed_attention(config: Config) -> Iterator[str]:
+    if config.model.packed_attention != "flex":
+        return
+    given, dim = "model.packed_attention = flex: must be auto with", layer_shape(config.model).dim
+    if not config.data.packing:
+        yield f"{given} data.packing = false, no documents share a segment"
+    if config.train.precision == "fp64":
+        yield f"{given} train.precision = fp64, its kernels have no float64"
+    if dim not in FLEX_HEADS:
+        yield (
+            f"{given} heads of {dim} numbers (model.kv_channels, or model.hidden_size / model.num_attention_heads); "
+            f"FlexAttention is given {FLEX_HEADS[0]} to {FLEX_HEADS[-1]}"
         )
 
 

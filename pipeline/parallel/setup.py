@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.prepared.shards import PreparedSet
-from model.compiling import compile_pieces
+from model.compiling import compile_block_attention, compile_pieces
 from model.config import same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.rules.kernel import memory_kernel
@@ -54,6 +54,8 @@ def build_stage(config: Config, topology: Topology, vocab_size: int, *, drawn: b
     stage.to(topology.device)
     if config.model.compile:
         compile_pieces(stage, topology.device)
+    if config.model.packed_attention == "flex":
+        compile_block_attention(stage, topology.device)
     return stage
 
 

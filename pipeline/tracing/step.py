@@ -164,8 +164,9 @@ def trace_step(
 
 
 def _as_written(config: Config) -> Config:
-    """`config` without the compiler, which makes nothing for a device that does not exist."""
-    return replace(config, model=replace(config.model, compile=False))
+    """`config` without the compiler, which makes nothing for a device that does not exist, and with the mask in place
+    of FlexAttention, which it makes."""
+    return replace(config, model=replace(config.model, compile=False, packed_attention="auto"))
 
 
 class TracedRun:

@@ -41,7 +41,7 @@ def derived_rows(
     kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}
     dtype = COMPUTE_DTYPES[train.precision]
     packed = (
-        {"packing": f"documents share segments, {kept_apart_in_words(topology.device, dtype)}"}
+        {"packing": f"documents share segments, {kept_apart_in_words(topology.device, dtype, model.packed_attention)}"}
         if config.data.packing
         else {}
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from model.compiling import compile_pieces
+from model.compiling import compile_block_attention, compile_pieces
 from model.device import prepare_megatron
 from tests.gpu.target import eps, relative_error
 from tests.model.build import random_tokens, small_config, small_stage
@@ -35,6 +37,8 @@ def measured(config, precision, weights, device, *, compiled=False, packed=False
     stage = small_stage(config, scramble=False, precision=precision).to(device)
     if compiled:
         compile_pieces(stage, device)
+    if config.packed_attention == "flex":
+        compile_block_attention(stage, device)
     with torch.no_grad():
         for name, parameter in stage.global_parameters():
             parameter.copy_(weights[name])
@@ -54,11 +58,12 @@ def measured(config, precision, weights, device, *, compiled=False, packed=False
     return {"loss": loss} | memory | {n: x.grad for n, x in stage.global_parameters()}
 
 
-def check(device, within, rule, precision, *, compiled=False, packed=False):
+def check(device, within, rule, precision, *, compiled=False, packed=False, length=32, attention="auto"):
     gates = {} if rule.startswith("none") else {"gate": "sigmoid", "mix": "token"}
-    config = small_config(rule, segment_length=32, **gates, **SIZES)
+    config = small_config(rule, segment_length=length, **gates, **SIZES)
     weights = {name: x.detach() for name, x in small_stage(config).global_parameters()}
     expected = measured(config, "fp64", weights, torch.device("cpu"), packed=packed)
+    config = replace(config, packed_attention=attention)
     found = measured(config, precision, weights, device, compiled=compiled, packed=packed)
     assert {x.device.type for x in found.values()} == {device.type}
     found, expected = by_module(found), by_module(expected)
@@ -77,6 +82,15 @@ def test_model(device, within, rule, precision):
 def test_packed_model(device, within, rule, precision):
     """By pieces on the CPU, on a device under a mask."""
     check(device, within, rule, precision, packed=True)
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("rule", ["none", "none+sliding", "delta"])
+def test_packed_model_by_flex_attention(device, within, rule, precision):
+    """In segments of more than one of its blocks of 128 tokens."""
+    if device.type == "cpu":
+        pytest.skip("PyTorch compiles no backward pass of FlexAttention there; tests/model/test_packing.py has it")
+    check(device, within, rule, precision, packed=True, length=160, attention="flex")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from model.compiling import Piece, check_compiler, compile_pieces
+from model.compiling import Piece, check_compiler, compile_block_attention, compile_pieces
 from model.layers.mixing import plain_mix
 from model.rules.feature_maps import phi_of, plain_phi_of
 from model.rules.state import memory_tensors
@@ -139,3 +139,9 @@ def test_a_compiler_that_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     with pytest.raises(ValueError, match=r"model\.compile = true: .*on cpu.*model\.compile=false"):
         check_compiler(CPU)
+
+
+def test_flex_attention_is_for_cuda():
+    stage = small_stage(small_config("none"))
+    with pytest.raises(ValueError, match=r"model\.packed_attention = flex: .*on cpu, or model\.packed_attention=auto"):
+        compile_block_attention(stage, CPU)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_upper_left
 
 from model import decoder
 from model.layers import packing
+from model.layers.packed_attention import block_attention, packed_attention
 from model.layers.statistics import read_variation
 from model.rules import RULES
+from model.rules.state import LocalContext
 from tests.model import naive
 from tests.model.build import random_memory, random_tokens, small_config, small_stage
 
@@ -149,6 +155,59 @@ def test_where_the_host_knows_nothing_of_the_starts(rule, monkeypatch):
     """A mask for every segment, and probes; without a gate, and what an empty memory gives is mixed in."""
     monkeypatch.setattr(packing, "host_knows", lambda device: False)
     compare(small_config(rule, skip_empty=False, qkv_bias=True, qk_norm=True), probes=True)
+
+
+@pytest.fixture
+def flex_goes_back(monkeypatch):
+    """FlexAttention as PyTorch writes it out, which has a backward pass on a CPU: it is refused for the compiler's."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("rule", ["none", "none+sliding", "delta+sliding"])
+def test_by_flex_attention(rule, flex_goes_back):
+    """With probes and query heads that share keys. The window of six tokens a segment is one block."""
+    compare(replace(small_config(rule, skip_empty=False), packed_attention="flex"), probes=True)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_blocks_are_the_mask(sliding, monkeypatch, flex_goes_back):
+    """In segments of three blocks, the last one short: documents of some hundred tokens leave blocks out."""
+    b, t, n, r, s, d = 1, 2, 2, 3, 300, 4
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    starts = torch.zeros(b, t, s, dtype=torch.bool)
+    starts[0, 0, 140] = starts[0, 1, 280] = True
+    state = LocalContext(random(b, n, s, d), random(b, n, s, d), torch.full((b, n, 1), 0.1)) if sliding else None
+    heads = [random(b * (t + 1) * n, *rows, d) for rows in ((r, s), (1, 2 * s if sliding else s))]
+    heads.append(random(*heads[1].shape))
+    probes = torch.tensor([[1]])
+    monkeypatch.setattr(packing, "host_knows", lambda device: False)
+    arguments = starts, probes, state, torch.float64, None
+    mask, blocks = (packing.packing_of(*arguments, attend).mask for attend in (None, block_attention))
+    assert mask.blocks is None and blocks.bias is None
+    assert_close(packed_attention(*heads, blocks), packed_attention(*heads, mask), "attention")
+    keys = mask.bias.shape[-1]
+    seen = F.pad(mask.bias == 0, (0, -keys % 128, 0, -s % 128)).unflatten(3, (-1, 128)).unflatten(2, (-1, 128))
+    counted = blocks.blocks.mask.kv_num_blocks + blocks.blocks.mask.full_kv_num_blocks
+    assert torch.equal(counted, seen.any(dim=(3, 5)).sum(dim=-1))
+
+
+def test_a_block_mask_off_by_one_is_seen(monkeypatch, flex_goes_back):
+    written = packing.create_block_mask
+
+    def broken(sees, *sizes, **options):
+        return written(lambda b, h, query, key: sees(b, h, query, key + (key < query)), *sizes, **options)
+
+    monkeypatch.setattr(packing, "create_block_mask", broken)
+    with pytest.raises(AssertionError, match="^losses: "):
+        compare(replace(small_config("none+sliding", "none"), packed_attention="flex"))
 
 
 def no(x: Tensor) -> Tensor:

@@ -41,5 +41,6 @@ def test_what_computes_under_a_mask_is_told(device, dtype, told):
 
 
 def test_how_documents_are_kept_apart_is_told():
-    assert "by itself" in kept_apart_in_words(torch.device("cpu"), torch.float32)
-    assert "memory-efficient" in kept_apart_in_words(torch.device("cuda"), torch.bfloat16)
+    assert "by itself" in kept_apart_in_words(torch.device("cpu"), torch.float32, "auto")
+    assert "memory-efficient" in kept_apart_in_words(torch.device("cuda"), torch.bfloat16, "auto")
+    assert "FlexAttention" in kept_apart_in_words(torch.device("cuda"), torch.bfloat16, "flex")

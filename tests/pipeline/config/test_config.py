@@ -140,6 +140,9 @@ def prepared(tmp_path):
     return folder
 
 
+FLEX = ["model.packed_attention=flex", "data.packing=true"]
+
+
 def refused(overrides, world_size=None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         validate(load_config(None, overrides), world_size, data_exists=False)
@@ -267,6 +270,10 @@ def refused(overrides, world_size=None) -> list[str]:
             None,
             ["model.memory.kernel = fla", "train.precision = fp32"],
         ),
+        (["model.packed_attention=varlen"], None, ["model.packed_attention = varlen", "auto, flex"]),
+        ([*FLEX, "data.packing=false"], None, ["model.packed_attention = flex", "data.packing = false"]),
+        ([*FLEX, "train.precision=fp64"], None, ["model.packed_attention = flex", "train.precision = fp64"]),
+        ([*FLEX, "model.kv_channels=8"], None, ["model.packed_attention = flex", "heads of 8 numbers", "16 to 256"]),
         (["model.memory.gate_floor=1"], None, ["model.memory.gate_floor = 1.0", "below 1"]),
         (["train.write_gate_penalty=0.1"], None, ["train.write_gate_penalty = 0.1", "hard or sigmoid"]),
         (["parallel.tensor=2", "parallel.pipeline=2"], 2, ["2 process(es)", "multiple of 4"]),
