@@ -261,7 +261,7 @@ def refused(overrides, world_size=None) -> list[str]:
             (
                 ["model.memory.kernel=fla", f"model.memory.rule={rule}", "train.precision=bf16"],
                 None,
-                ["model.memory.kernel = fla", f"model.memory.rule = {rule}", "deltanet and gated_deltanet"],
+                ["model.memory.kernel = fla", f"model.memory.rule = {rule}", "deltanet, gated_deltanet, delta_product"],
             )
             for rule in ("kda", "gdn2")
         ),
