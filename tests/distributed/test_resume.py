@@ -301,7 +301,7 @@ def test_latest_that_holds_something_else_is_told(resume, content):
     ranks = start("latest")
     assert [(rank["error"], rank["step"]) for rank in ranks] == [(None, 2)] * 2
     printed = "".join(ranks[0]["printed"].split())
-    assert str(pointer) in printed and "goingonfromstep_00000002" in printed
+    assert str(pointer) in printed and f"goingonfrom{pointer.parent}/step_00000002" in printed
     assert "\x1b" not in printed and len(printed) < 6000
 
 

@@ -18,7 +18,7 @@ def test_every_setting_is_explained_with_type_default_and_meaning(capsys):
     for setting in settings():
         assert f"\n{setting.key}: " in f"\n{text}"
         assert setting.meaning[:40] in " ".join(text.split())
-    assert "model.num_layers: an integer, 1 to 2,048; default 4\n    Layers, each with a memory" in text
+    assert "model.num_layers: an integer, 1 to 2,048; default 4\n    Layers; each of `memory.layers`" in text
     assert "bptt.gradient: one of full, detached; default full\n" in text
     assert "optimizer.lr: a number, above 0 to 1,000; default 0.001\n" in text
     assert "data.sets.*.path: text; no default\n" in text
