@@ -29,8 +29,8 @@ def faults_of_a_step(answer, keep: bool, environment: dict[str, str]) -> None:
 
 
 def measured(keep: bool, **environment: str) -> int:
-    ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=faults_of_a_step, args=(theirs, keep, environment))
+    ours, theirs = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=faults_of_a_step, args=(theirs, keep, environment))
     process.start()
     process.join()
     assert process.exitcode == 0

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -115,12 +118,17 @@ def test_contradictions_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_command_writes_results_and_answers(models, tmp_path, capsys):
-    shutdown()  # the command joins by itself; the models are not needed any more
+def test_the_command_writes_results_and_answers(models, tmp_path):
     run = models[0].generator.reader.folder.parents[1]
     folder = write_tasks(tmp_path / "tasks")
-    assert main(["evaluate", str(run), "--lm-eval", "choose", "--lm-eval-tasks", str(folder)]) == 0
-    shown = capsys.readouterr().out
+    command = [sys.executable, "-m", "launch.cli", "evaluate", str(run)]
+    options = ["--lm-eval", "choose", "--lm-eval-tasks", str(folder)]
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "datasets")
+    ran = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    shown = ran.stdout
     (target,) = (run / "evaluation").glob("*/lm_eval")
     results = json.loads((target / "results.json").read_text())
     samples = [json.loads(line) for line in (target / "samples_choose.jsonl").read_text().splitlines()]
