@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from launch.processes.worker import FOLLOWED
+from launch.processes.world import VARIABLES
 from tests.distributed import cases, failing_ranks
 from tests.prepared import write_set
 
@@ -203,7 +204,7 @@ def test_ranks_that_share_lanes_and_read_different_windows_stop(pools, data, tmp
 
 
 def environment() -> dict[str, str]:
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "INFINI_DEBUG")
+    launcher = (*VARIABLES, "INFINI_DEBUG")
     return {k: v for k, v in os.environ.items() if k not in launcher} | {"PYTHONPATH": str(ROOT)}
 
 

@@ -7,13 +7,14 @@ import pytest
 from launch import cli
 from launch.commands.bench_generate import report
 from launch.processes import agent
+from launch.processes.world import VARIABLES
 from pipeline.benchmarks.generate import GenerationCosts
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """Calls of launch_workers, which starts nothing; without a launcher, and with what a test sets taken back."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     calls = []

@@ -8,13 +8,14 @@ import torch.distributed as dist
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from launch import cli  # noqa: E402
+from launch.processes.world import VARIABLES  # noqa: E402
 from tests.tiny_hf import write_hf_model  # noqa: E402
 
 
 @pytest.fixture
 def no_launcher(monkeypatch):
     """A process that nothing started: what join_world writes into the environment is taken back."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     yield

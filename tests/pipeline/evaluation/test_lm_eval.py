@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import pipeline.evaluation.lm_harness  # noqa: E402, F401 (registers the model `infini`)
 from launch.cli import USER_ERROR, main  # noqa: E402
+from launch.processes.world import VARIABLES  # noqa: E402
 from pipeline.huggingface.export_model import export_model  # noqa: E402
 from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.lm_eval_tasks import CHOICES, DOCUMENTS, TASKS, write_tasks  # noqa: E402
@@ -123,8 +124,7 @@ def test_the_command_writes_results_and_answers(models, tmp_path):
     folder = write_tasks(tmp_path / "tasks")
     command = [sys.executable, "-m", "launch.cli", "evaluate", str(run)]
     options = ["--lm-eval", "choose", "--lm-eval-tasks", str(folder)]
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment["HF_DATASETS_CACHE"] = str(tmp_path / "datasets")
     ran = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
