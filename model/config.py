@@ -190,11 +190,9 @@ def rule_and_layers(config: ModelConfig) -> str:
 
 def layer_kinds(config: ModelConfig, layers: Iterable[int] | None = None) -> list[tuple[ModelConfig, int]]:
     """How many of some layers (null: all) are alike: `layer_config` of those with a memory, then of those without."""
-    layers = range(config.num_layers) if layers is None else layers
-    with_memory, without = [], []
-    for layer in layers:
-        (with_memory if config.memory.layers is None or layer in config.memory.layers else without).append(layer)
-    return [(layer_config(config, alike[0]), len(alike)) for alike in (with_memory, without) if alike]
+    layers, chosen = list(range(config.num_layers) if layers is None else layers), memory_layers(config)
+    kinds = ([layer for layer in layers if (layer in chosen) is has] for has in (True, False))
+    return [(layer_config(config, alike[0]), len(alike)) for alike in kinds if alike]
 
 
 def same_function(config: ModelConfig) -> ModelConfig:

@@ -47,9 +47,8 @@ class LaneLoader:
     where (`WindowBatch.starts`). Nothing is padded.
 
     With `stagger`, a lane enters its first document at a random segment (with `packing`, a random token), so that lanes
-    do not reset together. What an
-    answer in such a document asks for may stand before the entry, and training on it would teach guessing: answers
-    there have weight 0.
+    do not reset together. What an answer in such a document asks for may stand before the entry, and training on it
+    would teach guessing: answers there have weight 0.
 
     With `skip_bad_documents`, a document that cannot be read is left at the first segments that fail, with a warning
     that names and numbers it, and counted in the state.
