@@ -11,6 +11,9 @@ RULES=(
     "delta_gated model.memory.rule=delta model.memory.write_gate=hard"
     "deltanet model.memory.rule=deltanet model.memory.write_gate=hard"
     "gated_deltanet model.memory.rule=gated_deltanet model.memory.write_gate=sigmoid"
+    "delta_product model.memory.rule=delta_product model.memory.write_gate=sigmoid"
+    "kda model.memory.rule=kda model.memory.write_gate=sigmoid"
+    "gdn2 model.memory.rule=gdn2"
 )
 
 # with_setting SUFFIX SETTING 'NAME [SETTING...]'...: the same models with one more setting, a line each.
