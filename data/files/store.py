@@ -273,6 +273,15 @@ class StorePath:
 
         return patiently(f"{self} (bytes {start:,} to {stop:,})", request) if stop > start else b""
 
+    def head(self, limit: int) -> bytes:
+        """The first `limit` bytes of the object, all of a shorter one: one request, so of one writing.
+
+        Raises:
+            FileNotFoundError, StoreError: as `patiently`.
+        """
+        filesystem = self.filesystem
+        return patiently(f"{self} (reading)", lambda: filesystem.cat_file(self.key, start=0, end=limit))
+
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the bytes from `start` on; a large range comes in several requests at a time.
 

@@ -80,12 +80,23 @@ class Uploader:
         store: the same in the store.
         keep, keep_every: see `CheckpointSaver`.
         group: of the threads that call it.
+        confirm: called on rank 0 before anything there is changed, and before a copy counts; raises OSError or
+            ValueError where the store is not this run's.
     """
 
-    def __init__(self, folder: Path, store: StorePath, *, keep: int, keep_every: int, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: StorePath,
+        *,
+        keep: int,
+        keep_every: int,
+        group: dist.ProcessGroup,
+        confirm: Callable[[], None],
+    ) -> None:
         self.folder, self.store = folder, store
         self.keep, self.keep_every = keep, keep_every
-        self._group = group
+        self._group, self._confirm = group, confirm
         self._there: dict[str, str | None] = {}
         """Of checkpoints in the store, by name: the hash of `checkpoint.json`, None where nobody knows; on rank 0."""
         self._noted: set[StorePath] = set()
@@ -119,6 +130,7 @@ class Uploader:
 
     def _missing(self, notes: list[str]) -> list[tuple[str, list[str]]]:
         """Names of checkpoints that should be in the store and are not, newest first, and the stems of their files."""
+        self._confirm()
         here = whole_checkpoints(self.folder)
         newest, _ = read_latest(self.folder)
         last = checkpoint_step(self.folder / newest) if newest else -1
@@ -157,6 +169,7 @@ class Uploader:
 
     def _finish(self, name: str) -> None:
         """All files of a checkpoint are there: it counts from here on."""
+        self._confirm()
         write_whole(self.store / name / SUMMARY, read_bytes(self.folder / name / SUMMARY))
         self._there[name] = read_summary(self.folder / name).sha256
 

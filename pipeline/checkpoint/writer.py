@@ -110,6 +110,7 @@ class CheckpointSaver:
         asynchronous: write in a thread.
         timeout_s: a process that waits longer for another one's part gives up.
         store: where copies go, see `checkpoints_in`; None for nowhere.
+        confirm_store: see `Uploader`.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class CheckpointSaver:
         asynchronous: bool = False,
         timeout_s: float = 1800.0,
         store: StorePath | None = None,
+        confirm_store: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.keep, self.keep_every = keep, keep_every
@@ -130,7 +132,9 @@ class CheckpointSaver:
         self._report: SaveReport | None = None
         self._failure: BaseException | None = None
         self._noted: set[Path] = set()
-        self._uploader = store and Uploader(folder, store, keep=keep, keep_every=keep_every, group=self.group)
+        self._uploader = store and Uploader(
+            folder, store, keep=keep, keep_every=keep_every, group=self.group, confirm=confirm_store
+        )
 
     def save(self, make_snapshot) -> None:
         """Save what `make_snapshot()` returns; collective. Fetch the outcome with `finished`.

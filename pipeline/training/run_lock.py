@@ -1,4 +1,4 @@
-"""One run at a time in a run folder: a lock that says whose it is, and that the dead do not keep.
+"""One run at a time in a run folder, and in a store: a lock that says whose it is, and that the dead do not keep.
 
 The lock is a file, `.lock`, which its owner writes again every few seconds. On the owner's own machine a new run sees
 at once whether the owner still lives. From another one it watches whether the file changes: no clocks are compared, so
@@ -8,30 +8,29 @@ they need not agree. Only the main process has to do with it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import psutil
 
-from data.files import FileError, decode_json, read_bytes, write_whole
+from data.files import FileError, decode_json
 from pipeline.config.load import ConfigError
 from pipeline.training.elastic import this_attempt
+from pipeline.training.lock_file import LockFile
 
 NAME = ".lock"
-LIMIT = 4096
-"""Bytes of it that are read."""
 BEAT_S = 10.0
 """Between two signs of life."""
 WATCH_S = 45.0
 """A lock that does not change for so long has no owner: some beats, and what a shared disk's cache keeps back."""
+_LEAVING_S = 5.0
+"""So long a run that ends waits for a disk or store that is at a sign of life."""
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -70,152 +69,162 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 class LockLostError(RuntimeError):
-    """Another run has taken the run folder."""
+    """Another run has taken the run folder, or the store."""
 
 
 class RunLock:
-    """The lock of a run folder.
+    """The lock of a run folder, or of a store.
 
     Args:
+        file: the lock.
+        setting: the configuration's word for its folder.
+        own: who takes it.
         beat_s, watch_s: as `BEAT_S` and `WATCH_S`.
     """
 
-    def __init__(self, run_dir: Path, *, beat_s: float = BEAT_S, watch_s: float = WATCH_S) -> None:
-        self.path = run_dir / NAME
+    def __init__(
+        self,
+        file: LockFile,
+        setting: str,
+        own: Holder | None = None,
+        *,
+        beat_s: float = BEAT_S,
+        watch_s: float = WATCH_S,
+    ) -> None:
+        self.file, self.setting, self.own = file, setting, own or this_process()
         self.beat_s, self.watch_s = beat_s, watch_s
-        process, attempt = psutil.Process(), this_attempt()
-        self.own = Holder(
-            token=secrets.token_hex(8),
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=process.pid,
-            started=process.create_time(),
-            job=os.environ.get("SLURM_JOB_ID"),
-            launch=attempt.launch if attempt else None,
-        )
+        self.gone: str | None = None
+        """Token of the dead owner whose place was taken."""
+        self._beats = 0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def acquire(self) -> None:
+    @property
+    def folder(self) -> str:
+        return str(self.file.path.parent)
+
+    def acquire(self, gone: str | None = None) -> None:
         """Take the lock and keep it alive; says what it waits for, and whose it was.
+
+        Args:
+            gone: token of an owner that is known to be dead.
 
         Raises:
             ConfigError: another run has it.
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written (`StoreError`: the store does not answer).
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            found = self._read()
-            if found is None:
-                continue
-            contents, holder = found
-            alive = holder.lives_here() if holder else None
-            if holder and holder.launch and holder.launch == self.own.launch:
-                alive = False
-            if alive is None:
-                alive = self._changes(contents, holder)
-            if alive:
+        while True:
+            contents = self.file.read()
+            holder = _holder(contents)
+            if contents is not None and self._is_alive(contents, holder, gone):
                 raise ConfigError(
                     [
-                        f"run_dir: {self.path.parent} is in use by {holder or 'another run'}; wait for its end, or "
-                        "choose another run_dir"
+                        f"{self.setting}: {self.folder} is in use by {holder or 'another run'}; wait for its end, or "
+                        f"choose another {self.setting}"
                     ]
                 )
-            if self._take_over(contents):
-                print(f"{self.path}: {holder or 'its owner'} is gone, its lock is taken over", flush=True)
+            if self.file.take(contents, _encoded(self.own)):
                 break
+        if contents is not None and (holder is None or holder.token != self.own.token):
+            self.gone = holder and holder.token
+            print(f"{self.file.path}: {holder or 'its owner'} is gone, its lock is taken over", flush=True)
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
+
+    def confirm(self) -> None:
+        """Make sure that this run has the lock, which is taken now where the store did not answer before.
+
+        A process that finds another run's name in it ends at once.
+
+        Raises:
+            ConfigError, OSError: as `acquire`.
+        """
+        self.acquire() if self._thread is None else self._sign()
 
     def release(self) -> None:
         """Give it back, if this process has it."""
         self._done.set()
-        if self._thread is not None:
-            self._thread.join()
-            with contextlib.suppress(OSError):
+        if self._thread is None:
+            return
+        self._thread.join(_LEAVING_S)
+        if not self._thread.is_alive():
+            with contextlib.suppress(OSError, FileError):
                 if self._is_own():
-                    self.path.unlink()
+                    self.file.remove()
 
-    def _create(self) -> bool:
-        try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
+    def _is_alive(self, contents: bytes, holder: Holder | None, gone: str | None) -> bool:
+        """Whether there is somebody behind what stands in the lock."""
+        if holder is None:
+            return self._changes(contents, holder)
+        if holder.token in (self.own.token, gone) or (holder.launch and holder.launch == self.own.launch):
             return False
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_encoded(self.own))
-        return True
-
-    def _read(self) -> tuple[bytes, Holder | None] | None:
-        """What stands in it, and whose it is if that can be read; None when it is gone."""
-        try:
-            contents = read_bytes(self.path, LIMIT)
-            return contents, decode_json(contents, Holder, str(self.path))
-        except FileNotFoundError:
-            return None
-        except FileError:
-            return contents, None  # just made, or cut short
+        alive = holder.lives_here()
+        return self._changes(contents, holder) if alive is None else alive
 
     def _changes(self, contents: bytes, holder: Holder | None) -> bool:
         """Watch whether it is written again."""
         print(
-            f"{self.path.parent} is locked by {holder or 'another run'}: watching for {self.watch_s:.0f} s whether "
+            f"{self.folder} is locked by {holder or 'another run'}: watching for {self.watch_s:.0f} s whether "
             "that still lives",
             flush=True,
         )
-        deadline = time.monotonic() + self.watch_s
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, self.beat_s))
-            found = self._read()
-            if found is None:
-                return False
-            if found[0] != contents:
-                return True
+        watched = 0.0
+        while watched < self.watch_s:
+            pause = min(1.0, self.beat_s)
+            time.sleep(pause)
+            # What the disk or the store takes for an answer does not count: the owner may be waiting for it, too.
+            watched += pause
+            found = self.file.read()
+            if found != contents:
+                return found is not None
         return False
 
-    def _take_over(self, contents: bytes) -> bool:
-        """Write over the lock that says `contents`, unless another run has done so by now."""
-        with _one_at_a_time(self.path.parent):
-            found = self._read()
-            if found is None or found[0] != contents:
-                return False
-            write_whole(self.path, _encoded(self.own))
-            return True
-
     def _is_own(self) -> bool:
-        found = self._read()
-        return found is not None and found[1] is not None and found[1].token == self.own.token
+        holder = _holder(self.file.read())
+        return holder is not None and holder.token == self.own.token
 
     def _beat(self) -> None:
-        beat = 0
         while not self._done.wait(self.beat_s):
-            beat += 1
-            with contextlib.suppress(OSError):  # a disk that is full or away for a while
-                found = self._read()
-                if found is not None and found[1] is not None and found[1].token != self.own.token:
-                    self._lose(found[1])
-                    return
-                write_whole(self.path, _encoded(msgspec.structs.replace(self.own, beat=beat)))
+            with contextlib.suppress(OSError, FileError):  # a disk that is full or away for a while
+                self._sign()
+
+    def _sign(self) -> None:
+        """Give a sign of life; the end of a process whose lock another run has."""
+        holder = _holder(self.file.read())
+        if holder is not None and holder.token != self.own.token:
+            self._lose(holder)
+        self._beats += 1
+        self.file.write(_encoded(msgspec.structs.replace(self.own, beat=self._beats)))
 
     def _lose(self, holder: Holder) -> None:
         error = LockLostError(
-            f"{self.path.parent} has been taken over by {holder}: this process gave no sign of life for "
+            f"{self.folder} has been taken over by {holder}: this process gave no sign of life for "
             f"{self.watch_s:.0f} s; it leaves, or both would write there"
         )
         threading.excepthook(threading.ExceptHookArgs((LockLostError, error, None, threading.current_thread())))
         os._exit(1)
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """One process at a time is inside for a folder; where its file system has no such locks (NFS has none for folders)
-    two may be, and the one that is written over sees it at its next sign of life."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def this_process() -> Holder:
+    """An owner that nobody has been."""
+    process, attempt = psutil.Process(), this_attempt()
+    return Holder(
+        token=secrets.token_hex(8),
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=process.pid,
+        started=process.create_time(),
+        job=os.environ.get("SLURM_JOB_ID"),
+        launch=attempt.launch if attempt else None,
+    )
+
+
+def _holder(contents: bytes | None) -> Holder | None:
+    """Whose a lock is by what stands in it; None where that cannot be read: it was just made, or cut short."""
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        return contents and decode_json(contents, Holder, NAME)
+    except FileError:
+        return None
 
 
 def _encoded(holder: Holder) -> bytes:

@@ -6,15 +6,16 @@ same place.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 
-from data.files import Place, place
+from data.files import Place, StoreError, StorePath, place
 from pipeline.checkpoint.find_tokenizer import check_run_folder, check_tokenizer
-from pipeline.checkpoint.folder import candidates, check_new, find_checkpoint
+from pipeline.checkpoint.folder import candidates, check_new, checkpoint_step, find_checkpoint, whole_checkpoints
 from pipeline.checkpoint.loading import open_newest, open_verified
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.uploading import CONFIG, check_new_store, folders_of
@@ -25,6 +26,40 @@ from pipeline.config.schema import Config
 from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.topology import Topology, on_main
 from pipeline.training.elastic import this_attempt
+from pipeline.training.lock_file import DiskLockFile, StoreLockFile
+from pipeline.training.run_lock import NAME, RunLock, this_process
+
+
+@contextlib.contextmanager
+def holding(config: Config) -> Iterator[Callable[[], None]]:
+    """The locks of a run's folder and store, while the block runs; collective.
+
+    Yields:
+        Makes sure, on the main process, that the store is this run's: see `RunLock.confirm`.
+
+    Raises:
+        ConfigError, OSError: as `RunLock.acquire`, on all processes. A store that does not answer is no error yet.
+    """
+    own = this_process()
+    folder = RunLock(DiskLockFile(Path(config.run_dir) / NAME), "run_dir", own)
+    locks = [folder]
+    if config.checkpoint.store is not None:
+        locks.append(RunLock(StoreLockFile(StorePath(config.checkpoint.store) / NAME), "checkpoint.store", own))
+
+    def acquire() -> None:
+        folder.acquire()
+        for store in locks[1:]:
+            try:
+                store.acquire(folder.gone)
+            except StoreError as error:  # a run that goes on from its disk does so; others will ask it themselves
+                print(f"{store.folder} IS NOT LOCKED, which is tried again before the first copy: {error}", flush=True)
+
+    try:
+        on_main(acquire)
+        yield locks[-1].confirm
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 def begin(
@@ -104,11 +139,20 @@ def _check_folder(config: Config, tokenizer: tuple[str, Path | str], *, new: boo
 
 
 def _go_on_from(checkpoint: Place, folders: list[Place]) -> None:
-    """Restarts and roll-backs must not pass it: every folder of the run's checkpoints that holds some names it."""
-    if any(_same(checkpoint.parent, folder) for folder in folders):
-        for folder in folders:
-            if candidates(folder):
-                move_latest(folder / checkpoint.name)
+    """Restarts and roll-backs must not pass it: every folder of the run's checkpoints that holds some names it.
+
+    A store that lacks it will get it, and names the newest before it until then: others read there what `latest` names.
+    """
+    step = checkpoint_step(checkpoint)
+    if step is None or not any(_same(checkpoint.parent, folder) for folder in folders):
+        return
+    for folder in folders:
+        found = whole_checkpoints(folder)
+        before = [path for path in found if checkpoint_step(path) <= step]
+        if isinstance(folder, StorePath) and before:
+            move_latest(before[-1])
+        elif found:
+            move_latest(folder / checkpoint.name)
 
 
 def _same(folder: Place, other: Place) -> bool:

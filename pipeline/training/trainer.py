@@ -39,10 +39,9 @@ from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
 from pipeline.training.regroup import Regroup, recovery
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, tell_job
-from pipeline.training.run_lock import RunLock
 from pipeline.training.same_start import check_clocks, check_same_start, check_shared_folder
 from pipeline.training.skipped_steps import SkippedSteps
-from pipeline.training.starting import begin
+from pipeline.training.starting import begin, holding
 from pipeline.training.step_record import StepRecord
 from pipeline.training.stillness import StillnessWatch, horizon
 
@@ -61,12 +60,8 @@ def train(config: Config, resume: str | None) -> int:
     """
     topology = enter(config)
     check_shared_folder(Path(config.run_dir), topology)
-    lock = RunLock(Path(config.run_dir))
-    on_main(lock.acquire)
-    try:
-        return _train(config, topology, resume)
-    finally:
-        lock.release()
+    with holding(config) as confirm_store:
+        return _train(config, topology, resume, confirm_store)
 
 
 def enter(config: Config) -> Topology:
@@ -82,9 +77,9 @@ def enter(config: Config) -> Topology:
     return topology
 
 
-def _train(config: Config, topology: Topology, resume: str | None) -> int:
+def _train(config: Config, topology: Topology, resume: str | None, confirm_store: Callable[[], None]) -> int:
     keep_freed_memory(topology.device)
-    trainer = Trainer(config, topology)
+    trainer = Trainer(config, topology, confirm_store)
     trainer.watchdog.start()
     trainer.start(resume)
     trainer.train()
@@ -98,9 +93,13 @@ def _train(config: Config, topology: Topology, resume: str | None) -> int:
 
 
 class Trainer:
-    """One process's part of a run."""
+    """One process's part of a run.
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    Args:
+        confirm_store: see `CheckpointSaver`.
+    """
+
+    def __init__(self, config: Config, topology: Topology, confirm_store: Callable[[], None] = lambda: None) -> None:
         self.config = config
         self.topology = topology
         torch.manual_seed(config.train.seed)  # else every process would start from a state of its own
@@ -141,6 +140,7 @@ class Trainer:
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
             store=config.checkpoint.store and checkpoints_in(config.checkpoint.store),
+            confirm_store=confirm_store,
         )
         self.saved_step: int | None = 0
         self.failed_saves = self.rollbacks = 0
@@ -199,6 +199,8 @@ class Trainer:
             notes += self.evaluation.notes
         for note in [*measured, *notes]:
             self.monitor.message(note)
+        if resume not in (None, "latest"):
+            self._upload()  # what it goes on from, which its store may lack
 
     @property
     def is_done(self) -> bool:
@@ -438,18 +440,23 @@ class Trainer:
             StoreError: it cannot be brought, and the run will not come back to try again.
         """
         for _ in range(self.config.checkpoint.attempts):
-            self.watchdog.progress(self.progress.step, "upload", patient=True)
-            report = self.saver.upload()
-            if report is None:
-                return
-            self.monitor.uploaded(report)
-            if report.error is None:
+            error = self._upload()
+            if error is None:
                 return
         if self.is_done:
             raise StoreError(
                 f"all is trained and saved in {self.run_dir}, but not all of it could be copied to "
-                f"{self.config.checkpoint.store}: {report.error}; `infini train --resume` does it"
+                f"{self.config.checkpoint.store}: {error}; `infini train --resume` does it"
             )
+
+    def _upload(self) -> str | None:
+        """Bring to the run's store, where it has one, what is not there yet; what went wrong. Collective."""
+        self.watchdog.progress(self.progress.step, "upload", patient=True)
+        report = self.saver.upload()
+        if report is None:
+            return None
+        self.monitor.uploaded(report)
+        return report.error
 
     def load(self, reader: CheckpointReader) -> None:
         """Go on from a checkpoint; collective."""

@@ -24,6 +24,7 @@ from pipeline.checkpoint.writer import CheckpointSaver
 from pipeline.config.load import ConfigError
 from pipeline.parallel.topology import initialize
 from pipeline.reporting.inspect import find_damage
+from pipeline.training.starting import _go_on_from
 from tests.data.test_stores import FailingMemory, upload
 from tests.data.test_stores import fresh as fresh  # the stores are empty, and impatient
 from tests.pipeline.checkpoint.test_saving import one_process as one_process
@@ -130,6 +131,38 @@ def test_the_same_step_again_takes_the_place_of_the_old_one(saver, monkeypatch):
     second = CheckpointReader(checkpoints_in(RUN) / "step_00000002")
     assert second.summary != first and second.whole_tensor("master/a").tolist() == [9.0] * 3
     assert find_checkpoint(place(RUN)).name == "step_00000002"
+
+
+def test_a_run_that_goes_back_to_what_its_store_lacks(saver, tmp_path):
+    """`latest` there names what is there at all times, and what the run goes on from once that is copied."""
+    save(saver, 4, 5, 6)  # 4 is kept for good
+    here, there = tmp_path / "run" / "checkpoints", checkpoints_in(RUN)
+    for name, size in (there / "step_00000005").sizes().items():
+        assert size is not None
+        (there / "step_00000005" / name).remove()
+    _go_on_from(here / "step_00000005", [here, there])
+    assert find_checkpoint(here).name == "step_00000005" and find_checkpoint(there).name == "step_00000004"
+    assert candidates(here, there)[0] == here / "step_00000005"  # a restart's
+    assert saver.upload().names == ["step_00000005"]
+    assert find_checkpoint(there).name == "step_00000005"
+
+
+def test_a_store_that_is_not_this_runs_is_left_alone(tmp_path):
+    """Neither a copy that is begun nor one whose end comes after another run has taken the store."""
+    asked, allowed = [], [0]
+
+    def confirm() -> None:
+        asked.append(objects())
+        if len(asked) > allowed[0]:
+            raise ConfigError(["checkpoint.store: in use"])
+
+    made = CheckpointSaver(tmp_path / "run" / "checkpoints", keep=2, store=checkpoints_in(RUN), confirm_store=confirm)
+    assert "in use" in save(made, 1).upload.error and objects() == []
+    allowed[0] = 2
+    assert "in use" in save(made, 2).upload.error and whole() == [] and len(objects()) == 2
+    allowed[0] = 99
+    assert made.upload().names == ["step_00000002", "step_00000001"]
+    made.close()
 
 
 def _other(made):
