@@ -1,6 +1,8 @@
-# To be sourced: training several models, each in one process, some at a time.
+# To be sourced: training several models, each in one process, some at a time (on a machine with GPUs, all on the first).
 
 JOBS="${JOBS:-2}"
+# Of an evaluation. On GPUs every process would want one of its own.
+PROCESSES="${PROCESSES:-$(if command -v nvidia-smi > /dev/null; then echo 1; else echo "$JOBS"; fi)}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # Every memory rule with the gates it is compared with: name, then settings.
@@ -25,11 +27,20 @@ with_setting() {
 
 say() { printf '\n== %s (%d s so far)\n' "$1" "$SECONDS"; }
 
+SOURCE_CODE=python:torch,sympy,numpy,networkx,matplotlib,deepspeed,megatron.core
+
 # Long documents, in compare/text: cut to 64 segments of 64 tokens, so that a run meets the beginning of one often.
 prepare_source_code() {
     say "long documents: source code of installed packages"
-    infini prepare python:torch,sympy,numpy,networkx,matplotlib,deepspeed,megatron.core --tokenizer train:1024 \
+    infini prepare "$SOURCE_CODE" --tokenizer train:1024 \
         --min-tokens 2048 --max-tokens 4096 --valid-fraction 0.1 --out compare/text
+}
+
+# The same text and tokenizer in compare/text_long, cut to 64 segments of 256 tokens.
+prepare_longer_documents() {
+    say "the same text in longer documents"
+    infini prepare "$SOURCE_CODE" --tokenizer compare/text \
+        --min-tokens 8192 --max-tokens 16384 --valid-fraction 0.1 --out compare/text_long
 }
 
 # train_model CONFIG FOLDER NAME [SETTING...]: the log is FOLDER/NAME.log; an interrupted run goes on.
@@ -61,5 +72,5 @@ evaluate_models() {
     local folder=$1 out=$2 option=$3 runs=() model
     shift 3
     for model in "$@"; do runs+=("$folder/${model%% *}"); done
-    infini evaluate "${runs[@]}" --nproc "$JOBS" "$option" --out "$folder/$out"
+    infini evaluate "${runs[@]}" --nproc "$PROCESSES" "$option" --out "$folder/$out"
 }

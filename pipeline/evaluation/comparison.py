@@ -44,7 +44,11 @@ def compare(results: list[Results], folder: Path) -> dict[str, Any]:
         target = folder / f"comparison_loss_{file_name(path)}.png"
         plots.loss_by_segment(target, curves, f"held-out loss, {path}")
         documents = facts[0]["by_segment_documents"]
-        above = {name: report.curve_of(found, documents) for name, found in differences[path].items() if found}
+        above = {
+            name: report.curve_of(found, documents)
+            for name, found in differences[path].items()
+            if found and "by_segment" in found
+        }
         if above:
             target = folder / f"comparison_loss_above_first_{file_name(path)}.png"
             title = f"held-out loss above that of {names[0]}, paired by document, {path}"
@@ -79,8 +83,9 @@ def loss_difference(first: dict[str, Any], other: dict[str, Any], seed: int) -> 
     """How much more `other` loses per token than `first`, paired by document; None unless the texts are the same.
 
     Returns:
-        `loss`, `loss_interval` (95 %, bootstrap over documents); the same over the later half of the segments as
-        `later`, `later_interval`; `by_segment`, `by_segment_interval` (low ends, high ends).
+        `loss`, `loss_interval` (95 %, bootstrap over documents); and where the texts fall into the same segments, the
+        same over the later half of them as `later`, `later_interval`; `by_segment`, `by_segment_interval` (low ends,
+        high ends).
     """
 
     def texts(facts: dict[str, Any]) -> list[tuple[str, int]]:
@@ -88,18 +93,30 @@ def loss_difference(first: dict[str, Any], other: dict[str, Any], seed: int) -> 
 
     if texts(first) != texts(other):
         return None
-    weight = np.array([document["tokens_by_segment"] for document in first["each_document"]], dtype=np.float64)
+    tokens = np.array([document["tokens"] for document in first["each_document"]], dtype=np.float64)
+    counts = resample_counts(len(tokens), seed)
+
+    def mean(above: np.ndarray, weight: np.ndarray) -> tuple[float, list[float]]:
+        return float(above.sum() / weight.sum()), ratio_intervals(above, weight, counts).tolist()
+
+    weight, other_weight = (
+        np.array([document["tokens_by_segment"] for document in facts["each_document"]], dtype=np.float64)
+        for facts in (first, other)
+    )
+    if not np.array_equal(weight, other_weight):  # segments of another length
+        losses, other_losses = (
+            np.array([document["loss"]["on"] for document in facts["each_document"]]) for facts in (first, other)
+        )
+        return dict(zip(("loss", "loss_interval"), mean((other_losses - losses) * tokens, tokens), strict=True))
 
     def sums(facts: dict[str, Any]) -> np.ndarray:
         losses = [document["loss_by_segment"]["on"] for document in facts["each_document"]]
         return np.where(weight > 0, weight * np.array(losses, dtype=np.float64), 0.0)
 
     above = sums(other) - sums(first)
-    counts = resample_counts(len(weight), seed)
 
     def over(segments: slice) -> tuple[float, list[float]]:
-        parts = above[:, segments].sum(axis=1), weight[:, segments].sum(axis=1)
-        return float(parts[0].sum() / parts[1].sum()), ratio_intervals(*parts, counts).tolist()
+        return mean(above[:, segments].sum(axis=1), weight[:, segments].sum(axis=1))
 
     (loss, loss_interval), (later, later_interval) = over(slice(None)), over(slice(weight.shape[1] // 2, None))
     return {
@@ -123,7 +140,7 @@ def _notes(results: list[Results]) -> list[str]:
 
 
 def _signed(difference: dict[str, Any] | None, key: str) -> str:
-    if difference is None:
+    if difference is None or key not in difference:
         return "-"
     return f"{report.signed(difference[key])} ({report.interval(difference[f'{key}_interval'], plus=True)})"
 

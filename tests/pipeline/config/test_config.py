@@ -346,6 +346,7 @@ SHIPPED = {
     "recall": [1, 2],
     "compare_rules": [1, 2],
     "compare_sliding": [1, 2],
+    "compare_sliding_large": [1, 2],
     "paper_lm": [1, 8, 32],
     "paper_transformer_xl": [1, 8, 32],
     "paper_1b": [8, 64],

@@ -509,6 +509,23 @@ def test_the_later_half_counts_tokens_not_documents():
     assert 1 <= low < difference["later"] < high <= 3
 
 
+def test_segments_of_another_length_are_compared_by_document():
+    """The same tokens, cut differently: their sum counts, no segment stands beside another."""
+    facts = []
+    for weight, losses in (
+        ([[8.0, 8, 8, 8], [8, 8, 2, 0]], [[2.0, 2, 2, 2], [3, 3, 3, 0]]),
+        ([[12.0, 12, 8], [12, 6, 0]], [[2.0, 1, 1], [4, 3, 0]]),
+    ):
+        sums = {"weight": np.array(weight), "on": np.array(weight) * np.array(losses)}
+        each = each_document(sums, ["a", "b"])
+        facts.append(report.without_nan(summarize(sums, 1) | {"each_document": each}))
+    difference = loss_difference(*facts, seed=0)
+    assert difference["loss"] == pytest.approx((-20 + 12) / 50)
+    assert list(difference) == ["loss", "loss_interval"]
+    low, high = difference["loss_interval"]
+    assert low == pytest.approx(-20 / 32) and high == pytest.approx(12 / 18)
+
+
 def test_what_a_matrix_can_hold_is_marked():
     model = asdict(ModelConfig(hidden_size=128, num_attention_heads=4, num_query_groups=2))
     assert list(capacity_marks(model, "pairs")) == [32, 64]  # a head's keys have 32 dimensions; two heads write
