@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from launch import __version__
 from launch.commands.terminal import visible
+from launch.processes.world import leaving_no_trace
 from pipeline.training import stopping
 
 COMMANDS = (
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (docs/command_line.md): 0 done, 2 an error the user can put right."""
     stopping.record()
     try:
-        return _run(argv)
+        with leaving_no_trace():
+            return _run(argv)
     finally:
         stopping.forget()
 

@@ -10,11 +10,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import socket
 import sys
+from collections.abc import Iterator
 
 from data.files import shown
 from pipeline.training.elastic import this_attempt
@@ -58,6 +60,21 @@ def join_world(master_port: int | None = None) -> int:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         env.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(port))
     return _check_world()
+
+
+@contextlib.contextmanager
+def leaving_no_trace() -> Iterator[None]:
+    """What is made of `VARIABLES` inside ends with the block: a process may run another command after this one, and
+    libraries take what they find for a launcher's."""
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def refuse_nproc_in_a_rank() -> None:

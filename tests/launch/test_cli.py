@@ -12,15 +12,14 @@ import pytest
 from launch import __version__, cli
 from launch.commands import train
 from launch.processes import world
+from launch.processes.world import VARIABLES
 from pipeline.config.load import load_config
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     """Without a launcher, and with whatever a test sets taken back."""
-    for name in (*LAUNCHER_VARIABLES, "INFINI_DEBUG", "SLURM_STEP_ID"):
+    for name in (*VARIABLES, "INFINI_DEBUG", "SLURM_STEP_ID"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -37,13 +36,14 @@ def run_yaml(tmp_path) -> Path:
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """Takes the place of pipeline.training.trainer; its `calls` are (config, resume)."""
+    """Takes the place of pipeline.training.trainer; its `calls` are (config, resume), in the `worlds` of VARIABLES."""
     module = types.ModuleType("pipeline.training.trainer")
-    module.calls = []
+    module.calls, module.worlds = [], []
     module.error = None
 
     def fake_train(config, resume):
         module.calls.append((config, resume))
+        module.worlds.append([os.environ.get(name) for name in VARIABLES])
         if module.error:
             raise module.error
         return 0
@@ -140,8 +140,19 @@ def test_alone_the_process_is_a_world_of_one(run_yaml, trainer, monkeypatch):
     assert cli.main(["train", str(run_yaml), "train.steps=77", "--resume", "train.lanes=4"]) == 0
     ((config, resume),) = trainer.calls
     assert (config.train.steps, config.train.lanes, resume) == (77, 4, "latest")
-    assert [os.environ[name] for name in LAUNCHER_VARIABLES[:5]] == ["0", "1", "0", "1", "127.0.0.1"]
-    assert int(os.environ["MASTER_PORT"]) > 0
+    ((*alone, port),) = trainer.worlds
+    assert alone == ["0", "1", "0", "1", "127.0.0.1"] and int(port) > 0
+
+
+@pytest.mark.parametrize("error", [None, OSError("disk"), KeyboardInterrupt()])
+def test_a_command_leaves_the_process_as_it_was(run_yaml, trainer, error):
+    """The next one in this process, and libraries that look for a launcher, find none."""
+    trainer.error = error
+    cli.main(["train", str(run_yaml)])
+    assert not any(name in os.environ for name in VARIABLES)
+    trainer.error = None
+    assert cli.main(["train", str(run_yaml), "--master-port", str(world.free_port())]) == 0
+    assert len(trainer.worlds) == 2 and not any(name in os.environ for name in VARIABLES)
 
 
 def test_traceback_of_a_single_process_is_kept(run_yaml, trainer, tmp_path, capsys):
@@ -270,7 +281,7 @@ def test_under_srun_the_world_follows_from_the_step(monkeypatch):
     for name, value in STEP.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert world.join_world() == 8
-    assert [os.environ[name] for name in LAUNCHER_VARIABLES] == ["5", "8", "1", "4", "n3", "20771"]
+    assert [os.environ[name] for name in VARIABLES] == ["5", "8", "1", "4", "n3", "20771"]
 
 
 @pytest.mark.parametrize(
