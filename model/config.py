@@ -196,10 +196,12 @@ def layer_kinds(config: ModelConfig, layers: Iterable[int] | None = None) -> lis
 
 
 def same_function(config: ModelConfig) -> ModelConfig:
-    """`config` without what says only how it is computed, `backend`, `compile`, `packed_attention` and `memory.kernel`:
-    models that differ in nothing else have the same weights and are the same function, so a checkpoint goes on with
-    others of these."""
-    memory = replace(config.memory, kernel="auto")
+    """`config` without what says only how it is computed, `backend`, `compile`, `packed_attention` and `memory.kernel`,
+    and with one way to name the memory's layers: models that differ in nothing else have the same weights and are the
+    same function, so a checkpoint goes on with others of these."""
+    layers = memory_layers(config)
+    layers = None if config.memory.layers is None or len(layers) == config.num_layers else layers
+    memory = replace(config.memory, kernel="auto", layers=layers)
     return replace(config, backend="local", compile=False, packed_attention="auto", memory=memory)
 
 

@@ -23,6 +23,20 @@ def test_a_run_goes_on_with_another_kernel_and_backend_and_compiler():
         check_same_run(config(), config(rule="delta"))
 
 
+def test_a_runs_memory_may_be_written_otherwise_in_its_layers():
+    def of(layers: list[int] | None) -> Config:
+        model = ModelConfig(num_layers=3, memory=MemoryConfig(layers=layers))
+        return dataclasses.replace(config(), model=model)
+
+    for layers in ([0, 1, 2], [2, 0, 1]):
+        check_same_run(of(None), of(layers))
+        check_same_run(of(layers), of(None))
+    check_same_run(of([2, 0]), of([0, 2]))
+    for layers, other in ((None, [0, 1]), ([0, 1], [1, 2])):
+        with pytest.raises(ConfigError, match=r"model\.memory\.layers is"):
+            check_same_run(of(layers), of(other))
+
+
 def test_what_a_machine_has_not_is_not_taken_from_the_run():
     saved = dataclasses.asdict(config(kernel="fla", backend="te", compiled=True, packed="flex"))
     model = generation_config(saved, [], 1).model
