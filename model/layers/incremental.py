@@ -51,9 +51,8 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
     """
     c, b = hidden.shape[:2]
     query, key, value = _split(attention.project_in(hidden))
-    positions = span.positions(c)
     own = attention.tables.own(hidden.device, attention.memory_dtype)
-    table = tuple(x[positions].unsqueeze(1) for x in own)
+    table = tuple(x[span.position].unsqueeze(1) for x in own)
     inputs = [cache.inputs.new_empty(b, attention.groups, c, 0)]
     numbers = attention.token_numbers(hidden)
     gate = attention.token_gate(numbers, b, 1)
@@ -62,25 +61,36 @@ def extend(attention: InfiniAttention, hidden: Tensor, memory: State | None, cac
         inputs += [x.squeeze(1) for x in found.values()]
     gate = cache.gate.new_ones(b, attention.groups, c) if gate is None else gate.squeeze(1)
     put(cache, SegmentCache(query, key, rotate(key, table), value, gate, torch.cat(inputs, dim=-1)), span)
-    mask = (torch.arange(span.stop, device=hidden.device) <= positions.unsqueeze(-1)).unsqueeze(1)
+    mask = span.visible
     keys, values = cache.rotated[:, :, : span.stop], cache.value[:, :, : span.stop]
     memory, context = split_state(memory)
     if context is not None:
         before = attention.tables.before(hidden.device, attention.memory_dtype)
         keys, values, mask = put_before(keys, values, mask, before, context)
-    local = F.scaled_dot_product_attention(
-        rotate(query, table), keys, values, attn_mask=mask, enable_gqa=attention.heads > attention.groups
-    )
+    mask = None if context is None and span.sees_all else mask
+    local = _attend(rotate(query, table), keys, values, mask)
     if attention.rule is None:
         return attention.project_out(_join(local))
-    so_far = cache.query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1))
-    memory = attention.rule.inside(memory, so_far, span.start)
+    memory = attention.rule.inside(memory, cache.query.unflatten(1, (attention.groups, -1)), span.start)
     before = map_state(memory, lambda x: x.unsqueeze(1))
     q = query.to(attention.memory_dtype).unflatten(1, (attention.groups, -1)).unsqueeze(1)
     read = attention.rule.read(q, rule_weights(attention), before)
     share = attention.shown_share(attention.memory_share(numbers, b, 1), attention.rule.present(before).unsqueeze(-1))
     mixed = mix(share, read, local.reshape(b * attention.groups, -1, c, attention.dim))
     return attention.project_out(mixed)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention `[b, n*r, c, d]` of queries to keys and values `[b, n, k, d]`; True in the mask `[b, 1, c, k]` sees.
+
+    The query heads of a key/value head are rows of one attention. As heads that share keys, PyTorch would copy these r
+    times under a mask.
+    """
+    groups, rows = key.shape[1], query.unflatten(1, (key.shape[1], -1))
+    if mask is not None:
+        mask = mask.unsqueeze(2).expand(-1, -1, rows.shape[2], -1, -1).flatten(2, 3)
+    local = F.scaled_dot_product_attention(rows.flatten(2, 3), key, value, attn_mask=mask)
+    return local.view(len(query), groups, *rows.shape[2:]).flatten(1, 2)
 
 
 def _inputs(attention: InfiniAttention) -> dict[str, int]:

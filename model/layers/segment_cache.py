@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.config import LayerShape
+from model.device import on_device
 
 
 class SegmentCache(NamedTuple):
@@ -36,34 +37,44 @@ class SegmentCache(NamedTuple):
 
 
 class Span(NamedTuple):
-    """New tokens of the current segment: c columns, of which lane i uses the first `count[i]`."""
+    """New tokens of the current segment: c columns, of which a lane uses the first ones. All of it is made from the
+    host's numbers, once for all layers: asking the device which columns are used would wait for it in every layer."""
 
     start: Tensor
     """int64 `[b]`: tokens of the segment that the cache holds already."""
-    count: Tensor
-    """int64 `[b]`."""
     stop: int
-    """The largest `start + count`: cached positions from here on are empty in every lane."""
+    """The end of the longest lane: cached positions from here on are empty in every lane."""
     lane: Tensor
-    """Of every new token, lane by lane: int64 `[sum(count)]`. From the host's numbers, and once for all layers: asking
-    the device which columns are used would wait for it in every layer."""
+    """Of every new token, lane by lane: int64 `[all lanes' new tokens]`."""
     column: Tensor
     """Of every new token, its column."""
+    place: Tensor
+    """Of every new token, its position in the segment."""
+    position: Tensor
+    """Of every column, `[b, c]`; of columns that a lane does not use it is one inside the segment."""
+    visible: Tensor
+    """Cached positions that a column sees, bool `[b, 1, c, stop]`: those up to its own."""
+    sees_all: bool
+    """Whether every column sees all of them: one token in every lane, at the same position."""
 
     @classmethod
     def build(cls, start: list[int], count: list[int], device: torch.device) -> Span:
-        def on_device(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.int64, device=device)
-
+        """Lane i holds `start[i]` tokens and gets `count[i]`."""
         stop = max(a + n for a, n in zip(start, count, strict=True))
         lane = [i for i, n in enumerate(count) for _ in range(n)]
         column = [j for n in count for j in range(n)]
-        return cls(on_device(start), on_device(count), stop, on_device(lane), on_device(column))
+        place = [a + j for a, n in zip(start, count, strict=True) for j in range(n)]
+        starts, lanes, columns, places = on_device([start, lane, column, place], device)
+        offsets = torch.arange(max(count), device=device)
+        position = (starts[:, None] + offsets).clamp(max=stop - 1)
+        visible = (torch.arange(stop, device=device) <= position.unsqueeze(-1)).unsqueeze(1)
+        alike = set(count) == {1} and len(set(start)) == 1
+        return cls(starts, stop, lanes, columns, places, position, visible, alike)
 
-    def positions(self, columns: int) -> Tensor:
-        """Positions in the segment, `[b, c]`; columns that a lane does not use stay inside it."""
-        offsets = torch.arange(columns, device=self.start.device)
-        return (self.start[:, None] + offsets).clamp(max=self.stop - 1)
+    @property
+    def one_each(self) -> bool:
+        """Whether every lane gets one token."""
+        return self.position.shape[1] == 1 and len(self.lane) == len(self.start)
 
 
 def empty_cache(
@@ -87,7 +98,6 @@ def empty_cache(
 def put(cache: SegmentCache, new: SegmentCache, span: Span) -> None:
     """Write new tokens `[b, n, c, ...]` at their positions, in place, in the cache's precision: in a bfloat16 run the
     biases of Qwen 2 give float32, which the attention's products round."""
-    lane, column = span.lane, span.column
-    position = span.start[lane] + column
     for target, tensor in zip(cache, new, strict=True):
-        target[lane, :, position] = tensor[lane, :, column].to(target.dtype)
+        tensor = tensor[:, :, 0] if span.one_each else tensor[span.lane, :, span.column]
+        target[span.lane, :, span.place] = tensor.to(target.dtype)

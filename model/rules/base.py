@@ -186,7 +186,7 @@ class MemoryRule:
 
         Args:
             state: at the segment's start, tensors `[b, n, ...]`.
-            q: the segment's queries so far, `[b, n, r, S, d]`.
+            q: the segment's queries so far, `[b, n, r, S, d]`, in the run's precision.
             start: int64 `[b]`, the position of the token that reads.
         """
         return state

@@ -94,9 +94,11 @@ class ConvolvedRule(MemoryRule):
 
     def inside(self, state: State, q: Tensor, start: Tensor) -> State:
         inner, tail = _split(state)
-        behind_tail = torch.cat([tail[:, :, :-2], q], dim=3)
-        before = start[:, None] + torch.arange(WIDTH - 1, device=start.device)
-        last = torch.take_along_dim(behind_tail, before[:, None, None, :, None], dim=3)
+        # Of what the tail and the queries give one behind the other; joining a whole segment would copy it.
+        at = (start[:, None] + torch.arange(WIDTH - 1, device=start.device))[:, None, None, :, None]
+        in_tail = torch.take_along_dim(tail[:, :, :-2], at.clamp(max=WIDTH - 2), dim=3)
+        in_segment = torch.take_along_dim(q, (at - (WIDTH - 1)).clamp(min=0), dim=3)
+        last = torch.where(at < WIDTH - 1, in_tail, in_segment.to(tail.dtype))
         return _join(self.rule.inside(inner, q, start), torch.cat([last, tail[:, :, -2:]], dim=2))
 
     def present(self, state: State) -> Tensor:

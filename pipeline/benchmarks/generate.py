@@ -115,7 +115,7 @@ def _step_times(generator: Generator, state: LaneState, count: int) -> tuple[lis
     for _ in range(count):
         wall, cpu = time.perf_counter(), time.process_time()
         logits = model.next_logits(state)
-        model.append(state, torch.argmax(logits, dim=-1).tolist())
+        model.append(state, torch.argmax(logits, dim=-1))
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     return walls, cpus

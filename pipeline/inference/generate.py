@@ -29,7 +29,7 @@ from pipeline.config.evaluation import generation_config
 from pipeline.huggingface.tokens import source_tokens
 from pipeline.inference.incremental import IncrementalModel, LaneState
 from pipeline.inference.memory_file import Identity, load_memory, save_memory
-from pipeline.inference.sampling import Sampling, choose
+from pipeline.inference.sampling import NO_TOKEN, Sampling, choose
 from pipeline.inference.streaming import Streamer
 from pipeline.inference.text_stream import TextStream
 from pipeline.parallel.setup import build_stage
@@ -39,9 +39,6 @@ logger = logging.getLogger(__name__)
 
 BLOCK_CHARACTERS = 1 << 18
 """What is read of a file at a time."""
-
-NO_TOKEN = -1
-"""What is chosen where there is nothing to choose from."""
 
 Prompt = str | Path | Sequence[int]
 """A text, a file with text (UTF-8, read piece by piece), or tokens."""
@@ -206,12 +203,7 @@ class Generator:
 
         for _ in range(max_new_tokens):
             logits = self.model.next_logits(state)
-            chosen = None
-            if logits is not None:
-                chosen = [
-                    choose(row, sampling, generators[lane]) if bool(torch.isfinite(row).all()) else NO_TOKEN
-                    for row, lane in zip(logits, active, strict=True)
-                ]
+            chosen = None if logits is None else choose(logits, sampling, [generators[lane] for lane in active])
             for lane, token in zip(active, self.model.append(state, chosen), strict=True):
                 if token == NO_TOKEN:  # on every rank, so that none waits for another
                     raise ValueError(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from model.device import on_device
 from model.layers.segment_cache import SegmentCache, Span
 from model.rules.state import Memory, put_lanes, take_lanes
 from pipeline.inference.streaming import Streamer, segments_to_read
@@ -172,16 +173,22 @@ class IncrementalModel:
         logits = gather_from_tensor_model_parallel_region(self.stage.next_token_logits(hidden[0]))
         return logits[:, : self.vocab_size] if dist.get_rank() == self.chooser else None
 
-    def append(self, state: LaneState, tokens: Sequence[int] | None) -> list[int]:
-        """Put one token behind every lane: those of the chooser (the others give None); returns them everywhere."""
-        chosen = torch.zeros(state.lanes, dtype=torch.int64, device=self.topology.device)
-        if tokens is not None:
-            chosen.copy_(torch.tensor(tokens))
+    def append(self, state: LaneState, tokens: Tensor | None) -> list[int]:
+        """Put one token behind every lane; returns them everywhere. Where they are on the device, this waits for it.
+
+        Args:
+            tokens: int64 `[B]` of the chooser, on its device or on the host; None on the others.
+        """
         if dist.get_world_size(self.group) > 1:
+            chosen = torch.zeros(state.lanes, dtype=torch.int64, device=self.topology.device)
+            if tokens is not None:
+                chosen.copy_(tokens)
             dist.broadcast(chosen, src=self.chooser, group=self.group)
-        for segment, token in zip(state.segment, chosen.tolist(), strict=True):
+            tokens = chosen if tokens is None else tokens
+        found = tokens.tolist()
+        for segment, token in zip(state.segment, found, strict=True):
             segment.append(token)
-        return chosen.tolist()
+        return found
 
     def _extend(self, state: LaneState, new: list[list[int]]) -> Tensor | None:
         """Put tokens (some lanes may have none) into the caches and write the segments that are full to the memory.
@@ -193,7 +200,8 @@ class IncrementalModel:
         width, device = max(count), self.topology.device
         span = Span.build([len(tokens) for tokens in state.segment], count, device)
         if self.stage.is_first:
-            inputs = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
+            padded = [token for tokens in new for token in tokens + [0] * (width - len(tokens))]
+            inputs = on_device([padded], device)[0].view(-1, width)
         else:
             shape = (width, state.lanes, self.stage.config.hidden_size)
             inputs = torch.empty(shape, dtype=self.stage.compute_dtype, device=device)

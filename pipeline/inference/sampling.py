@@ -6,10 +6,14 @@ the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+NO_TOKEN = -1
+"""What is chosen where there is nothing to choose from: scores that are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,28 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return probabilities / probabilities.sum(), tokens[kept]
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token.
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of every lane, int64 `[B]`: `NO_TOKEN` where a score is not finite.
+
+    The likeliest tokens stay on the logits' device, and nobody waits for them. Drawn ones are on the host, which has
+    the scores of all lanes in one copy.
 
     Args:
-        logits: `[vocabulary]`.
-        generator: on the CPU; one number is taken from it, and none when the choice is greedy.
+        logits: `[B, vocabulary]`.
+        generators: one per lane, on the CPU; one number is taken from each, and none when the choice is greedy.
     """
+    if sampling.temperature > 0:
+        logits = logits.cpu()
+    finite = torch.isfinite(logits).all(dim=1)
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities, tokens = distribution(logits.cpu(), sampling)
+        return torch.where(finite, logits.argmax(dim=1), NO_TOKEN)
+    lanes = zip(logits, finite.tolist(), generators, strict=True)
+    return torch.tensor([_draw(row, sampling, own) if whole else NO_TOKEN for row, whole, own in lanes])
+
+
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token by the `distribution` of its logits `[vocabulary]`, on the CPU."""
+    probabilities, tokens = distribution(logits, sampling)
     drawn = torch.rand((), generator=generator, dtype=torch.float64)
     index = int(torch.searchsorted(probabilities.cumsum(0), drawn, right=True))
     return int(tokens[min(index, len(tokens) - 1)])

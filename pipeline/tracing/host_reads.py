@@ -47,8 +47,8 @@ LISTED = (
     ),
     ListedRead("pipeline/evaluation/heldout.py", "segment_losses", "evaluation: what a batch of documents loses"),
     ListedRead("pipeline/evaluation/answers.py", "count_right", "evaluation: which answers of a batch are right"),
-    ListedRead("pipeline/inference/sampling.py", "choose", "generation: the token itself"),
-    ListedRead("pipeline/inference/incremental.py", "append", "generation: the token, as all processes have it"),
+    ListedRead("pipeline/inference/sampling.py", "choose", "generation: the scores that a token is drawn by"),
+    ListedRead("pipeline/inference/incremental.py", "append", "generation: the likeliest token"),
 )
 """At the end of a step: nothing inside a chunk."""
 

@@ -14,7 +14,18 @@ from tests.model.build import random_tokens, small_config, small_stage
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-RULES = ("none", "linear", "delta", "deltanet", "gated_deltanet", "delta+sliding", "gated_deltanet+sliding")
+RULES = (
+    "none",
+    "linear",
+    "delta",
+    "deltanet",
+    "gated_deltanet",
+    "delta_product",
+    "kda",
+    "gdn2",
+    "delta+sliding",
+    "gated_deltanet+sliding",
+)
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
 TOLERANCE = {"fp32": eps(torch.float32, 128), "bf16": eps(torch.bfloat16, 16)}
 """Two layers forward and backward: in bfloat16 some hundred rounded tensors in a row, with weights that amplify; in
@@ -94,7 +105,15 @@ def test_packed_model_by_flex_attention(device, within, rule, precision):
 
 
 @pytest.mark.parametrize(
-    ("rule", "precision"), [("delta", "bf16"), ("delta", "fp32"), ("gated_deltanet", "bf16"), ("none", "bf16")]
+    ("rule", "precision"),
+    [
+        ("delta", "bf16"),
+        ("delta", "fp32"),
+        ("gated_deltanet", "bf16"),
+        ("gdn2", "bf16"),
+        ("delta_product", "bf16"),
+        ("none", "bf16"),
+    ],
 )
 def test_compiled_model(device, within, rule, precision):
     if device.type == "cpu":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.inference.sampling import Sampling, choose, distribution
+from pipeline.inference.sampling import NO_TOKEN, Sampling, choose, distribution
 
 LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.0, 2.5])
 
@@ -12,9 +12,14 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def one(sampling: Sampling, g: torch.Generator) -> int:
+    """What a lane alone gets."""
+    return choose(LOGITS[None], sampling, [g]).item()
+
+
 def test_greedy_is_the_largest_and_draws_nothing():
     g = generator()
-    assert choose(LOGITS, Sampling(), g) == 1
+    assert one(Sampling(), g) == 1
     assert torch.rand((), generator=g) == torch.rand((), generator=generator())
 
 
@@ -54,7 +59,7 @@ def test_what_top_k_and_top_p_keep(sampling, kept):
 def test_a_temperature_near_zero_takes_the_likeliest(temperature):
     probabilities, tokens = distribution(LOGITS, Sampling(temperature))
     assert tokens[0] == 1 and float(probabilities[0]) == 1.0
-    assert choose(LOGITS, Sampling(temperature), generator()) == 1
+    assert one(Sampling(temperature), generator()) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e12, 1e308])
@@ -73,15 +78,25 @@ def test_draws_follow_the_distribution():
     sampling, g = Sampling(temperature=1.3, top_k=4), generator(3)
     counts = torch.zeros(5)
     for _ in range(4000):
-        counts[choose(LOGITS, sampling, g)] += 1
+        counts[one(sampling, g)] += 1
     probabilities, tokens = distribution(LOGITS, sampling)
     assert counts[2] == 0
     torch.testing.assert_close(counts[tokens].double() / 4000, probabilities, atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_lanes_without_finite_scores_get_no_token(temperature, bad):
+    logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
+    logits[1, 2] = bad
+    found = choose(logits, Sampling(temperature), [generator(i) for i in range(3)]).tolist()
+    assert found[1] == NO_TOKEN
+    assert [found[0], found[2]] == [one(Sampling(temperature), generator(i)) for i in (0, 2)]
+
+
 def test_the_seed_decides():
     sampling = Sampling(temperature=2.0)
-    drawn = [[choose(LOGITS, sampling, g) for _ in range(20)] for g in (generator(1), generator(1), generator(2))]
+    drawn = [[one(sampling, g) for _ in range(20)] for g in (generator(1), generator(1), generator(2))]
     assert drawn[0] == drawn[1] != drawn[2]
 
 

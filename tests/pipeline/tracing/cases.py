@@ -238,19 +238,25 @@ def evaluation(world: int, rank: int, settings: str) -> dict[str, Any]:
     }
 
 
-def generation(settings: str) -> tuple[list[str], list[str]]:
-    """A prompt of more than a segment, and some tokens after it, over a segment's end."""
+def generation(settings: str, *, temperature: float = 0.0, tokens: int = 4) -> dict[str, Any]:
+    """Two prompts of more than a segment, and some tokens after them, over a segment's end."""
     config = small(settings)
     with pretended_world(config, 0, 1) as topology:
         with topology.device:
             model = IncrementalModel(Streamer(build_stage(config, topology, VOCAB), topology), VOCAB)
-        with Ledger(topology.device.type) as ledger:
+        with Ledger(topology.device.type) as reading:
             state = model.start(2)
             model.read(state, [[np.arange(30, dtype=np.int64)], [np.arange(20, dtype=np.int64)]])
-            for _ in range(4):
+        with Ledger(topology.device.type) as ledger:
+            for _ in range(tokens):
                 logits = model.next_logits(state)
-                model.append(state, [choose(row, Sampling(), torch.Generator()) for row in logits])
-    return _reads(ledger)
+                model.append(state, choose(logits, Sampling(temperature), [torch.Generator() for _ in range(2)]))
+    _, unlisted = _reads(ledger)
+    return {
+        "reading": _reads(reading)[0],
+        "reads_per_token": ledger.reads.total() / tokens,
+        "unlisted": unlisted,
+    }
 
 
 def command(arguments: list[str]) -> tuple[int, str]:

@@ -146,8 +146,14 @@ def test_evaluation(tracing_process, name):
     "rule", [*(f"rule={name}" for name in RULES), "rule=delta model.local_context=sliding model.memory.mix_gate=token"]
 )
 def test_generation(tracing_process, rule):
-    places, unlisted = tracing_process(cases.generation, settings=f"model.memory.{rule} train.precision=bf16")
-    assert unlisted == [] and places
+    found = tracing_process(cases.generation, settings=f"model.memory.{rule} train.precision=bf16")
+    assert found["unlisted"] == found["reading"] == []
+    assert found["reads_per_token"] == 1  # of all lanes together: the host must see whether a text has ended
+
+
+def test_drawn_tokens_cost_one_read(tracing_process):
+    found = tracing_process(cases.generation, settings="model.memory.rule=delta", temperature=1.0)
+    assert found["unlisted"] == [] and found["reads_per_token"] == 1
 
 
 def test_a_plan_starts_as_many_kernels_as_a_layer(steps):
