@@ -38,8 +38,9 @@ from pipeline.schedule.operations import build_forward_schedule
 WINDOW_TOKENS = {"cpu": 2_048, "cuda": 16_384}
 """Tokens of one window, all lanes together: enough that matrix products, not Python, take the time; on a CPU no more
 than its caches hold (2,048 tokens against 16,384 of a model with hidden size 128: 1.25 times as fast)."""
-LOGITS = 1 << 25
-"""Logits of one window (128 MiB in float32): with a large vocabulary they, not the layers, set the limit."""
+LOGITS = {"cpu": 1 << 25, "cuda": 1 << 29}
+"""Logits of one window (128 MiB in float32, 2 GiB on a GPU): with a large vocabulary they, not the layers, set the
+limit. A GPU is not filled by few tokens: with 49,152 of them the CPU's limit would be 682 tokens at a time."""
 MAX_LANES = 64
 MIN_LANES = 3
 """An even split into batches of at most this many leaves no document without another to exchange memory with."""
@@ -168,8 +169,9 @@ class Streamer:
         self.local_reach = config.num_layers if config.local_context == "sliding" else 0
         """Segments before its own that the local attention of all layers together sees."""
         self.executor = Executor(stage, topology, chunks=1, carry_gradient=False)
-        tokens = WINDOW_TOKENS["cpu" if topology.device.type == "cpu" else "cuda"]
-        self.tokens_per_window = max(self.segment_length, min(tokens, LOGITS // self.stage.vocab_size))
+        kind = "cpu" if topology.device.type == "cpu" else "cuda"
+        tokens = min(WINDOW_TOKENS[kind], LOGITS[kind] // self.stage.vocab_size)
+        self.tokens_per_window = max(self.segment_length, tokens)
 
     def load(self, reader: CheckpointReader) -> None:
         """Take the weights of a checkpoint that was written on any layout; collective.
