@@ -33,12 +33,16 @@ float32 sums of hundreds of products besides."""
 
 
 def by_module(tensors):
-    """Parameters of a module in one vector: the gradient of a gate's bias alone is a sum over all tokens of which most
-    cancels, and its relative error says little."""
+    """Parameters of a module in one vector, those of a rule's decay with the matrix whose numbers they shift and scale:
+    the gradient of a gate's bias or rate alone is a sum over all tokens of which most cancels, and its relative error
+    says little."""
     parts = {}
     for name, x in tensors.items():
         is_parameter = name.endswith((".weight", ".bias"))
-        parts.setdefault(name.rpartition(".")[0] if is_parameter else name, []).append(x.detach().double().flatten())
+        module = name.rpartition(".")[0] if is_parameter else name
+        for of_decay in ("_rate", "_bias"):
+            module = module.removesuffix(of_decay) if module.endswith(f"memory_decay{of_decay}") else module
+        parts.setdefault(module, []).append(x.detach().double().flatten())
     return {name: torch.cat(found) for name, found in parts.items()}
 
 
