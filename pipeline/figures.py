@@ -7,6 +7,7 @@ of the picture. No text is read as mathematics, whatever `$` it holds.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,17 +83,21 @@ class Legend:
         visible = [f" {label}" if label.startswith("_") else label for label in labels]
         self.labels = [break_lines(label, room, TEXT_POINTS, LABEL_LINES) for label in visible]
         self.columns = next(n for n in range(len(labels), 0, -1) if n == 1 or self._width(n) <= width)
-        rows = [self.labels[row :: self._rows(self.columns)] for row in range(self._rows(self.columns))]
-        self.inches = sum(max(lines_inches(label, TEXT_POINTS) for label in row) + 0.05 for row in rows) + 0.1
+        columns = self._in_columns(self.columns)
+        self.inches = max(sum(lines_inches(label, TEXT_POINTS) + 0.07 for label in column) for column in columns) + 0.1
 
-    def _rows(self, columns: int) -> int:
-        return -(-len(self.labels) // columns)
+    def _in_columns(self, count: int) -> list[list[str]]:
+        """The labels as Matplotlib shares them out over columns: the first ones have one more where it does not come
+        out even."""
+        rows, longer = divmod(len(self.labels), count)
+        ends = itertools.accumulate(rows + (column < longer) for column in range(count))
+        return [self.labels[first:last] for first, last in itertools.pairwise([0, *ends])]
 
-    def _width(self, columns: int) -> float:
-        """Of a legend of so many columns, which are filled one after the other."""
-        rows, total = self._rows(columns), 2 * MARGIN_INCHES
-        for first in range(0, len(self.labels), rows):
-            lines = "\n".join(self.labels[first : first + rows]).split("\n")
+    def _width(self, count: int) -> float:
+        """Of a legend of so many columns."""
+        total = 2 * MARGIN_INCHES
+        for column in self._in_columns(count):
+            lines = "\n".join(column).split("\n")
             total += max(text_inches(line, TEXT_POINTS) for line in lines) + HANDLE_INCHES + 0.3
         return total
 

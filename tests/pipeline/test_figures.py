@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation import plots
 from pipeline.evaluation.training_curves import training_curves
-from pipeline.figures import DPI, Legend, break_lines, text_inches
+from pipeline.figures import DPI, Legend, break_lines, text_inches, titled_figure
 from pipeline.schedule.draw import draw_timelines
 from pipeline.schedule.operations import build_schedule
 from pipeline.schedule.simulate import Costs, simulate
@@ -147,6 +147,19 @@ def test_names_are_whole_or_lose_their_middle():
     assert len(cut) == 3 and cut[1].endswith("…") and cut[2].endswith("the end")
     assert break_lines("", 3.0, 12, most=3) == ""
     assert break_lines("one\ntwo", 3.0, 12, most=1) == "one\ntwo"
+
+
+@pytest.mark.parametrize("count", [5, 7, 10, 12])
+@pytest.mark.parametrize("name", ["{0}", "a run {0}", "deltanet, gate {0}, of 1K tokens", f"{RUN}_{{0}}"])
+def test_a_legend_of_many_names_fits(count, name):
+    labels = [name.format(i * i) for i in range(count)]
+    legend = Legend(labels, 8)
+    figure = titled_figure(8, 2, "title", legend)
+    axes = figure.subplots()
+    legend.draw(figure, [axes.plot([0, i])[0] for i in range(count)])
+    check_texts(figure)
+    drawn = figure.legends[0].get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert drawn.height / DPI < legend.inches + 0.05
 
 
 def test_a_legend_uses_the_room_it_has():
