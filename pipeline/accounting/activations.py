@@ -27,8 +27,7 @@ dimension d and an MLP width f, autograd keeps per layer and token
     states      g d^2 m per segment (linear), 4 times that (delta), or 4 times per 64 tokens less 1 (the others)
                 with context parallelism g d^2 m per lane: what a rank's segments do to a state (all but linear)
 
-with packing a stage's layers share one mask, S e per token, twice that with a sliding context (on a CPU there is none;
-it is counted all the same);
+with packing a stage's layers share one mask, S e per token, twice that with a sliding context (on a CPU there is none);
 and the last stage 2 h e for the final norm, 2 m + 9 for the loss, and e per logit where logits are kept
 (`bptt.recompute_logits`; see `model.layers.loss`). A **chunk** is one microbatch's lanes x segments_per_window /
 chunks_per_window segments. Recomputation leaves less per chunk, and one part at a time in full:
@@ -70,12 +69,15 @@ class Chunk:
     logits_again: bool
 
 
-def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: range, is_last: bool) -> Chunk:
+def chunk_bytes(
+    config: Config, world_size: int, vocab: int | None, layers: range, is_last: bool, *, masked: bool = True
+) -> Chunk:
     """Of a stage of these layers.
 
     Args:
         vocab: tokens of the tokenizer; None takes `model.vocab_size`.
         is_last: the stage has the loss.
+        masked: see `pipeline.accounting.footprint.per_rank_bytes`.
     """
     model, parallel = config.model, config.parallel
     tensor = parallel.tensor
@@ -102,7 +104,7 @@ def chunk_bytes(config: Config, world_size: int, vocab: int | None, layers: rang
     if is_last:
         of_loss = tokens * (hidden * 2 * e + 2 * m + 9 + (0 if logits_again else e * columns // tensor))
     residual = tokens * hidden * e
-    mask = tokens * e * _mask_columns(config)
+    mask = tokens * e * _mask_columns(config) if masked else 0
     count = len(layers)
     everything = sum(n * attention for attention, n in attentions) + count * norm_and_mlp + mask + of_loss
     kept, once = {

@@ -5,7 +5,8 @@ Bytes per rank are in `pipeline.accounting.footprint`.
 Conventions. A multiply-add is 2 FLOPs. Matrix products are counted; norms, softmax, rotary, normalisers and other
 element-wise work are not. What is counted is what the mathematics needs, not what a kernel happens to execute: local
 attention is causal and costs S / 2 keys per query on average (a kernel that computes the masked half too does twice
-that), and the delta rules are counted token by token. Together with the measured time per token this gives
+that; where documents share segments what they need is known of a batch alone), and the delta rules are counted token by
+token. Together with the measured time per token this gives
 model FLOPs utilisation.
 
 With h hidden size, d head dimension, n query heads, g key/value heads, f MLP width, V padded vocabulary, per token:
@@ -128,17 +129,26 @@ def _layer_flops_per_token(config: ModelConfig) -> dict[str, float]:
             memory += 2 * hidden * groups
         if config.memory.mix_gate == "token":
             memory += 2 * hidden * heads
-    sliding = config.local_context == "sliding"
     return {
         "projections": 2 * hidden * dim * (heads + 2 * groups) + 2 * heads * dim * hidden,
         "mlp": 6 * hidden * config.ffn_hidden_size,
-        "local_attention": 4 * heads * dim * config.segment_length * (1.5 if sliding else 0.5),
+        "local_attention": 4 * heads * dim * keys_per_query(config),
         "memory": memory,
     }
 
 
+def keys_per_query(config: ModelConfig) -> float:
+    """What a token sees in the local attention of a whole segment, on average."""
+    return config.segment_length * (1.5 if config.local_context == "sliding" else 0.5)
+
+
 def train_flops_per_token(
-    config: ModelConfig, vocab: int | None = None, *, recompute: str = "none", recompute_logits: bool = False
+    config: ModelConfig,
+    vocab: int | None = None,
+    *,
+    recompute: str = "none",
+    recompute_logits: bool = False,
+    attended: float = 1.0,
 ) -> float:
     """FLOPs of forward and backward per token: three forward passes, plus what `bptt.recompute` runs once more, and the
     output matrix where logits are made again.
@@ -146,10 +156,16 @@ def train_flops_per_token(
     Model FLOPs utilisation takes `recompute="none"` whatever the run does, since work done twice is not progress; the
     run's own setting gives the FLOPs that the hardware executes.
 
+    Args:
+        attended: the share of `keys_per_query` that the local attention sees; less than 1 where documents share
+            segments.
+
     Raises:
         ValueError: `recompute` is not a setting of `bptt.recompute`.
     """
     flops = forward_flops_per_token(config, vocab)
+    unseen = (1 - attended) * flops["local_attention"]
+    flops |= {part: flops[part] - unseen for part in ("local_attention", "total")}
     again = {
         "none": 0.0,
         "selective": flops["local_attention"] + flops["memory"],

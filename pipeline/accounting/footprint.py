@@ -102,20 +102,28 @@ class RankBytes:
         return self.held + max(self.passes, self.update)
 
 
-def per_rank_bytes(config: Config, world_size: int, vocab: int | None = None) -> list[RankBytes]:
+def per_rank_bytes(
+    config: Config, world_size: int, vocab: int | None = None, *, masked: bool = True
+) -> list[RankBytes]:
     """The needs of a rank of every pipeline stage, first to last; the ranks of a stage are alike.
 
     Args:
         config: a validated configuration.
         world_size: processes of the run.
         vocab: tokens of the tokenizer; None takes `model.vocab_size`.
+        masked: documents that share segments are kept apart by a mask, as on an accelerator; a CPU attends to each of
+            their pieces by itself (`model.layers.packed_attention`).
     """
     parallel = config.parallel
     bounds = split_layers(config.model.num_layers, parallel.pipeline, parallel.layers_per_stage)
-    return [_stage_bytes(config, world_size, vocab, stage, range(*layers)) for stage, layers in enumerate(bounds)]
+    return [
+        _stage_bytes(config, world_size, vocab, stage, range(*layers), masked) for stage, layers in enumerate(bounds)
+    ]
 
 
-def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int, layers: range) -> RankBytes:
+def _stage_bytes(
+    config: Config, world_size: int, vocab: int | None, stage: int, layers: range, masked: bool
+) -> RankBytes:
     model, parallel = config.model, config.parallel
     e = number_bytes(config)
     number = max(e, 4)
@@ -133,7 +141,7 @@ def _stage_bytes(config: Config, world_size: int, vocab: int | None, stage: int,
         largest = max(sum(parts.values()) * e + _wide(parts) * (number - e) for parts, _ in kinds)
         held = -(-whole // sharers) + max(largest, embedding * e)
 
-    chunk = chunk_bytes(config, world_size, vocab, layers, is_last)
+    chunk = chunk_bytes(config, world_size, vocab, layers, is_last, masked=masked)
     live_chunks = expected_peak_live_chunks(
         stages=parallel.pipeline,
         stage=stage,

@@ -11,7 +11,8 @@ Names are paths, one spelling from the trainer to the plots (`pipeline.reporting
     gradient_norm/<kind>                        of the kinds of parameters: `pipeline.parallel.parameter_groups`
     speed/tokens_per_s  speed/mfu               of the whole run, of text alone: padding does not count; utilisation is
                                                 a share, 0..1, of the matrix products that the processes were measured
-                                                to reach before the first step
+                                                to reach before the first step; where documents share segments, a
+                                                token needs of the local attention what it sees
     speed/mfu_data_sheet                        the same of what the devices' data sheets say (docs/devices.md); only
                                                 where all devices are in the table
     speed/step_s                                mean seconds per step, everything included

@@ -220,7 +220,7 @@ class TracedRun:
                 observer=observer,
             )
             ledger.phase = "sums"
-            sums = own_sums(batch, result, topology)
+            sums = own_sums(batch, result, topology, sliding=config.model.local_context == "sliding")
             self.live.label = UPDATE
             ledger.phase = "gradients"
         if self.optimizer:

@@ -22,7 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from model.device import device_memory_bytes, device_memory_peaks
+from model.device import device_memory_bytes, device_memory_peaks, host_knows
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.checkpoint.writer import take_snapshot
 from pipeline.config.derived import tokens_per_step
@@ -100,7 +100,9 @@ def dry_run(config: Config) -> int:
 
 def measure(config: Config, topology: Topology) -> DryRun:
     """Make the steps and the save; collective. Raises as `dry_run`."""
-    planned = per_rank_bytes(config, dist.get_world_size(), vocabulary(config))[topology.pipeline_rank].total
+    masked = not host_knows(topology.device)
+    stages = per_rank_bytes(config, dist.get_world_size(), vocabulary(config), masked=masked)
+    planned = stages[topology.pipeline_rank].total
     meter = _Meter(topology.device, planned)
     place = on_main(lambda: _beside(Path(config.run_dir)))
     with meter.explaining("building the model and its optimizer"):

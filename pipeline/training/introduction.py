@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from model.compiling import in_words
 from model.config import rule_and_layers
-from model.device import rounds_to_tf32
+from model.device import host_knows, rounds_to_tf32
 from model.layers.packed_attention import kept_apart_in_words
 from model.precision import COMPUTE_DTYPES
 from model.rules.kernel import memory_kernel
@@ -35,7 +35,8 @@ def derived_rows(
     tokens = derived.tokens_per_step(config)
     count = parameter_count(model, vocab_size)
     flops = train_flops_per_token(model, vocab_size, recompute=config.bptt.recompute)
-    largest = max(per_rank_bytes(config, world, vocab_size), key=lambda rank: rank.total)
+    ranks = per_rank_bytes(config, world, vocab_size, masked=not host_knows(topology.device))
+    largest = max(ranks, key=lambda rank: rank.total)
     lanes_per_rank, per_microbatch = derived.lanes_per_rank(config, world), derived.lanes_per_microbatch(config, world)
     kernel = memory_kernel(model, train.precision, topology.device.type)
     kernels = {} if kernel is None else {"memory is written by": f"{kernel.name} ({kernel.reason})"}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from model.device import device_memory_peaks, device_name, rounds_to_tf32
 from model.layers.statistics import MemoryStatistics
 from pipeline.accounting.devices import sheet_flops_per_s
-from pipeline.accounting.flops import measured_matmul_peak, train_flops_per_token
+from pipeline.accounting.flops import keys_per_query, measured_matmul_peak, train_flops_per_token
 from pipeline.checkpoint.uploading import UploadReport
 from pipeline.checkpoint.writer import SaveReport
 from pipeline.config import derived
@@ -234,8 +234,11 @@ class Monitor:
         if not self.is_main:
             return
         train = self.config.train
-        flops = train_flops_per_token(self.config.model, self.vocab_size)  # what the model needs: MFU
-        flops *= 1 + train.probes_per_window / train.segments_per_window
+        model, attended = self.config.model, 1.0
+        if self.config.data.packing and totals:
+            attended = totals["keys"] / (totals["tokens"] * keys_per_query(model))
+        flops = train_flops_per_token(model, self.vocab_size, attended=attended)  # what the model needs: MFU
+        flops += train_flops_per_token(model, self.vocab_size) * train.probes_per_window / train.segments_per_window
         values = {
             "loss/train": totals["loss"] / totals["weight"] if totals else math.nan,
             "progress/tokens": record.tokens,

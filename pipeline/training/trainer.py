@@ -318,7 +318,8 @@ class Trainer:
             return finite and not (sums["spike"] and action != "warn")
 
         rate = learning_rate(self.config.optimizer, self.progress.step, self.config.train.steps)
-        outcome = self.optimizer.step(rate, own_sums(batch, result, self.topology), is_sound)
+        sliding = self.config.model.local_context == "sliding"
+        outcome = self.optimizer.step(rate, own_sums(batch, result, self.topology, sliding=sliding), is_sound)
         return sums, outcome, rate
 
     def record(
