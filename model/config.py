@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 WRITE_GATES = ("none", "hard", "sigmoid")
 MIX_GATES = ("head", "token")
 LOCAL_CONTEXTS = ("segment", "sliding")
-BACKENDS = ("local", "te")
+BACKENDS = ("local", "te", "onednn")
 QK_INITS = ("independent", "tied")
 KERNELS = ("auto", "torch", "fla")
 PACKED_ATTENTIONS = ("auto", "flex")
@@ -129,8 +129,9 @@ class ModelConfig:
     that have to recall; nothing ties them in training."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     backend: str = "local"
-    """Whose parallel linear layers carry the attention's and the MLP's matrices: `local`, Megatron's own, or `te`,
-    NVIDIA's Transformer Engine (CUDA; see `model.backend`). Parameters, names and checkpoints are the same."""
+    """Whose parallel linear layers carry the attention's and the MLP's matrices: `local`, Megatron's own; `te`,
+    NVIDIA's Transformer Engine (CUDA); `onednn`, Megatron's own with oneDNN's products in place of MKL's (a CPU,
+    train.precision=fp32; see `model.backend`). Parameters, names and checkpoints are the same."""
     compile: bool = False
     """Have PyTorch's compiler make the element-wise pieces of training passes (see `model.compiling`). The function is
     the same; `false` is the reference."""

@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.backend import parallel_linears
+from model.backend import matrix_product, parallel_linears
 from model.config import ModelConfig, layer_config, layer_shape
 from model.layers import incremental
 from model.layers.attention import InfiniAttention
@@ -198,6 +198,7 @@ class DecoderStage(nn.Module):
                 gather_output=False,
                 skip_weight_param_allocation=self.ties_own_embedding,
             )
+            self.output.mm = matrix_product(config.backend)
         mark_partitions(self)
 
     @property

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 HELP = "tokens/s of a training window: every memory rule against no memory, transformers' Llama and installed peers"
 PEERS = ("transformers", "infini-transformer-pytorch", "recurrent-memory-transformer-pytorch")
-COMPILED = " compiled"
-"""Behind the name of a model that is."""
+COMPILED, ONEDNN = " compiled", " onednn"
+"""Behind the name of a model that is, or whose products are oneDNN's."""
+VARIANTS = {COMPILED: "model.compile=true", ONEDNN: "model.backend=onednn"}
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 QUICK = {"hidden": 32, "layers": 2, "heads": 2, "ffn": 86, "vocab": 64, "tokens": 64, "segment_lengths": [16]}
 """Sizes of `--quick`; it also runs two rounds."""
@@ -64,6 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compiled", action="store_true", help="every model of this code a second time, with model.compile=true"
+    )
+    parser.add_argument(
+        "--onednn", action="store_true", help="every model of this code once more, with model.backend=onednn"
     )
     parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="in which all run (%(default)s)")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="of all models (%(default)s)")
@@ -110,7 +114,9 @@ def measure(args: argparse.Namespace, note: Note) -> None:
         report(note, sizes, running, clocked)
         results.append((length, tokens, clocked))
     panels = {
-        f"segments of {length}": {name: clock.rates(tokens) for name, clock in clocked.items() if name != PRODUCTS}
+        f"segments of {length}": {
+            name: clock.rates(tokens) for name, clock in clocked.items() if not name.startswith(PRODUCTS)
+        }
         for length, tokens, clocked in results
     }
     draw_bars(note.picture("tokens"), "forward and backward of a window, tokens/s", panels)
@@ -119,16 +125,21 @@ def measure(args: argparse.Namespace, note: Note) -> None:
 def _contestants(
     args: argparse.Namespace, sizes: Sizes, topology, dtype: torch.dtype, peers: Sequence[str]
 ) -> dict[str, Contestant]:
-    from pipeline.benchmarks.contestants import PLAIN, own_config, own_model, peer_model, weight_products
+    from model.backend import matrix_product
+    from pipeline.benchmarks.contestants import PLAIN, PRODUCTS, own_config, own_model, peer_model, weight_products
 
     device = topology.device
+    asked = {COMPILED: args.compiled, ONEDNN: args.onednn}
+    variants = {"": [], **{suffix: [setting] for suffix, setting in VARIANTS.items() if asked[suffix]}}
     found = []
     for rule in (PLAIN, *args.rules):
-        for suffix, more in (("", []), (COMPILED, ["model.compile=true"]))[: 1 + args.compiled]:
+        for suffix, more in variants.items():
             config = own_config(sizes, rule, args.precision, [*args.set, *more])
             found.append(own_model(rule + suffix, config, topology))
     found += [peer_model(name, sizes, dtype, device, seed=0) for name in peers]
-    found.append(weight_products(sizes, dtype, device))
+    found.append(weight_products(PRODUCTS, sizes, dtype, device, matrix_product("local")))
+    if args.onednn:
+        found.append(weight_products(PRODUCTS + ONEDNN, sizes, dtype, device, matrix_product("onednn")))
     return {contestant.name: contestant for contestant in found}
 
 
@@ -154,6 +165,11 @@ def _introduce(args: argparse.Namespace, note: Note, device: torch.device, peers
         note.text(
             f"`{COMPILED.strip()}` is the same code with `model.compile: true`. The round of warm-up compiles it."
         )
+    if args.onednn:
+        note.text(
+            f"`{ONEDNN.strip()}` is the same code with `model.backend: onednn`: oneDNN makes the products with the "
+            "weight matrices in place of MKL. Its share is of its own peak. Peers have PyTorch's products, MKL's."
+        )
     if peers:
         note.text("\n".join(["Peers:", "", *(f"- `{name}`: {PEERS[name].does}" for name in peers)]))
     if absent := [name for name in args.against if name not in peers]:
@@ -166,15 +182,20 @@ def report(note: Note, sizes: Sizes, running: Mapping[str, Contestant], clocked:
 
     note.text(f"## Segments of {sizes.segment_length} tokens")
     tokens = sizes.tokens * sizes.lanes
-    peak = clocked[PRODUCTS].rates(running[PRODUCTS].train_flops).median
-    models = [name for name in running if name != PRODUCTS]
-    references = [name for name in models if name == PLAIN or running[name].package]
+    peaks = {
+        name.removeprefix(PRODUCTS): clocked[name].rates(running[name].train_flops).median
+        for name in running
+        if name.startswith(PRODUCTS)
+    }
+    models = [name for name in running if not name.startswith(PRODUCTS)]
+    references = [name for name in models if name in (PLAIN, PLAIN + ONEDNN) or running[name].package]
     header = ["model", "parameters", "tokens/s", *(f"x {name}" for name in references), "of the peak", "processors"]
     rows = []
     for name in models:
         one, clock = running[name], clocked[name]
         of = {"model": name, "segment_length": sizes.segment_length}
         rate, ratios = clock.rates(tokens), {other: clock.times_as_fast_as(clocked[other]) for other in references}
+        peak = peaks[ONEDNN if name.endswith(ONEDNN) else ""]
         share = one.train_flops / tokens * rate.median / peak
         note.number("parameters", "1", one.parameters, **of)
         note.number("tokens_per_second", "tokens/s", rate, **of)
@@ -187,8 +208,10 @@ def report(note: Note, sizes: Sizes, running: Mapping[str, Contestant], clocked:
         rows.append([label, f"{one.parameters:,}", rate.in_words(",.0f"), *columns])
         rows[-1] += [f"{100 * share:.0f} %", f"{clock.processors:.2f}"]
     note.table(header, rows)
-    note.number("peak", "FLOP/s", peak, segment_length=sizes.segment_length)
+    for variant, peak in peaks.items():
+        note.number("peak", "FLOP/s", peak, model=PRODUCTS + variant, segment_length=sizes.segment_length)
+    told = ", ".join(f"{peak / 1e9:,.1f}{variant}" for variant, peak in peaks.items())
     note.text(
-        f"The peak: {peak / 1e9:,.1f} GFLOP/s in {running[PRODUCTS].parameters:,} weights' products. Parameters beyond "
-        "that are norms, gates, biases and what a rule adds."
+        f"The peak: {told} GFLOP/s in {running[PRODUCTS].parameters:,} weights' products. Parameters beyond that are "
+        "norms, gates, biases and what a rule adds."
     )

@@ -70,6 +70,8 @@ class OutputMatrix(ColumnParallelLinear):
 
     passes: Passes | None = None
     """What the compiler made, for passes with a graph."""
+    mm: Callable[..., Tensor] = staticmethod(torch.mm)
+    """What makes the products of the losses (`model.backend.matrix_product`)."""
 
     def forward(
         self,
@@ -101,6 +103,7 @@ class OutputMatrix(ColumnParallelLinear):
                 self.sequence_parallel,
                 keep_logits and torch.is_grad_enabled(),
                 self.passes if torch.is_grad_enabled() else None,
+                self.mm,
             )
         )
 
@@ -127,14 +130,14 @@ def hide_padding(logits: Tensor, known: int) -> Tensor:
     return logits
 
 
-def _product(rows: Tensor, matrix: Tensor, known: int, out: Tensor | None = None) -> Tensor:
+def _product(mm: Callable[..., Tensor], rows: Tensor, matrix: Tensor, known: int, out: Tensor | None = None) -> Tensor:
     """Logits of some rows."""
-    return hide_padding(torch.mm(rows, matrix.t(), out=out), known)
+    return hide_padding(mm(rows, matrix.t(), out=out), known)
 
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, known, sequence_parallel, keep, passes):
+    def forward(ctx, hidden, weight, labels, known, sequence_parallel, keep, passes, mm):
         group = _group()
         wide = torch.promote_types(weight.dtype, torch.float32)
         rows = _rows(hidden, sequence_parallel)
@@ -144,7 +147,7 @@ class _Losses(torch.autograd.Function):
         maximum, total, target = (rows.new_empty(len(rows), dtype=wide) for _ in range(3))
         kept = rows.new_empty(len(rows), len(weight)) if keep else None
         for block in _blocks(len(rows), BLOCK_ROWS):
-            logits = _product(rows[block], weight, known, kept if kept is None else kept[block])
+            logits = _product(mm, rows[block], weight, known, kept if kept is None else kept[block])
             # A rank may hold nothing but padding: a maximum of -inf would make its empty sum NaN.
             maximum[block] = logits.amax(dim=-1).to(wide).clamp_(min=torch.finfo(wide).min)
             target[block] = logits.gather(-1, index[block].unsqueeze(-1)).squeeze(-1).to(wide)
@@ -161,7 +164,7 @@ class _Losses(torch.autograd.Function):
         total, target = _reduce(both, group)
         losses, correct = total.log() - (target - highest), target >= highest
         ctx.save_for_backward(hidden, weight, index, owned, highest, total, kept)
-        ctx.known, ctx.sequence_parallel, ctx.passes = known, sequence_parallel, passes
+        ctx.known, ctx.sequence_parallel, ctx.passes, ctx.mm = known, sequence_parallel, passes, mm
         ctx.mark_non_differentiable(correct)
         return losses.view(labels.shape), correct.view(labels.shape)
 
@@ -175,7 +178,7 @@ class _Losses(torch.autograd.Function):
         of_rows, of_matrix = torch.empty_like(rows) if needs_hidden else None, None
         at = torch.arange(len(index), device=index.device)
         for block in _blocks(len(rows), BLOCK_ROWS):
-            logits = _product(rows[block], weight, ctx.known) if kept is None else kept[block]
+            logits = _product(ctx.mm, rows[block], weight, ctx.known) if kept is None else kept[block]
             own_index, own_owned, own_highest = index[block], owned[block], highest[block]
             own_total, own_gradient = total[block], gradient[block]
             if ctx.passes is not None:
@@ -188,14 +191,14 @@ class _Losses(torch.autograd.Function):
                     logits[part] = softmax.mul_(own_gradient[part].unsqueeze(-1))
                     del softmax
             if needs_hidden:
-                torch.mm(logits, weight, out=of_rows[block])
+                ctx.mm(logits, weight, out=of_rows[block])
             if needs_weight:
-                of_matrix = _add_product(of_matrix, logits, rows[block])
+                of_matrix = _add_product(ctx.mm, of_matrix, logits, rows[block])
             del logits
         if needs_hidden:
             of_rows = of_rows.view(-1, *hidden.shape[1:])
             of_rows = (_reduce_scatter_along_first_dim if ctx.sequence_parallel else _reduce)(of_rows, _group())
-        return of_rows, of_matrix, None, None, None, None, None
+        return of_rows, of_matrix, None, None, None, None, None, None
 
 
 def _rows(hidden: Tensor, sequence_parallel: bool) -> Tensor:
@@ -203,11 +206,11 @@ def _rows(hidden: Tensor, sequence_parallel: bool) -> Tensor:
     return (_gather_along_first_dim(hidden, _group()) if sequence_parallel else hidden).flatten(0, 1)
 
 
-def _add_product(total: Tensor | None, gradient: Tensor, rows: Tensor) -> Tensor:
+def _add_product(mm: Callable[..., Tensor], total: Tensor | None, gradient: Tensor, rows: Tensor) -> Tensor:
     """`total` and a block's part of the matrix's gradient; more than one part is summed in float32 at least."""
     if total is None:
-        return torch.mm(gradient.t(), rows)
+        return mm(gradient.t(), rows)
     total = total.to(torch.promote_types(total.dtype, torch.float32))
-    if gradient.dtype == total.dtype:
+    if gradient.dtype == total.dtype and mm is torch.mm:
         return total.addmm_(gradient.t(), rows)
-    return total.add_(torch.mm(gradient.t(), rows))
+    return total.add_(mm(gradient.t(), rows))

@@ -110,9 +110,15 @@ def own_model(name: str, config: Config, topology: Topology) -> Contestant:
     )
 
 
-def weight_products(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Contestant:
+def weight_products(
+    name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, mm: Callable[..., Tensor]
+) -> Contestant:
     """The products with the weight matrices of forward and backward, and nothing else: each layer's four and the
-    output, of the window's tokens with the matrix, of the gradient with it, and of the gradient with the input."""
+    output, of the window's tokens with the matrix, of the gradient with it, and of the gradient with the input.
+
+    Args:
+        mm: what makes them (`model.backend.matrix_product`).
+    """
     rows = sizes.tokens * sizes.lanes
     shapes = [(sizes.hidden, 3 * sizes.hidden), (sizes.hidden, sizes.hidden)]
     shapes += [(sizes.hidden, 2 * sizes.ffn), (sizes.ffn, sizes.hidden)]
@@ -128,12 +134,12 @@ def weight_products(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> C
 
     def run() -> None:
         for (narrow, wide), weight in zip(shapes, weights, strict=True):
-            torch.mm(inputs[narrow], weight.t())
-            torch.mm(inputs[wide], weight)
-            torch.mm(inputs[wide].t(), inputs[narrow])
+            mm(inputs[narrow], weight.t())
+            mm(inputs[wide], weight)
+            mm(inputs[wide].t(), inputs[narrow])
 
     flops = 6 * rows * sum(narrow * wide for narrow, wide in shapes)
-    return Contestant(PRODUCTS, None, sum(weight.numel() for weight in weights), flops, run)
+    return Contestant(name, None, sum(weight.numel() for weight in weights), flops, run)
 
 
 def llama(sizes: Sizes, dtype: torch.dtype) -> Built:

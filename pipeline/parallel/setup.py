@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.prepared.shards import PreparedSet
+from model.backend import check_backend
 from model.compiling import compile_block_attention, compile_pieces
 from model.config import same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
@@ -30,6 +31,7 @@ def build_stage(config: Config, topology: Topology, vocab_size: int, *, drawn: b
         ValueError: a backend, a kernel or a compiler is asked for that this machine does not have.
     """
     memory_kernel(config.model, config.train.precision, topology.device.type)
+    check_backend(config.model.backend, config.train.precision, topology.device.type)
     layers = split_layers(config.model.num_layers, topology.pipeline_size, config.parallel.layers_per_stage)
     first, last = layers[topology.pipeline_rank]
     options = StageOptions(

@@ -6,6 +6,7 @@ import math
 
 import torch.distributed as dist
 
+from model.backend import backend_in_words
 from model.compiling import in_words
 from model.config import rule_and_layers
 from model.device import host_knows, rounds_to_tf32
@@ -58,6 +59,7 @@ def derived_rows(
         f"local context {model.local_context}, "
         f"gradient {config.bptt.gradient}, recompute {config.bptt.recompute}",
         **packed,
+        **({} if model.backend == "local" else {"linear layers": backend_in_words(model.backend)}),
         **kernels,
         **compiled,
         "logits": told_logits(config, world, vocab_size),

@@ -53,13 +53,14 @@ def the_record(folder: Path) -> Record:
 
 
 def test_step(pools, tmp_path):
-    """Rules, plain and transformers at once; peers that are not installed are named."""
-    note = pools.run(1, bench, name="step", folder=tmp_path)[0]
+    """Rules, plain and transformers at once, and with other products; peers that are not installed are named."""
+    note = pools.run(1, bench, name="step", folder=tmp_path, options=["--onednn"])[0]
     record = the_record(tmp_path)
     assert record.benchmark == "step" and record.settings["tokens"] == 64  # what --quick made of it
     assert len(record.pictures) == 1 and record.pictures[0] in note
     models = {m.of["model"] for m in record.measurements if m.name == "tokens_per_second"}
-    assert {"plain", "linear", "delta", "deltanet", "gated_deltanet", "transformers"} <= models
+    assert {"plain", "linear", "delta", "deltanet", "gated_deltanet", "transformers", "delta onednn"} <= models
+    assert len(numbers(record, "peak")) == 2
     for package in ("infini-transformer-pytorch", "recurrent-memory-transformer-pytorch"):
         assert package in models or f"Not installed, so not measured: {package}" in note or f", {package}" in note
     plain, llama = (numbers(record, "parameters", model=name) for name in ("plain", "transformers"))

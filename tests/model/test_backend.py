@@ -1,4 +1,5 @@
-"""Whose parallel linear layers the model is made of. Transformer Engine itself cannot be imported without CUDA."""
+"""Whose parallel linear layers the model is made of. Transformer Engine itself cannot be imported without CUDA; what
+oneDNN's products are under tensor parallelism and ZeRO 3 is in `tests/distributed/test_layouts.py`."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from model import decoder
-from model.backend import parallel_linears
+from model import backend, decoder
+from model.backend import check_backend, onednn_mm, parallel_linears
 from model.layers import attention
 from tests.model.build import random_tokens, small_config, small_stage
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 MODEL = Path(decoder.__file__).parent
 LARGE = {"attention.qkv", "attention.projection", "mlp.linear_fc1", "mlp.linear_fc2"}
 """What a backend makes, in every layer."""
+PRODUCT = backend._product
 
 
 def test_transformer_engine_that_is_not_there_is_refused(monkeypatch):
@@ -90,6 +92,50 @@ def test_a_backend_makes_the_large_matrices_and_nothing_else(monkeypatch, rule):
     with torch.no_grad():
         losses = [x(tokens, memory, reset, tokens).token_loss for x in (stage, usual)]
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "problem"),
+    [("fp32", "cuda", "computes on cuda"), ("fp64", "cpu", "precision=fp32.* is fp64"), ("bf16", "cpu", "is bf16")],
+)
+def test_onednn_that_would_change_nothing_is_refused(precision, device, problem):
+    with pytest.raises(ValueError, match=rf"model\.backend = onednn: .*{problem}.*model\.backend=local"):
+        check_backend("onednn", precision, device)
+    check_backend("local", precision, device)
+    check_backend("onednn", "fp32", "cpu")
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "qkv_bias": True}])
+def test_onednn_is_megatron(monkeypatch, changes):
+    """Losses and gradients are as near to those of float64 as with MKL's products. It makes three products of each
+    large matrix and of the output."""
+    made = []
+    monkeypatch.setattr(backend, "_product", lambda *matrices: made.append(0) or PRODUCT(*matrices))
+
+    def measured(backend: str, precision: str) -> dict[str, torch.Tensor]:
+        stage = small_stage(small_config(backend=backend, **changes), precision=precision)
+        tokens, labels = random_tokens(2, 3, 6), random_tokens(2, 3, 6, seed=1)
+        memory = stage.empty_memory(2, torch.device("cpu"))
+        loss = stage(tokens, memory, torch.zeros(2, 3, dtype=torch.bool), labels).token_loss
+        loss.sum().backward()
+        return {"loss": loss.detach()} | {name: x.grad for name, x in stage.named_parameters()}
+
+    exact, usual = measured("local", "fp64"), measured("local", "fp32")
+    assert not made
+    found = measured("onednn", "fp32")
+    assert len(made) == 3 * (len(LARGE) * small_config().num_layers + 1)
+    for name, truth in exact.items():
+        nearness = 1.25 * (usual[name] - truth).norm() + 1e-6 * truth.norm()
+        assert (found[name] - truth).norm() <= nearness, name
+
+
+def test_onednn_writes_where_it_is_told():
+    """Of any strides, into part of a tensor."""
+    a, b = torch.randn(5, 7).t(), torch.randn(3, 5).t()
+    place = torch.zeros(9, 3)
+    assert onednn_mm(a, b, out=place[1:8]).data_ptr() == place[1:].data_ptr()
+    torch.testing.assert_close(place[1:8], a @ b)
+    assert not place[0].any() and not place[8].any()
 
 
 def test_one_place_knows_the_backends():

@@ -250,7 +250,7 @@ def refused(overrides, world_size=None) -> list[str]:
         (["model.qk_init=equal"], None, ["model.qk_init = equal", "independent, tied"]),
         (["model.memory.mix_gate=layer"], None, ["model.memory.mix_gate = layer", "head, token"]),
         (["model.memory.rule=none", "model.memory.mix_gate=token"], None, ["model.memory.mix_gate = token"]),
-        (["model.backend=apex"], None, ["model.backend = apex", "local, te"]),
+        (["model.backend=apex"], None, ["model.backend = apex", "local, te, onednn"]),
         (["model.memory.kernel=cuda"], None, ["model.memory.kernel = cuda", "auto, torch, fla"]),
         (
             ["model.memory.kernel=fla", "train.precision=bf16"],
