@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo passkey passkey-harder compare-rules compare-sliding capacity test test-slow test-gpu lint format clean
+.PHONY: demo passkey passkey-harder compare-rules compare-sliding capacity continue-smollm2 test test-slow test-gpu lint format clean
 
 demo: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/demo.sh
@@ -24,6 +24,10 @@ compare-sliding: $(VENV)/.installed-base
 
 capacity: $(VENV)/.installed-base
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/recipes/capacity.sh
+
+# For a GPU: `make continue-smollm2 BOOKS=FOLDER`, with train/*.txt and test/*.txt in it.
+continue-smollm2: $(VENV)/.installed-all
+	PATH="$(abspath $(BIN)):$$PATH" BOOKS="$(BOOKS)" bash launch/recipes/continue_smollm2.sh
 
 # Two processes at a time, which take file after file (tests/conftest.py). JOBS=0 runs all in one.
 JOBS ?= 2
@@ -48,7 +52,7 @@ format: $(VENV)/.installed-all
 
 # Removes what tests and builds leave behind; .venv and runs/ stay.
 clean:
-	rm -rf build *.egg-info demo passkey compare capacity .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info demo passkey compare capacity smollm2 .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -354,6 +354,7 @@ SHIPPED = {
     "paper_8b_books": [32, 64],
     "llama3_8b": [32, 64],
     "smollm2_135m_continual": [1, 2],
+    "smollm2_135m_sliding": [1, 2],
     "llama32_1b_continual": [8, 64],
     "llama3_8b_continual": [32, 64],
     "qwen3_8b_continual": [32, 64],
