@@ -29,17 +29,19 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+
+from model.megatron import (
+    BackendSpecProvider,
+    ColumnParallelLinear,
+    LocalSpecProvider,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 

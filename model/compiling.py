@@ -27,7 +27,6 @@ from model.layers.attention import InfiniAttention
 from model.layers.mixing import plain_mix
 from model.layers.mlp import GatedMLP, plain_silu_product
 from model.layers.norm import RMSNorm, plain_rms_norm
-from model.layers.packed_attention import block_attention
 from model.rules.convolution import ConvolvedRule
 from model.rules.feature_maps import plain_phi_of, plain_unit_length_of
 
@@ -123,6 +122,8 @@ def compile_block_attention(stage: DecoderStage, device: torch.device) -> None:
             "or model.packed_attention=auto"
         )
     check_compiler(device, "model.packed_attention = flex", "model.packed_attention=auto")
+    from model.layers.block_attention import block_attention
+
     stage.block_attention = compiled(block_attention)
 
 
@@ -137,8 +138,10 @@ def check_compiler(
     Raises:
         ValueError: it cannot be done, with the compiler's reason.
     """
+    from torch._inductor import config
+
     # Helpers of its own would outlive a rank that is killed, and a handful of small kernels needs none.
-    torch._inductor.config.compile_threads = 1
+    config.compile_threads = 1
     x = torch.ones(2, device=device, requires_grad=True)
     try:
         Piece(torch.exp, _trial).compiled(x).sum().backward()

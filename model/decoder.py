@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,11 +19,11 @@ from model.layers.embedding import Embedding
 from model.layers.loss import OutputMatrix, hide_padding
 from model.layers.mlp import GatedMLP
 from model.layers.norm import RMSNorm
-from model.layers.packed_attention import block_attention
 from model.layers.packing import Packing, packing_of
 from model.layers.rotary import RotaryTables
 from model.layers.segment_cache import SegmentCache, Span
 from model.layers.statistics import MemoryStatistics, once
+from model.megatron import TransformerConfig
 from model.precision import COMPUTE_DTYPES, wide_dtype
 from model.rules import build_rule
 from model.rules.context import ContextGroup
@@ -163,7 +162,11 @@ class DecoderStage(nn.Module):
         megatron = megatron_config(config, options, tensor_size=tensor_size)
         self.compute_dtype = megatron.params_dtype
         """Of the matrices, the residual stream and what crosses to other stages."""
-        self.block_attention = block_attention  # or what the compiler makes of it
+        self.block_attention = None
+        if config.packed_attention == "flex":
+            from model.layers.block_attention import block_attention
+
+            self.block_attention = block_attention  # or what the compiler makes of it
         if self.is_first:
             self.embedding = Embedding(
                 self.vocab_size,
@@ -323,8 +326,7 @@ class DecoderStage(nn.Module):
         states = (split_state(state)[1] for state in memory)
         carried = next((context for context in states if context is not None), None)
         shared = next(iter(self.layers.values())).attention.context
-        attend = self.block_attention if self.config.packed_attention == "flex" else None
-        return packing_of(starts, probes, carried, self.compute_dtype, shared, attend)
+        return packing_of(starts, probes, carried, self.compute_dtype, shared, self.block_attention)
 
     @contextmanager
     def unshared(self) -> Iterator[None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from megatron.core.transformer import TransformerConfig
+
+from model.megatron import TransformerConfig
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 """By `train.precision`: of the matrices (projections, MLP, embedding, output), their biases and the residual stream."""

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    ("data.files",),
+    ("data.files", "model.megatron"),
     ("data.config", "data.tokenizer", "model.backend", "model.config", "model.device", "model.precision"),
     ("data.prepared", "model.rules"),
     ("data.lanes", "data.synthetic", "model.sharding"),
@@ -117,7 +117,9 @@ def loaded_with(name: str) -> set[str]:
         seen.add(name)
         if "." in name:
             waiting.append(name.rpartition(".")[0])
-        for node in ast.parse(MODULES[name].read_text(encoding="utf-8")).body if name in MODULES else ():
+        body = ast.parse(MODULES[name].read_text(encoding="utf-8")).body if name in MODULES else []
+        inner = [line for node in body if isinstance(node, ast.With) for line in node.body]
+        for node in body + inner:
             if isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -135,6 +137,14 @@ def test_reading_a_checkpoint_loads_no_training():
     for name in sorted(own):
         assert not heavy & loaded_with(name), f"{name} loads {sorted(heavy & loaded_with(name))}"
     assert heavy & loaded_with("pipeline.training.trainer") == heavy - {"transformers"}
+
+
+def test_megatron_is_imported_in_one_place():
+    """Anywhere else its import would load PyTorch's compiler, unless it came second."""
+    for name, path in MODULES.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        direct = [line for line in lines if line.startswith(("import megatron", "from megatron"))]
+        assert not direct, f"{name}: {direct[0]}; model/megatron.py has what is used"
 
 
 def test_model_and_data_do_not_know_each_other():

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.backend import local_linears, parallel_linears
@@ -22,6 +21,7 @@ from model.layers.packing import Packing
 from model.layers.rotary import RotaryTables
 from model.layers.statistics import MemoryStatistics, measure
 from model.layers.token_linears import TokenLinears
+from model.megatron import TransformerConfig
 from model.precision import wide_dtype, widened
 from model.rules import Tokens, build_rule, empty_state
 from model.rules.borders import own_borders

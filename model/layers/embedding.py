@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.megatron import (
     VocabParallelEmbedding,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
 from model.precision import wide_dtype
 
 

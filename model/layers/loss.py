@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce, _reduce_scatter_along_first_dim
 from torch import Tensor
+
+from model.megatron import ColumnParallelLinear, mappings, parallel_state
 
 BLOCK_ROWS = 2048
 """Tokens whose logits exist at once. A block's part is added to the matrix's whole gradient, which is read and written
@@ -161,7 +160,7 @@ class _Losses(torch.autograd.Function):
         highest = maximum.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
         both = torch.stack([total * (maximum - highest).exp_(), target.where(owned, 0)])
-        total, target = _reduce(both, group)
+        total, target = mappings._reduce(both, group)
         losses, correct = total.log() - (target - highest), target >= highest
         ctx.save_for_backward(hidden, weight, index, owned, highest, total, kept)
         ctx.known, ctx.sequence_parallel, ctx.passes, ctx.mm = known, sequence_parallel, passes, mm
@@ -197,13 +196,14 @@ class _Losses(torch.autograd.Function):
             del logits
         if needs_hidden:
             of_rows = of_rows.view(-1, *hidden.shape[1:])
-            of_rows = (_reduce_scatter_along_first_dim if ctx.sequence_parallel else _reduce)(of_rows, _group())
+            reduce = mappings._reduce_scatter_along_first_dim if ctx.sequence_parallel else mappings._reduce
+            of_rows = reduce(of_rows, _group())
         return of_rows, of_matrix, None, None, None, None, None, None
 
 
 def _rows(hidden: Tensor, sequence_parallel: bool) -> Tensor:
     """All tokens' hidden states, `[s * b, h]`."""
-    return (_gather_along_first_dim(hidden, _group()) if sequence_parallel else hidden).flatten(0, 1)
+    return (mappings._gather_along_first_dim(hidden, _group()) if sequence_parallel else hidden).flatten(0, 1)
 
 
 def _add_product(mm: Callable[..., Tensor], total: Tensor | None, gradient: Tensor, rows: Tensor) -> Tensor:

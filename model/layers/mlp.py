@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.device import cache_blocks
+from model.megatron import BackendSpecProvider, TransformerConfig
 
 
 class GatedMLP(nn.Module):

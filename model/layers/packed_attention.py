@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.device import host_knows
 from model.layers.packing import DocumentMask, Piece
@@ -30,20 +28,11 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMa
     return _by_pieces(query, key, value, mask) if mask.bias is None else _masked(query, key, value, mask.bias)
 
 
-def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """`packed_attention` by FlexAttention, in one call for all heads. As it is written it holds all scores at once:
-    runs compile it."""
-    segments = mask.shape[0]
-    query, key, value = (x.unflatten(0, (segments, -1)).flatten(1, 2) for x in (query, key, value))
-    # Short segments would take the kernel that is made for decoding.
-    options = {"FORCE_USE_FLEX_ATTENTION": True}
-    found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options)
-    return found.unflatten(1, (key.shape[1], -1)).flatten(0, 1)
-
-
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention `[..., r, q, d]` of q tokens to k >= q keys, the last query to all of them, the one before it to all
     but the last key: of keys and values `[..., 1, k, d]`."""
+    from torch.nn.attention.bias import causal_lower_right  # loads PyTorch's compiler, which few runs need
+
     length, keys, shared = query.shape[-2], key.shape[-2], query.shape[1] > 1
     with attention_kernel(query):
         if keys == length:

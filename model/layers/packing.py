@@ -23,17 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from model.device import host_knows
 from model.rules.base import Reads
 from model.rules.borders import Borders, own_borders
 from model.rules.context import ContextGroup, ContextPart
 from model.rules.state import LocalContext
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Piece(NamedTuple):
@@ -56,7 +58,7 @@ class Blocks(NamedTuple):
     mask: BlockMask
     """Of all B segments and probes, for every head."""
     attend: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
-    """`block_attention` of `model.layers.packed_attention`, or what the compiler makes of it."""
+    """`block_attention` of `model.layers.block_attention`, or what the compiler makes of it."""
 
 
 class DocumentMask(NamedTuple):
@@ -114,7 +116,9 @@ def packing_of(
         before = before & ~borders.reset.unsqueeze(2)
     visible = None if before is None else Reads(probes, detach=False).chosen(before)
     if attend is not None:
-        mask = DocumentMask(None, None, before, seen, Blocks(_block_mask(borders.piece, visible), attend))
+        from model.layers.block_attention import block_mask
+
+        mask = DocumentMask(None, None, before, seen, Blocks(block_mask(borders.piece, visible), attend))
     elif host_knows(starts.device):
         mask = DocumentMask(None, _runs(borders.piece, visible), before, seen)
     else:
@@ -151,16 +155,3 @@ def _bias(piece: Tensor, before: Tensor | None, dtype: torch.dtype) -> Tensor:
         sees = torch.cat([(piece == 0)[..., :, None] & before[..., None, :], sees], dim=-1)
     sees = sees.flatten(0, 1)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf).unsqueeze(1)
-
-
-def _block_mask(piece: Tensor, before: Tensor | None) -> BlockMask:
-    """`Blocks.mask` of the arguments of `_runs`."""
-    own = piece.flatten(0, 1)
-    # Of the segment before, what is seen goes on in piece 0. A segment has no piece -1.
-    keys = own if before is None else torch.cat([before.flatten(0, 1).to(own.dtype) - 1, own], dim=1)
-    length, behind = own.shape[1], keys.shape[1] - own.shape[1]
-
-    def sees(segment: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (own[segment, query] == keys[segment, key]) & (key <= query + behind)
-
-    return create_block_mask(sees, len(own), None, length, length + behind, device=own.device)

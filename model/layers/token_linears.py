@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.backend import local_linears
+from model.megatron import TransformerConfig
 
 
 class TokenLinears(nn.Module):

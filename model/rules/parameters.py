@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from model.backend import local_linears
 from model.config import LayerShape
+from model.megatron import TransformerConfig
 from model.rules import MemoryRule
 
 PREFIX = "memory_"

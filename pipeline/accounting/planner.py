@@ -12,11 +12,11 @@ from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from model.config import layer_config, layer_kinds, same_function
 from model.decoder import DecoderStage, StageOptions, split_layers
 from model.device import prepare_megatron
+from model.megatron import parallel_state
 from model.sharding import full_shape, partition_of
 from pipeline.accounting.communication import (
     chunk_tokens,

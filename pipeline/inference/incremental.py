@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from model.device import on_device
 from model.layers.segment_cache import SegmentCache, Span
+from model.megatron import gather_from_tensor_model_parallel_region
 from model.rules.state import Memory, put_lanes, take_lanes
 from pipeline.inference.streaming import Streamer, segments_to_read
 

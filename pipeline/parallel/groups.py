@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+from model.megatron import parallel_state
 
 _ORDER = "tp-cp-ep-dp-pp"
 """Megatron's order of ranks, the fastest axis first."""

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from model.decoder import DecoderStage
 from model.huggingface.weights import backbone_names
+from model.megatron import parallel_state
 from pipeline.config.derived import REDUCTION_BUCKET
 from pipeline.config.schema import Config
 from pipeline.parallel.accumulators import accumulate_in_float32

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from model.device import default_device, distributed_backend, prepare_megatron
+from model.megatron import parallel_state
 from model.rules.context import ContextGroup
 from pipeline.parallel.first_contact import FirstMessages, meet
 from pipeline.parallel.groups import host_groups, make_model_parallel, pipeline_group

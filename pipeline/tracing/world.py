@@ -9,8 +9,8 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
+from model.megatron import parallel_state
 from pipeline.accounting.planner import pretended_rank
 from pipeline.config.schema import Config
 from pipeline.parallel.deepspeed_internals import pretending

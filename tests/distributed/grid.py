@@ -6,8 +6,7 @@ each of them threads: a hundred cases would leave thousands per rank.
 
 from __future__ import annotations
 
-from megatron.core import parallel_state
-
+from model.megatron import parallel_state
 from pipeline.parallel.topology import Topology, initialize
 
 _known: dict[tuple[int, int, int], tuple[Topology, dict[str, object]]] = {}

@@ -22,8 +22,8 @@ from unittest import mock
 
 TIMEOUT_S = 240
 
-PRELOADED = ["pipeline.training.trainer", "pipeline.evaluation.evaluate"]
-"""What most cases need."""
+PRELOADED = ["pipeline.training.trainer", "pipeline.evaluation.evaluate", "torch._inductor.compile_fx"]
+"""What most cases need. PyTorch's optimizers load its compiler when the first of them is made, and each rank would."""
 
 
 class CaseFailed(AssertionError):

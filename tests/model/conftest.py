@@ -1,6 +1,7 @@
 import pytest
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+from model.megatron import parallel_state
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_upper_left
 
 from model import decoder
+from model.layers import block_attention as flex
 from model.layers import packing
-from model.layers.packed_attention import block_attention, packed_attention
+from model.layers.block_attention import block_attention
+from model.layers.packed_attention import packed_attention
 from model.layers.statistics import read_variation
 from model.rules import RULES
 from model.rules.state import LocalContext
@@ -200,12 +202,12 @@ def test_blocks_are_the_mask(sliding, monkeypatch, flex_goes_back):
 
 
 def test_a_block_mask_off_by_one_is_seen(monkeypatch, flex_goes_back):
-    written = packing.create_block_mask
+    written = flex.create_block_mask
 
     def broken(sees, *sizes, **options):
         return written(lambda b, h, query, key: sees(b, h, query, key + (key < query)), *sizes, **options)
 
-    monkeypatch.setattr(packing, "create_block_mask", broken)
+    monkeypatch.setattr(flex, "create_block_mask", broken)
     with pytest.raises(AssertionError, match="^losses: "):
         compare(replace(small_config("none+sliding", "none"), packed_attention="flex"))
 
@@ -270,7 +272,7 @@ def test_a_mask_off_by_one_is_seen(monkeypatch):
 
 def test_a_piece_aligned_at_the_top_left_is_seen(monkeypatch):
     """With a segment before it, a piece's last token sees all of its keys, not its first token the first key alone."""
-    monkeypatch.setattr("model.layers.packed_attention.causal_lower_right", causal_upper_left)
+    monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", causal_upper_left)
     with pytest.raises(AssertionError):
         compare(small_config("none+sliding", "none"))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from model.config import MemoryConfig, ModelConfig
 from model.decoder import DecoderStage, StageOptions
 from model.device import prepare_megatron
+from model.megatron import parallel_state
 from pipeline.accounting.flops import (
     forward_flops_per_token,
     measured_matmul_peak,

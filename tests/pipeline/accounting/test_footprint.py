@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from model.config import MemoryConfig, ModelConfig
 from model.decoder import DecoderStage, StageOptions
+from model.megatron import parallel_state
 from model.rules.context import ContextGroup
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.accounting.planner import pretended_rank

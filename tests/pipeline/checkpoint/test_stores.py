@@ -9,11 +9,11 @@ import fsspec
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from data.files import FileError, StoreError, StorePath, place, store
 from launch.cli import main
+from model.megatron import parallel_state
 from pipeline.checkpoint.folder import LATEST, SUMMARY, CheckpointError, candidates, find_checkpoint, superfluous
 from pipeline.checkpoint.loading import open_newest, open_verified
 from pipeline.checkpoint.reader import CheckpointReader
