@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How many pairs each memory rule holds: documents of names with numbers -> a model per rule -> exact match
-# against the number of pairs, side by side; every rule with and without short convolutions. Half an hour on two cores.
-# Everything lands in ./capacity. It can be stopped and run again.
+# against the number of pairs, side by side; every rule with and without short convolutions. Three quarters of an hour on
+# two cores. Everything lands in ./capacity. It can be stopped and run again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/recipes/models.sh

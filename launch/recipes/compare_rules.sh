@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Memory rules compared on long real text, models of equal size, data and steps: text -> a model per line of MODELS ->
-# held-out loss by segment, side by side. Less than an hour on two cores; everything lands in ./compare. It can be stopped
+# held-out loss by segment, side by side. About an hour on two cores; everything lands in ./compare. It can be stopped
 # and run again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
