@@ -10,8 +10,9 @@ import numpy as np
 from pipeline.evaluation import plots, report, task_report
 from pipeline.evaluation.intervals import ratio_intervals, resample_counts
 from pipeline.evaluation.report import Results
-from pipeline.evaluation.scalars import file_name, mean_over
+from pipeline.evaluation.scalars import mean_over
 from pipeline.reporting.console import make_console, print_table
+from pipeline.reporting.set_names import set_names
 
 COMPARISON = "comparison.json"
 RUNS_PER_TABLE = 3
@@ -38,10 +39,10 @@ def compare(results: list[Results], folder: Path) -> dict[str, Any]:
     content = report.without_nan(
         {"runs": dict(zip(names, results, strict=True)), "loss_above_first": differences, "notes": notes}
     )
-    for path in common:
+    for set_name, path in zip(set_names(common), common, strict=True):
         facts = [other["perplexity"][path] for other in results]
         curves = {name: report.curve(fact, "on") for name, fact in zip(names, facts, strict=True)}
-        target = folder / f"comparison_loss_{file_name(path)}.png"
+        target = folder / f"comparison_loss_{set_name}.png"
         plots.loss_by_segment(target, curves, f"held-out loss, {path}")
         documents = facts[0]["by_segment_documents"]
         above = {
@@ -50,7 +51,7 @@ def compare(results: list[Results], folder: Path) -> dict[str, Any]:
             if found and "by_segment" in found
         }
         if above:
-            target = folder / f"comparison_loss_above_first_{file_name(path)}.png"
+            target = folder / f"comparison_loss_above_first_{set_name}.png"
             title = f"held-out loss above that of {names[0]}, paired by document, {path}"
             plots.loss_by_segment(target, above, title)
     report.write_json(folder / COMPARISON, content)

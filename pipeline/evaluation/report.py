@@ -12,7 +12,7 @@ import numpy as np
 
 from data.files import Place, write_whole
 from pipeline.evaluation import plots, task_report
-from pipeline.evaluation.scalars import by_length, doubling_spans, mean_over, scalars, set_names, span_name
+from pipeline.evaluation.scalars import by_length, doubling_spans, mean_over, scalars, sets_by_name, span_name
 from pipeline.evaluation.training_curves import training_curves
 from pipeline.reporting.console import format_duration, make_console, print_table
 from pipeline.reporting.dashboard import read_image, tag
@@ -51,7 +51,7 @@ def write(results: Results, folder: Path, run_dir: Place, *, own_folder: bool) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, Path] = {}
-    for name, (path, facts) in set_names(results).items():
+    for name, (path, facts) in sets_by_name(results).items():
         images[f"loss_by_segment/{name}"] = target = folder / f"loss_by_segment_{name}.png"
         curves = {WAY_NAMES[way]: curve(facts, way) for way in facts["ways"]}
         plots.loss_by_segment(target, curves, f"{results['name']}, step {results['step']}\nheld-out loss, {path}")

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.reporting.evaluation_metrics import loss_metric
+from pipeline.reporting.set_names import set_names
 
 Results = dict[str, Any]
 
 
-def set_names(results: Results) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Path and facts of every evaluated set, by a short name that no other has."""
-    named: dict[str, tuple[str, dict[str, Any]]] = {}
-    for path, facts in results["perplexity"].items():
-        base = name = file_name(path)
-        number = 2
-        while name in named:
-            name, number = f"{base}-{number}", number + 1
-        named[name] = (path, facts)
-    return named
-
-
-def file_name(path: str) -> str:
-    """The last part of a set's path as part of a file's name."""
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).name) or "set"
+def sets_by_name(results: Results) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Path and facts of every evaluated set, by its name."""
+    return dict(zip(set_names(results["perplexity"]), results["perplexity"].items(), strict=True))
 
 
 def label(settings: dict[str, float], names: list[str] | None = None) -> str:
@@ -64,7 +52,7 @@ def mean_over(by_segment: Sequence[float | None], tokens: Sequence[int], span: t
 def scalars(results: Results) -> dict[str, float]:
     """The main numbers under the names they have in TensorBoard."""
     values = {}
-    for name, (_, facts) in set_names(results).items():
+    for name, (_, facts) in sets_by_name(results).items():
         for way, numbers in facts["ways"].items():
             values[loss_metric(name, way)] = numbers["loss"]
             for span in doubling_spans(len(facts["by_segment_tokens"])):

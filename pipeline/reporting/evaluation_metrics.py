@@ -46,5 +46,5 @@ def told(values: Mapping[str, float]) -> list[str]:
 
 
 def loss_metric(name: str, way: str) -> str:
-    """The metric with a set's loss; `name` as `file_name` gives it."""
+    """The metric with a set's loss; `name` as `pipeline.reporting.set_names` gives it."""
     return f"evaluation/{name}/loss_{way}"

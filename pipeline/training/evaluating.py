@@ -27,6 +27,7 @@ from pipeline.parallel.optimizer import ZeroOptimizer
 from pipeline.parallel.topology import Topology, on_main
 from pipeline.reporting.evaluation_metrics import loss_metric, told
 from pipeline.reporting.metrics import METRICS_FILE, metric_lines
+from pipeline.reporting.set_names import set_name
 from pipeline.training.monitor import Monitor
 from pipeline.training.resilience import Watchdog
 
@@ -135,7 +136,7 @@ class Evaluation:
         """The metric that tells which evaluation was the best."""
         if not self.work.held_out:
             return None
-        return loss_metric(scalars.file_name(str(self.work.held_out[0][0].path)), "on")
+        return loss_metric(set_name(str(self.work.held_out[0][0].path)), "on")
 
     def _told(self, step: int, values: dict[str, float], seconds: float) -> str:
         parts = told(values)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from data.lanes.loader import SetShare
+from pipeline.reporting.set_names import set_names
 
 
 def mixture_metrics(shares: Sequence[SetShare], tokens: Sequence[float]) -> dict[str, float]:
@@ -21,10 +21,3 @@ def mixture_metrics(shares: Sequence[SetShare], tokens: Sequence[float]) -> dict
         values[f"data/asked_share/{name}"] = share.asked
         values[f"data/epochs/{name}"] = seen / share.epoch_tokens
     return values
-
-
-def set_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of the sets' paths, with their places in the mixture where two are the same."""
-    names = [path.rstrip("/").rpartition("/")[2] or "set" for path in paths]
-    counts = Counter(names)
-    return [f"{name}_{place}" if counts[name] > 1 else name for place, name in enumerate(names)]

@@ -29,12 +29,13 @@ from pipeline.reporting.console import RunConsole
 from pipeline.reporting.console_file import ConsoleFile
 from pipeline.reporting.diagnosis import diagnose_run
 from pipeline.reporting.metrics import MetricsWriter, Start, layer_name
+from pipeline.reporting.set_names import set_names
 from pipeline.reporting.throughput import ThroughputMeter
 from pipeline.reporting.wandb_run import WandbRun
 from pipeline.schedule.operations import Operation
 from pipeline.training.grouped_losses import LossBySegment, LossBySet, bucket_name
 from pipeline.training.introduction import derived_rows, told_sheet
-from pipeline.training.mixture import mixture_metrics, set_names
+from pipeline.training.mixture import mixture_metrics
 from pipeline.training.profiling import ProfileWindow
 from pipeline.training.rank_times import NUMBERS, OwnTime, StragglerWatch, find_slowest, slots
 from pipeline.training.step_record import StepRecord

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data.lanes.loader import SetShare
-from pipeline.training.mixture import mixture_metrics, set_names
+from pipeline.training.mixture import mixture_metrics
 
 
 def test_shares_and_epochs():
@@ -21,7 +21,3 @@ def test_shares_and_epochs():
         }
     )
     assert mixture_metrics(shares, [0.0, 0.0])["data/share/code"] == 0.0
-
-
-def test_names_of_sets_are_told_apart():
-    assert set_names(["a/train", "b/train", "c/"]) == ["train_0", "train_1", "c"]
