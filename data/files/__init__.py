@@ -131,14 +131,17 @@ def sizes_of(folder: Place, names: Iterable[str], where: str) -> dict[str, int |
     return found
 
 
-def open_ranges(path: Place, size: int) -> Ranges:
+def open_ranges(path: Place, size: int, version: str) -> Ranges:
     """A file of `size` bytes to be read at offsets.
+
+    Args:
+        version: see `StoreRanges`.
 
     Raises:
         FileNotFoundError, FileError, OSError: as `open_regular`; of a store's object nobody asks before it is read.
     """
     if isinstance(path, StorePath):
-        return StoreRanges(path, size)
+        return StoreRanges(path, size, version)
     with open_regular(path) as file:
         return DiskRanges(os.dup(file.fileno()))
 

@@ -68,10 +68,11 @@ class StoreRanges:
 
     Args:
         size: its bytes, as whoever opens it knows them.
+        version: another one for other contents of the same name, whose blocks the cache then does not give: their hash.
     """
 
-    def __init__(self, path: StorePath, size: int) -> None:
-        self._path, self._size, self._name = path, size, str(path)
+    def __init__(self, path: StorePath, size: int, version: str) -> None:
+        self._path, self._size, self._name = path, size, f"{path} {version}"
 
     def pread(self, size: int, offset: int, useful: int = 0) -> bytes:
         stop = min(offset + size, self._size)

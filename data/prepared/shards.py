@@ -284,7 +284,8 @@ class PreparedSet:
         if file is None:
             if len(self._files) >= _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
-            file = open_ranges(self._shards[shard], self._entries[shard].bytes)
+            entry = self._entries[shard]
+            file = open_ranges(self._shards[shard], entry.bytes, entry.sha256)
         self._files[shard] = file
         return file
 

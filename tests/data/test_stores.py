@@ -220,13 +220,25 @@ def test_streams_and_ranges_are_the_file(tmp_path):
         assert stream.read(9) == contents[5:14]
     with pytest.raises(FileError, match="more than"):
         read_bytes(path, 100)
-    ranges = StoreRanges(path, len(contents))
+    ranges = StoreRanges(path, len(contents), "1")
     generator = np.random.default_rng(1)
     for _ in range(200):
         offset, size = (int(generator.integers(0, limit)) for limit in (len(contents) + 9, 2 * BLOCK_BYTES))
         if generator.random() < 0.3:
             ranges.announce(size, offset, size)
         assert ranges.pread(size, offset, int(generator.integers(0, 1 << 21))) == contents[offset : offset + size]
+
+
+def test_a_set_that_takes_anothers_place_is_read_anew(tmp_path):
+    """The cache outlives a set that was closed; its shards' names say nothing of what is in them."""
+    lengths, seen = [40, 70], []
+    for seed in (1, 2):
+        folder = write_set(tmp_path / str(seed), lengths, seed=seed)
+        there = PreparedSet(upload(folder, "memory://bucket/set"))
+        seen.append([there.read(i).tolist() for i in range(len(lengths))])
+        assert seen[-1] == [PreparedSet(folder).read(i).tolist() for i in range(len(lengths))]
+        there.close()
+    assert seen[0] != seen[1]
 
 
 def test_the_cache_is_bounded_and_threads_share_requests():
