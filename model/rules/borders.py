@@ -71,9 +71,9 @@ def own_borders(
     if starts is None:
         part, own = own_part(context, reset, reset)
         return part, Borders(own)
-    cut = starts[..., 1:].any(dim=-1)
-    part, starts = own_part(context, reset | cut, starts)
+    part, starts = own_part(context, starts.any(dim=-1), starts)
     piece = starts.cumsum(dim=-1, dtype=torch.int32)
     unwritten = piece != piece[..., -1:]
+    cut = unwritten[..., 0]
     piece = F.pad(piece, (0, 0, 0, probes))
-    return part, Borders(starts[..., 0], starts[..., 1:].any(dim=-1), piece, piece > 0, unwritten)
+    return part, Borders(starts[..., 0], cut, piece, piece > 0, unwritten)
