@@ -28,6 +28,7 @@ from pipeline.checkpoint.folder import (
     superfluous,
     whole_checkpoints,
 )
+from pipeline.checkpoint.schema import Summary
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 
@@ -107,8 +108,8 @@ class Uploader:
         start = time.perf_counter()
         report = UploadReport()
         missing, report.error = self._from_rank_zero(lambda: self._missing(report.notes))
-        for name, stems in missing or ():
-            report.error = self._upload_checkpoint(name, stems)
+        for name, summary in missing or ():
+            report.error = self._upload_checkpoint(name, summary)
             if report.error is not None:
                 break
             report.names.append(name)
@@ -118,18 +119,19 @@ class Uploader:
         report.seconds = time.perf_counter() - start
         return report
 
-    def _upload_checkpoint(self, name: str, stems: Sequence[str]) -> str | None:
+    def _upload_checkpoint(self, name: str, summary: Summary) -> str | None:
         """Copy one; what went wrong. Collective."""
+        stems = sorted({file.rpartition(".")[0] for file in summary.files})
         # As the processes wrote them: a node's disk cache has its own.
         own = stems[dist.get_rank() :: dist.get_world_size()]
         _, error = _attempt(lambda: self._upload_files(name, own))
         errors: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error, group=self._group)
         first = next((error for error in errors if error), None)
-        return first or self._from_rank_zero(lambda: self._finish(name))[1]
+        return first or self._from_rank_zero(lambda: self._finish(name, summary))[1]
 
-    def _missing(self, notes: list[str]) -> list[tuple[str, list[str]]]:
-        """Names of checkpoints that should be in the store and are not, newest first, and the stems of their files."""
+    def _missing(self, notes: list[str]) -> list[tuple[str, Summary]]:
+        """The checkpoints that should be in the store and are not, newest first."""
         self._confirm()
         here = whole_checkpoints(self.folder)
         newest, _ = read_latest(self.folder)
@@ -153,7 +155,7 @@ class Uploader:
             if path.name in there:  # the same step of what the run has given up
                 (self.store / path.name / SUMMARY).remove()
                 del self._there[path.name]
-            missing.append((path.name, sorted({name.rpartition(".")[0] for name in summary.files})))
+            missing.append((path.name, summary))
         return missing
 
     def _hash_there(self, name: str) -> str | None:
@@ -167,11 +169,11 @@ class Uploader:
             for kind in ("safetensors", "json"):
                 (self.store / name / f"{stem}.{kind}").upload(self.folder / name / f"{stem}.{kind}")
 
-    def _finish(self, name: str) -> None:
+    def _finish(self, name: str, summary: Summary) -> None:
         """All files of a checkpoint are there: it counts from here on."""
         self._confirm()
         write_whole(self.store / name / SUMMARY, read_bytes(self.folder / name / SUMMARY))
-        self._there[name] = read_summary(self.folder / name).sha256
+        self._there[name] = summary.sha256
 
     def _tidy(self) -> list[str]:
         """Point to the newest checkpoint, and remove what need not stay; what was left alone."""
