@@ -117,7 +117,7 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _train(config: Config, resume: str | None) -> int:
-    from pipeline.training.trainer import train
+    from pipeline.training.run import train
 
     return train(config, resume)
 

@@ -33,7 +33,8 @@ from pipeline.parallel.setup import vocabulary, written_for
 from pipeline.parallel.topology import Topology, on_main, shutdown
 from pipeline.reporting.console import format_bytes, format_duration, print_table, progress
 from pipeline.training.batches import full_batch
-from pipeline.training.trainer import Trainer, enter
+from pipeline.training.run import enter
+from pipeline.training.trainer import Trainer
 
 STEPS = 2
 TOLERANCE = 0.1

@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.files import StoreError
 from data.lanes.loader import WindowBatch, build_loader
 from data.lanes.window import WindowPart
-from model.device import keep_freed_memory
 from model.rules.state import Memory, clear_lanes
 from pipeline.checkpoint.loading import open_newest
 from pipeline.checkpoint.reader import CheckpointReader
@@ -26,70 +24,28 @@ from pipeline.config.schema import Config
 from pipeline.parallel.links import link_notes
 from pipeline.parallel.optimizer import StepOutcome, ZeroOptimizer
 from pipeline.parallel.setup import build_stage, check_same_run, vocabulary, written_for
-from pipeline.parallel.topology import Topology, initialize, on_main, shutdown
+from pipeline.parallel.topology import Topology, on_main
 from pipeline.schedule.executor import Executor, StepResult
 from pipeline.schedule.operations import Operation, configured_schedule
 from pipeline.training import stopping
 from pipeline.training.agreement import agreed_weight
 from pipeline.training.batch_sums import named, own_sums
 from pipeline.training.batches import pinned_for, to_device
-from pipeline.training.elastic import REGROUP, SAVED, tell_launcher, tell_progress, this_attempt
+from pipeline.training.elastic import tell_progress, this_attempt
 from pipeline.training.evaluating import Evaluation
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.monitor import Monitor
 from pipeline.training.regroup import Regroup, recovery
 from pipeline.training.resilience import SpikeDetector, StopRequest, Watchdog, tell_job
-from pipeline.training.same_start import check_clocks, check_same_start, check_shared_folder
+from pipeline.training.saves import Saves
 from pipeline.training.skipped_steps import SkippedSteps
-from pipeline.training.starting import begin, holding
+from pipeline.training.starting import begin
 from pipeline.training.step_record import StepRecord
 from pipeline.training.stillness import StillnessWatch, horizon
 
 
 class SpikeError(RuntimeError):
     """The loss jumps again after every roll-back."""
-
-
-def train(config: Config, resume: str | None) -> int:
-    """Train as one of the processes of a run; returns the exit code: 0, or `stopping.STOPPED` before everything is
-    done, or `REGROUP` where more nodes are there.
-
-    Args:
-        config: validated configuration.
-        resume: None for a new run, `latest`, or the path of a checkpoint.
-    """
-    topology = enter(config)
-    check_shared_folder(Path(config.run_dir), topology)
-    with holding(config) as confirm_store:
-        return _train(config, topology, resume, confirm_store)
-
-
-def enter(config: Config) -> Topology:
-    """Become one of the processes of a run, which are all started alike; collective."""
-    topology = initialize(
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        context=config.parallel.context,
-        timeout_s=config.parallel.timeout_s,
-        greet=lambda: check_same_start(config),
-    )
-    check_clocks(topology)
-    return topology
-
-
-def _train(config: Config, topology: Topology, resume: str | None, confirm_store: Callable[[], None]) -> int:
-    keep_freed_memory(topology.device)
-    trainer = Trainer(config, topology, confirm_store)
-    trainer.watchdog.start()
-    trainer.start(resume)
-    trainer.train()
-    trainer.close()
-    stopping.ignore()
-    trainer.watchdog.stop()
-    shutdown()
-    if trainer.is_done:
-        return 0
-    return REGROUP if trainer.regrouping else stopping.STOPPED
 
 
 class Trainer:
@@ -142,13 +98,12 @@ class Trainer:
             store=config.checkpoint.store and checkpoints_in(config.checkpoint.store),
             confirm_store=confirm_store,
         )
-        self.saved_step: int | None = 0
-        self.failed_saves = self.rollbacks = 0
-        self.save_again = False
+        self.rollbacks = 0
         self.regroup, self.regrouping = Regroup(config, dist.get_world_size()), False
         self.watchdog = Watchdog(config.resilience.hang_timeout_s, derived.longest_hang_s(config), self.run_dir)
         self.spikes = SpikeDetector(config.resilience.spike_window, config.resilience.spike_threshold)
         self.progress = Progress()
+        self.saves = Saves(config, self.saver, self.progress, self.watchdog)
         empty = self.stage.empty_memory(lanes, topology.device)
         self.memory = CarriedMemory(empty, list(self.stage.layers), topology, self.lane_range)
         self.parts: Parts = {
@@ -200,7 +155,7 @@ class Trainer:
         for note in [*measured, *notes]:
             self.monitor.message(note)
         if resume not in (None, "latest"):
-            self._upload()  # what it goes on from, which its store may lack
+            self.saves.upload(self.monitor)  # what it goes on from, which its store may lack
 
     @property
     def is_done(self) -> bool:
@@ -236,10 +191,10 @@ class Trainer:
                 self.watchdog.warm = True
                 leaving = self._at_boundary(stop, lambda: stop.reason)
             self._settle_save()
-            while self.saved_step != self.progress.step:
+            while not self.saves.is_saved:
                 self.save()
                 self._settle_save()
-            self._finish_uploading()
+            self.saves.finish_uploading(self.monitor, is_done=self.is_done)
         finally:
             stop.uninstall()
 
@@ -257,9 +212,7 @@ class Trainer:
             self.monitor.message(told)
         if failed or self.saver.has_succeeded:
             self._settle_save()
-        interval = self.config.checkpoint.interval
-        due = interval > 0 and self.progress.step % interval == 0
-        if (due or self.save_again) and self.saved_step != self.progress.step:
+        if self.saves.is_due:
             self.save()
         if leaving:
             reasons: list[str | None] = [None] * dist.get_world_size()
@@ -402,69 +355,22 @@ class Trainer:
     def save(self) -> None:
         """Begin a checkpoint (write all of it when saving is synchronous); collective."""
         self._settle_save()
-        self.save_again = False
         summary = written_for(self.config, self.topology, self.vocab_size, self.loader.tokenizer[0])
-        self.saver.save(lambda: take_snapshot(self.parts, summary, owns_lanes=self.topology.owns_lanes))
-        self.saved_step = self.progress.step
+        self.saves.begin(lambda: take_snapshot(self.parts, summary, owns_lanes=self.topology.owns_lanes))
         if not self.config.checkpoint.asynchronous:
             self._settle_save()
 
     def _settle_save(self) -> None:
-        """Wait for the save in flight and report it; one that failed is to be made again, with what is newest then.
-
-        Raises:
-            OSError: that was one failure in a row too many.
-        """
-        self.watchdog.progress(self.progress.step, "save", patient=True)
-        self.saver.wait()
-        report = self.saver.finished()
-        if report is None:
-            return
-        if report.error is not None:
-            self.save_again, self.saved_step = True, None
-            self.failed_saves += 1
-            if self.failed_saves == self.config.checkpoint.attempts:
-                raise OSError(f"{report.error} ({self.failed_saves} attempts in a row)")
-        self.monitor.saved(report)
-        for note in report.notes:
-            self.monitor.message(note)
-        if report.error is None:
-            self.failed_saves = 0
+        """Wait for the save in flight and report it. Raises as `Saves.settle`."""
+        if self.saves.settle(self.monitor):
             self.rollbacks = 0
-            tell_job(stopping.JOB_SAVED, str(report.step))
-            tell_launcher(SAVED, str(report.step))
-
-    def _finish_uploading(self) -> None:
-        """The run ends here: bring to its store what is not there yet.
-
-        Raises:
-            StoreError: it cannot be brought, and the run will not come back to try again.
-        """
-        for _ in range(self.config.checkpoint.attempts):
-            error = self._upload()
-            if error is None:
-                return
-        if self.is_done:
-            raise StoreError(
-                f"all is trained and saved in {self.run_dir}, but not all of it could be copied to "
-                f"{self.config.checkpoint.store}: {error}; `infini train --resume` does it"
-            )
-
-    def _upload(self) -> str | None:
-        """Bring to the run's store, where it has one, what is not there yet; what went wrong. Collective."""
-        self.watchdog.progress(self.progress.step, "upload", patient=True)
-        report = self.saver.upload()
-        if report is None:
-            return None
-        self.monitor.uploaded(report)
-        return report.error
 
     def load(self, reader: CheckpointReader) -> None:
         """Go on from a checkpoint; collective."""
         self.watchdog.progress(self.progress.step, "load", patient=True)
         check_same_run(reader.config, self.config)
         load_parts(reader, self.parts)
-        self.saved_step = self.progress.step
+        self.saves.saved_step = self.progress.step
         self.skipped.clear()
 
     def _after_spike(self, loss: float, score: float) -> None:

@@ -29,7 +29,8 @@ from launch.processes.worker import run_rank
 from model.decoder import DecoderStage
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.load import load_config
-from pipeline.training.trainer import Trainer, train
+from pipeline.training.run import train
+from pipeline.training.trainer import Trainer
 from tests.distributed.cases import TINY
 
 WORLD = 4

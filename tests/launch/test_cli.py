@@ -36,8 +36,8 @@ def run_yaml(tmp_path) -> Path:
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """Takes the place of pipeline.training.trainer; its `calls` are (config, resume), in the `worlds` of VARIABLES."""
-    module = types.ModuleType("pipeline.training.trainer")
+    """Takes the place of pipeline.training.run; its `calls` are (config, resume), in the `worlds` of VARIABLES."""
+    module = types.ModuleType("pipeline.training.run")
     module.calls, module.worlds = [], []
     module.error = None
 
@@ -49,7 +49,7 @@ def trainer(monkeypatch):
         return 0
 
     module.train = fake_train
-    monkeypatch.setitem(sys.modules, "pipeline.training.trainer", module)
+    monkeypatch.setitem(sys.modules, "pipeline.training.run", module)
     return module
 
 
