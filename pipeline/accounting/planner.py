@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from model.config import layer_config, layer_kinds, same_function
-from model.decoder import DecoderStage, StageOptions, split_layers
+from model.decoder import DecoderStage, split_layers
 from model.device import prepare_megatron
+from model.layers.decoder_layer import StageOptions
 from model.megatron import parallel_state
 from model.sharding import full_shape, partition_of
 from pipeline.accounting.communication import (

@@ -7,8 +7,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from model.config import same_function
-from model.decoder import DecoderStage, StageOptions
+from model.decoder import DecoderStage
 from model.huggingface.weights import backbone_names
+from model.layers.decoder_layer import StageOptions
 from pipeline.config.schema import Config
 
 

@@ -13,7 +13,8 @@ from data.prepared.shards import PreparedSet
 from model.backend import check_backend
 from model.compiling import compile_block_attention, compile_pieces
 from model.config import same_function
-from model.decoder import DecoderStage, StageOptions, split_layers
+from model.decoder import DecoderStage, split_layers
+from model.layers.decoder_layer import StageOptions
 from model.rules.kernel import memory_kernel
 from pipeline.config.derived import recomputes_logits
 from pipeline.config.load import ConfigError

@@ -3,7 +3,8 @@
 import torch
 
 from model.config import MemoryConfig, ModelConfig
-from model.decoder import DecoderStage, StageOptions
+from model.decoder import DecoderStage
+from model.layers.decoder_layer import StageOptions
 
 VOCAB = 40
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from model.config import MemoryConfig, ModelConfig, RopeScalingConfig
-from model.decoder import DecoderStage, StageOptions
+from model.decoder import DecoderStage
 from model.huggingface.weights import backbone_weights, join_qkv, memory_weight, split_qkv
+from model.layers.decoder_layer import StageOptions
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

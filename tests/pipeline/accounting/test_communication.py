@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from model.config import MemoryConfig, ModelConfig
-from model.decoder import DecoderStage, StageOptions
+from model.decoder import DecoderStage
+from model.layers.decoder_layer import StageOptions
 from pipeline.accounting.communication import context_bytes, context_messages, data_bytes, tensor_bytes
 from pipeline.accounting.footprint import per_rank_bytes
 from pipeline.accounting.planner import pretended_rank

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from model.config import MemoryConfig, ModelConfig
-from model.decoder import DecoderStage, StageOptions
+from model.decoder import DecoderStage
 from model.device import prepare_megatron
+from model.layers.decoder_layer import StageOptions
 from model.megatron import parallel_state
 from pipeline.accounting.flops import (
     forward_flops_per_token,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.config import MemoryConfig, ModelConfig
-from model.decoder import DecoderStage, StageOptions
+from model.decoder import DecoderStage
+from model.layers.decoder_layer import StageOptions
 from model.megatron import parallel_state
 from model.rules.context import ContextGroup
 from pipeline.accounting.footprint import per_rank_bytes

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from model.config import MemoryConfig  # noqa: E402
-from model.decoder import DecoderStage, StageOptions  # noqa: E402
+from model.decoder import DecoderStage  # noqa: E402
+from model.layers.decoder_layer import StageOptions  # noqa: E402
 from pipeline.checkpoint.folder import CheckpointError, find_checkpoint  # noqa: E402
 from pipeline.checkpoint.reader import CheckpointReader  # noqa: E402
 from pipeline.checkpoint.tensor_file import TensorFile  # noqa: E402
