@@ -138,7 +138,7 @@ class ModelConfig:
     packed_attention: str = "auto"
     """How the local attention keeps documents apart that share segments (`data.packing`): `auto`, by a mask on CUDA and
     document by document on a CPU; `flex`, by FlexAttention, which leaves out blocks that a mask hides (CUDA, compiled;
-    train.precision=fp32 or bf16). No GPU has run `flex` (docs/gpu.md)."""
+    train.precision=fp32 or bf16)."""
 
 
 class LayerShape(NamedTuple):
