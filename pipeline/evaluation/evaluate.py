@@ -20,6 +20,7 @@ import torch.distributed as dist
 from data.files import Place, place
 from data.prepared.shards import PreparedSet
 from data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from model.config import same_function
 from pipeline.checkpoint.find_tokenizer import check_tokenizer
 from pipeline.checkpoint.folder import find_checkpoint
 from pipeline.checkpoint.reader import CheckpointReader
@@ -178,7 +179,8 @@ def _progress(topology: Topology, total: int, description: str) -> Iterator[Call
 
 
 def _check_model(reader: CheckpointReader, config: Config) -> None:
-    """Refuse another model than the trained one: with some settings the weights load and mean other things."""
+    """Refuse another model than the trained one: with some settings the weights load and mean other things. How it is
+    computed is the machine's affair."""
     problems = []
 
     def compare(key: str, trained: Any, wanted: Any) -> None:
@@ -188,7 +190,7 @@ def _check_model(reader: CheckpointReader, config: Config) -> None:
         elif trained != wanted:
             problems.append(f"{key} is {wanted!r}, but {reader.folder} was trained with {trained!r}")
 
-    compare("model", asdict(reader.config.model), asdict(config.model))
+    compare("model", *(asdict(same_function(model)) for model in (reader.config.model, config.model)))
     if problems:
         raise ConfigError(problems)
 

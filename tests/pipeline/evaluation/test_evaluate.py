@@ -26,6 +26,7 @@ from pipeline.config.task_spec import Task
 from pipeline.config.validate import validate
 from pipeline.evaluation import answers, report
 from pipeline.evaluation.comparison import compare, loss_difference, run_names
+from pipeline.evaluation.evaluate import _check_model
 from pipeline.evaluation.heldout import choose_documents, each_document, summarize
 from pipeline.evaluation.intervals import ratio_intervals, resample_counts, wilson_interval
 from pipeline.evaluation.passkey import (
@@ -566,6 +567,16 @@ def _parsed(*arguments: str) -> argparse.Namespace:
     args = cli.parse(["evaluate", *arguments])
     evaluate._sort_arguments(args)
     return args
+
+
+def test_how_a_model_was_computed_is_no_other_model():
+    """A run with `model.compile` or a kernel by name could not be evaluated: an evaluation has its own."""
+    reader = SimpleNamespace(
+        config=load_config(None, ["model.compile=true", "model.memory.kernel=torch", "model.backend=te"]), folder="run"
+    )
+    _check_model(reader, load_config(None, []))
+    with pytest.raises(ConfigError, match="model.memory.epsilon is 0.1, but run was trained with 1e-06"):
+        _check_model(reader, load_config(None, ["model.memory.epsilon=0.1"]))
 
 
 def test_runs_and_settings_in_any_order():
