@@ -13,24 +13,9 @@ from pipeline.config import derived
 from pipeline.config.load import ConfigError, load_config, save_config
 from pipeline.config.schema import Config
 from pipeline.config.validate import validate
+from tests.pipeline.config.refused import problems
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str) -> Path:
-        path = tmp_path / "run.yaml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
-def problems(path, overrides=()) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, list(overrides))
-    return caught.value.problems
 
 
 def test_file_beats_schema_and_override_beats_file(write):

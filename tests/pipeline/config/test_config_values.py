@@ -15,23 +15,7 @@ from pipeline.config.keys import SYNONYMS, settings, suggestions
 from pipeline.config.load import ConfigError, load_config, save_config, stored_config
 from pipeline.config.schema import Config
 from pipeline.config.validate import validate
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str) -> Path:
-        path = tmp_path / "run.yaml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
-def problems(path, overrides=()) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, list(overrides))
-    return caught.value.problems
-
+from tests.pipeline.config.refused import problems
 
 PLAIN_TEXTS = ["2026_11_24", "0012", "1e3", "1.10", "12:30:00", "on", "No", "0x10", ".5", "1_000"]
 ODD_TEXTS = [*PLAIN_TEXTS, "=", "<<", "- a", "a: b", "try #2", "# 1", "*.beta", "&a", "!tag", "{a}", "[a]", "%x", "@x"]

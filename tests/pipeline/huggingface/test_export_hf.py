@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
@@ -26,20 +25,12 @@ from pipeline.huggingface.export_model import export_model  # noqa: E402
 from pipeline.huggingface.import_model import import_model  # noqa: E402
 from pipeline.inference.generate import Generator  # noqa: E402
 from pipeline.inference.sampling import Sampling  # noqa: E402
-from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import FAMILIES, write_hf_model  # noqa: E402
 from tests.tiny_run import write_run  # noqa: E402
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("remote_modules")]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("remote_modules", "topology")]
 
 TEXT = "the cat sat on the mat and looked at the hat, "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield initialize(tensor=1, pipeline=1, timeout_s=60)
-    shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import struct
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 pytest.importorskip("gguf", reason="the extra `hf` is not installed")
@@ -20,7 +19,6 @@ from model.config import MemoryConfig  # noqa: E402
 from pipeline.huggingface.folder_source import open_source  # noqa: E402
 from pipeline.huggingface.gguf_header import read_header  # noqa: E402
 from pipeline.huggingface.import_model import import_model  # noqa: E402
-from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_gguf import header, setting, text, write_gguf  # noqa: E402
 from tests.tiny_hf import write_hf_model  # noqa: E402
 
@@ -51,16 +49,13 @@ def test_tensors_and_settings(hf, model):
         assert source.config[name] == wanted[name], name
 
 
-def test_import_with_its_tokenizer(hf, model, tmp_path):
+def test_import_with_its_tokenizer(hf, model, tmp_path, topology):
     """A stranger's files beside it are not looked at."""
     path = tmp_path / "model.gguf"
     os.link(model[0], path)
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "evil.Evil"]}}')
     (tmp_path / "config.json").write_text("[")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    initialize(tensor=1, pipeline=1, timeout_s=60)
     import_model(path, tmp_path / "out", memory=MemoryConfig(), segment_length=24)
-    shutdown()
     ours, theirs = load_tokenizer(tmp_path / "out"), load_tokenizer(hf[0])
     assert ours.eos_id == theirs.eos_id
     assert ours.encode("the cat sat on the hat") == theirs.encode("the cat sat on the hat")

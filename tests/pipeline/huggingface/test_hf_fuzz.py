@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
@@ -23,7 +22,6 @@ from pipeline.checkpoint.folder import find_checkpoint  # noqa: E402
 from pipeline.config.load import load_config  # noqa: E402
 from pipeline.huggingface.import_model import import_model  # noqa: E402
 from pipeline.inference.streaming import open_checkpoint  # noqa: E402
-from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import write_hf_model  # noqa: E402
 
 LENGTH = 16
@@ -53,13 +51,6 @@ VALUES += ["<|endoftext|>", {"content": "<|endoftext|>"}]
 KEYS = ["sliding_window", "layer_types", "rope_scaling", "rope_parameters", "rope_theta", "head_dim", "auto_map"]
 KEYS += ["original_max_position_embeddings", "fast_tokenizer_files", "pad_token", "partial_rotary_factor"]
 KEYS += ["transformers_weights", "attention_bias", "model_type", "tokenizer_sha256", "bos_token", "eos_token_id"]
-
-
-@pytest.fixture(scope="module")
-def topology():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield initialize(tensor=1, pipeline=1, timeout_s=60)
-    shutdown()
 
 
 @pytest.fixture(scope="module")

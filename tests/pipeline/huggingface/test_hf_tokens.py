@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
@@ -27,21 +26,13 @@ from pipeline.huggingface.export_model import export_model  # noqa: E402
 from pipeline.huggingface.import_model import import_model  # noqa: E402
 from pipeline.huggingface.tokens import read_tokens  # noqa: E402
 from pipeline.inference.generate import Generator  # noqa: E402
-from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from tests.tiny_hf import write_hf_model  # noqa: E402
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("remote_modules")]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("remote_modules", "topology")]
 
 BEGIN, TURN = 280, 281
 GENERATION = {"bos_token_id": BEGIN, "eos_token_id": [0, TURN], "pad_token_id": 0, "do_sample": True, "top_k": 7}
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|eot|>{% endfor %}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield initialize(tensor=1, pipeline=1, timeout_s=60)
-    shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
@@ -22,19 +21,11 @@ from pipeline.checkpoint.tensor_file import TensorFile  # noqa: E402
 from pipeline.config.load import load_config  # noqa: E402
 from pipeline.huggingface.import_model import import_model  # noqa: E402
 from pipeline.inference.streaming import open_checkpoint  # noqa: E402
-from pipeline.parallel.topology import initialize, shutdown  # noqa: E402
 from pipeline.reporting.inspect import read_contents  # noqa: E402
 from tests.tiny_hf import FAMILIES, VOCAB, write_hf_model  # noqa: E402
 
 LENGTH = 24
 MEMORY = MemoryConfig(rule="delta", write_gate="hard", beta_init=-4.0)
-
-
-@pytest.fixture(scope="module")
-def topology():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield initialize(tensor=1, pipeline=1, timeout_s=60)
-    shutdown()
 
 
 @pytest.fixture(scope="module")

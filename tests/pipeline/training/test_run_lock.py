@@ -62,6 +62,26 @@ def holder(lock: RunLock) -> run_lock.Holder:
     return decode_json(lock.file.read(), run_lock.Holder, NAME)
 
 
+def taken_at_once(locks: list[RunLock]) -> list[RunLock]:
+    """Those of the locks that are had by whoever asks for them, all at the same time."""
+    got, ready = [], threading.Barrier(len(locks))
+
+    def take(lock: RunLock) -> None:
+        ready.wait()
+        try:
+            lock.acquire()
+            got.append(lock)
+        except ConfigError:
+            pass
+
+    threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return got
+
+
 def test_a_second_run_is_refused_by_name(tmp_path, owner):
     with pytest.raises(ConfigError, match=f"in use by process {owner.pid} on {socket.gethostname()}, since 20"):
         quick(tmp_path).acquire()
@@ -148,21 +168,7 @@ def test_of_many_that_take_a_dead_ones_place_one_gets_it(tmp_path, owner, monkey
     owner.kill()
     owner.wait()
     locks = [locked(tmp_path, beat_s=30, watch_s=0.2) for _ in range(8)]
-    got, ready = [], threading.Barrier(len(locks))
-
-    def take(lock: RunLock) -> None:
-        ready.wait()
-        try:
-            lock.acquire()
-            got.append(lock)
-        except ConfigError:
-            pass
-
-    threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    got = taken_at_once(locks)
     assert len(got) == 1 and got[0]._is_own() and os.listdir(tmp_path) == [NAME]
     got[0].release()
 
@@ -210,21 +216,7 @@ def test_a_second_run_at_a_store_is_refused_by_name(capsys):
 def test_of_many_that_come_to_a_store_at_once_one_gets_it(monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *_, **__: None)
     locks = [in_store(f"n{number}", beat_s=0.2, watch_s=1) for number in range(6)]
-    got, ready = [], threading.Barrier(len(locks))
-
-    def take(lock: RunLock) -> None:
-        ready.wait()
-        try:
-            lock.acquire()
-            got.append(lock)
-        except ConfigError:
-            pass
-
-    threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    got = taken_at_once(locks)
     assert len(got) == 1 and got[0]._is_own()
     got[0].release()
 
