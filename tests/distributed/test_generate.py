@@ -50,6 +50,7 @@ def test_greedy_tokens_are_those_of_a_full_recomputation(pools, run, precision):
         ["model.memory.rule=deltanet"],
         ["model.memory.rule=gated_deltanet", "model.memory.mix_gate=token"],
         pytest.param(["model.memory.rule=kda", "model.memory.write_gate=sigmoid"], marks=pytest.mark.slow),
+        pytest.param(["model.memory.rule=gdn2", "model.memory.write_gate=hard"], marks=pytest.mark.slow),
         ["model.memory.rule=none", "model.local_context=sliding"],
         ["model.memory.rule=delta", "model.local_context=sliding"],
         ["model.memory.layers=[1]", "model.memory.write_gate=hard"],

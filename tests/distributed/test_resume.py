@@ -34,6 +34,7 @@ MODELS = {
         "model.local_context=sliding",
     ],
     "gdn2": ["model.memory.rule=gdn2"],
+    "kda": ["model.memory.rule=kda"],
     "transformer-xl": ["model.memory.rule=none", "model.local_context=sliding"],
 }
 LAYOUTS = {
@@ -125,6 +126,7 @@ def test_same_layout_goes_on_bit_for_bit(runs, layout):
         ("sliding-convolution", "1111", "2111"),
         ("transformer-xl", "1212", "1111"),
         pytest.param("gdn2", "2111", "1111", marks=pytest.mark.slow),
+        pytest.param("kda", "1111", "2111", marks=pytest.mark.slow),
     ],
 )
 def test_everything_a_layer_carries_goes_on_bit_for_bit(runs, model, layout, other):
