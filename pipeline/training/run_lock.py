@@ -139,7 +139,10 @@ class RunLock:
         Raises:
             ConfigError, OSError: as `acquire`.
         """
-        self.acquire() if self._thread is None else self._sign()
+        if self._thread is None:
+            self.acquire()
+        else:
+            self._sign()
 
     def release(self) -> None:
         """Give it back, if this process has it."""
@@ -222,7 +225,7 @@ def this_process() -> Holder:
 def _holder(contents: bytes | None) -> Holder | None:
     """Whose a lock is by what stands in it; None where that cannot be read: it was just made, or cut short."""
     try:
-        return contents and decode_json(contents, Holder, NAME)
+        return None if contents is None else decode_json(contents, Holder, NAME)
     except FileError:
         return None
 

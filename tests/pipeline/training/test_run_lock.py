@@ -156,8 +156,9 @@ def test_an_owner_that_has_lost_it_leaves(tmp_path, owner):
     assert owner.wait(60) == 1
 
 
-def test_half_a_lock_is_watched_too(tmp_path):
-    (tmp_path / NAME).write_text('{"token": "ab')
+@pytest.mark.parametrize("written", ["", '{"token": "ab'])
+def test_half_a_lock_is_watched_too(tmp_path, written):
+    (tmp_path / NAME).write_text(written)
     lock = quick(tmp_path)
     lock.acquire()
     lock.release()
