@@ -60,7 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, note: Note) -> None:
-    from pipeline.benchmarks.data_rates import Window, options, prepare, write_text
+    from pipeline.benchmarks.data_rates import Window, prepare_set, write_text
+    from pipeline.benchmarks.measuring import in_fresh_process
 
     if args.quick:
         vars(args).update(QUICK)
@@ -68,7 +69,7 @@ def measure(args: argparse.Namespace, note: Note) -> None:
     with tempfile.TemporaryDirectory(prefix="infini-bench-", dir=args.folder) as name:
         folder = Path(name)
         text = write_text(folder / "text.jsonl", args.megabytes * 10**6)
-        prepare([str(text.path)], folder / "set", options(f"train:{args.vocab}"))
+        in_fresh_process(prepare_set, text, folder / "set", args.vocab)
         note.text(
             f"{text.bytes / 1e6:.1f} MB of text in {text.documents:,} documents (Python source of installed packages, "
             f"JSON lines), byte-level BPE of {args.vocab:,} tokens. Files are in the page cache. {args.rounds} rounds, "

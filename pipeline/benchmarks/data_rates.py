@@ -114,6 +114,15 @@ def options(tokenizer: str) -> PrepareOptions:
     return PrepareOptions(tokenizer=tokenizer, valid_fraction=0.0)
 
 
+def prepare_set(text: Text, out: Path, vocab: int) -> None:
+    """The set that is read, and whose tokenizer all encode with.
+
+    To be called in a fresh process: training a tokenizer starts the library's threads, and a process that is forked
+    afterwards has none but waits for them.
+    """
+    prepare([str(text.path)], out, options(f"train:{vocab}"))
+
+
 def run_prepare(text: Text, out: Path, tokenizer: str, processes: int) -> Timed:
     """`infini prepare`: read, encode, check, write shards and index with their hashes, sync them."""
     grown, start = peak_growth(), time.perf_counter()

@@ -86,6 +86,15 @@ def test_a_record_of_another_form_is_refused(tmp_path):
         read_record(path)
 
 
+def test_data_on_two_threads(tmp_path):
+    """Its own processes are forked: a tokenizer that has been trained in the one they come from hangs them."""
+    sizes = "--megabytes 1 --vocab 300 --processes 2 --times 2 --windows 4 --lanes 2 --rounds 1".split()
+    command = [sys.executable, "-m", "launch.cli", "bench", "data", *sizes, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(numbers(the_record(tmp_path), "tokens_per_second", part="prepare", processes=2)) == 3
+
+
 def test_length(tmp_path):
     """Its own processes are forked, so it runs from the command line as a user would."""
     done = subprocess.run(
