@@ -7,6 +7,7 @@ under a process group that only pretends to have other members.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
@@ -289,12 +290,13 @@ def predict_step(config: Config, world_size: int, vocab: int, rates: Rates) -> P
     for stage, of_stage, events in zip(needs, bounds, timeline.events, strict=True):
         layers = range(*of_stage)
         ends = {"is_first": stage.stage == 0, "is_last": stage.stage == len(needs) - 1}
+        passes = Counter(event.operation.kind for event in events)
         for sums, own in (
             (tensor, tensor_bytes(config, world_size, layers=layers, **ends)),
             (context, context_bytes(config, world_size, layers=layers)),
         ):
-            bytes_of = {Kind.FORWARD: own.forward, Kind.REPLAY: own.forward, Kind.BACKWARD: own.backward}
-            sums.append(sum(bytes_of.get(event.operation.kind, 0) for event in events))
+            forward = passes[Kind.FORWARD] + passes[Kind.REPLAY]
+            sums.append(forward * own.forward + passes[Kind.BACKWARD] * own.backward)
     last = [
         _last_backward(config, world_size, vocab, rates, costs, timeline, stage, range(*layers))
         for stage, layers in zip(needs, bounds, strict=True)

@@ -107,7 +107,7 @@ def simulate(programs: Sequence[Sequence[Operation]], costs: Costs) -> Timeline:
         issued, sender, index = sent.pop((stage, wait))
         start = max(issued, posted.pop((stage, wait)), free.get((stage, wait.kind), 0.0))
         free[stage, wait.kind] = start + wire_s
-        events[sender][index] = events[sender][index]._replace(start_s=start, end_s=start + wire_s + costs.latency_s)
+        events[sender][index] = Event(events[sender][index].operation, start, start + wire_s + costs.latency_s)
         return start + wire_s + costs.latency_s
 
     def execute(stage: int, operation: Operation) -> bool:
@@ -117,10 +117,10 @@ def simulate(programs: Sequence[Sequence[Operation]], costs: Costs) -> Timeline:
         if kind in COMPUTE:
             end = start + costs.compute_s[stage][kind]
         elif kind in POSTS:
-            posted[stage, operation._replace(kind=POSTS[kind])] = start
+            posted[stage, operation.of_kind(POSTS[kind])] = start
         elif kind in SENDS:
             wait, direction = SENDS[kind]
-            sent[stage + direction, operation._replace(kind=wait)] = (start, stage, len(events[stage]))
+            sent[stage + direction, operation.of_kind(wait)] = (start, stage, len(events[stage]))
         else:
             arrival = arrive(stage, operation)
             if arrival is None:
