@@ -17,7 +17,9 @@ GATED_DELTANET="model.memory.rule=gated_deltanet model.memory.write_gate=sigmoid
 # document are read by all. `attention` sees all of them: what there is to be gained.
 MODELS=(
     "sliding"
-    "gated_deltanet_sliding $GATED_DELTANET"
+    "gated_deltanet_head $GATED_DELTANET"
+    "gated_deltanet_token $GATED_DELTANET model.memory.mix_gate=token optimizer.beta_lr_scale=5"
+    "gated_deltanet_convolution $GATED_DELTANET model.memory.short_convolution=true"
     "gated_deltanet_third $GATED_DELTANET model.memory.layers=[2,5,8,11,14,17,20,23,26,29]"
     "sliding_equal_state model.segment_length=320 train.segments_per_window=13 evaluate.max_segments=24"
     "delta_sliding model.memory.rule=delta"
