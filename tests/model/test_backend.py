@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from model import backend, decoder
 from model.backend import check_backend, onednn_mm, parallel_linears
-from model.layers import attention
+from model.layers import attention, decoder_layer
 from model.megatron import LocalSpecProvider
 from tests.model.build import random_tokens, small_config, small_stage
 
@@ -77,7 +77,7 @@ def test_a_backend_makes_the_large_matrices_and_nothing_else(monkeypatch, rule):
     config = small_config(rule, "sigmoid", mix="token")
     usual = small_stage(config)
     provider = Recorded()
-    for module in (decoder, attention):
+    for module in (decoder_layer, attention):
         monkeypatch.setattr(module, "parallel_linears", lambda backend: provider)
     stage = small_stage(config)
     made = {id(layer): name for name, layer, _ in provider.made}
