@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a memory is worth to a pretrained model beside a sliding local context: SmolLM2-135M, continued on source code, books and
 # questions -> for each line of MODELS a model, all on the same tokens -> loss of held-out packages and books by segment, side by
-# side, and tasks of RULER and BABILong. For a GPU (docs/continual_pretraining.md has the times). Everything lands in ./smollm2.
+# side, and tasks of RULER and BABILong. For a GPU; not yet run from end to end. Everything lands in ./smollm2.
 # It can be stopped and run again.
 #
 # BOOKS is a folder of yours: train/*.txt are trained on, test/*.txt held out, each a piece of some 8,200 tokens or more.
