@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The passkey task made harder: hidden in real text, and with several named keys.
 # Everything lands in ./passkey; two hours on two cores. It can be stopped and run again. docs/science_record.md has how far it goes.
+#
+# SCALE=large is for a GPU, minutes there: eight named keys in three seeds, JOBS at a time, and nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/recipes/models.sh
@@ -9,6 +11,25 @@ source launch/recipes/models.sh
 prepare_set() {
     infini prepare "${@:3}" --tokenizer "passkey/$1/tokenizer" --valid-fraction 0.001 --out "passkey/$1/$2"
 }
+
+SEEDS="${SEEDS:-0 1 2}"
+if [ "${SCALE:-small}" = large ]; then
+    say "up to eight named keys, more documents"
+    infini prepare passkey:300,length=2K,keys=8 --tokenizer train:1024 --valid-fraction 0.01 --out passkey/eight/tokenizer
+    prepare_set eight short passkey:12000,length=130..220,keys=2,questions=2
+    prepare_set eight window passkey:8000,length=226..300,keys=4,questions=4 passkey:8000,length=430..520,keys=8,questions=8
+    prepare_set eight long4 passkey:1200,length=1K..16K,keys=4,questions=4,seed=2
+    prepare_set eight long8 passkey:1200,length=1K..16K,keys=8,questions=8,seed=3
+
+    say "a model per seed, $JOBS at a time"
+    models=()
+    for seed in $SEEDS; do models+=("seed$seed train.seed=$seed"); done
+    train_models configs/passkey_eight.yaml passkey/eight "${models[@]}"
+
+    say "exact match by length and by number of keys"
+    evaluate_models passkey/eight evaluation --no-perplexity "${models[@]}"
+    exit
+fi
 
 say "real text as filler: source code, with a tokenizer that knows the task's words"
 infini prepare python:networkx,numpy passkey:300,length=512..4K --tokenizer train:1024 --out passkey/text/tokenizer

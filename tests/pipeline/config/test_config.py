@@ -329,6 +329,7 @@ SHIPPED = {
     "passkey_1m": [1, 2],
     "passkey_keys": [1, 2],
     "passkey_text": [1, 2],
+    "passkey_eight": [1, 2],
     "recall": [1, 2],
     "compare_rules": [1, 2],
     "compare_sliding": [1, 2],
