@@ -71,6 +71,13 @@ class Span(NamedTuple):
         alike = set(count) == {1} and len(set(start)) == 1
         return cls(starts, stop, lanes, columns, places, position, visible, alike)
 
+    @classmethod
+    def at(cls, place: Tensor, length: int) -> Span:
+        """One token in every lane, at positions `[b]` that the host need not know, of segments of `length` tokens."""
+        lane = torch.arange(len(place), device=place.device)
+        visible = torch.arange(length, device=place.device) <= place[:, None]
+        return cls(place, length, lane, torch.zeros_like(lane), place, place[:, None], visible[:, None, None], False)
+
     @property
     def one_each(self) -> bool:
         """Whether every lane gets one token."""

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.device import on_device
+from model.decoder import DecoderStage
+from model.device import Recording, on_device
 from model.layers.segment_cache import SegmentCache, Span
 from model.megatron import gather_from_tensor_model_parallel_region
 from model.rules.state import Memory, put_lanes, take_lanes
@@ -40,6 +41,8 @@ class LaneState:
     """Tokens of the current segment, the one kept back included; empty before anything was read."""
     position: list[int]
     """Tokens of the document before the current segment."""
+    step: RecordedStep | None = None
+    """What predicts the next token, where that is recorded; of this memory and this cache."""
 
     @property
     def lanes(self) -> int:
@@ -58,6 +61,35 @@ class LaneState:
             [list(self.segment[i]) for i in lanes],
             [self.position[i] for i in lanes],
         )
+
+
+class RecordedStep:
+    """The pass of one token in every lane, recorded: on a GPU it is a thousand small kernels, and Python takes longer
+    to start them than the GPU to run them. It attends to a whole segment, of which a mask hides what is not there yet.
+
+    Args:
+        stage: the whole model.
+        memory, cache: of a `LaneState`; the cache is written in place.
+    """
+
+    def __init__(self, stage: DecoderStage, memory: Memory, cache: list[SegmentCache]) -> None:
+        self.stage, self.memory, self.cache = stage, memory, cache
+        key = cache[0].key
+        self._numbers = torch.zeros(2, len(key), dtype=torch.int64, device=key.device)
+        """Of every lane its token, and the token's place in the segment."""
+        self._recording = Recording(self._step, key.device)
+
+    def run(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
+        """Logits `[B, vocabulary]` of the tokens that follow, until the next call."""
+        given = on_device([[*tokens, *places]], self._numbers.device)[0]
+        self._numbers.copy_(given.view_as(self._numbers))
+        return self._recording.run()
+
+    def _step(self) -> Tensor:
+        tokens, places = self._numbers
+        span = Span.at(places, self.stage.config.segment_length)
+        hidden = self.stage.extend(tokens[:, None], self.memory, self.cache, span)
+        return self.stage.next_token_logits(hidden[0])
 
 
 class _Source:
@@ -106,6 +138,8 @@ class IncrementalModel:
         dist.all_gather_object(ranks, dist.get_rank() if has_logits else None, group=self.group)
         self.chooser: int = next(rank for rank in ranks if rank is not None)
         """Global rank of the process that has the logits and chooses the tokens."""
+        self.records = False
+        """Whether steps of one token are recorded, which only a model in one process can: set it before the first."""
 
     def start(self, lanes: int) -> LaneState:
         """Lanes that have read nothing."""
@@ -162,11 +196,18 @@ class IncrementalModel:
         return True
 
     def next_logits(self, state: LaneState) -> Tensor | None:
-        """Logits `[B, vocabulary]` of the token after the last one of every lane, on the chooser; else None.
+        """Logits `[B, vocabulary]` of the token after the last one of every lane, on the chooser; else None. They hold
+        until the next call.
 
         The tokens kept back go into the caches. Call `append` before anything else.
         """
         last = [tokens.pop() for tokens in state.segment]
+        if self.records:
+            if state.step is None or state.step.memory is not state.memory:
+                state.step = RecordedStep(self.stage, state.memory, state.cache)
+            logits = state.step.run(last, [len(tokens) for tokens in state.segment])
+            self._advance(state, [[token] for token in last])
+            return logits[:, : self.vocab_size]
         hidden = self._extend(state, [[token] for token in last])
         if hidden is None:
             return None
@@ -191,7 +232,7 @@ class IncrementalModel:
         return found
 
     def _extend(self, state: LaneState, new: list[list[int]]) -> Tensor | None:
-        """Put tokens (some lanes may have none) into the caches and write the segments that are full to the memory.
+        """Put tokens (some lanes may have none) into the caches, and `_advance`.
 
         Returns:
             The last stage's hidden states `[c, B, h]`; None on the others.
@@ -209,12 +250,17 @@ class IncrementalModel:
         hidden = self.stage.extend(inputs, state.memory, state.cache, span)
         if not self.stage.is_last:
             dist.send(hidden.contiguous(), self.topology.next_rank, group=self.topology.forward_group)
+        self._advance(state, new)
+        return hidden if self.stage.is_last else None
+
+    def _advance(self, state: LaneState, new: list[list[int]]) -> None:
+        """Count tokens that are in the caches, and write the segments that are full to the memory."""
         for segment, tokens in zip(state.segment, new, strict=True):
             segment += tokens
         full = [i for i, segment in enumerate(state.segment) if len(segment) == self.length]
         if full:
-            state.memory = self.stage.commit(state.memory, state.cache, torch.tensor(full, device=device))
+            (lanes,) = on_device([full], self.topology.device)
+            state.memory = self.stage.commit(state.memory, state.cache, lanes)
         for i in full:
             state.segment[i] = []
             state.position[i] += self.length
-        return hidden if self.stage.is_last else None

@@ -24,10 +24,13 @@ def texts(length: int = 211) -> list[str]:
 
 
 def greedy_and_recomputed(run: str, overrides: list[str], new_tokens: int) -> dict[str, Any]:
-    """Greedy tokens of a batch, and those of forwards over all tokens so far, without any cache, one prompt each."""
+    """Greedy tokens of a batch, by steps as a GPU records them too, and those of forwards over all tokens so far,
+    without any cache, one prompt each."""
     generator = Generator.open(run, overrides=overrides)
     generator.model.streamer.tokens_per_window = 64  # several windows per prompt
     found = generator.generate(texts(), max_new_tokens=new_tokens)
+    generator.model.records = True
+    recorded = generator.generate(texts(), max_new_tokens=new_tokens)
     expected, margins = [], []
     for text in texts():
         prompt, new = generator.tokenizer.encode(text), []
@@ -36,7 +39,12 @@ def greedy_and_recomputed(run: str, overrides: list[str], new_tokens: int) -> di
             margins.append(float(top.values[0] - top.values[1]))
             new.append(int(top.indices[0]))
         expected.append(new)
-    return {"found": [completion.tokens for completion in found], "expected": expected, "margin": min(margins)}
+    return {
+        "found": [completion.tokens for completion in found],
+        "recorded": [completion.tokens for completion in recorded],
+        "expected": expected,
+        "margin": min(margins),
+    }
 
 
 def _last_logits(generator: Generator, tokens: list[int]) -> torch.Tensor:

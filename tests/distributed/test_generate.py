@@ -38,7 +38,7 @@ def test_greedy_tokens_are_those_of_a_full_recomputation(pools, run, precision):
     overrides = [f"train.precision={precision}"]
     result = pools.run(1, generation_cases.greedy_and_recomputed, run=run, overrides=overrides, new_tokens=40)[0]
     assert result["margin"] > 1e-4  # no tie that rounding could turn
-    assert result["found"] == result["expected"]
+    assert result["found"] == result["recorded"] == result["expected"]
     assert len({tuple(tokens) for tokens in result["found"]}) == 5
     assert min(len(set(tokens)) for tokens in result["found"]) > 3
 
@@ -61,7 +61,7 @@ def test_other_memories_recompute_alike_and_can_be_kept(pools, tmp_path, data, s
     run = trained(pools, tmp_path / "run", data, *settings)
     result = pools.run(1, generation_cases.greedy_and_recomputed, run=run, overrides=[], new_tokens=20)[0]
     assert result["margin"] > 1e-4
-    assert result["found"] == result["expected"]
+    assert result["found"] == result["recorded"] == result["expected"]
     path = str(tmp_path / "memory")
     pools.run(1, generation_cases.save_document, run=run, overrides=[], path=path, document=[texts()[3]])
     found = pools.run(1, generation_cases.ask, run=run, overrides=[], path=path, questions=["question"])[0]

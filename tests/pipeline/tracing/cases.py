@@ -238,12 +238,13 @@ def evaluation(world: int, rank: int, settings: str) -> dict[str, Any]:
     }
 
 
-def generation(settings: str, *, temperature: float = 0.0, tokens: int = 4) -> dict[str, Any]:
+def generation(settings: str, *, temperature: float = 0.0, tokens: int = 4, records: bool = False) -> dict[str, Any]:
     """Two prompts of more than a segment, and some tokens after them, over a segment's end."""
     config = small(settings)
     with pretended_world(config, 0, 1) as topology:
         with topology.device:
             model = IncrementalModel(Streamer(build_stage(config, topology, VOCAB), topology), VOCAB)
+        model.records = records
         with Ledger(topology.device.type) as reading:
             state = model.start(2)
             model.read(state, [[np.arange(30, dtype=np.int64)], [np.arange(20, dtype=np.int64)]])

@@ -151,8 +151,8 @@ def test_generation(tracing_process, rule):
     assert found["reads_per_token"] == 1  # of all lanes together: the host must see whether a text has ended
 
 
-def test_drawn_tokens_cost_one_read(tracing_process):
-    found = tracing_process(cases.generation, settings="model.memory.rule=delta", temperature=1.0)
+def test_recorded_steps_and_drawn_tokens_cost_one_read(tracing_process):
+    found = tracing_process(cases.generation, settings="model.memory.rule=delta", temperature=1.0, records=True)
     assert found["unlisted"] == [] and found["reads_per_token"] == 1
 
 
