@@ -32,9 +32,12 @@ class MemoryConfig:
     """The layers that have a memory, counted from 0; null means all of them. The others are local attention alone
     (`model.local_context`): they have no gates and carry no memory."""
     short_convolution: bool | None = None
-    """Queries, keys and values pass a causal convolution over 4 tokens on their way to the memory, so that a key can
-    hold the token before it (see `model.rules.convolution`). null: `gated_deltanet`, `delta_product`, `kda` and
-    `gdn2` have them, as in their papers, the others do not."""
+    """Queries, keys and values pass a causal convolution over `convolution_width` tokens on their way to the memory, so
+    that a key can hold the tokens before it (see `model.rules.convolution`). null: `gated_deltanet`, `delta_product`,
+    `kda` and `gdn2` have them, as in their papers, the others do not."""
+    convolution_width: int = 4
+    """Tokens that the short convolutions see, their own included: what is stored is bound to so many tokens. Means
+    something only with short convolutions (`short_convolution`)."""
     num_householder: int = 2
     """`delta_product`: steps of the delta rule per token, each with a key and a value of its own (see
     `model.rules.delta_product`). 1 is `gated_deltanet`."""

@@ -15,13 +15,13 @@ from pipeline.config.schema import Config, TrainConfig
 
 
 def write_run(
-    folder: Path, rule="delta", gate="hard", *, layers=None, leave_out=(), not_finite=None, **settings
+    folder: Path, rule="delta", gate="hard", *, layers=None, width=4, leave_out=(), not_finite=None, **settings
 ) -> Path:
     """Weights far from their initial values, without the parameters in `leave_out`, with two NaN in `not_finite`.
 
     Megatron's groups must be there.
     """
-    memory = MemoryConfig(rule=rule, write_gate=gate, layers=layers)
+    memory = MemoryConfig(rule=rule, write_gate=gate, layers=layers, convolution_width=width)
     sizes = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}
     sizes |= {"ffn_hidden_size": 20, "segment_length": 8, "vocab_size": 257}
     model = ModelConfig(**sizes | settings, memory=memory)

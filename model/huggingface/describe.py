@@ -21,7 +21,7 @@ EXPORTED_CODE = {
 
 MEMORY_SETTINGS = (
     *("rule", "layers", "write_gate", "write_gate_bias", "short_convolution", "mix_gate", "gate_floor", "beta_init"),
-    *("skip_empty", "epsilon", "num_householder"),
+    *("skip_empty", "epsilon", "convolution_width", "num_householder"),
 )
 """Of `MemoryConfig`: `memory_<name>` in an exported `config.json`."""
 

@@ -67,7 +67,7 @@ def build_rule(memory: MemoryConfig) -> MemoryRule | None:
     if memory.rule not in RULES:
         raise ValueError(f"memory.rule: no rule {memory.rule!r}; valid: {', '.join(RULES)}")
     rule = RULES[memory.rule](memory)
-    return ConvolvedRule(rule) if rule is not None and has_convolution(memory) else rule
+    return ConvolvedRule(rule, memory.convolution_width) if rule is not None and has_convolution(memory) else rule
 
 
 def empty_state(

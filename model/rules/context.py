@@ -15,7 +15,7 @@ One all-gather brings (G_c, T_c): keeping the C transitions from the forward pas
 comes in and d(initial) goes out whole, on every rank; gradients of parameters are of the rank's own tokens, and are to
 be summed over the ranks.
 
-What stands right before a part (a segment of keys and values, three tokens for the convolutions) is the left
+What stands right before a part (a segment of keys and values, a few tokens for the convolutions) is the left
 neighbour's, and comes by a shift around the ring. What the first rank gets from the last one is what the chunk leaves
 behind: the first rank's copy of such a state is the one that counts, the others hand theirs on unread.
 

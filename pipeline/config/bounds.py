@@ -86,6 +86,7 @@ BOUNDS: dict[str, Bound] = {
     "model.norm_epsilon": Bound(0, 1, above=True),
     "model.init_std": _positive(1000),
     "model.memory.layers.*": Bound(0, 2047),
+    "model.memory.convolution_width": Bound(2, 16),
     "model.memory.num_householder": Bound(1, 64),
     "model.memory.write_gate_bias": Bound(-10_000, 10_000),
     "model.memory.beta_init": Bound(-10_000, 10_000),

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from model.rules import build_rule, has_convolution
-from model.rules.convolution import WIDTH
 from pipeline.config import derived
 from pipeline.config.schema import Config
 
@@ -43,15 +42,15 @@ def layout_problems(config: Config) -> Iterator[str]:
 def window_problems(config: Config) -> Iterator[str]:
     segments, chunks = config.train.segments_per_window, config.bptt.chunks_per_window
     context, probes = config.parallel.context, config.train.probes_per_window
-    parts = chunks * context
+    parts, memory = chunks * context, config.model.memory
     if segments % chunks:
         yield (
             f"bptt.chunks_per_window = {chunks}: must divide train.segments_per_window = {segments}; "
             f"valid are {listed(divisors(segments))}"
         )
-    elif context > 1 and (rule := build_rule(config.model.memory)) is not None and not rule.composes:
+    elif context > 1 and (rule := build_rule(memory)) is not None and not rule.composes:
         yield (
-            f"parallel.context = {context}: must be 1 with model.memory.rule = {config.model.memory.rule}, whose "
+            f"parallel.context = {context}: must be 1 with model.memory.rule = {memory.rule}, whose "
             "segments cannot be summed up for the ranks behind"
         )
     elif segments // chunks % context:
@@ -60,11 +59,12 @@ def window_problems(config: Config) -> Iterator[str]:
             f"(train.segments_per_window = {segments} / bptt.chunks_per_window = {chunks}), which its ranks share; "
             f"valid are {listed(divisors(segments // chunks))}"
         )
-    elif context > 1 and has_convolution(config.model.memory) and _part_tokens(config) < WIDTH - 1:
+    elif context > 1 and has_convolution(memory) and _part_tokens(config) < memory.convolution_width - 1:
         yield (
             f"parallel.context = {context}: a rank's part of a chunk has {_part_tokens(config)} token(s), but a short "
-            f"convolution (model.memory.short_convolution) looks back at {WIDTH - 1}, which the next rank must have "
-            "from one neighbour alone; a larger model.segment_length or a smaller context"
+            f"convolution with model.memory.convolution_width = {memory.convolution_width} "
+            f"(model.memory.short_convolution) looks back at {memory.convolution_width - 1}, which the next rank must "
+            "have from one neighbour alone; a larger model.segment_length or a smaller context"
         )
     if probes and (segments % probes or probes % parts):
         by = f"bptt.chunks_per_window = {chunks}"

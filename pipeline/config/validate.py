@@ -22,7 +22,7 @@ from model.config import (
     MemoryConfig,
     layer_shape,
 )
-from model.rules import RULES
+from model.rules import RULES, has_convolution
 from model.rules.kernel import RULES_WITH_KERNELS
 from pipeline.config import derived
 from pipeline.config.bounds import PARAMETERS, TOKENS_PER_STEP, out_of_bounds
@@ -292,6 +292,13 @@ def _memory(config: Config) -> Iterator[str]:
         yield (
             "model.memory.short_convolution = true: must be null or false with model.memory.rule = none, there is "
             "nothing to convolve for"
+        )
+    if memory.convolution_width != MemoryConfig().convolution_width and not has_convolution(memory):
+        convolved = "null" if memory.short_convolution is None else "false"
+        yield (
+            f"model.memory.convolution_width = {memory.convolution_width}: must be "
+            f"{MemoryConfig().convolution_width}, its default, with model.memory.short_convolution = {convolved} and "
+            f"model.memory.rule = {memory.rule}, which has no short convolutions then"
         )
     if memory.num_householder != MemoryConfig().num_householder and memory.rule != "delta_product":
         yield (

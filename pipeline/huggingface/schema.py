@@ -104,6 +104,7 @@ class ModelSettings(msgspec.Struct):
     memory_write_gate: Text | None = None
     memory_write_gate_bias: float = 0.0
     memory_short_convolution: bool | None = None
+    memory_convolution_width: Annotated[int, msgspec.Meta(ge=2, le=16)] = 4
     memory_num_householder: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     memory_mix_gate: Text | None = None
     memory_gate_floor: float = 0.0

@@ -68,6 +68,7 @@ OTHERS = [
         for length in (2, 3)
         for packed in (False, True)
     ),
+    *({"model": {"rule": "gated_deltanet+wide", "segment_length": 4}, "packed": packed} for packed in (False, True)),
     *({"model": {"rule": rule, "segment_length": 128}, "probes": 4} for rule in ("deltanet", "gated_deltanet")),
     {"model": {"rule": "gated_deltanet", "segment_length": 128}, "form": "pairs"},
     {"model": {"rule": "delta", "qkv_bias": True, "qk_norm": True, "floor": 0.1, "beta": -1.0}},

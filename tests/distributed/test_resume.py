@@ -332,6 +332,7 @@ def test_no_checkpoint_at_all(resume):
 def test_checkpoint_of_another_run_is_refused_by_key(resume):
     run, start = resume
     changed = ["train.lanes=8", "model.ffn_hidden_size=64", "model.memory.rule=linear", "data.stagger=false"]
+    changed += ["model.memory.short_convolution=true", "model.memory.convolution_width=8"]
     for rank in start(str(run), *changed, "optimizer.lr=1e-4", "train.steps=9"):
         kind, message = rank["error"]
         assert kind == "ConfigError"
@@ -339,6 +340,7 @@ def test_checkpoint_of_another_run_is_refused_by_key(resume):
             "train.lanes is 8, but the checkpoint was written with 4",
             "model.ffn_hidden_size is 64, but the checkpoint was written with 48",
             "model.memory.rule is 'linear', but the checkpoint was written with 'delta'",
+            "model.memory.convolution_width is 8, but the checkpoint was written with 4",
             "data.stagger is False",
         ):
             assert text in message

@@ -12,15 +12,17 @@ VOCAB = 40
 def small_config(
     rule="delta", gate="none", *, skip_empty=True, beta=0.0, mix="head", floor=0.0, householders=2, **changes
 ) -> ModelConfig:
-    """`rule` may be `delta+sliding`, with a sliding local context, `delta+convolution`, `delta+last`, with a memory in
-    the last layer alone, or several of these."""
+    """`rule` may be `delta+sliding`, with a sliding local context, `delta+convolution`, `delta+wide`, with convolutions
+    over 8 tokens, `delta+last`, with a memory in the last layer alone, or several of these."""
     rule, *more = rule.split("+")
-    assert set(more) <= {"sliding", "convolution", "last"}, more
+    assert set(more) <= {"sliding", "convolution", "wide", "last"}, more
     changes = changes | ({"local_context": "sliding"} if "sliding" in more else {})
     memory = MemoryConfig(rule, gate, skip_empty=skip_empty, beta_init=beta, mix_gate=mix, gate_floor=floor)
     memory.num_householder = householders
-    if "convolution" in more:
+    if "convolution" in more or "wide" in more:
         memory.short_convolution = True
+    if "wide" in more:
+        memory.convolution_width = 8
     if "last" in more:
         memory.layers = [changes.get("num_layers", 2) - 1]
     settings = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2}

@@ -19,6 +19,7 @@ from tests.model.build import VOCAB, random_memory, random_tokens, small_config,
 pytestmark = pytest.mark.usefixtures("one_process")
 
 COMBINED = ("delta+sliding", "gated_deltanet+sliding", "deltanet+convolution", "linear+convolution+sliding")
+COMBINED += ("gated_deltanet+wide",)
 SOME_LAYERS = ("delta+last", "gated_deltanet+sliding+last")
 MEMORY_RULES = (*(name for name in RULES if name != "none"), *COMBINED)
 B, T = 2, 4

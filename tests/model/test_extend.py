@@ -23,6 +23,7 @@ RULES_AND_GATES = [
     ("gated_deltanet+sliding", "hard"),
     ("linear+convolution", "sigmoid"),
     ("deltanet+convolution+sliding", "none"),
+    ("gated_deltanet+wide", "hard"),
 ]
 LENGTHS = [6, 19, 24]
 """Tokens per lane, segments of 6: a whole one, some and a bit, and some whole ones."""

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 S, T = 6, 4
 COMBINED = ("none+sliding", "delta+sliding", "gated_deltanet+sliding", "deltanet+convolution")
-COMBINED += ("linear+convolution+sliding", "delta+convolution+sliding")
+COMBINED += ("linear+convolution+sliding", "delta+convolution+sliding", "gated_deltanet+wide")
 LANES = {
     "goes on, ends inside, one more inside": [8, 10],
     "at a segment's first token, and at its last": [0, 11, 12],

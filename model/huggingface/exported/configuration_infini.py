@@ -38,6 +38,7 @@ class InfiniConfig(PreTrainedConfig):
     memory_write_gate: str = "none"
     memory_write_gate_bias: float = 2.0
     memory_short_convolution: bool | None = None
+    memory_convolution_width: int = 4
     memory_num_householder: int = 2
     memory_mix_gate: str = "head"
     memory_gate_floor: float = 0.0

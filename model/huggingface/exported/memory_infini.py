@@ -16,8 +16,6 @@ CHANNEL_BLOCK = 16
 """The same with decays per channel, whose ratios are `[tokens, tokens, d]`."""
 RANK = 16
 """Features per head that gates per channel are made of, at most."""
-WIDTH = 4
-"""Tokens that the short convolutions see."""
 
 
 def phi(x: Tensor) -> Tensor:
@@ -228,26 +226,27 @@ class GatedDeltaNet2Rule(DeltaNetRule):
 
 
 class ConvolvedRule(Rule):
-    """Any rule behind short convolutions that run through segment borders, with SiLU where the rule has no phi.
+    """Any rule behind short convolutions over `width` tokens that run through segment borders, with SiLU where the rule
+    has no phi.
 
-    Behind the rule's own memory the last tokens before the convolution, `[b, n, r + 2, 3, d]`: queries up to the last
-    piece, key and value up to the last segment.
+    Behind the rule's own memory the last tokens before the convolution, `[b, n, r + 2, width - 1, d]`: queries up to
+    the last piece, key and value up to the last segment.
     """
 
-    def __init__(self, rule: Rule):
-        self.rule, self.unbiased = rule, rule.unbiased
+    def __init__(self, rule: Rule, width: int):
+        self.rule, self.width, self.unbiased = rule, width, rule.unbiased
         self.activation = nn.Identity() if isinstance(rule, NormalizedRule) else F.silu
 
     def inputs(self, dim: int) -> dict[str, int]:
         return self.rule.inputs(dim)
 
     def parameters(self, heads: int, groups: int, dim: int) -> dict[str, Tensor]:
-        taps = torch.randn((heads + 2 * groups) * dim, WIDTH) * (3 * WIDTH) ** -0.5
+        taps = torch.randn((heads + 2 * groups) * dim, self.width) * (3 * self.width) ** -0.5
         return {**self.rule.parameters(heads, groups, dim), "convolution": taps}
 
     def init(self, like: Tensor, ratio: int) -> Memory:
         b, n, _, d = like.shape
-        return *self.rule.init(like, ratio), like.new_zeros(b, n, ratio + 2, WIDTH - 1, d)
+        return *self.rule.init(like, ratio), like.new_zeros(b, n, ratio + 2, self.width - 1, d)
 
     def read(self, query: Tensor, weights: dict[str, Tensor], memory: Memory) -> Tensor:
         *inner, tail = memory
@@ -257,7 +256,7 @@ class ConvolvedRule(Rule):
     def advance(self, query: Tensor, count: Tensor, memory: Memory) -> Memory:
         *inner, tail = memory
         behind = torch.cat([tail[:, :, :-2], query], dim=3)
-        last = count[:, None] + torch.arange(WIDTH - 1, device=count.device)
+        last = count[:, None] + torch.arange(self.width - 1, device=count.device)
         tail = torch.cat([behind.take_along_dim(last[:, None, None, :, None], dim=3), tail[:, :, -2:]], dim=2)
         return *self.rule.advance(query, count, tuple(inner)), tail
 
@@ -265,22 +264,21 @@ class ConvolvedRule(Rule):
         *inner, tail = memory
         taps, raw = self._taps(weights, tail), torch.stack([key, value], dim=2)
         key, value = self._convolve(tail[:, :, -2:], raw, taps[:, -2:]).unbind(dim=2)
-        raw = torch.cat([tail[:, :, -2:], raw], dim=3)[:, :, :, -(WIDTH - 1) :]
+        raw = torch.cat([tail[:, :, -2:], raw], dim=3)[:, :, :, -(self.width - 1) :]
         written = self.rule.write(key, value, gate, inputs, weights, tuple(inner))
         return *written, torch.cat([tail[:, :, :-2], raw], dim=2)
 
     def present(self, memory: Memory) -> Tensor:
         return self.rule.present(memory[:-1])
 
-    @staticmethod
-    def _taps(weights: dict[str, Tensor], tail: Tensor) -> Tensor:
-        """`[n, r + 2, d, WIDTH]`: per key/value head its query heads, its key, its value."""
-        return weights["convolution"].view(-1, tail.shape[2], tail.shape[-1], WIDTH)
+    def _taps(self, weights: dict[str, Tensor], tail: Tensor) -> Tensor:
+        """`[n, r + 2, d, width]`: per key/value head its query heads, its key, its value."""
+        return weights["convolution"].view(-1, tail.shape[2], tail.shape[-1], self.width)
 
     def _convolve(self, tail: Tensor, x: Tensor, taps: Tensor) -> Tensor:
         """The causal convolution of `[..., m, d]` behind its tail, activated."""
         behind, length = torch.cat([tail, x], dim=-2), x.shape[-2]
-        return self.activation(sum(behind[..., i : i + length, :] * taps[..., None, :, i] for i in range(WIDTH)))
+        return self.activation(sum(behind[..., i : i + length, :] * taps[..., None, :, i] for i in range(self.width)))
 
 
 RULES = {
@@ -300,7 +298,7 @@ def build_rule(config) -> Rule:
     papers."""
     rule, convolved = RULES[config.memory_rule](config), config.memory_short_convolution
     convolved = config.memory_rule in CONVOLVED_BY_DEFAULT if convolved is None else convolved
-    return ConvolvedRule(rule) if convolved else rule
+    return ConvolvedRule(rule, config.memory_convolution_width) if convolved else rule
 
 
 MIX_GATES = ("head", "token")

@@ -38,6 +38,8 @@ MODELS = {
     "gdn2": small_config("gdn2", segment_length=20),
     "linear-convolution": small_config("linear+convolution", "hard"),
     "deltanet-convolution-short": small_config("deltanet+convolution", segment_length=2),
+    "linear-convolution-wide": small_config("linear+wide", "sigmoid", segment_length=4),
+    "gated_deltanet-wide": small_config("gated_deltanet+wide"),
     "delta-token-mix": small_config("delta", mix="token"),
     "linear-floor": small_config("linear", floor=0.3),
     "none-sliding": small_config("none", local_context="sliding"),

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from model.rules.base import Reads
 from model.rules.borders import Borders
 from model.rules.channel_blocks import decayed_products, solve_channel_blocks
-from model.rules.convolution import WIDTH, _Convolution
+from model.rules.convolution import _Convolution
 from model.rules.delta_blocks import block_length, solve_blocks
 from model.rules.feature_maps import phi, phi_of, plain_phi_of, plain_unit_length_of, unit_length_of
 from model.rules.gated_deltanet import LogDecay
@@ -215,19 +215,20 @@ def test_segments_are_halved_into_blocks():
 
 
 def plain_convolution(x, tails, taps):
-    """Of `[b, t, s, d]` behind `[b, t, 3, d]` with taps `[d, WIDTH]`, token by token."""
-    padded = torch.cat([tails, x], dim=2)
-    return torch.stack([(padded[:, :, i : i + WIDTH] * taps.T).sum(dim=2) for i in range(x.shape[2])], dim=2)
+    """Of `[b, t, s, d]` behind `[b, t, width - 1, d]` with taps `[d, width]`, token by token."""
+    width, padded = taps.shape[-1], torch.cat([tails, x], dim=2)
+    return torch.stack([(padded[:, :, i : i + width] * taps.T).sum(dim=2) for i in range(x.shape[2])], dim=2)
 
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("s", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("width", [4, 7])
 @pytest.mark.parametrize("probes", [None, torch.tensor([[2], [1]])])
-def test_convolutions_of_a_window(monkeypatch, s, probes, silu):
-    monkeypatch.setattr("model.device.CACHE_BLOCK_BYTES", 1)  # 9 tokens: blocks of 4, 4 and 1
+def test_convolutions_of_a_window(monkeypatch, s, probes, width, silu):
+    monkeypatch.setattr("model.device.CACHE_BLOCK_BYTES", 1)  # 9 tokens: blocks of 4, 4 and 1, or of 7 and 2
     q = draw(B, T + (probes is not None), N, R, s, D)
-    k, v, initial = draw(B, T, N, s, D), draw(B, T, N, s, D), draw(B, N, R + 2, WIDTH - 1, D)
-    taps, reads = draw(N, R + 2, D, WIDTH), Reads(probes, detach=False)
+    k, v, initial = draw(B, T, N, s, D), draw(B, T, N, s, D), draw(B, N, R + 2, width - 1, D)
+    taps, reads = draw(N, R + 2, D, width), Reads(probes, detach=False)
     *found, tails, last = _Convolution.apply(q, k, v, initial, taps, BORDERS, reads, silu, None)
     for part, (x, y) in enumerate(((q[:, :T, :, 0], found[0][:, :T, :, 0]), (k, found[1]), (v, found[2]))):
         part = 0 if part == 0 else R + part - 1

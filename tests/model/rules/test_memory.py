@@ -61,8 +61,8 @@ def memory_config(name, **changes):
     return MemoryConfig(**settings | {"epsilon": EPSILON} | changes)
 
 
-def build_rule(name, epsilon=EPSILON):
-    return rule_of(memory_config(name, epsilon=epsilon))
+def build_rule(name, **changes):
+    return rule_of(memory_config(name, **changes))
 
 
 def reference_gate(kind: str, a: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,9 @@ def reference_gate(kind: str, a: torch.Tensor) -> torch.Tensor:
     return smooth if kind == "sigmoid" else ((a.detach() + 2) / 4).clip(0, 1) + smooth - smooth.detach()
 
 
-def random_window(seed, *, b=2, t=3, n=2, r=2, s=4, d=6, empty=False):
-    """Leaves in float64: q, k, v, the gate's pre-activation, and a memory that has been written to before."""
+def random_window(seed, *, b=2, t=3, n=2, r=2, s=4, d=6, width=4, empty=False):
+    """Leaves in float64: q, k, v, the gate's pre-activation, and a memory that has been written to before; convolutions
+    see `width` tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -89,8 +90,8 @@ def random_window(seed, *, b=2, t=3, n=2, r=2, s=4, d=6, empty=False):
         "z": 5 * draw(b, n, d).abs(),
         "x": draw(b, t, n, s),
         "rate": draw(n),
-        "taps": draw(n * (r + 2) * d, 4),
-        "tail": draw(b, n, r + 2, 3, d),
+        "taps": draw(n * (r + 2) * d, width),
+        "tail": draw(b, n, r + 2, width - 1, d),
     }
     for gate in CHANNEL_GATES["gdn2"]:
         window |= {f"x_{gate}": draw(b, t, n, s, RANK), f"up_{gate}": draw(n * d, RANK), f"bias_{gate}": draw(n * d)}
@@ -150,7 +151,7 @@ def naive(rule_name, gate_kind, window, reset):
             M, z, starts = window["M"][lane, head], window["z"][lane, head], reset[lane].tolist()
             convolution = ()
             if is_convolved(rule_name):
-                taps, tail = window["taps"].view(n, ratio + 2, -1, 4)[head], window["tail"][lane, head]
+                taps, tail = window["taps"].view(n, ratio + 2, k.shape[-1], -1)[head], window["tail"][lane, head]
                 silu = STATES[plain(rule_name)] is MatrixState  # the others have phi
                 q, k, v, *convolution = window_convolution(q, k, v, taps, tail, starts, silu=silu)
             if plain(rule_name) == "deltanet":
@@ -218,10 +219,11 @@ def assert_same_as_reference(rule_name, gate_kind, window, reset):
     r=st.integers(1, 3),
     s=st.integers(1, 5),
     d=st.sampled_from([2, 4, 6]),
+    width=st.sampled_from([2, 4, 7, 8]),
     empty=st.booleans(),
 )
-def test_same_as_token_by_token(rule_name, gate_kind, seed, b, t, n, r, s, d, empty):
-    window, reset = random_window(seed, b=b, t=t, n=n, r=r, s=s, d=d, empty=empty)
+def test_same_as_token_by_token(rule_name, gate_kind, seed, b, t, n, r, s, d, width, empty):
+    window, reset = random_window(seed, b=b, t=t, n=n, r=r, s=s, d=d, width=width, empty=empty)
     assert_same_as_reference(rule_name, gate_kind, window, reset)
 
 
@@ -338,7 +340,7 @@ def test_closed_gates_leave_the_memory_as_it_is(rule_name):
 
 
 def test_read_below_epsilon_gives_zero():
-    rule = build_rule("linear", 1e-3)
+    rule = build_rule("linear", epsilon=1e-3)
     q = torch.zeros(1, 1, 2, 1, 1, 2, dtype=torch.float64)  # phi(0) = 1: the normaliser is the sum of z
     M = torch.ones(1, 1, 2, 2, 2, dtype=torch.float64)
     z = torch.tensor([[5e-4, 5e-4], [5e-4, 6e-4]], dtype=torch.float64).view(1, 1, 2, 2)
@@ -477,16 +479,21 @@ def test_tied_channels_are_gated_deltanet(convolution, gate_kind):
             assert_close(found[name], expected[name], f"gradient of {name}")
 
 
+@pytest.mark.parametrize("width", [4, 7])
 @pytest.mark.parametrize("rule_name", RULES)
-def test_parameters_and_state_have_the_declared_shapes(rule_name):
+def test_parameters_and_state_have_the_declared_shapes(rule_name, width):
     """Initial decays are near one, in order; every parameter's first dim divides by key/value heads."""
     layer = LayerShape(hidden=12, heads=8, groups=4, dim=6)
-    rule = build_rule(rule_name)
+    rule = build_rule(rule_name, convolution_width=width)
     for name, parameter in rule.parameters(layer).items():
         value = parameter.initial(torch.Generator().manual_seed(0))
         assert value.shape == parameter.shape and parameter.shape[0] % layer.groups == 0, name
     state = rule.empty(3, layer, dtype=torch.float64, device=torch.device("cpu"))
     assert all(x.shape[:2] == (3, 4) and not x.any() for x in state)
+    if is_convolved(rule_name):
+        assert state.tail.shape == (3, 4, 4, width - 1, 6)
+        tied = rule.parameters(layer)["convolution"].tied(torch.Generator()).view(4, 4, 6, width)
+        assert (tied[:, :3] == width**-0.5).all() and not (tied[:, 3] == width**-0.5).any()
     if plain(rule_name) in DECAYING:
         found = {n: p.initial(torch.Generator()) for n, p in rule.parameters(layer).items() if p.is_gate}
         by_channel = plain(rule_name) in CHANNEL_GATES

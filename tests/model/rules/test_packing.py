@@ -139,11 +139,12 @@ def test_every_document_is_as_if_alone(rule_name):
     s=st.integers(1, 6),
     probes=st.integers(0, 2),
     share=st.sampled_from([0.1, 0.3, 0.7]),
+    width=st.sampled_from([2, 4, 7, 8]),
     detach=st.booleans(),
 )
-def test_documents_anywhere(rule_name, seed, gate_kind, t, n, s, probes, share, detach):
+def test_documents_anywhere(rule_name, seed, gate_kind, t, n, s, probes, share, width, detach):
     """Segments shorter than the convolutions' tail too."""
-    case = random_case(seed, t=t, n=n, s=s, d=4, probes=probes, share=share)
+    case = random_case(seed, t=t, n=n, s=s, d=4, width=width, probes=probes, share=share)
     assert_same(rule_name, gate_kind, *case, detach=detach)
 
 
@@ -156,11 +157,12 @@ def test_forms_for_a_gpu(rule_name, form):
         assert_same(rule_name, "none", *random_case(5, t=1, s=6))
 
 
+@pytest.mark.parametrize("width", [4, 7])
 @pytest.mark.parametrize("rule_name", ["linear+convolution", "deltanet+convolution"])
-def test_convolutions_in_blocks(rule_name, monkeypatch):
-    """Blocks of 4 tokens, some of which see no start."""
+def test_convolutions_in_blocks(rule_name, width, monkeypatch):
+    """Blocks of as many tokens as a convolution sees, some of which see no start."""
     monkeypatch.setattr("model.device.CACHE_BLOCK_BYTES", 1)
-    assert_same(rule_name, "sigmoid", *random_case(15, s=11, share=0.06, probes=2))
+    assert_same(rule_name, "sigmoid", *random_case(15, s=11, width=width, share=0.06, probes=2))
 
 
 @pytest.mark.parametrize("rule_name", ("deltanet", *DECAYING))

@@ -117,10 +117,12 @@ def test_bfloat16_matrices_are_gathered_at_half_the_bytes():
     assert data_bytes(config, 4, needs) == (2 * needs.gradients + needs.parameters) * 3 // 4
 
 
-@pytest.mark.parametrize("rule", ["none", "linear", "delta", "gated_deltanet"])
-def test_context_parallel_bytes_do_not_grow_with_the_window(rule):
+@pytest.mark.parametrize(
+    ("rule", "width"), [("none", 4), ("linear", 4), ("delta", 4), ("gated_deltanet", 4), ("gated_deltanet", 7)]
+)
+def test_context_parallel_bytes_do_not_grow_with_the_window(rule, width):
     config = Config(
-        model=ModelConfig(vocab_size=128, num_layers=2, memory=MemoryConfig(rule)),
+        model=ModelConfig(vocab_size=128, num_layers=2, memory=MemoryConfig(rule, convolution_width=width)),
         parallel=ParallelConfig(context=8),
         train=TrainConfig(lanes=2, segments_per_window=16),
     )
@@ -132,7 +134,7 @@ def test_context_parallel_bytes_do_not_grow_with_the_window(rule):
     heads, dim = config.model.num_attention_heads, config.model.hidden_size // config.model.num_attention_heads
     square, sums = 4 * heads * dim**2, 4 * heads * dim
     numbers = {"none": 0, "linear": square + sums, "delta": 2 * square + sums, "gated_deltanet": 2 * square}[rule]
-    halo = 4 * 3 * 3 * heads * dim if rule == "gated_deltanet" else 0  # of its convolutions, to the next rank
+    halo = 4 * (width - 1) * 3 * heads * dim if rule == "gated_deltanet" else 0  # of its convolutions, to the next rank
     each_way = 2 * 2 * (7 * numbers + halo)  # two lanes, two layers
     assert (found[0].forward, found[0].backward) == (each_way, each_way)
     config.bptt.recompute = "layer"

@@ -28,6 +28,7 @@ MEMORY_KINDS += [("gated_deltanet", "none"), ("gated_deltanet", "hard")]
 MEMORY_KINDS += [("delta_product", "none"), ("delta_product", "hard")]
 MEMORY_KINDS += [("kda", "sigmoid"), ("gdn2", "none"), ("gdn2", "hard")]
 MEMORY_KINDS += [("linear+convolution", "none"), ("delta+convolution", "none"), ("deltanet+convolution", "none")]
+MEMORY_KINDS += [("linear+wide", "none"), ("gated_deltanet+wide", "hard")]
 
 
 def llama3_8b(rule="linear", **changes):
@@ -58,7 +59,12 @@ def small(rule="delta", gate="hard", **changes):
         "ffn_hidden_size": 688,
         "vocab_size": 500,
         "segment_length": 256,
-        "memory": MemoryConfig(rule, gate, short_convolution=bool(convolution) or None),
+        "memory": MemoryConfig(
+            rule,
+            gate,
+            short_convolution=bool(convolution) or None,
+            convolution_width=8 if convolution == "wide" else MemoryConfig().convolution_width,
+        ),
     }
     return ModelConfig(**(values | changes))
 
@@ -276,6 +282,21 @@ def test_gates_per_channel_of_narrow_heads(one_process, rule):
     measured = saved_bytes(stage, tokens, tokens, torch.zeros(2, 8, dtype=torch.bool))
     run = Config(model=config, train=TrainConfig(lanes=2, segments_per_window=8, precision="bf16"))
     assert per_rank_bytes(run, world_size=1)[0].chunk_activations == pytest.approx(measured, rel=0.03)
+
+
+def test_what_wider_convolutions_cost(one_process):
+    """Per further token a product and a sum of every channel, and its q, k, v in front of every segment."""
+    flops, estimated, measured = [], [], []
+    for rule in ("gated_deltanet+convolution", "gated_deltanet+wide"):
+        config = small(rule, "hard", segment_length=14)
+        flops.append(forward_flops_per_token(config)["memory"])
+        run = Config(model=config, train=TrainConfig(lanes=2, segments_per_window=16))
+        estimated.append(per_rank_bytes(run, world_size=1)[0].chunk_activations)
+        tokens = torch.randint(0, 500, (2, 16, 14))
+        measured.append(saved_bytes(build(config), tokens, tokens, torch.zeros(2, 16, dtype=torch.bool)))
+    channels = (4 + 2 * 2) * 64
+    assert flops[1] - flops[0] == config.num_layers * (8 - 4) * 2 * channels
+    assert estimated[1] - estimated[0] == pytest.approx(measured[1] - measured[0], rel=0.05)
 
 
 # Layouts.

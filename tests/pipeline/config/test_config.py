@@ -15,6 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.config.validate import validate
 from tests.pipeline.config.refused import problems
 
+WIDE = ["model.memory.convolution_width=8"]
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
@@ -166,6 +167,23 @@ def refused(overrides, world_size=None) -> list[str]:
             None,
             ["parallel.context = 8", "2 token(s)", "model.memory.short_convolution"],
         ),
+        (
+            ["parallel.context=8", "model.segment_length=6", "model.memory.rule=kda", *WIDE],
+            None,
+            ["parallel.context = 8", "6 token(s)", "model.memory.convolution_width = 8", "looks back at 7"],
+        ),
+        (
+            WIDE,
+            None,
+            ["model.memory.convolution_width = 8: must be 4", "model.memory.short_convolution = null", "rule = delta"],
+        ),
+        (
+            ["model.memory.rule=gated_deltanet", "model.memory.short_convolution=false", *WIDE],
+            None,
+            ["model.memory.convolution_width = 8: must be 4", "model.memory.short_convolution = false"],
+        ),
+        (["model.memory.convolution_width=1"], None, ["model.memory.convolution_width = 1", "at least 2"]),
+        (["model.memory.convolution_width=17"], None, ["model.memory.convolution_width = 17", "at most 16"]),
         (["parallel.context=2"], 3, ["3 process(es)", "parallel.context = 2", "multiple of 2"]),
         (["parallel.context=2", "train.lanes=3"], 8, ["train.lanes = 3", "8 processes / 2", "parallel.context = 2"]),
         (["parallel.tensor=4", "model.num_query_groups=2"], None, ["parallel.tensor = 4", "valid are 1, 2"]),

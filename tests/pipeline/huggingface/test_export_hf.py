@@ -204,6 +204,7 @@ def test_an_older_export_does_not_speak_of_convolutions(tmp_path, rule):
     logits = exported(tmp_path / "hf")(tokens).logits
     description = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert description.pop("memory_short_convolution") == (rule == "gated_deltanet")
+    assert description.pop("memory_convolution_width") == 4
     (tmp_path / "hf" / "config.json").write_text(json.dumps(description))
     assert torch.equal(exported(tmp_path / "hf")(tokens).logits, logits)
     import_model(tmp_path / "hf", tmp_path / "back", memory=None)
@@ -211,12 +212,12 @@ def test_an_older_export_does_not_speak_of_convolutions(tmp_path, rule):
 
 
 @pytest.mark.parametrize(
-    ("rule", "layers"),
-    [("delta", None), ("gated_deltanet", None), ("gated_deltanet", [1]), ("kda", None), ("gdn2", None)],
+    ("rule", "layers", "width"),
+    [("delta", None, 4), ("gated_deltanet", None, 4), ("gated_deltanet", [1], 7), ("kda", None, 4), ("gdn2", None, 4)],
 )
-def test_import_of_an_export_is_bit_equal(tmp_path, rule, layers):
+def test_import_of_an_export_is_bit_equal(tmp_path, rule, layers, width):
     """Import, (training,) export, import: the memory's parameters included."""
-    run = write_run(tmp_path / "run", rule, layers=layers, qk_norm=True, local_context="sliding")
+    run = write_run(tmp_path / "run", rule, layers=layers, width=width, qk_norm=True, local_context="sliding")
     export_model(run, tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "back", memory=None)
     ours, back = masters(run), masters(tmp_path / "back")
