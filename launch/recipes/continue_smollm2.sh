@@ -55,5 +55,5 @@ say "RULER and BABILong"
 ESSAYS=filler=smollm2/books_test.txt
 TASKS="niah_single_1:20,length=2K/4K/8K niah_single_2:20,length=2K/4K/8K,$ESSAYS niah_single_3:20,length=2K/4K/8K,$ESSAYS"
 TASKS+=" vt:20,length=2K/4K/8K babilong_qa1:20,length=2K/4K/8K,$ESSAYS"
-infini evaluate smollm2/runs/sliding smollm2/runs/gated_deltanet_sliding --no-perplexity --out smollm2/tasks \
+infini evaluate smollm2/runs/sliding smollm2/runs/gated_deltanet_head --no-perplexity --out smollm2/tasks \
     "evaluate.tasks=[\"${TASKS// /\",\"}\"]"
