@@ -47,9 +47,8 @@ say "a model after the other, $JOBS at a time"
 train_models configs/smollm2_135m_sliding.yaml smollm2/runs "${MODELS[@]}"
 
 say "held-out loss, differences paired by document"
-runs=()
-for model in "${MODELS[@]}"; do runs+=("smollm2/runs/${model%% *}"); done
-infini evaluate "${runs[@]}" --no-passkey --data smollm2/sets/code_test --data smollm2/sets/books_test --out smollm2/evaluation
+names=("${MODELS[@]%% *}")
+infini evaluate "${names[@]/#/smollm2/runs/}" --no-passkey --data smollm2/sets/code_test --data smollm2/sets/books_test --out smollm2/evaluation
 
 say "RULER and BABILong"
 ESSAYS=filler=smollm2/books_test.txt

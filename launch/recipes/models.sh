@@ -43,6 +43,11 @@ prepare_longer_documents() {
         --min-tokens 8192 --max-tokens 16384 --valid-fraction 0.1 --out compare/text_long
 }
 
+# prepare_passkeys FOLDER NAME SOURCE...: passkey/FOLDER/NAME, with passkey/FOLDER's tokenizer.
+prepare_passkeys() {
+    infini prepare "${@:3}" --tokenizer "passkey/$1/tokenizer" --valid-fraction 0.001 --out "passkey/$1/$2"
+}
+
 # train_model CONFIG FOLDER NAME [SETTING...]: the log is FOLDER/NAME.log; an interrupted run goes on.
 train_model() {
     local config=$1 folder=$2 name=$3 resume=()

@@ -7,23 +7,17 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/recipes/models.sh
 
-# prepare_set FOLDER NAME SOURCE...: a set with FOLDER's tokenizer.
-prepare_set() {
-    infini prepare "${@:3}" --tokenizer "passkey/$1/tokenizer" --valid-fraction 0.001 --out "passkey/$1/$2"
-}
-
-SEEDS="${SEEDS:-0 1 2}"
 if [ "${SCALE:-small}" = large ]; then
     say "up to eight named keys, more documents"
     infini prepare passkey:300,length=2K,keys=8 --tokenizer train:1024 --valid-fraction 0.01 --out passkey/eight/tokenizer
-    prepare_set eight short passkey:12000,length=130..220,keys=2,questions=2
-    prepare_set eight window passkey:8000,length=226..300,keys=4,questions=4 passkey:8000,length=430..520,keys=8,questions=8
-    prepare_set eight long4 passkey:1200,length=1K..16K,keys=4,questions=4,seed=2
-    prepare_set eight long8 passkey:1200,length=1K..16K,keys=8,questions=8,seed=3
+    prepare_passkeys eight short passkey:12000,length=130..220,keys=2,questions=2
+    prepare_passkeys eight window passkey:8000,length=226..300,keys=4,questions=4 passkey:8000,length=430..520,keys=8,questions=8
+    prepare_passkeys eight long4 passkey:1200,length=1K..16K,keys=4,questions=4,seed=2
+    prepare_passkeys eight long8 passkey:1200,length=1K..16K,keys=8,questions=8,seed=3
 
     say "a model per seed, $JOBS at a time"
     models=()
-    for seed in $SEEDS; do models+=("seed$seed train.seed=$seed"); done
+    for seed in ${SEEDS:-0 1 2}; do models+=("seed$seed train.seed=$seed"); done
     train_models configs/passkey_eight.yaml passkey/eight "${models[@]}"
 
     say "exact match by length and by number of keys"
@@ -36,15 +30,15 @@ infini prepare python:networkx,numpy passkey:300,length=512..4K --tokenizer trai
 infini prepare python:networkx,numpy --tokenizer passkey/text/tokenizer --min-tokens 4096 --valid-fraction 0.2 \
     --out passkey/text/filler
 filler=filler=passkey/text/filler
-prepare_set text short "passkey:4000,length=128..200,$filler"
-prepare_set text window "passkey:4000,length=450..520,seed=1,$filler"
-prepare_set text long "passkey:1500,length=1K..16K,seed=2,$filler"
+prepare_passkeys text short "passkey:4000,length=128..200,$filler"
+prepare_passkeys text window "passkey:4000,length=450..520,seed=1,$filler"
+prepare_passkeys text long "passkey:1500,length=1K..16K,seed=2,$filler"
 
 say "up to eight named keys, each document asked for all that it holds"
 infini prepare passkey:300,length=2K,keys=8 --tokenizer train:1024 --valid-fraction 0.01 --out passkey/keys/tokenizer
-prepare_set keys short passkey:4000,length=130..220,keys=2,questions=2
-prepare_set keys window passkey:3000,length=226..300,keys=4,questions=4 passkey:3000,length=430..520,keys=8,questions=8
-prepare_set keys long passkey:600,length=1K..16K,keys=4,questions=4,seed=2 passkey:600,length=1K..16K,keys=8,questions=8,seed=2
+prepare_passkeys keys short passkey:4000,length=130..220,keys=2,questions=2
+prepare_passkeys keys window passkey:3000,length=226..300,keys=4,questions=4 passkey:3000,length=430..520,keys=8,questions=8
+prepare_passkeys keys long passkey:600,length=1K..16K,keys=4,questions=4,seed=2 passkey:600,length=1K..16K,keys=8,questions=8,seed=2
 
 say "a model in real text and one per memory rule for named keys, $JOBS at a time"
 text_sets="data.sets.0.path=passkey/text/short data.sets.1.path=passkey/text/window data.sets.2.path=passkey/text/long"

@@ -10,10 +10,10 @@ say "source code as filler, with a tokenizer that knows the task's words; other 
 infini prepare python:networkx,numpy passkey:300,length=512..4K --tokenizer train:1024 --out $folder/tokenizer
 infini prepare python:networkx,numpy --tokenizer $folder/tokenizer --min-tokens 4096 --valid-fraction 0.02 --out $folder/filler
 infini prepare python:matplotlib,deepspeed --tokenizer $folder/tokenizer --min-tokens 4096 --valid-fraction 0.95 --out $folder/heldout
-prepare_set() { infini prepare "$2,filler=$folder/filler" --tokenizer $folder/tokenizer --valid-fraction 0.001 --out "$folder/$1"; }
-prepare_set short passkey:24000,length=128..200
-prepare_set window passkey:12000,length=450..520,seed=1
-prepare_set long passkey:2000,length=1K..64K,seed=2
+filler=filler=$folder/filler
+prepare_passkeys text_wide short "passkey:24000,length=128..200,$filler"
+prepare_passkeys text_wide window "passkey:12000,length=450..520,seed=1,$filler"
+prepare_passkeys text_wide long "passkey:2000,length=1K..64K,seed=2,$filler"
 
 say "training"
 train_model configs/passkey_text.yaml $folder "seed${SEED:-0}" "train.seed=${SEED:-0}"

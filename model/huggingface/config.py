@@ -149,8 +149,8 @@ def _own_memory(hf: Mapping[str, Any], memory: MemoryConfig | None, source: str)
     if memory is not None:
         raise ValueError(f"{source}: the model has a memory, {hf.get('memory_rule')}, and keeps it: choose no other")
     # Exports from before these existed do not say.
-    absent = {"memory_short_convolution": None, "memory_convolution_width": 4, "memory_layers": None}
-    hf = absent | {"memory_num_householder": 2} | dict(hf)
+    absent = {"short_convolution": None, "convolution_width": 4, "num_householder": 2, "layers": None}
+    hf = {f"memory_{name}": value for name, value in absent.items()} | dict(hf)
     if missing := [f"memory_{name}" for name in MEMORY_SETTINGS if f"memory_{name}" not in hf]:
         raise ValueError(f"{source}: {', '.join(missing)} is missing")
     if unknown := sorted(x for x in hf if x.startswith("memory_") and x.removeprefix("memory_") not in MEMORY_SETTINGS):

@@ -69,6 +69,11 @@ def window_normalized(
     return torch.stack(reads).view(segments, queries, tokens, dim), M, z
 
 
+def _reads(q: Tensor, M: Tensor) -> list[Tensor]:
+    """A_mem of a segment's queries `[r, s, d]`, one after the other: what the rules without a normaliser read."""
+    return [(query / query.norm()) @ M for head in q for query in head]
+
+
 def window_deltanet(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, M: Tensor, reset: list[bool], log_decay: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -79,10 +84,7 @@ def window_deltanet(
     for t in range(segments):
         if reset[t]:
             M, _ = _empty(dim, q)
-        for r in range(queries):
-            for i in range(tokens):
-                query = q[t, r, i]
-                reads.append((query / query.norm()) @ M)
+        reads += _reads(q[t], M)
         for i in range(tokens):
             key = k[t, i] / k[t, i].norm()
             if log_decay is not None:
@@ -111,17 +113,13 @@ def window_delta_product(
     for t in range(segments):
         if reset[t]:
             M, _ = _empty(dim, q)
-        for r in range(queries):
-            for i in range(tokens):
-                query = q[t, r, i]
-                reads.append((query / query.norm()) @ M)
+        reads += _reads(q[t], M)
         for i in range(tokens):
             M = log_decay[t, i].exp() * M
-            for j in range(step_key.shape[2]):
-                key, g = step_key[t, i, j] / step_key[t, i, j].norm(), gate[t, i] * step_gate[t, i, j]
-                M = (identity - g * torch.outer(key, key)) @ M + g * torch.outer(key, step_value[t, i, j])
-            key = k[t, i] / k[t, i].norm()
-            M = (identity - gate[t, i] * torch.outer(key, key)) @ M + gate[t, i] * torch.outer(key, v[t, i])
+            steps = [*zip(step_key[t, i], step_value[t, i], gate[t, i] * step_gate[t, i], strict=True)]
+            for key, value, g in [*steps, (k[t, i], v[t, i], gate[t, i])]:
+                key = key / key.norm()
+                M = (identity - g * torch.outer(key, key)) @ M + g * torch.outer(key, value)
     return torch.stack(reads).view(segments, queries, tokens, dim), M
 
 
@@ -145,10 +143,7 @@ def window_gdn2(
     for t in range(segments):
         if reset[t]:
             M, _ = _empty(dim, q)
-        for r in range(queries):
-            for i in range(tokens):
-                query = q[t, r, i]
-                reads.append((query / query.norm()) @ M)
+        reads += _reads(q[t], M)
         for i in range(tokens):
             key = k[t, i] / k[t, i].norm()
             erased = identity - gate[t, i] * torch.outer(key, erase[t, i] * key)
